@@ -1,0 +1,271 @@
+"""The MambaMixer block (arXiv 2403.19888, section 3): selective token mixer, selective channel mixer, weighted averaging.
+
+Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/architecture.md says what was chosen and why.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from .ops import BIDIRECTIONAL, CROSS_SCAN, selective_scan, weighted_average
+
+# Leaves of torch.fx graphs: their argument checks look at shapes, which a symbolic trace does not have.
+torch.fx.wrap("selective_scan")
+torch.fx.wrap("weighted_average")
+
+CHANNEL_MIXERS = ("s6", "mlp", "none")
+
+
+class S6(nn.Module):
+    """Selective state-space model over several directions, each with parameters of its own; their outputs are summed.
+
+    B, C and delta are linear in the input (delta through a low rank). A = -exp(A_log) starts at -1 ... -d_state and
+    delta between 0.001 and 0.1, as in Mamba (arXiv 2312.00752).
+
+    Args:
+        features: Width E of the input.
+        orders: The K directions, see `vim2.ops.selective_scan`.
+        d_state: State size N.
+        dt_rank: Rank R of delta's projection.
+        separate_inputs: Whether every direction has an input of its own.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        orders: Sequence[str],
+        d_state: int = 16,
+        dt_rank: int = 1,
+        separate_inputs: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        lanes = len(orders)
+        self.orders = tuple(orders)
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.separate_inputs = separate_inputs
+        self.x_proj_weight = nn.Parameter(torch.empty(lanes, dt_rank + 2 * d_state, features, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(lanes, features, dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(lanes, features, **dd))
+        self.A_log = nn.Parameter(torch.empty(lanes, features, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(lanes, features, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self, dt_min: float = 0.001, dt_max: float = 0.1) -> None:
+        bound = self.x_proj_weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        nn.init.uniform_(self.dt_proj_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            dt = torch.empty_like(self.dt_proj_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+            self.dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            states = torch.arange(1, self.d_state + 1, device=self.A_log.device)
+            self.A_log.copy_(states.log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(batch, *spatial, E), or (batch, *spatial, K, E) with separate inputs, -> (batch, *spatial, E)."""
+        if self.separate_inputs:
+            projected = torch.einsum("...ke,kce->...kc", u, self.x_proj_weight)
+        else:  # all directions in one product, on the map as it lies
+            projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (len(self.orders), -1))
+        dt, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        delta = torch.einsum("...kr,ker->...ke", dt, self.dt_proj_weight)
+        A = -torch.exp(self.A_log)
+        return selective_scan(u, delta, A, B, C, self.D, self.dt_proj_bias, orders=self.orders)
+
+
+class SelectiveTokenMixer(nn.Module):
+    """Mixes tokens: a gated S6 over the map's rows and columns, both ways (section 3.1; the cross-scan of VMamba).
+
+    y = Linear(LayerNorm(S6(SiLU(Conv(Linear(x))))) * SiLU(Linear(x))), with a depth-wise 3x3 convolution.
+
+    Args:
+        dim: Channels of the map.
+        d_state: State size N of the S6.
+        expand: Inner width over dim.
+    """
+
+    def __init__(self, dim: int, d_state: int = 16, expand: float = 2.0, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = int(expand * dim)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, **dd)
+        self.act = nn.SiLU()
+        self.s6 = S6(inner, CROSS_SCAN, d_state=d_state, dt_rank=math.ceil(dim / 16), **dd)
+        self.out_norm = nn.LayerNorm(inner, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, H, W, dim) -> (batch, H, W, dim)."""
+        value, gate = self.in_proj(x).chunk(2, dim=-1)
+        value = self.act(self.conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y = self.out_norm(self.s6(value))
+        return self.out_proj(y * self.act(gate))
+
+
+class SelectiveChannelMixer(nn.Module):
+    """Mixes channels: every token is a sequence of its own channels, scanned forward and backward by a gated S6
+    (section 3.2).
+
+    The value branch is cut into steps of `channel_patch` consecutive channels. Each direction has a depth-wise
+    convolution that is causal along it, and an S6; weights are shared by all tokens and steps.
+
+    Args:
+        dim: Channels of the map.
+        d_state: State size N of the S6.
+        expand: Inner width over dim.
+        channel_patch: Channels a step, P; 1 is the paper's flattening.
+        d_conv: Width of the convolution, in steps.
+
+    Raises:
+        ValueError: If channel_patch does not divide the inner width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        expand: float = 2.0,
+        channel_patch: int = 16,
+        d_conv: int = 4,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = int(expand * dim)
+        if channel_patch < 1 or inner % channel_patch:
+            raise ValueError(f"channel_patch must divide the channel mixer's width {inner}, got {channel_patch}.")
+        self.channel_patch = channel_patch
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = nn.Conv1d(channel_patch, 2 * channel_patch, d_conv, groups=channel_patch, **dd)
+        self.act = nn.SiLU()
+        self.s6 = S6(
+            channel_patch,
+            BIDIRECTIONAL,
+            d_state=d_state,
+            dt_rank=math.ceil(channel_patch / 16),
+            separate_inputs=True,
+            **dd,
+        )
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def _directional_conv(self, x: Tensor) -> Tensor:
+        """(n, steps, P) -> (n, steps, 2, P): the first output looks at earlier steps only, the second at later ones.
+
+        Both run as one convolution whose kernels are zero on the other side.
+        """
+        width = self.conv.kernel_size[0]
+        forward, backward = self.conv.weight.unflatten(0, (self.channel_patch, 2)).unbind(1)
+        kernel = torch.stack((F.pad(forward, (0, width - 1)), F.pad(backward.flip(-1), (width - 1, 0))), dim=1)
+        y = F.conv1d(
+            x.transpose(1, 2), kernel.flatten(0, 1), self.conv.bias, padding=width - 1, groups=self.channel_patch
+        )
+        return y.unflatten(1, (self.channel_patch, 2)).permute(0, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, H, W, dim) -> (batch, H, W, dim)."""
+        value, gate = self.in_proj(x).chunk(2, dim=-1)
+        steps = value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2)
+        y = self.s6(self.act(self._directional_conv(steps))).reshape(gate.shape)
+        return self.out_proj(y * self.act(gate))
+
+
+class WeightedAverage(nn.Module):
+    """A learnable weighted sum of earlier features (section 3.3); at initialisation, their plain sum.
+
+    Args:
+        num_features: How many features are averaged.
+    """
+
+    def __init__(self, num_features: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return weighted_average(features, self.weight)
+
+
+class MixerLayer(nn.Module):
+    """One mixer on the normalised weighted average of everything before it."""
+
+    def __init__(self, dim: int, mixer: nn.Module, num_features: int, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        self.average = WeightedAverage(num_features, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.drop_path(self.mixer(self.norm(self.average(features))))
+
+
+class MambaMixerBlock(nn.Module):
+    """Token mixers followed by a channel mixer, joined by weighted averaging alone (section 3.3, equations 14 and 15).
+
+    The block takes all features of its stage so far, y(0) first, and returns those that its own mixers add. With every
+    weight at 1, as initialised, the features' sum is the stream of a pre-norm residual network.
+
+    Args:
+        dim: Channels of the maps.
+        num_features: How many features come before this block.
+        token_mixers: Number of token mixers.
+        channel_mixer: "s6", "mlp" (ViM2-MLP) or "none".
+        d_state: State size N of all S6.
+        token_expand: Inner width of the token mixers over dim.
+        channel_expand: Inner width of the channel mixer over dim.
+        channel_patch: Channels a step of the channel scan.
+        mlp_ratio: Hidden width of the MLP over dim, where it is the channel mixer.
+        drop_path: Rate of each mixer, token mixers first.
+
+    Raises:
+        ValueError: If channel_mixer is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_features: int,
+        token_mixers: int = 2,
+        channel_mixer: str = "s6",
+        d_state: int = 16,
+        token_expand: float = 2.0,
+        channel_expand: float = 2.0,
+        channel_patch: int = 16,
+        mlp_ratio: float = 4.0,
+        drop_path: Sequence[float] = (0.0, 0.0, 0.0),
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        mixers = [SelectiveTokenMixer(dim, d_state, token_expand, **dd) for _ in range(token_mixers)]
+        if channel_mixer == "s6":
+            mixers.append(SelectiveChannelMixer(dim, d_state, channel_expand, channel_patch, **dd))
+        elif channel_mixer == "mlp":
+            mixers.append(Mlp(dim, int(mlp_ratio * dim), **dd))
+        elif channel_mixer != "none":
+            raise ValueError(f"channel_mixer must be one of {', '.join(CHANNEL_MIXERS)}, got {channel_mixer!r}.")
+        self.layers = nn.ModuleList(
+            MixerLayer(dim, mixer, num_features + i, rate, **dd)
+            for i, (mixer, rate) in enumerate(zip(mixers, drop_path, strict=True))
+        )
+
+    def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
+        """All earlier features, each (batch, H, W, dim), -> the new ones, one a mixer."""
+        given = len(features)
+        for layer in self.layers:
+            features = (*features, layer(features))
+        return features[given:]

@@ -1,0 +1,259 @@
+"""The selective scan in plain PyTorch: the literal recurrence, and the chunked form that runs where no kernel does.
+
+Both take the layout of `selective_scan`, with the spatial axes already flattened to L = height * width:
+
+    u                 (batch, L, E), or (batch, L, K, E) where every direction has an input of its own
+    delta             (batch, L, K, E), before bias and softplus
+    A, D, delta_bias  (K, E, N), (K, E), (K, E)
+    B, C              (batch, L, K, N)
+    orders            K walks over the height x width map, see `scan_positions`
+
+and compute, along each of the K walks, Mamba's recurrence (arXiv 2312.00752, eq. 2 with its simplified B):
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,      y_t = C_t h_t + D u_t
+
+Reductions are written as products and sums, not as matrix products: those would drop to bfloat16 or TF32 under
+autocast and torch.backends.cuda.matmul.allow_tf32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+ORDERS = ("forward", "columns", "backward", "columns_backward")
+
+# Elements of the largest temporary (states of a batch slice) that the chunked form makes at once: 256 MiB of float32.
+MAX_STATE_ELEMENTS = 1 << 26
+
+# Up to this length one walk is scanned step by step: splitting it would do twice the arithmetic to save few steps.
+MAX_UNSPLIT_LENGTH = 64
+
+
+def scan_positions(order: str, height: int, width: int, device=None) -> torch.Tensor:
+    """The flat (row-major) positions of a height x width map in the order in which a walk visits them.
+
+    Args:
+        order: "forward" goes row by row, "columns" column by column, "backward" and "columns_backward" are the same
+            walks from their ends. A sequence is a map of height 1.
+
+    Returns:
+        (height * width,) int64.
+    """
+    positions = torch.arange(height * width, device=device).view(height, width)
+    if order.startswith("columns"):
+        positions = positions.t()
+    positions = positions.reshape(-1)
+    return positions.flip(0) if order.endswith("backward") else positions
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 where any input is float64, else float32: states never live in half precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def selective_scan_recurrence(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width):
+    """The recurrence, one step after the other, differentiable by autograd: the oracle of every faster form.
+
+    Returns:
+        y (batch, L, K, E), one output a direction, and the last states (batch, K, E, N), both in `compute_dtype`.
+    """
+    dtype = compute_dtype(u, delta, A, B, C)
+    u, delta, A, B, C, D, delta_bias = (t.to(dtype) for t in (u, delta, A, B, C, D, delta_bias))
+    u = u.unsqueeze(2).expand_as(delta) if u.dim() == 3 else u
+    delta = delta + delta_bias
+    delta = F.softplus(delta) if delta_softplus else delta
+    outputs, last_states = [], []
+    for k, order in enumerate(orders):
+        positions = scan_positions(order, height, width).tolist()
+        h = torch.zeros_like(u[:, 0, k]).unsqueeze(-1) * A[k]
+        y = [None] * len(positions)
+        for p in positions:
+            decay = torch.exp(delta[:, p, k, :, None] * A[k])
+            h = decay * h + (delta[:, p, k] * u[:, p, k]).unsqueeze(-1) * B[:, p, k, None, :]
+            y[p] = (h * C[:, p, k, None, :]).sum(-1) + D[k] * u[:, p, k]
+        outputs.append(torch.stack(y, dim=1))
+        last_states.append(h)
+    return torch.stack(outputs, dim=2), torch.stack(last_states, dim=1)
+
+
+def chunk_positions(orders, height, width, device=None):
+    """The walks cut into chunks of about sqrt(L) steps, which are scanned side by side.
+
+    Returns:
+        positions (K, chunks, steps) int64, where the last chunk may be padded at its end, and the number of real
+        steps in that last chunk.
+    """
+    length = height * width
+    steps = length if length <= MAX_UNSPLIT_LENGTH else math.isqrt(length - 1) + 1
+    chunks = -(-length // steps)
+    positions = torch.stack([scan_positions(order, height, width, device) for order in orders])
+    positions = F.pad(positions, (0, chunks * steps - length))
+    return positions.view(len(orders), chunks, steps), length - (chunks - 1) * steps
+
+
+class _Walk:
+    """Reads and writes maps by step: at step t, the t-th position of every chunk of every direction at once.
+
+    `fields` are (batch, L, K, X), or (batch, L, X) shared by all directions; a step is (batch, K, chunks, X). The
+    padding of the last chunk is never read: at those steps the chunk axis is one shorter.
+    """
+
+    def __init__(self, positions: torch.Tensor, last_steps: int, dtype: torch.dtype):
+        self.lanes, self.chunks, self.steps = positions.shape
+        self.dtype = dtype
+        self.positions = positions
+        self.last_steps = last_steps
+        self.lane_index = torch.arange(self.lanes, device=positions.device)[:, None]
+
+    def active(self, t: int) -> int:
+        return self.chunks if t < self.last_steps else self.chunks - 1
+
+    def read(self, field: torch.Tensor, t: int) -> torch.Tensor:
+        positions = self.positions[:, : self.active(t), t]
+        step = field[:, positions] if field.dim() == 3 else field[:, positions, self.lane_index]
+        return step.to(self.dtype)
+
+    def write(self, field: torch.Tensor, t: int, step: torch.Tensor) -> None:
+        field[:, self.positions[:, : self.active(t), t], self.lane_index] = step.to(field.dtype)
+
+
+def _batch_slices(u, delta, A):
+    """Slices of the batch small enough that the states of all their steps fit in MAX_STATE_ELEMENTS."""
+    batch, length, lanes, features = delta.shape
+    size = max(1, MAX_STATE_ELEMENTS // max(1, length * lanes * features * A.shape[-1]))
+    return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
+
+
+def _local_scan(walk, dt, u, B, At):
+    """Scan every chunk from a zero state: its end state, and the product of its decays."""
+    batch, lanes, features, n = dt.shape[0], walk.lanes, dt.shape[-1], B.shape[-1]
+    h = dt.new_zeros(batch, lanes, walk.chunks, n, features)
+    total = dt.new_zeros(batch, lanes, walk.chunks, features)
+    for t in range(walk.steps):
+        active = walk.active(t)
+        _advance(h[:, :, :active], walk.read(dt, t), walk.read(u, t), walk.read(B, t), At)
+        total[:, :, :active] += walk.read(dt, t)
+    return h, torch.exp(total.unsqueeze(-2) * At)
+
+
+def _advance(h, dt, u, B, At):
+    """h <- exp(dt A) h + dt B u, in place; states are (batch, K, chunks, N, E), so that E is the contiguous axis."""
+    decay = (dt.unsqueeze(-2) * At).exp_()
+    h.mul_(decay).addcmul_((dt * u).unsqueeze(-2), B.unsqueeze(-1))
+
+
+def _chunk_starts(h, decay):
+    """From each chunk's own end state and decay to the true state at each chunk's start, and at the very end."""
+    starts = torch.zeros_like(h)
+    for c in range(1, h.shape[2]):
+        starts[:, :, c] = decay[:, :, c - 1] * starts[:, :, c - 1] + h[:, :, c - 1]
+    return starts
+
+
+def selective_scan_chunked(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width):
+    """The scan in O(sqrt(L)) sequential steps; no permuted or flipped copy of a map is made. No autograd.
+
+    All chunks first run side by side from a zero state, which gives each chunk's end state; a short loop over chunks
+    turns these into the true states at the chunks' starts; then all chunks run side by side once more, from there.
+
+    Returns:
+        y (batch, L, K, E) in `compute_dtype`; last states (batch, K, E, N); the states at the chunks' starts
+        (batch, K, chunks, N, E), which the backward pass needs.
+    """
+    dtype = compute_dtype(u, delta, A, B, C)
+    walk = _Walk(*chunk_positions(orders, height, width, u.device), dtype)
+    batch, length, lanes, features = delta.shape
+    n = A.shape[-1]
+    At = A.to(dtype).transpose(-1, -2).unsqueeze(1)
+    y = torch.empty(batch, length, lanes, features, dtype=dtype, device=u.device)
+    last = torch.empty(batch, lanes, features, n, dtype=dtype, device=u.device)
+    starts = torch.zeros(batch, lanes, walk.chunks, n, features, dtype=dtype, device=u.device)
+    skip = D.to(dtype).unsqueeze(1)
+    for s in _batch_slices(u, delta, A):
+        dt = _discretisation(delta[s], delta_bias, delta_softplus, dtype)
+        if walk.chunks > 1:
+            starts[s] = _chunk_starts(*_local_scan(walk, dt, u[s], B[s], At))
+        h = starts[s].clone()
+        for t in range(walk.steps):
+            ht, ut = h[:, :, : walk.active(t)], walk.read(u[s], t)
+            _advance(ht, walk.read(dt, t), ut, walk.read(B[s], t), At)
+            walk.write(y[s], t, (walk.read(C[s], t).unsqueeze(-1) * ht).sum(-2) + skip * ut)
+        last[s] = h[:, :, -1].transpose(-1, -2)
+    return y, last, starts
+
+
+def selective_scan_chunked_backward(
+    grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width
+):
+    """Gradients of `selective_scan_chunked` for u, delta, A, B, C, D and delta_bias, each in its input's dtype.
+
+    States are recomputed from the chunks' starts; the adjoint runs the same three passes from the other end.
+
+    Args:
+        grad_y: (batch, L, K, E), or (batch, L, E) where the directions' outputs were summed.
+        grad_last: (batch, K, E, N).
+    """
+    dtype = starts.dtype
+    walk = _Walk(*chunk_positions(orders, height, width, u.device), dtype)
+    At = A.to(dtype).transpose(-1, -2).unsqueeze(1)
+    skip = D.to(dtype).unsqueeze(1)
+    grad_u = torch.empty(delta.shape, dtype=dtype, device=u.device)
+    grad_dt = torch.empty(delta.shape, dtype=dtype, device=u.device)
+    grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
+    grad_At, grad_D = torch.zeros_like(At.squeeze(1)), torch.zeros_like(skip.squeeze(1))
+    for s in _batch_slices(u, delta, A):
+        dt = _discretisation(delta[s], delta_bias, delta_softplus, dtype)
+        us, Bs, Cs, gy = u[s], B[s], C[s], grad_y[s]
+        # the states after every step; those before step t are states[t - 1], or the chunks' starts
+        states = starts.new_empty(walk.steps, *starts[s].shape)
+        h = starts[s].clone()
+        for t in range(walk.steps):
+            _advance(h[:, :, : walk.active(t)], walk.read(dt, t), walk.read(us, t), walk.read(Bs, t), At)
+            states[t] = h
+        # the adjoint of the state at each chunk's end, from what follows that chunk
+        adjoint = torch.zeros_like(h)
+        adjoint[:, :, -1] = grad_last[s].transpose(-1, -2)
+        if walk.chunks > 1:
+            local = torch.zeros_like(h)
+            total = dt.new_zeros(*local.shape[:3], local.shape[-1])
+            for t in reversed(range(walk.steps)):
+                g, dtt = local[:, :, : walk.active(t)], walk.read(dt, t)
+                g.addcmul_(walk.read(Cs, t).unsqueeze(-1), walk.read(gy, t).unsqueeze(-2))
+                g.mul_((dtt.unsqueeze(-2) * At).exp_())
+                total[:, :, : walk.active(t)] += dtt
+            decay = torch.exp(total.unsqueeze(-2) * At)
+            for c in reversed(range(walk.chunks - 1)):
+                adjoint[:, :, c] = local[:, :, c + 1] + decay[:, :, c + 1] * adjoint[:, :, c + 1]
+        for t in reversed(range(walk.steps)):
+            active = walk.active(t)
+            g, after = adjoint[:, :, :active], states[t][:, :, :active]
+            before = (states[t - 1] if t else starts[s])[:, :, :active]
+            dtt, ut, Bt, Ct, gyt = (walk.read(field, t) for field in (dt, us, Bs, Cs, gy))
+            g.addcmul_(Ct.unsqueeze(-1), gyt.unsqueeze(-2))
+            walk.write(grad_C[s], t, (after * gyt.unsqueeze(-2)).sum(-1))
+            walk.write(grad_B[s], t, (g * (dtt * ut).unsqueeze(-2)).sum(-1))
+            grad_input = (g * Bt.unsqueeze(-1)).sum(-2)  # of dt * u
+            g.mul_((dtt.unsqueeze(-2) * At).exp_())  # now the adjoint of the state before this step
+            grad_exponent = g * before
+            walk.write(grad_u[s], t, dtt * grad_input + skip * gyt)
+            walk.write(grad_dt[s], t, ut * grad_input + (grad_exponent * At).sum(-2))
+            grad_At += (grad_exponent * dtt.unsqueeze(-2)).sum((0, 2))
+            grad_D += (gyt * ut).sum((0, 2))
+        if delta_softplus:
+            grad_dt[s] *= torch.sigmoid(delta[s].to(dtype) + delta_bias.to(dtype))
+    grad_bias = grad_dt.sum((0, 1))
+    return (
+        (grad_u if u.dim() == 4 else grad_u.sum(2)).to(u.dtype),
+        grad_dt.to(delta.dtype),
+        grad_At.transpose(-1, -2).to(A.dtype).contiguous(),
+        grad_B,
+        grad_C,
+        grad_D.to(D.dtype),
+        grad_bias.to(delta_bias.dtype),
+    )
+
+
+def _discretisation(delta, delta_bias, delta_softplus, dtype):
+    delta = delta.to(dtype) + delta_bias.to(dtype)
+    return F.softplus(delta) if delta_softplus else delta

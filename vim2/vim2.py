@@ -1,0 +1,416 @@
+"""ViM2, the vision MambaMixer (arXiv 2403.19888, section 4): a hierarchical backbone of MambaMixer blocks.
+
+Paper: MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection,
+Behrouz, Santacatterina, Zabih, 2024. The authors released no code; docs/architecture.md maps each equation to this
+package. Maps are channels-last, (batch, H, W, C), throughout.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, PatchEmbed, to_ntuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, named_apply, register_model
+from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from .mixers import MambaMixerBlock, WeightedAverage
+
+__all__ = ["ViM2"]  # register_model adds the models
+
+MIN_SIZE = 32  # pixels: below, the last stage would hold no token
+
+
+class ViM2Stage(nn.Module):
+    """Patch merging (but in the first stage), MambaMixer blocks, and the weighted average that ends the stage.
+
+    Weighted averaging reaches back to the stage's own input, y(0), and no further.
+
+    Args:
+        in_dim: Channels of the map that comes in.
+        dim: Channels of the stage.
+        depth: Number of blocks.
+        downsample: Whether to merge 2 x 2 patches first.
+        drop_path: Rates, a sequence a block.
+        block_args: Further arguments of `MambaMixerBlock`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        downsample: bool,
+        drop_path: Sequence[Sequence[float]],
+        device=None,
+        dtype=None,
+        **block_args,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample = PatchMerging(in_dim, dim, **dd) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList()
+        num_features = 1
+        for i in range(depth):
+            self.blocks.append(MambaMixerBlock(dim, num_features, drop_path=drop_path[i], **block_args, **dd))
+            num_features += len(drop_path[i])
+        self.average = WeightedAverage(num_features, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, H, W, in_dim) -> (batch, ceil(H / 2), ceil(W / 2), dim) with downsampling, else (batch, H, W, dim)."""
+        features = (self.downsample(x),)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                features += checkpoint(block, *features)
+            else:
+                features += block(*features)
+        return self.average(features)
+
+
+class ViM2(nn.Module):
+    """ViM2 backbone and classifier, with timm's interface.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: timm's pool type; "" leaves pooling out.
+        patch_size: Stride of the stem, in pixels.
+        depths: Blocks a stage.
+        dims: Channels a stage.
+        token_mixers: Token mixers a block; one number, or one a stage.
+        channel_mixer: "s6", "mlp" (the paper's ViM2-MLP) or "none" (vanilla VMamba).
+        d_state: State size N of all S6.
+        token_expand: Inner width of token mixers over the stage's channels; one number, or one a stage.
+        channel_expand: Inner width of S6 channel mixers over the stage's channels; one number, or one a stage.
+        channel_patch: Channels a step of the channel scan.
+        mlp_ratio: Hidden width of the MLP over the stage's channels, with channel_mixer="mlp".
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last mixer; rates rise linearly from 0 at the first.
+
+    Raises:
+        ValueError: An unknown channel_mixer, or a channel_patch that does not divide a channel mixer's width.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        patch_size: int = 4,
+        depths: Sequence[int] = (1, 1, 3, 1),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        token_mixers: int | Sequence[int] = 2,
+        channel_mixer: str = "s6",
+        d_state: int = 16,
+        token_expand: float | Sequence[float] = 2.0,
+        channel_expand: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
+        channel_patch: int = 16,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.output_fmt = "NHWC"
+        self.num_features = dims[-1]
+        self.feature_info = []
+
+        self.patch_embed = PatchEmbed(
+            img_size=None,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=dims[0],
+            norm_layer=nn.LayerNorm,
+            output_fmt="NHWC",
+            **dd,
+        )
+
+        num_stages = len(depths)
+        token_mixers, token_expand, channel_expand = (
+            to_ntuple(num_stages)(value) for value in (token_mixers, token_expand, channel_expand)
+        )
+        mixers = [tokens + (channel_mixer != "none") for tokens in token_mixers]  # of a block
+        rates = torch.linspace(0, drop_path_rate, sum(d * m for d, m in zip(depths, mixers)), device="cpu").tolist()
+        stages = []
+        for i, depth in enumerate(depths):
+            stages.append(
+                ViM2Stage(
+                    in_dim=dims[max(i - 1, 0)],
+                    dim=dims[i],
+                    depth=depth,
+                    downsample=i > 0,
+                    drop_path=[[rates.pop(0) for _ in range(mixers[i])] for _ in range(depth)],
+                    token_mixers=token_mixers[i],
+                    channel_mixer=channel_mixer,
+                    d_state=d_state,
+                    token_expand=token_expand[i],
+                    channel_expand=channel_expand[i],
+                    channel_patch=channel_patch,
+                    mlp_ratio=mlp_ratio,
+                    **dd,
+                )
+            )
+            self.feature_info += [dict(num_chs=dims[i], reduction=patch_size * 2**i, module=f"stages.{i}")]
+        self.stages = nn.Sequential(*stages)
+
+        self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
+        )
+        self.head_hidden_size = self.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as VMamba does: linear layers truncated normal (std 0.02), everything else by its own rule.
+
+        Args:
+            needs_reset: Whether other modules have still to be reset, as after creation on the meta device.
+        """
+
+        def init(module: nn.Module, name: str = "") -> None:
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+        named_apply(init, self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters of the scans; vectors (norms, biases, averaging weights) are left out by timm itself."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("A_log", "s6.D", "dt_proj_bias"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        last_blocks = [(rf"^stages\.({i})\.average", (len(stage.blocks) - 1,)) for i, stage in enumerate(self.stages)]
+        return dict(
+            stem=r"^patch_embed",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                *last_blocks,
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; num_classes=0 removes it, global_pool="" also the pooling."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+        if global_pool is not None:
+            self.global_pool = global_pool
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps that the stages put out.
+
+        Args:
+            x: Image, (batch, in_chans, H, W).
+            indices: The last n stages if a number, all if None, else these.
+            norm: Apply the final norm to the last stage's map.
+            stop_early: Stop at the last stage asked for.
+            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            The intermediates, or (final features (batch, H / 32, W / 32, C), intermediates).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}.")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self.forward_stem(x)
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                y = self.norm(x) if norm and i == last else x
+                intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        if not stop_early or max_index == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last one asked for, and the norm and head on request."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        if prune_norm or pruned:
+            self.norm = nn.Identity()  # the final norm fits the last stage only
+        self.stages = self.stages[: max_index + 1]
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "")  # the head, too, fits the last stage only
+        return take_indices
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, H // 4, W // 4, dims[0]).
+
+        Raises:
+            ValueError: Not an image of in_chans channels and at least 32 pixels a side.
+        """
+        check_image(x, self.in_chans)
+        return self.patch_embed(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, H, W) -> (batch, H / 32, W / 32, num_features), normalised."""
+        return self.norm(self.stages(self.forward_stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(batch, H, W, num_features) -> (batch, num_classes), or with pre_logits (batch, num_features)."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def check_image(x: Tensor, in_chans: int) -> None:
+    """Raise a ValueError unless x is (batch, in_chans, H, W) with H and W at least MIN_SIZE."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"Expected images of shape (batch, {in_chans}, H, W), got {tuple(x.shape)}; "
+            f"for another number of channels create the model with in_chans=..."
+        )
+    if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+        raise ValueError(
+            f"Images must be at least {MIN_SIZE} x {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}; resize them."
+        )
+
+
+torch.fx.wrap("check_image")
+
+
+def _cfg(url: str = "", **kwargs) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, MIN_SIZE, MIN_SIZE),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim2_nano": _cfg(),
+        "vim2_tiny": _cfg(),
+        "vim2_small": _cfg(),
+        "vim2_base": _cfg(),
+        "vim2_tiny_vmamba": _cfg(),
+        "vim2_small_vmamba": _cfg(),
+        "vim2_base_vmamba": _cfg(),
+        "test_vim2": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+    }
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The weights in a checkpoint of tools/classify.py or of timm's train.py; bare state dicts pass through."""
+    return state_dict.get("state_dict", state_dict)
+
+
+def _create_vim2(variant: str, pretrained: bool, **kwargs) -> ViM2:
+    return build_model_with_cfg(
+        ViM2,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def vim2_nano(pretrained: bool = False, **kwargs) -> ViM2:
+    """Ours, for CPUs and small data."""
+    model_args = dict(depths=(1, 1, 2, 1), dims=(48, 96, 192, 320))
+    return _create_vim2("vim2_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_tiny(pretrained: bool = False, **kwargs) -> ViM2:
+    """The paper's ViM2-T."""
+    model_args = dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768))
+    return _create_vim2("vim2_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_small(pretrained: bool = False, **kwargs) -> ViM2:
+    """The paper's ViM2-S."""
+    model_args = dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768))
+    return _create_vim2("vim2_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_base(pretrained: bool = False, **kwargs) -> ViM2:
+    """The paper's ViM2-B."""
+    model_args = dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024))
+    return _create_vim2("vim2_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_tiny_vmamba(pretrained: bool = False, **kwargs) -> ViM2:
+    """ViM2-T with the token mixers of vanilla VMamba-T, for its weights (tools/convert_vmamba.py)."""
+    model_args = dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768), token_mixers=(2, 2, 3, 2))
+    return _create_vim2("vim2_tiny_vmamba", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_small_vmamba(pretrained: bool = False, **kwargs) -> ViM2:
+    """ViM2-S with the token mixers of vanilla VMamba-S, for its weights (tools/convert_vmamba.py)."""
+    model_args = dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768), token_mixers=(2, 2, 3, 2))
+    return _create_vim2("vim2_small_vmamba", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vim2_base_vmamba(pretrained: bool = False, **kwargs) -> ViM2:
+    """ViM2-B with the token mixers of vanilla VMamba-B, for its weights (tools/convert_vmamba.py)."""
+    model_args = dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024), token_mixers=(2, 2, 3, 2))
+    return _create_vim2("vim2_base_vmamba", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vim2(pretrained: bool = False, **kwargs) -> ViM2:
+    """For tests."""
+    model_args = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), d_state=4, channel_patch=8)
+    return _create_vim2("test_vim2", pretrained, **dict(model_args, **kwargs))
