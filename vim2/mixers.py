@@ -1,4 +1,4 @@
-"""The MambaMixer block (arXiv 2403.19888, section 3): selective token mixer, selective channel mixer, weighted averaging.
+"""The MambaMixer block (arXiv 2403.19888, section 3): token mixer, channel mixer, weighted averaging.
 
 Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/architecture.md says what was chosen and why.
 """

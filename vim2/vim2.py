@@ -60,7 +60,7 @@ class ViM2Stage(nn.Module):
         self.average = WeightedAverage(num_features, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, H, W, in_dim) -> (batch, ceil(H / 2), ceil(W / 2), dim) with downsampling, else (batch, H, W, dim)."""
+        """(batch, H, W, in_dim) -> (batch, H, W, dim), where downsampling halves H and W, rounding up."""
         features = (self.downsample(x),)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():

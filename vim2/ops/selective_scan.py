@@ -107,40 +107,30 @@ def selective_scan_fn(
     if A.dim() != 2 or A.shape[0] != channels:
         raise ValueError(f"A must be (D, N) with D = {channels} as in u, got {tuple(A.shape)}.")
     n = A.shape[1]
-    if B.dim() == 2 and B.shape != (channels, n) or C.dim() == 2 and C.shape != (channels, n):
-        raise ValueError(f"Constant B and C must be (D, N) = {(channels, n)}, got {tuple(B.shape)}, {tuple(C.shape)}.")
-    groups = max(t.shape[1] if t.dim() == 4 else channels if t.dim() == 2 else 1 for t in (B, C))
+    # A direction of the operator holds the channels that share B and C; a constant B or C is one for every channel.
+    B, C = (t.expand(batch, length, -1, -1).permute(0, 2, 3, 1) if t.shape == (channels, n) else t for t in (B, C))
+    B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
+    groups = max(t.shape[1] if t.dim() == 4 else 0 for t in (B, C))
+    for name, t in (("B", B), ("C", C)):
+        if t.dim() != 4 or t.shape[1] not in (1, groups) or (t.shape[0], *t.shape[2:]) != (batch, n, length):
+            raise ValueError(
+                f"{name} must be (batch, N, L) = {(batch, n, length)}, (batch, G, N, L) or (D, N), "
+                f"got {tuple(t.shape)}."
+            )
     if channels % groups:
         raise ValueError(f"B and C have {groups} groups, which does not divide the {channels} channels of u.")
-
-    def grouped(t):  # -> (batch, L, G, N)
-        if t.dim() == 2:
-            return t.expand(batch, length, channels, n)
-        t = t.unsqueeze(1) if t.dim() == 3 else t
-        return t.expand(-1, groups, -1, -1).permute(0, 3, 1, 2)
-
-    def lanes(t):  # channels last, a lane a group: (batch, D, L) -> (batch, L, G, E), (D, ...) -> (G, E, ...)
-        return t.transpose(1, 2).unflatten(-1, (groups, -1)) if t.dim() == 3 else t.unflatten(0, (groups, -1))
-
-    if any(t.dim() != 2 and t.shape not in ((batch, n, length), (batch, t.shape[1], n, length)) for t in (B, C)):
-        raise ValueError(
-            f"B and C must be (batch, N, L) = {(batch, n, length)}, (batch, G, N, L) or (D, N), "
-            f"got {tuple(B.shape)} and {tuple(C.shape)}."
-        )
-    vectors = [u.new_zeros(channels, dtype=A.dtype) if t is None else t for t in (D, delta_bias)]
-    y, last_state = _scan(
-        lanes(u),
-        lanes(delta),
-        A.unflatten(0, (groups, -1)),
-        grouped(B),
-        grouped(C),
-        *(lanes(t) for t in vectors),
-        delta_softplus,
-        ("forward",) * groups,
-        1,
-        length,
-        merge=False,
-    )
+    D, delta_bias = (A.new_zeros(channels) if t is None else t for t in (D, delta_bias))
+    if D.shape != (channels,) or delta_bias.shape != (channels,):
+        raise ValueError(f"D and delta_bias must be ({channels},), got {tuple(D.shape)} and {tuple(delta_bias.shape)}.")
+    if z is not None and z.shape != u.shape:
+        raise ValueError(f"z must be {tuple(u.shape)} as u, got {tuple(z.shape)}.")
+    if u.numel() == 0:
+        raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
+    u, delta = (t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (u, delta))
+    A, D, delta_bias = (t.unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
+    B, C = (t.expand(-1, groups, -1, -1).permute(0, 3, 1, 2) for t in (B, C))
+    orders = FORWARD * groups
+    y, last_state = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, 1, length, merge=False)
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
         y = y * F.silu(z)

@@ -1,0 +1,307 @@
+"""The scan against its oracle: the literal recurrence in float64, differentiated by autograd."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, reference, selective_scan, selective_scan_fn
+from vim2.ops.reference import chunk_positions, scan_positions, selective_scan_recurrence
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+MAPS = [(1, 1), (1, 7), (7, 1), (7, 13), (2, 67), (1, 131), (11, 11)]
+
+
+def make_inputs(spatial, orders, features=3, n=5, batch=2, separate=False, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    k = len(orders)
+    tensors = (
+        randn(batch, *spatial, *((k,) if separate else ()), features),
+        randn(batch, *spatial, k, features),
+        -torch.rand(k, features, n, generator=generator, dtype=torch.float64) * n - 0.1,
+        randn(batch, *spatial, k, n),
+        randn(batch, *spatial, k, n),
+        randn(k, features),
+        randn(k, features),
+    )
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def oracle(inputs, orders, softplus=True):
+    """selective_scan by the recurrence, in float64."""
+    u, delta, A, B, C, D, bias = (t.double() for t in inputs)
+    spatial = delta.shape[1:-2]
+    height, width = spatial if len(spatial) == 2 else (1, spatial[0])
+    u, delta, B, C = (t.flatten(1, len(spatial)) for t in (u, delta, B, C))
+    y, _ = selective_scan_recurrence(u, delta, A, B, C, D, bias, softplus, orders, height, width)
+    return y.sum(2).unflatten(1, spatial)
+
+
+def gradients(output, inputs, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return torch.autograd.grad(output, inputs, grad)
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_matches_oracle(inputs, orders, tolerance, softplus=True):
+    actual = selective_scan(*inputs, delta_softplus=softplus, orders=orders)
+    expected = oracle(inputs, orders, softplus)
+    assert actual.dtype == inputs[0].dtype
+    assert relative_error(actual, expected) < tolerance
+    for name, a, e in zip(NAMES, gradients(actual, inputs), gradients(expected, inputs)):
+        assert a.isfinite().all(), name
+        assert relative_error(a, e) < tolerance, name
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("orders", [FORWARD, BIDIRECTIONAL, CROSS_SCAN, ("columns", "columns")], ids="-".join)
+@pytest.mark.parametrize("spatial", MAPS, ids=str)
+def test_map_matches_recurrence(spatial, orders, separate):
+    assert_matches_oracle(make_inputs(spatial, orders, separate=separate), orders, 1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 257])
+def test_sequence_matches_recurrence(length):
+    inputs = make_inputs((length,), BIDIRECTIONAL)
+    inputs[1], inputs[6] = (t.detach().abs().requires_grad_() for t in (inputs[1], inputs[6]))
+    assert_matches_oracle(inputs, BIDIRECTIONAL, 1e-12, softplus=False)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 64])
+def test_state_sizes(n):
+    assert_matches_oracle(make_inputs((5, 14), CROSS_SCAN, n=n), CROSS_SCAN, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)], ids=str
+)
+def test_dtypes(dtype, tolerance):
+    """Half-precision inputs lose what rounding the outputs loses; states and decays stay in float32."""
+    inputs = make_inputs((7, 13), CROSS_SCAN, dtype=dtype)
+    inputs[2], inputs[5], inputs[6] = (t.detach().float().requires_grad_() for t in (inputs[2], inputs[5], inputs[6]))
+    assert_matches_oracle(inputs, CROSS_SCAN, tolerance)
+
+
+@pytest.mark.parametrize("step", [1e-8, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_steps(step, dtype):
+    inputs = make_inputs((9, 12), CROSS_SCAN, dtype=dtype)
+    inputs[1] = torch.full_like(inputs[1], step).requires_grad_()
+    inputs[6] = torch.zeros_like(inputs[6]).requires_grad_()
+    y = selective_scan(*inputs, delta_softplus=False, orders=CROSS_SCAN)
+    expected = oracle(inputs, CROSS_SCAN, softplus=False)
+    assert relative_error(y, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+    for name, g in zip(NAMES, gradients(y, inputs)):
+        assert g.isfinite().all(), name
+
+
+@pytest.mark.parametrize("delta", [-1e4, 1e4])
+def test_extreme_softplus_arguments(delta):
+    inputs = make_inputs((3, 30), CROSS_SCAN, dtype=torch.float32)
+    inputs[1] = torch.full_like(inputs[1], delta).requires_grad_()
+    y = selective_scan(*inputs, orders=CROSS_SCAN)
+    for t in (y, *gradients(y, inputs)):
+        assert t.isfinite().all()
+
+
+def test_zero_and_huge_inputs():
+    for scale in (0.0, 1e18):
+        inputs = make_inputs((3, 30), CROSS_SCAN, dtype=torch.float32)
+        inputs[0] = (inputs[0].detach() * scale).requires_grad_()
+        y = selective_scan(*inputs, orders=CROSS_SCAN)
+        assert y.isfinite().all()
+        assert relative_error(y, oracle(inputs, CROSS_SCAN)) < 1e-5
+        for t in gradients(y, inputs):
+            assert t.isfinite().all()
+
+
+def test_every_output_is_written(monkeypatch):
+    """Memory that torch.empty hands out is poisoned with NaN; none may survive."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: torch.zeros_like(*a, **k).fill_(math.nan))
+    inputs = make_inputs((7, 13), CROSS_SCAN)
+    y = selective_scan(*inputs, orders=CROSS_SCAN)
+    for t in (y, *gradients(y, inputs)):
+        assert t.isfinite().all()
+
+
+def test_batch_slices_change_nothing(monkeypatch):
+    inputs = make_inputs((7, 13), CROSS_SCAN, batch=5)
+    whole = selective_scan(*inputs, orders=CROSS_SCAN)
+    whole_grads = gradients(whole, inputs)
+    monkeypatch.setattr(reference, "MAX_STATE_ELEMENTS", 2 * 91 * 4 * 3 * 5)  # two images at a time
+    sliced = selective_scan(*inputs, orders=CROSS_SCAN)
+    torch.testing.assert_close(sliced, whole)
+    for a, b in zip(gradients(sliced, inputs), whole_grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_orders_are_walks_over_the_map():
+    assert scan_positions("forward", 2, 3).tolist() == [0, 1, 2, 3, 4, 5]
+    assert scan_positions("columns", 2, 3).tolist() == [0, 3, 1, 4, 2, 5]
+    assert scan_positions("backward", 2, 3).tolist() == [5, 4, 3, 2, 1, 0]
+    assert scan_positions("columns_backward", 2, 3).tolist() == [5, 2, 4, 1, 3, 0]
+
+
+@pytest.mark.parametrize("order", CROSS_SCAN)
+def test_a_direction_sees_only_what_lies_behind_it(order):
+    inputs = [t.detach() for t in make_inputs((6, 13), (order,), batch=1)]
+    y = selective_scan(*inputs, orders=(order,))
+    walk = scan_positions(order, 6, 13)
+    changed = inputs[0].clone()
+    changed.view(1, 78, -1)[:, walk[40]] += 1.0
+    difference = (selective_scan(changed, *inputs[1:], orders=(order,)) - y).abs().sum(-1).flatten()
+    assert difference[walk[:40]].max() == 0
+    assert difference[walk[40]] > 0 and difference[walk[41]] > 0
+
+
+@pytest.mark.parametrize("length", [64, 65, 1000, 3136, 65536])
+def test_steps_grow_with_the_root_of_the_length(length):
+    positions, last = chunk_positions(FORWARD, 1, length)
+    _, chunks, steps = positions.shape
+    assert (chunks - 1) * steps + last == length
+    assert max(chunks, steps) <= max(64, math.isqrt(length) + 1)
+
+
+def test_operator_is_registered_correctly():
+    inputs = make_inputs((3, 5), CROSS_SCAN)
+    u, delta, A, B, C, D, bias = (t.detach() for t in inputs)
+    flat = [u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2), C.flatten(1, 2), D, bias]
+    flat = [t.requires_grad_() for t in flat]
+    torch.library.opcheck(torch.ops.vim2.selective_scan, (*flat, True, [0, 1, 2, 3], 3, 5, True))
+
+
+def test_compiles_without_graph_breaks():
+    inputs = make_inputs((3, 5), CROSS_SCAN)
+
+    def loss(*inputs):
+        return selective_scan(*inputs, orders=CROSS_SCAN).square().sum()
+
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(compiled, eager):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_keeps_states_in_float32():
+    inputs = make_inputs((7, 13), CROSS_SCAN, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = selective_scan(*inputs, orders=CROSS_SCAN)
+    assert relative_error(y, oracle(inputs, CROSS_SCAN)) < 2e-6
+
+
+BAD_INPUTS = {
+    "unknown order": (dict(orders=("sideways",)), "orders must name"),
+    "no order": (dict(orders=()), "orders must name"),
+    "too few orders": (dict(orders=("forward",)), "4 directions"),
+    "u": (dict(u=torch.zeros(2, 3, 4, 7)), "u must be"),
+    "delta": (dict(delta=torch.zeros(2, 3, 4)), "delta must be"),
+    "A": (dict(A=torch.zeros(4, 5)), "A must be"),
+    "B": (dict(B=torch.zeros(2, 3, 4, 4, 6)), "B must be"),
+    "C": (dict(C=torch.zeros(2, 3, 4, 5)), "C must be"),
+    "D": (dict(D=torch.zeros(3)), "D must be"),
+    "bias": (dict(delta_bias=torch.zeros(3)), "delta_bias must be"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input(change, message):
+    arguments = dict(zip(NAMES, make_inputs((3, 4), CROSS_SCAN)), orders=CROSS_SCAN)
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**{**arguments, **change})
+
+
+def test_empty_input():
+    with pytest.raises(ValueError, match="nothing to scan"):
+        selective_scan(*make_inputs((3, 4), CROSS_SCAN, batch=0), orders=CROSS_SCAN)
+
+
+class TestMambaSignature:
+    """selective_scan_fn against mamba-ssm's published semantics, written out for one sequence of one channel."""
+
+    batch, channels, length, n = 2, 6, 70, 3
+
+    def make(self, groups=None, constant=False):
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        b, d, length, n = self.batch, self.channels, self.length, self.n
+        shape = (d, n) if constant else (b, n, length) if groups is None else (b, groups, n, length)
+        A = (-torch.rand(d, n, generator=generator, dtype=torch.float64) - 0.1).requires_grad_()
+        return dict(
+            u=randn(b, d, length), delta=randn(b, d, length), A=A, B=randn(*shape), C=randn(*shape),
+            D=randn(d), z=randn(b, d, length), delta_bias=randn(d),
+        )  # fmt: skip
+
+    def expected(self, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        delta = delta if delta_bias is None else delta + delta_bias[:, None]
+        delta = F.softplus(delta) if delta_softplus else delta
+
+        def per_channel(t):  # -> (batch, D, N, L)
+            if t.dim() == 2:
+                return t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[2])
+            t = t.unsqueeze(1) if t.dim() == 3 else t
+            return t.repeat_interleave(u.shape[1] // t.shape[1], dim=1)
+
+        B, C = per_channel(B), per_channel(C)
+        h, ys = 0, []
+        for t in range(u.shape[2]):
+            h = torch.exp(delta[:, :, t, None] * A) * h + (delta[:, :, t] * u[:, :, t])[..., None] * B[..., t]
+            ys.append((h * C[..., t]).sum(-1))
+        y = torch.stack(ys, -1)
+        y = y if D is None else y + D[:, None] * u
+        return (y if z is None else y * F.silu(z)), h
+
+    @pytest.mark.parametrize("softplus", [False, True])
+    @pytest.mark.parametrize(
+        "kind", [dict(), dict(groups=1), dict(groups=2), dict(groups=6), dict(constant=True)], ids=str
+    )
+    def test_matches(self, kind, softplus):
+        arguments = self.make(**kind)
+        if not softplus:  # steps must be positive for the scan to be stable
+            arguments["delta"] = arguments["delta"].detach().abs().requires_grad_()
+            arguments["delta_bias"] = arguments["delta_bias"].detach().abs().requires_grad_()
+        actual = selective_scan_fn(**arguments, delta_softplus=softplus, return_last_state=True)
+        expected = self.expected(**arguments, delta_softplus=softplus)
+        for a, e in zip(actual, expected):
+            torch.testing.assert_close(a, e)
+        inputs = list(arguments.values())
+        for a, e in zip(
+            torch.autograd.grad([t.square().sum() for t in actual], inputs),
+            torch.autograd.grad([t.square().sum() for t in expected], inputs),
+        ):
+            torch.testing.assert_close(a, e)
+
+    def test_optional_arguments(self):
+        arguments = {k: v for k, v in self.make().items() if k in ("u", "A", "B", "C")}
+        arguments["delta"] = torch.rand(self.batch, self.channels, self.length, dtype=torch.float64)
+        torch.testing.assert_close(selective_scan_fn(**arguments), self.expected(**arguments)[0])
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(A=torch.ones(6, 3, dtype=torch.complex64)), "complex"),
+            (dict(A=torch.ones(5, 3)), "A must be"),
+            (dict(B=torch.ones(2, 4, 3, 70)), "does not divide"),
+            (dict(B=torch.ones(2, 3, 71)), "B must be"),
+            (dict(C=torch.ones(2, 2, 3, 70), B=torch.ones(2, 3, 3, 70)), "C must be"),
+            (dict(delta=torch.ones(2, 6, 71)), "u and delta"),
+            (dict(z=torch.ones(2, 6, 71)), "z must be"),
+            (dict(D=torch.ones(7)), "D and delta_bias"),
+        ],
+    )
+    def test_bad_input(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            selective_scan_fn(**{**self.make(), **change})

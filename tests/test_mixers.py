@@ -1,0 +1,116 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vim2.mixers import MambaMixerBlock, SelectiveChannelMixer, SelectiveTokenMixer, WeightedAverage
+from vim2.ops import selective_scan_fn
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter away from its initial value, so that none can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.2)
+    return module.double().eval()
+
+
+def s6_on_sequence(s6, lane: int, x: torch.Tensor) -> torch.Tensor:
+    """Mamba's inner part for one direction, (batch, L, E) -> (batch, L, E), written with the library's 1-D scan."""
+    dt, B, C = (x @ s6.x_proj_weight[lane].T).split((s6.dt_rank, s6.d_state, s6.d_state), dim=-1)
+    y = selective_scan_fn(
+        x.transpose(1, 2),
+        (dt @ s6.dt_proj_weight[lane].T).transpose(1, 2),
+        -s6.A_log[lane].exp(),
+        B.transpose(1, 2),
+        C.transpose(1, 2),
+        s6.D[lane],
+        delta_bias=s6.dt_proj_bias[lane],
+        delta_softplus=True,
+    )
+    return y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (4, 7)], ids=str)
+def test_token_mixer_is_a_gated_cross_scan(size):
+    """Against the definition with explicit transposes and flips, as VMamba's SS2D makes them."""
+    mixer = randomise(SelectiveTokenMixer(8, d_state=3))
+    height, width = size
+    x = torch.randn(2, height, width, 8, dtype=torch.float64)
+    value, gate = mixer.in_proj(x).chunk(2, dim=-1)
+    value = F.silu(mixer.conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    rows, columns = value.flatten(1, 2), value.transpose(1, 2).flatten(1, 2)
+    y = s6_on_sequence(mixer.s6, 0, rows) + s6_on_sequence(mixer.s6, 2, rows.flip(1)).flip(1)
+    y = y.unflatten(1, (height, width))
+    z = s6_on_sequence(mixer.s6, 1, columns) + s6_on_sequence(mixer.s6, 3, columns.flip(1)).flip(1)
+    y = y + z.unflatten(1, (width, height)).transpose(1, 2)
+    expected = mixer.out_proj(mixer.out_norm(y) * F.silu(gate))
+    torch.testing.assert_close(mixer(x), expected)
+
+
+@pytest.mark.parametrize("channel_patch", [1, 4, 16])
+def test_channel_mixer_is_a_bidirectional_scan_along_each_tokens_channels(channel_patch):
+    mixer = randomise(SelectiveChannelMixer(8, d_state=3, channel_patch=channel_patch))
+    x = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    expected = torch.empty_like(x)
+    weight = mixer.conv.weight.view(channel_patch, 2, 1, -1)
+    bias = mixer.conv.bias.view(channel_patch, 2)
+    for index in [(b, h, w) for b in range(2) for h in range(2) for w in range(3)]:  # token by token
+        value, gate = mixer.in_proj(x[index]).chunk(2)
+        steps = value.view(1, -1, channel_patch)
+        y = 0
+        for lane in range(2):
+            sequence = steps.flip(1) if lane else steps
+            causal = F.pad(sequence.transpose(1, 2), (3, 0))
+            u = F.silu(F.conv1d(causal, weight[:, lane], bias[:, lane], groups=channel_patch)).transpose(1, 2)
+            u = s6_on_sequence(mixer.s6, lane, u)
+            y = y + (u.flip(1) if lane else u)
+        expected[index] = mixer.out_proj(y.reshape(-1) * F.silu(gate))
+    torch.testing.assert_close(mixer(x), expected)
+
+
+def test_channel_mixer_does_not_mix_tokens():
+    mixer = randomise(SelectiveChannelMixer(8, channel_patch=4))
+    x = torch.randn(1, 3, 3, 8, dtype=torch.float64)
+    changed = x.clone()
+    changed[0, 1, 2] += 1
+    difference = (mixer(changed) - mixer(x)).abs().sum(-1)[0]
+    assert difference[1, 2] > 0
+    difference[1, 2] = 0
+    assert difference.max() == 0
+
+
+def test_every_mixer_sees_every_earlier_feature():
+    """Equations 14 and 15: the input of each mixer is a weighted sum of y(0) and of all mixers' outputs before it."""
+    block = randomise(MambaMixerBlock(8, num_features=3, token_mixers=2, channel_patch=4))
+    features = [torch.randn(1, 2, 2, 8, dtype=torch.float64) for _ in range(3)]
+    outputs = block(*features)
+    assert len(outputs) == 3
+    for i, (layer, output) in enumerate(zip(block.layers, outputs)):
+        seen = [*features, *outputs[:i]]
+        average = sum(w * y for w, y in zip(layer.average.weight, seen))
+        torch.testing.assert_close(output, layer.mixer(layer.norm(average)))
+
+
+def test_weighted_average_starts_as_a_sum():
+    features = [torch.randn(2, 3) for _ in range(4)]
+    torch.testing.assert_close(WeightedAverage(4)(features), sum(features))
+
+
+def test_initialisation_follows_mamba():
+    s6 = SelectiveTokenMixer(32, d_state=16).s6
+    torch.testing.assert_close(s6.A_log.exp(), torch.arange(1.0, 17).expand(4, 64, 16))
+    steps = F.softplus(s6.dt_proj_bias)
+    assert 0.001 <= steps.min() < 0.01 and 0.05 < steps.max() <= 0.1001
+    assert (s6.D == 1).all()
+
+
+def test_channel_patch_must_divide_the_width():
+    with pytest.raises(ValueError, match="channel_patch must divide the channel mixer's width 16, got 5"):
+        SelectiveChannelMixer(8, channel_patch=5)
+
+
+def test_unknown_channel_mixer():
+    with pytest.raises(ValueError, match="channel_mixer must be one of s6, mlp, none, got 'conv'"):
+        MambaMixerBlock(8, 1, channel_mixer="conv")

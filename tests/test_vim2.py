@@ -1,0 +1,338 @@
+"""ViM2 as a timm model: the contract that timm's own tests/test_models.py checks, and what the paper says of it."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models import FeatureInfo
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from vim2 import ViM2
+
+
+def images(*shape, seed=0, **kwargs):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Every parameter away from its initial value, so that none can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+def parameters(name, **kwargs):
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name, **kwargs).parameters()) / 1e6
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return randomise(timm.create_model("test_vim2", num_classes=10)).eval()
+
+
+def test_all_models_are_listed():
+    assert timm.list_models(module="vim2") == [
+        "test_vim2",
+        "vim2_base",
+        "vim2_base_vmamba",
+        "vim2_nano",
+        "vim2_small",
+        "vim2_small_vmamba",
+        "vim2_tiny",
+        "vim2_tiny_vmamba",
+    ]
+
+
+@pytest.mark.parametrize("name, expected", [("vim2_tiny", 24.0), ("vim2_small", 43.7), ("vim2_base", 75.6)])
+def test_parameters_of_the_papers_table(name, expected):
+    assert parameters(name) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("depth, expected", [(3, 22.89), (9, 44.42)])
+def test_without_channel_mixers_it_has_vmambas_parameters(depth, expected):
+    name = "vim2_tiny" if depth == 3 else "vim2_small"
+    count = parameters(name, token_mixers=(2, 2, 3, 2), channel_mixer="none")
+    assert count == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("channel_mixer", ["s6", "mlp", "none"])
+def test_at_initialisation_it_is_a_pre_norm_residual_network(channel_mixer):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vim2", channel_mixer=channel_mixer).double().eval()
+    x = images(2, 3, 64, 48, dtype=torch.float64)
+    y = model.patch_embed(x)
+    for stage in model.stages:
+        y = stage.downsample(y)
+        for block in stage.blocks:
+            for layer in block.layers:
+                y = y + layer.mixer(layer.norm(y))
+    torch.testing.assert_close(model.forward_features(x), model.norm(y), rtol=1e-12, atol=1e-12)
+
+
+def test_weighted_averaging_stays_within_a_stage(model):
+    x = images(1, 3, 64, 64)
+    y = model.patch_embed(x)
+    for stage in model.stages:
+        features = [stage.downsample(y)]
+        for block in stage.blocks:
+            features += block(*features)
+        y = sum(w * f for w, f in zip(stage.average.weight, features))
+    torch.testing.assert_close(model.forward_features(x), model.norm(y))
+
+
+def test_constructor_covers_what_the_paper_varies():
+    model = ViM2(
+        depths=(1, 2, 1),
+        dims=(8, 16, 32),
+        token_mixers=(1, 2, 3),
+        d_state=2,
+        token_expand=1.5,
+        channel_expand=(1.0, 2.0, 1.0),
+        channel_patch=1,
+        num_classes=5,
+    )
+    assert model(images(1, 3, 32, 32)).shape == (1, 5)
+    assert [len(b.layers) for s in model.stages for b in s.blocks] == [2, 3, 3, 4]
+    assert model.stages[1].blocks[0].layers[2].mixer.in_proj.out_features == 2 * 32
+    assert model.stages[0].blocks[0].layers[0].mixer.in_proj.out_features == 2 * 12
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 97), (32, 200)], ids=str)
+def test_any_size(model, size):
+    assert model(images(2, 3, *size)).isfinite().all()
+
+
+def test_batch_does_not_matter(model):
+    x = images(3, 3, 64, 64)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 1, 64, 64), r"\(batch, 3, H, W\).*in_chans"),
+        ((3, 64, 64), r"\(batch, 3, H, W\)"),
+        ((1, 3, 31, 64), "at least 32 x 32, got 31 x 64"),
+        ((1, 3, 64, 0), "at least 32 x 32, got 64 x 0"),
+    ],
+)
+def test_bad_images(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(shape))
+
+
+def test_bad_arguments():
+    with pytest.raises(RuntimeError, match="vim2_huge"):
+        timm.create_model("vim2_huge")
+    with pytest.raises(ValueError, match="channel_mixer must be one of"):
+        timm.create_model("test_vim2", channel_mixer="conv")
+    with pytest.raises(TypeError, match="num_heads"):
+        timm.create_model("test_vim2", num_heads=4)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = timm.create_model("test_vim2", num_classes=42).train()
+    model(images(2, 3, 64, 64)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_default_cfg_names_the_right_layers(model):
+    cfg = model.pretrained_cfg
+    assert cfg["input_size"] == (3, 96, 96)
+    state_dict = model.state_dict()
+    assert cfg["first_conv"] + ".weight" in state_dict and cfg["classifier"] + ".weight" in state_dict
+    assert model.forward_features(images(1, *cfg["input_size"])).shape == (1, *cfg["pool_size"], model.num_features)
+
+
+def test_head(model):
+    x = images(2, 3, 64, 64)
+    features = model.forward_features(x)
+    assert features.shape == (2, 2, 2, 48)
+    pre_logits = model.forward_head(features, pre_logits=True)
+    assert pre_logits.shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(pre_logits, features.mean((1, 2)))
+    torch.testing.assert_close(model(x), model.get_classifier()(pre_logits))
+
+
+def test_reset_classifier(model):
+    x = images(2, 3, 64, 64)
+    model.reset_classifier(7)
+    assert model.num_classes == 7 and model(x).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and model(x).shape == (2, 48)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (2, 2, 2, 48)
+    model.reset_classifier(3, "max")
+    assert model(x).shape == (2, 3)
+    assert timm.create_model("test_vim2", num_classes=0, global_pool="")(x).shape == (2, 2, 2, 48)
+
+
+@pytest.mark.parametrize("feature_cls", [None, "getter", "dict"])
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (0,), (-1,)])
+def test_features_only(feature_cls, out_indices):
+    kwargs = {} if feature_cls is None else dict(feature_cls=feature_cls)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vim2", features_only=True, out_indices=out_indices, **kwargs).eval()
+    features = model(images(1, 3, 64, 96))
+    features = list(features.values()) if feature_cls == "dict" else features
+    assert model.feature_info.channels() == [(16, 24, 32, 48)[i] for i in out_indices]
+    assert model.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in out_indices]
+    channels_last = feature_cls != "getter"
+    for feature, channels, reduction in zip(
+        features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        size = (64 // reduction, 96 // reduction)
+        assert feature.shape == ((1, *size, channels) if channels_last else (1, channels, *size))
+
+
+def test_forward_intermediates(model):
+    x = images(1, 3, 64, 96)
+    channels = FeatureInfo(model.feature_info, (0, 1, 2, 3)).channels()
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    assert [m.shape for m in maps] == [(1, c, 16 // 2**i, 24 // 2**i) for i, c in enumerate(channels)]
+    last_two = model.forward_intermediates(x, indices=2, output_fmt="NHWC", norm=True, intermediates_only=True)
+    torch.testing.assert_close(last_two[0], maps[2].permute(0, 2, 3, 1))
+    torch.testing.assert_close(last_two[1], final)
+    early, maps = model.forward_intermediates(x, indices=[1], stop_early=True)
+    torch.testing.assert_close(early.permute(0, 3, 1, 2), maps[0])
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("indices", [1, [0, 2], [1]], ids=str)
+def test_prune_intermediate_layers(model, indices):
+    x = images(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    kept = model.prune_intermediate_layers(indices)
+    assert len(model.stages) == max(kept) + 1
+    for a, e in zip(model.forward_intermediates(x, indices=kept, intermediates_only=True), expected, strict=True):
+        torch.testing.assert_close(a, e)
+    assert model(x).shape[-1] == model.num_features
+
+
+def test_grad_checkpointing_changes_nothing(model):
+    x = images(2, 3, 64, 64)
+    model.train()
+    plain = torch.autograd.grad(model(x).square().mean(), model.parameters())
+    model.set_grad_checkpointing()
+    checkpointed = torch.autograd.grad(model(x).square().mean(), model.parameters())
+    for a, b in zip(checkpointed, plain):
+        torch.testing.assert_close(a, b)
+
+
+def test_drop_path_rises_linearly():
+    model = timm.create_model("test_vim2", drop_path_rate=0.28)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([0.02 * i for i in range(1, 15)])
+    x = images(2, 3, 64, 64)
+    assert not torch.equal(model.train()(x), model(x))
+    torch.testing.assert_close(model.eval()(x), model(x))
+
+
+def test_no_weight_decay(model):
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            decays = name.endswith(("proj.weight", "fc.weight", "conv.weight", "reduction.weight", "proj_weight"))
+            assert (group["weight_decay"] > 0) == decays, name
+
+
+def test_layer_decay_covers_every_parameter(model):
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    scales = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    by_name = {n: scales[id(p)] for n, p in model.named_parameters()}
+    # stem, 1 + 1 + 2 + 1 blocks, head
+    assert by_name["patch_embed.proj.weight"] == pytest.approx(0.5**6)
+    assert by_name["stages.0.average.weight"] == by_name["stages.0.blocks.0.layers.0.norm.weight"] == 0.5**5
+    assert by_name["stages.2.blocks.0.layers.0.norm.weight"] == 0.5**3
+    assert by_name["stages.2.average.weight"] == by_name["stages.2.blocks.1.layers.0.norm.weight"] == 0.5**2
+    assert by_name["head.fc.weight"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_stays_close_and_finite(model, dtype):
+    x = images(2, 3, 64, 64)
+    expected = model(x)
+    model.train()
+    with torch.autocast("cpu", dtype):
+        output = model(x)
+        loss = output.float().square().mean()
+    assert ((output - expected).norm() / expected.norm()) < 0.02
+    for gradient in torch.autograd.grad(loss, model.parameters()):
+        assert gradient.isfinite().all()
+
+
+def test_half_precision_model(model):
+    x = images(2, 3, 64, 64)
+    expected = model(x)
+    output = model.bfloat16()(x.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert ((output - expected).norm() / expected.norm()) < 0.1
+
+
+def test_fx_tracing(model):
+    x = images(2, 3, 64, 64)
+    _, nodes = get_graph_node_names(model)
+    traced = create_feature_extractor(model, [nodes[-1]]).eval()
+    torch.testing.assert_close(traced(x)[nodes[-1]], model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images(1, 3, 96, 64)), model(images(1, 3, 96, 64)))
+
+
+def test_compiles_without_graph_breaks(model):
+    x = images(2, 3, 64, 64)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+def test_exports(model):
+    x = images(2, 3, 64, 64)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_meta_device_and_dtype():
+    model = timm.create_model("test_vim2", device="meta")
+    assert all(p.is_meta for p in model.parameters())
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model(images(1, 3, 64, 64)).isfinite().all()
+    assert timm.create_model("test_vim2", dtype=torch.bfloat16).head.fc.weight.dtype == torch.bfloat16
+
+
+def test_loading_adapts_channels_and_classes(model, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": model.state_dict()}, path)
+    overlay = dict(file=str(path), num_classes=10)
+    same = timm.create_model("test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10).eval()
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(same(x), model(x))
+    other = timm.create_model(
+        "test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=1
+    ).eval()
+    assert other(x[:, :1]).shape == (1, 4)
+    torch.testing.assert_close(other.stages.state_dict(), model.stages.state_dict())
+    torch.testing.assert_close(
+        other.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True), rtol=1e-5, atol=1e-6
+    )
+    features = timm.create_model("test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
+    torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)))
+
+
+def test_pickles(model):
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
