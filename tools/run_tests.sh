@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, check the formatting and test, in an environment of the project's own that is made on first use.
+# Usage: bash tools/run_tests.sh [arguments of pytest, such as tests/test_vim2.py or -k scan]
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+cd "$ROOT"
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest "$@"
