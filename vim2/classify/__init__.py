@@ -1,0 +1,8 @@
+"""Training, validation and prediction on images, with timm's parts and option names. docs/training.md is the guide."""
+
+from .errors import UserError
+from .prediction import predict
+from .training import train
+from .validation import validate
+
+__all__ = ["UserError", "predict", "train", "validate"]

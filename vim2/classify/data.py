@@ -1,0 +1,326 @@
+"""Datasets and loaders: timm's, with what timm leaves to luck put right.
+
+Unreadable images are named and counted instead of silently replaced, validation sees every image exactly once however
+many processes there are, and a folder of images that nobody has split yet is split the same way every time.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import add_img_extensions, create_dataset, create_loader, get_img_extensions
+from torch.utils.data import Dataset, IterableDataset
+
+from .distributed import Processes
+from .errors import UserError
+
+__all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "train_loader"]
+
+SPLITS = (
+    ("train", "training"),
+    ("val", "valid", "validation", "eval", "evaluation"),
+)  # folder names that mean the same
+MAX_UNREADABLE = 100  # neighbours tried in place of an unreadable training image
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
+
+add_img_extensions((".webp", ".bmp", ".tif", ".tiff"))
+
+
+class Images(Dataset):
+    """The images of one of timm's or torchvision's datasets, or some of them.
+
+    In training an unreadable image is replaced by the next readable one; in validation it gets the target -1, to be
+    left out. Both note it in `unreadable`, which the loader's workers share with the process that reads it.
+
+    Args:
+        dataset: What `timm.data.create_dataset` returned, without a transform.
+        mode: Pillow mode to convert to, "RGB" or "L".
+        indices: The images to use; all if None.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str = "RGB", indices: Sequence[int] | None = None):
+        self.dataset = dataset
+        self.mode = mode
+        self.indices = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self.training = False
+        self.transform = None  # create_loader sets it
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        self.reported = torch.zeros_like(self.unreadable)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def subset(self, indices: Sequence[int]) -> "Images":
+        """These of the images, by their position here."""
+        return Images(self.dataset, self.mode, self.indices[indices])
+
+    def filename(self, index: int) -> str:
+        """What to call image `index` of the dataset in a message."""
+        try:
+            return str(self.dataset.filename(index, absolute=True))
+        except (AttributeError, NotImplementedError):
+            return f"image {index}"
+
+    def targets(self) -> list[int]:
+        """The classes of the images of a class folder."""
+        return [self.dataset.reader.samples[i][1] for i in self.indices]
+
+    def load(self, index: int) -> tuple[Image.Image, int] | None:
+        """Image `index` of the dataset and its class, or None if it cannot be read."""
+        try:
+            if not hasattr(self.dataset, "reader"):
+                image, target = self.dataset[index]
+                return image.convert(self.mode), int(target)
+            file, target = self.dataset.reader[index][:2]
+            with Image.open(file) as image:
+                return image.convert(self.mode), int(target)
+        except UNREADABLE:
+            self.unreadable[index] = 1
+            return None
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        sample = self.load(self.indices[position])
+        if sample is None and self.training:
+            for step in range(1, min(MAX_UNREADABLE, len(self))):
+                sample = self.load(self.indices[(position + step) % len(self)])
+                if sample is not None:
+                    break
+            else:
+                name = self.filename(self.indices[position])
+                raise UserError(f"{name} and those after it cannot be read: check the data.", one_process=True)
+        image, target = sample or (Image.new(self.mode, (64, 64)), -1)
+        return self.transform(image), target
+
+    def report_unreadable(self, processes: Processes) -> tuple[int, list[str]]:
+        """How many images proved unreadable so far, in all processes, and the names of those not reported before."""
+        flags = processes.maximum(self.unreadable)
+        new = (flags > self.reported).nonzero().flatten().tolist()
+        self.reported = flags
+        return int(flags.sum()), [self.filename(i) for i in new]
+
+
+def open_split(
+    name: str,
+    root: str | os.PathLike | None,
+    split: str,
+    class_map: str | dict[str, int] | None = None,
+    mode: str = "RGB",
+    download: bool = False,
+) -> Images:
+    """One split of a dataset.
+
+    Args:
+        name: timm's name of a dataset; "" for class folders, or a tar of them.
+        root: Its folder. For class folders: the folder that holds `split`, or else the class folders themselves.
+        split: Name of the split.
+        class_map: Class names and their indices, or a file with a class name a line.
+        mode: Pillow mode of the images.
+        download: Let torchvision download it.
+
+    Raises:
+        UserError: No such data, no images, or a data set that can only be streamed.
+    """
+    if name.startswith(("tfds/", "wds/", "hfids/")):
+        raise UserError(
+            f"{name} can only be streamed, and then neither exact resuming nor counting every image once in validation "
+            "is possible: use class folders, torch/... or hfds/... instead."
+        )
+    if not name:
+        if not root:
+            raise UserError("Say where the images are: --data-dir FOLDER, with a folder of images for each class.")
+        if not Path(root).exists():
+            raise UserError(f"There is no {root}: give --data-dir the folder that holds your images.")
+        root = find_split(root, split) or root
+    if class_map is not None and not isinstance(class_map, dict) and not Path(class_map).is_file():
+        raise UserError(f"There is no class map {class_map}: give a text file with a class name a line.")
+    try:
+        dataset = create_dataset(
+            name,
+            root=None if root is None else str(root),
+            split=split,
+            search_split=False,
+            class_map=class_map,
+            download=download,
+            input_img_mode=mode,
+        )
+    except Exception as error:
+        if not name and "Found 0 images" in str(error):
+            known = f", in folders named as these classes: {shorten(class_map)}" if isinstance(class_map, dict) else ""
+            raise UserError(
+                f"There are no images in {root}{known}; expected a folder of images "
+                f"({', '.join(get_img_extensions())}) for each class."
+            ) from None
+        raise UserError(f"Cannot open the data set {name or root}: {str(error) or type(error).__name__}") from None
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f"{name} can only be streamed: use class folders, torch/... or hfds/... instead.")
+    if len(dataset) == 0:
+        raise UserError(f"The data set {name} has no images in its split {split}.")
+    return Images(dataset, mode)
+
+
+def class_names(images: Images) -> list[str] | None:
+    """The data set's class names by index, or None if it has none."""
+    source = getattr(images.dataset, "reader", images.dataset)
+    class_to_idx = getattr(source, "class_to_idx", None)
+    if not class_to_idx:
+        return None
+    names = {index: name for name, index in class_to_idx.items()}
+    return [names.get(i, str(i)) for i in range(max(names) + 1)]
+
+
+def find_split(root: str | os.PathLike, split: str) -> Path | None:
+    """The folder of a split, under its own name or one that means the same."""
+    names = (split, *next((group for group in SPLITS if split in group), ()))
+    return next((Path(root) / name for name in names if (Path(root) / name).exists()), None)
+
+
+def hold_out(images: Images, share: float) -> tuple[Images, Images]:
+    """Split class folders into a part to train on and one to validate on, the same for the same files.
+
+    Args:
+        images: All images.
+        share: Share of each class to validate on; at least one image, and at least one stays.
+
+    Raises:
+        UserError: A class with a single image.
+    """
+    targets = np.array(images.targets())
+    random = np.random.default_rng(0)
+    validation = np.zeros(len(images), dtype=bool)
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        if len(members) < 2:
+            raise UserError(
+                f"{images.filename(images.indices[members[0]])} is the only image of its class, and cannot be both "
+                "trained and validated on: add images to that class."
+            )
+        number = min(max(round(share * len(members)), 1), len(members) - 1)
+        validation[random.choice(members, number, replace=False)] = True
+    return images.subset(np.flatnonzero(~validation)), images.subset(np.flatnonzero(validation))
+
+
+def open_train_and_val(
+    name: str,
+    root: str | os.PathLike | None,
+    train_split: str = "train",
+    val_split: str = "validation",
+    holdout: float = 0.2,
+    class_map: str | None = None,
+    mode: str = "RGB",
+    download: bool = False,
+) -> tuple[Images, Images, list[str] | None, bool]:
+    """Both splits of a dataset, as `open_split`. Class folders without splits are split by `hold_out`.
+
+    Returns:
+        Images to train on, images to validate on, class names, and whether the split is ours.
+
+    Raises:
+        UserError: As `open_split` and `hold_out`; one split alone; fewer than two classes; splits of other classes.
+    """
+    options = dict(class_map=class_map, mode=mode, download=download)
+    if name or not root or not Path(root).is_dir():
+        held_out = not name and bool(root)  # a tar of class folders
+    else:
+        found = {split: find_split(root, split) for split in (train_split, val_split)}
+        held_out = not any(found.values())
+        if held_out and (train_split, val_split) != ("train", "validation"):
+            raise UserError(
+                f"{root} has neither a folder {train_split} nor {val_split}: check --train-split, --val-split."
+            )
+        if not held_out and not all(found.values()):
+            here, missing = (train_split, val_split) if found[train_split] else (val_split, train_split)
+            raise UserError(
+                f"{root} has a folder {found[here].name}, but none for {missing}: add it beside, name it with "
+                f"--train-split or --val-split, or give --data-dir {found[here]} to have a part of it set aside."
+            )
+    train = open_split(name, root, train_split, **options)
+    names = class_names(train)
+    if names is not None and len(names) < 2:
+        where = f"all lie in {root} itself" if names == [""] else f"are all of one class, {names[0]}"
+        raise UserError(f"The images to train on {where}: put them into a folder for each of two classes or more.")
+    if held_out:
+        return *hold_out(train, holdout), names, True
+    val = open_split(name, root, val_split, **options)
+    if names is not None and class_map is None and set(names) != set(class_names(val) or names):
+        only = [sorted(set(a) - set(b)) for a, b in ((names, class_names(val)), (class_names(val), names))]
+        which = "; ".join(f"only in {s}: {shorten(o)}" for s, o in zip((train_split, val_split), only) if o)
+        raise UserError(
+            f"The classes to train and to validate on differ ({which}): make the folders' names agree, "
+            "or list the classes to use in a file and give it as --class-map."
+        )
+    return train, val, names, False
+
+
+def shorten(names: Sequence[str], number: int = 5) -> str:
+    """The first of some names, for a message."""
+    names = list(names)
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
+
+
+def common_options(images: Images, data_config: dict[str, Any], workers: int, device: torch.device) -> dict[str, Any]:
+    mean, std = data_config["mean"], data_config["std"]
+    if data_config["input_size"][0] == 1:  # timm warns about the mean of three channels
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return dict(
+        dataset=images,
+        input_size=data_config["input_size"],
+        mean=mean,
+        std=std,
+        num_workers=workers,
+        device=device,
+        pin_memory=device.type == "cuda",
+        # workers live for one epoch, so that their random state is that of the epoch's start
+        persistent_workers=False,
+    )
+
+
+def train_loader(
+    images: Images,
+    data_config: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    processes: Processes,
+    **augmentation,
+):
+    """timm's training loader: (batch, C, H, W) images, normalised, on the device, and their (batch,) classes.
+
+    Args:
+        images: To train on.
+        data_config: From `timm.data.resolve_data_config`.
+        batch_size: Images a step and process; a last, smaller batch is dropped.
+        workers: Processes that read.
+        processes: The processes that train.
+        augmentation: Further arguments of `timm.data.create_loader`.
+    """
+    images.training = True
+    return create_loader(
+        **common_options(images, data_config, workers, processes.device),
+        batch_size=batch_size,
+        is_training=True,
+        distributed=processes.world_size > 1,
+        **augmentation,
+    )
+
+
+def eval_loader(images: Images, data_config: dict[str, Any], batch_size: int, workers: int, processes: Processes):
+    """timm's loader for validation, over this process's share of the images: no image is in two, none is left out."""
+    share = images.subset(np.arange(processes.rank, len(images), processes.world_size))
+    share.unreadable = images.unreadable  # reported through the whole
+    return create_loader(
+        **common_options(share, data_config, workers, processes.device),
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+    )
+
+
+def count_classes(images: Images) -> int | None:
+    """Number of classes of a data set without class names, from its targets; None if it tells neither."""
+    targets = getattr(images.dataset, "targets", None)
+    return None if targets is None else int(max(targets)) + 1

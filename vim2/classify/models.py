@@ -1,0 +1,184 @@
+"""Models for training, validation and prediction, from timm's registry and from checkpoints."""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+import vim2  # noqa: F401  registers the models
+
+from ..checkpoints import load_weights, read_checkpoint
+from .errors import UserError
+from .options import did_you_mean
+
+__all__ = ["autocast", "create_model", "freeze", "input_config", "load_checkpoint_model", "read_run"]
+
+MIN_SIZE = 32
+
+
+def create_model(name: str, **kwargs) -> nn.Module:
+    """`timm.create_model`, with errors that a user can act on.
+
+    Raises:
+        UserError: Unknown model or argument of it, no pretrained weights.
+    """
+    if not timm.is_model(name):
+        known = timm.list_models()
+        ours = ", ".join(n for n in timm.list_models("vim2*"))
+        raise UserError(f"There is no model {name}{did_you_mean(name, known)}; this package's own are {ours}.")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{name} cannot be made with these --model-kwargs: {error}") from None
+    except RuntimeError as error:
+        if "pretrained weights" not in str(error):
+            raise
+        raise UserError(
+            f"There are no pretrained weights of {name} to download: leave --pretrained out, or convert VMamba's with "
+            "tools/convert_vmamba.py and start from them with --initial-checkpoint."
+        ) from None
+
+
+def load(model: nn.Module, path: str | os.PathLike, new_head: bool = False, use_ema: bool = True) -> None:
+    """`vim2.checkpoints.load_weights`, with its errors as UserError."""
+    try:
+        load_weights(model, path, use_ema=use_ema, new_head=new_head)
+    except (ValueError, OSError) as error:
+        raise UserError(error) from None
+
+
+def read_run(path: str | os.PathLike) -> Any:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: It is missing, truncated, or a pickle of more than weights.
+    """
+    try:
+        return read_checkpoint(path)
+    except (ValueError, OSError) as error:
+        raise UserError(error) from None
+
+
+def load_checkpoint_model(
+    checkpoint: str | None,
+    model: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    use_ema: bool = True,
+    num_classes: int | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained model, and what its checkpoint tells about itself.
+
+    Args:
+        checkpoint: File of weights. Those of `vim2.classify.train` name their model, classes and input.
+        model: timm's name; the checkpoint's if None.
+        model_kwargs: Arguments of the model; the checkpoint's if None.
+        pretrained: Take timm's own weights and no checkpoint.
+        use_ema: Prefer the checkpoint's moving average.
+        num_classes: Classes of the data, where the checkpoint does not tell.
+
+    Raises:
+        UserError: No weights, or weights of another model.
+    """
+    if not checkpoint:
+        if not (pretrained and model):
+            raise UserError("Say what to use: --checkpoint FILE, or --model NAME --pretrained for timm's own weights.")
+        return create_model(model, pretrained=True, **(model_kwargs or {})), {}
+    content = read_run(checkpoint)
+    facts = content if isinstance(content, dict) and "arch" in content else {}
+    name = model or facts.get("arch")
+    if name is None:
+        raise UserError(f"{checkpoint} does not say which model it is of: add --model NAME.")
+    classes = facts.get("num_classes") or head_size(content) or num_classes
+    kwargs = dict(facts.get("model_kwargs", {}) if model_kwargs is None else model_kwargs)
+    if "in_chans" in facts:
+        kwargs.setdefault("in_chans", facts["in_chans"])
+    created = create_model(name, **({} if classes is None else {"num_classes": classes}), **kwargs)
+    load(created, checkpoint, use_ema=use_ema)
+    return created, facts
+
+
+def head_size(content: Any) -> int | None:
+    """Number of classes of a bare file of weights with a head named as ViM2's, VMamba's or timm's are."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    for key in ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight"):
+        if isinstance(content, dict) and key in content:
+            return content[key].shape[0]
+    return None
+
+
+def input_config(
+    model: nn.Module, options: dict[str, Any], img_size: int | None, saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """timm's data config: size, normalisation, interpolation and crop of the model's input.
+
+    Args:
+        model: Its pretrained_cfg is the default.
+        options: Of the command line: mean, std, interpolation, crop_pct, in_chans.
+        img_size: Height and width, in pixels.
+        saved: The checkpoint's, which goes before the model's.
+
+    Raises:
+        UserError: An image too small, a mean or std of another number of channels.
+    """
+    if img_size is not None and img_size < MIN_SIZE:
+        raise UserError(f"--img-size must be at least {MIN_SIZE} pixels, got {img_size}.")
+    in_chans = (
+        getattr(model, "in_chans", None) or options.get("in_chans") or (saved or {"input_size": (3,)})["input_size"][0]
+    )
+    wanted = {k: options.get(k) for k in ("mean", "std", "interpolation", "crop_pct")}
+    for name in ("mean", "std"):
+        if wanted[name] is not None and len(wanted[name]) not in (1, in_chans):
+            raise UserError(f"--{name} needs 1 or {in_chans} numbers, got {len(wanted[name])}.")
+    default = {**model.pretrained_cfg, **(saved or {})}
+    size = (img_size, img_size) if img_size is not None else tuple(default["input_size"][1:])
+    try:
+        config = resolve_data_config({**wanted, "input_size": (in_chans, *size)}, pretrained_cfg=default)
+    except AssertionError as error:
+        raise UserError(f"Cannot resolve the model's input: {error}") from None
+    return config
+
+
+def freeze(model: nn.Module, stages: int) -> list[nn.Module]:
+    """Stop the training of the stem and the first stages of a ViM2; one more than it has also stops the final norm.
+
+    Returns:
+        What is frozen, to be kept in eval mode: without stochastic depth or dropout, it always computes the same.
+
+    Raises:
+        UserError: More stages than that, or a model without them.
+    """
+    if stages == 0:
+        return []
+    parts = [getattr(model, name, None) for name in ("patch_embed", "stages", "norm")]
+    if any(part is None for part in parts):
+        raise UserError(f"--freeze works for ViM2, not for {type(model).__name__}: leave it out.")
+    stem, all_stages, norm = parts
+    if stages > len(all_stages) + 1:
+        raise UserError(f"--freeze takes 0 to {len(all_stages) + 1} for this model, got {stages}.")
+    frozen = [stem, *all_stages[:stages], *([norm] if stages > len(all_stages) else [])]
+    for module in frozen:
+        module.requires_grad_(False)
+        module.eval()
+    return frozen
+
+
+def train_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    """Training mode, but for what is frozen."""
+    model.train()
+    for module in frozen:
+        module.eval()
+
+
+def autocast(device: torch.device, amp: bool, amp_dtype: str):
+    """A maker of contexts for mixed precision, or of ones that do nothing."""
+    return partial(torch.autocast, device.type, getattr(torch, amp_dtype)) if amp else nullcontext

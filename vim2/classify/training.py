@@ -1,0 +1,514 @@
+"""Training and fine-tuning.
+
+A run lives in one folder: last.pth (everything that is needed to go on), best.pth (weights to use), metrics.csv,
+metrics.json and curves.png. Every epoch begins with random states that depend on (seed, epoch, process) alone and ends
+with last.pth, so that a run which was cut off goes on as if it had not been. The metrics are written from last.pth's.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoints import save_checkpoint, write_atomically
+from .data import count_classes, eval_loader, open_train_and_val, train_loader
+from .distributed import Processes, start_processes
+from .errors import UserError
+from .evaluation import evaluate
+from .models import autocast, create_model, freeze, input_config, load, read_run, train_mode
+from .options import apply_recipe, did_you_mean, plain, resolve, resume_options, train_parser
+from .plots import plot_curves
+from .progress import progress, say
+
+__all__ = ["train"]
+
+
+def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
+    """Train a model, as `tools/classify.py train` does.
+
+    Args:
+        argv: Command line; or else
+        options: the same options by name, with underscores: `train(data_dir="flowers", model="vim2_nano", epochs=20)`.
+
+    Returns:
+        What metrics.json holds, and the run's `folder`.
+
+    Raises:
+        UserError: Anything that the user can put right. What was saved before is kept.
+    """
+    options, explicit = resolve(train_parser(), options if argv is None else argv)
+    processes = start_processes(options["device"])
+    options, saved = recall(options, explicit, processes)
+    run = Run(options, processes, saved)
+    run.fit()
+    processes.finish()
+    return {**run.metrics(), "folder": str(run.folder)}
+
+
+def recall(
+    options: dict[str, Any], explicit: set[str], processes: Processes
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The options to train with and, for a run that goes on, its checkpoint."""
+    path = None
+    if options["resume"] and options["resume"] != "auto":
+        path = Path(options["resume"])
+        path = path / "last.pth" if path.is_dir() else path
+    elif (run_folder(options) / "last.pth").exists():
+        path = run_folder(options) / "last.pth"
+        if not options["resume"]:
+            raise UserError(
+                f"{path.parent} holds a run already: add --resume to go on with it, or choose another --experiment."
+            )
+    if path is None:
+        if options["resume"]:
+            say(f"No {run_folder(options) / 'last.pth'} yet: starting from the beginning.", processes)
+        return apply_recipe(options, explicit, processes.world_size), None
+    saved = read_run(path)
+    if not (isinstance(saved, dict) and "optimizer" in saved and "args" in saved):
+        raise UserError(
+            f"{path} cannot be resumed: it is not a last.pth. To start from its weights: --initial-checkpoint."
+        )
+    if saved["world_size"] != processes.world_size:
+        say(
+            f"{path} was trained by {saved['world_size']} processes, not {processes.world_size}: expect other losses.",
+            processes,
+        )
+    options = resume_options(options, explicit, saved["args"], path)
+    if options["resume"] != "auto" and not explicit & {"output", "experiment"}:
+        options["output"], options["experiment"] = str(path.parent.parent), path.parent.name
+    return options, saved
+
+
+def run_folder(options: dict[str, Any]) -> Path:
+    data = options["dataset"] or Path(options["data_dir"] or "").name
+    name = options["experiment"] or "-".join(part.replace("/", "-") for part in (options["model"], data) if part)
+    return Path(options["output"]) / name
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and PyTorch, on every device; the loader's workers draw their seeds from PyTorch's."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Run:
+    """One training run.
+
+    Args:
+        options: Of `train_parser`, resolved.
+        processes: The processes that train.
+        saved: Checkpoint to go on from.
+
+    Raises:
+        UserError: Data, model or options that do not fit.
+    """
+
+    def __init__(self, options: dict[str, Any], processes: Processes, saved: dict[str, Any] | None = None):
+        self.options = o = options
+        self.processes = processes
+        self.folder = run_folder(options)
+        self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
+        self.updates = saved["updates"] if saved else 0
+        if o["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        if o["img_size"] is not None and o["img_size"] < 32:
+            raise UserError(f"--img-size must be at least 32 pixels, got {o['img_size']}.")
+
+        self.open_data(saved)
+        seed_everything(o["seed"], 0)
+        self.create_model(saved)
+        self.create_loaders()
+        self.create_optimizer()
+        if saved:
+            self.restore(saved)
+        self.trained = torch.compile(self.model, backend=o["torchcompile"]) if o["torchcompile"] else self.model
+        self.evaluated = self.trained
+        if processes.world_size > 1:
+            ids = [processes.device.index] if processes.device.type == "cuda" else None
+            self.trained = DistributedDataParallel(self.trained, device_ids=ids)
+
+    def open_data(self, saved: dict[str, Any] | None) -> None:
+        o = self.options
+        options = (o["dataset"], o["data_dir"], o["train_split"], o["val_split"], o["holdout"], o["class_map"])
+        mode = "RGB" if o["in_chans"] == 3 else "L"
+        self.train_images, self.val_images, self.class_names, self.held_out = open_train_and_val(
+            *options, mode=mode, download=o["dataset_download"]
+        )
+        found = len(self.class_names) if self.class_names else count_classes(self.train_images)
+        if found is None and o["num_classes"] is None:
+            raise UserError(f"{o['dataset']} does not tell its number of classes: add --num-classes.")
+        self.num_classes = o["num_classes"] or found
+        if found is not None and self.num_classes < found:
+            raise UserError(f"The data have {found} classes, more than --num-classes {self.num_classes}: leave it out.")
+        if saved and (saved["num_classes"], saved["class_names"]) != (self.num_classes, self.class_names):
+            raise UserError(
+                f"The run was started on {saved['num_classes']} classes, and these data have others ({found}): give it "
+                "its old data, or fine-tune on these with --initial-checkpoint and another --experiment."
+            )
+
+    def create_model(self, saved: dict[str, Any] | None) -> None:
+        o = self.options
+        o["model_kwargs"] = dict(o["model_kwargs"])
+        in_chans = {} if o["in_chans"] == 3 else {"in_chans": o["in_chans"]}
+        self.model = create_model(
+            o["model"],
+            pretrained=o["pretrained"] and not saved,
+            num_classes=self.num_classes,
+            drop_rate=o["drop"],
+            drop_path_rate=o["drop_path"],
+            **in_chans,
+            **o["model_kwargs"],
+        )
+        if o["initial_checkpoint"] and not saved:
+            load(self.model, o["initial_checkpoint"], new_head=True)
+        self.data_config = input_config(self.model, o, o["img_size"])
+        self.frozen = freeze(self.model, o["freeze"])
+        if o["grad_checkpointing"]:
+            self.model.set_grad_checkpointing()
+        self.model.to(self.processes.device)
+        self.ema = None
+        if o["model_ema"]:
+            self.ema = ModelEmaV3(self.model, decay=o["model_ema_decay"], use_warmup=o["model_ema_warmup"])
+
+    def create_loaders(self) -> None:
+        o, world_size = self.options, self.processes.world_size
+        mixing = o["mixup"] > 0 or o["cutmix"] > 0 or o["cutmix_minmax"] is not None
+        batch_size = min(o["batch_size"], len(self.train_images) // world_size)
+        if mixing and batch_size % 2:
+            batch_size -= 1  # images are mixed in pairs
+        if batch_size < 1:
+            raise UserError(f"{len(self.train_images)} images are too few to train on: add images, or leave Mixup out.")
+        if batch_size != o["batch_size"]:
+            say(
+                f"Using batches of {batch_size} of {o['batch_size']}, for {len(self.train_images)} images.",
+                self.processes,
+            )
+        self.batch_size = batch_size
+        config = self.data_config
+        self.loader = train_loader(
+            self.train_images,
+            config,
+            batch_size,
+            o["workers"],
+            self.processes,
+            no_aug=o["no_aug"],
+            scale=tuple(o["scale"]),
+            ratio=tuple(o["ratio"]),
+            hflip=o["hflip"],
+            vflip=o["vflip"],
+            color_jitter=o["color_jitter"],
+            auto_augment=o["aa"],
+            interpolation=config["interpolation"] if o["no_aug"] else o["train_interpolation"],
+            re_prob=o["reprob"],
+            re_mode=o["remode"],
+            re_count=o["recount"],
+        )
+        val_batch = o["validation_batch_size"] or o["batch_size"]
+        self.val_loader = eval_loader(self.val_images, config, val_batch, o["workers"], self.processes)
+        self.mixup = None
+        if mixing:
+            self.mixup = Mixup(
+                mixup_alpha=o["mixup"],
+                cutmix_alpha=o["cutmix"],
+                cutmix_minmax=o["cutmix_minmax"],
+                prob=o["mixup_prob"],
+                switch_prob=o["mixup_switch_prob"],
+                mode=o["mixup_mode"],
+                label_smoothing=o["smoothing"],
+                num_classes=self.num_classes,
+            )
+        self.criterion = create_loss(o, mixing).to(self.processes.device)
+
+    def create_optimizer(self) -> None:
+        o, device = self.options, self.processes.device
+        if o["opt"].lower() not in list_optimizers():
+            raise UserError(f"There is no optimiser {o['opt']}{did_you_mean(o['opt'], list_optimizers())}.")
+        images = self.batch_size * self.processes.world_size * o["grad_accum_steps"]
+        scale = images / o["lr_base_size"]
+        self.lr = o["lr"] or o["lr_base"] * (scale if o["lr_base_scale"] == "linear" else math.sqrt(scale))
+        optional = {"eps": o["opt_eps"], "betas": o["opt_betas"] and tuple(o["opt_betas"])}
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.model,
+                opt=o["opt"],
+                lr=self.lr,
+                weight_decay=o["weight_decay"],
+                momentum=o["momentum"],
+                layer_decay=o["layer_decay"],
+                **{k: v for k, v in optional.items() if v is not None},
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"The optimiser {o['opt']} cannot be made with these options: {error}") from None
+        self.updates_per_epoch = math.ceil(len(self.loader) / o["grad_accum_steps"])
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=o["sched"],
+            num_epochs=o["epochs"],
+            warmup_epochs=min(o["warmup_epochs"], o["epochs"]),
+            warmup_lr=self.lr / 1000 if o["warmup_lr"] is None else o["warmup_lr"],
+            min_lr=self.lr / 100 if o["min_lr"] is None else o["min_lr"],
+            decay_epochs=o["decay_epochs"],
+            decay_rate=o["decay_rate"],
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        self.scaler = NativeScaler(device.type) if o["amp"] and o["amp_dtype"] == "float16" else None
+        self.autocast = autocast(device, o["amp"], o["amp_dtype"])
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(saved["state_dict"])
+            if self.ema:
+                self.ema.module.load_state_dict(saved["state_dict_ema"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"The checkpoint does not fit {self.options['model']} with these options: {error}"
+            ) from None
+        if self.scaler:
+            self.scaler.load_state_dict(saved["scaler"])
+
+    @property
+    def measure(self) -> str:
+        """The column that decides which epoch is best."""
+        return "ema_top1" if self.ema else "top1"
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        validated = [row for row in self.history if row.get(self.measure) is not None]
+        return max(validated, key=lambda row: (row[self.measure], row["epoch"]), default=None)
+
+    def fit(self) -> None:
+        """Train up to the last epoch.
+
+        Raises:
+            UserError: The loss became NaN, or a file could not be written. The last good checkpoint is kept.
+        """
+        o, first = self.options, len(self.history)
+        images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
+        kept = f" (a share of {o['holdout']:g} set aside)" if self.held_out else ""
+        size = " x ".join(map(str, self.data_config["input_size"][1:]))
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        say(f"{o['model']}: {parameters:.2f} M parameters, {self.num_classes} classes, {size} pixels", self.processes)
+        say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
+        if first:
+            say(f"Going on after epoch {first} of {o['epochs']}.", self.processes)
+            self.write_metrics()
+        elif self.processes.device.type == "cuda" and self.processes.world_size == 1 and torch.cuda.device_count() > 1:
+            n = torch.cuda.device_count()
+            say(f"Using one of {n} GPUs; for all: torchrun --nproc-per-node={n} tools/classify.py train ...")
+        for epoch in range(first, o["epochs"]):
+            row = self.train_epoch(epoch)
+            if (epoch + 1) % o["val_interval"] == 0 or epoch + 1 == o["epochs"]:
+                row.update(self.validate())
+            self.require_finite(epoch, row["train_loss"], row.get("val_loss", 0.0), weights=True)
+            skipped = 0
+            for images in (self.train_images, self.val_images):
+                number, names = images.report_unreadable(self.processes)
+                skipped += number
+                for name in names[:20]:
+                    say(f"Skipped, cannot be read: {name}", self.processes)
+                if len(names) > 20:
+                    say(f"Skipped, cannot be read: {len(names) - 20} more", self.processes)
+            row["unreadable"] = skipped
+            self.history.append(row)
+            self.write()
+            say(describe(row, o["epochs"]), self.processes)
+        if self.best:
+            say(
+                f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
+                self.processes,
+            )
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        o, device = self.options, self.processes.device
+        seed_everything(o["seed"], epoch + 1, self.processes.rank)
+        if self.processes.world_size > 1:
+            self.loader.sampler.set_epoch(epoch)
+        if self.mixup:
+            self.mixup.mixup_enabled = not o["mixup_off_epoch"] or epoch < o["mixup_off_epoch"]
+        train_mode(self.model, self.frozen)
+        steps, accumulated = len(self.loader), o["grad_accum_steps"]
+        total, start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
+        if self.scheduler:
+            self.scheduler.step_update(self.updates)
+        for step, (images, target) in enumerate(progress(self.loader, f"epoch {epoch + 1}", self.processes)):
+            if self.mixup:
+                images, target = self.mixup(images, target)
+            is_update = (step + 1) % accumulated == 0 or step + 1 == steps
+            part = min(
+                accumulated, steps - step // accumulated * accumulated
+            )  # steps of this update: the last has fewer
+            wait = self.processes.world_size > 1 and not is_update
+            with self.trained.no_sync() if wait else nullcontext():
+                with self.autocast():
+                    loss = self.criterion(self.trained(images), target)
+                self.backward(loss / part, is_update)
+            total += loss.detach()
+            if is_update:
+                self.updates += 1
+                self.optimizer.zero_grad()
+                if self.ema:
+                    self.ema.update(self.model, step=self.updates)
+                if self.scheduler:
+                    self.scheduler.step_update(self.updates)
+            if (step + 1) % o["log_interval"] == 0:
+                self.require_finite(epoch, self.mean_loss(total, step + 1))
+        train_loss = self.mean_loss(total, steps)
+        seconds = time.perf_counter() - start
+        return {
+            "epoch": epoch + 1,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "train_loss": train_loss,
+            "seconds": seconds,
+            "images_per_second": steps * self.batch_size * self.processes.world_size / seconds,
+        }
+
+    def backward(self, loss: Tensor, is_update: bool) -> None:
+        o = self.options
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if o["clip_mode"] == "agc":
+            parameters = parameters[:-2]  # adaptive clipping leaves the classifier alone
+        if self.scaler:
+            self.scaler(loss, self.optimizer, o["clip_grad"], o["clip_mode"], parameters, need_update=is_update)
+            return
+        loss.backward()
+        if is_update:
+            if o["clip_grad"] is not None:
+                dispatch_clip_grad(parameters, o["clip_grad"], mode=o["clip_mode"])
+            self.optimizer.step()
+
+    def mean_loss(self, total: Tensor, steps: int) -> float:
+        return (self.processes.sum(total) / (steps * self.processes.world_size)).item()
+
+    def validate(self) -> dict[str, Any]:
+        options = (self.val_loader, self.processes, self.autocast)
+        self.model.eval()
+        scores = evaluate(self.evaluated, *options)
+        row = {"val_loss": scores["loss"], "top1": scores["top1"], "top5": scores["top5"]}
+        if self.ema:
+            scores = evaluate(self.ema.module, *options, description="validate EMA")
+            row.update(ema_val_loss=scores["loss"], ema_top1=scores["top1"], ema_top5=scores["top5"])
+        if not scores["images"]:
+            raise UserError("Not one of the images to validate on can be read: check the data.")
+        return row
+
+    def require_finite(self, epoch: int, *losses: float, weights: bool = False) -> None:
+        finite = all(map(math.isfinite, losses))
+        if finite and weights:
+            finite = bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
+        if finite:
+            return
+        kept = f"The last good checkpoint, of epoch {epoch}, is kept: {self.folder / 'last.pth'}."
+        raise UserError(
+            f"The loss became NaN or infinite in epoch {epoch + 1}. {kept if epoch else 'Nothing was saved yet.'} "
+            "Start again with a lower --lr, with --clip-grad 1, or if it was in float16 with --amp-dtype bfloat16"
+            + (", from that checkpoint by --initial-checkpoint." if epoch else ".")
+        )
+
+    def write(self) -> None:
+        """Write the run's files; the first process does. If it is cut off anywhere here, nothing is lost."""
+        if not self.processes.is_first:
+            return
+        weights = {
+            "arch": self.options["model"],
+            "model_kwargs": plain_containers(self.options["model_kwargs"]),
+            "num_classes": self.num_classes,
+            "in_chans": self.options["in_chans"],
+            "class_names": self.class_names,
+            "data_config": plain_containers(self.data_config),
+            "held_out": self.held_out,
+            "args": plain_containers(self.options),
+            "epoch": len(self.history),
+            "metrics": self.history[-1],
+            "state_dict": self.model.state_dict(),
+        }
+        if self.ema:
+            weights["state_dict_ema"] = self.ema.module.state_dict()
+        state = {
+            "updates": self.updates,
+            "history": self.history,
+            "world_size": self.processes.world_size,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+        try:
+            # best.pth first: a run cut off in between repeats the epoch, and writes it again
+            if self.best is self.history[-1]:
+                save_checkpoint(weights, self.folder / "best.pth")
+            save_checkpoint({**weights, **state}, self.folder / "last.pth")
+            self.write_metrics()
+        except OSError as error:
+            raise UserError(f"{error.strerror}. Make room, then go on with --resume.", one_process=True) from None
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return {"model": self.options["model"], "best": self.best, "history": self.history, "args": plain(self.options)}
+
+    def write_metrics(self) -> None:
+        if not self.processes.is_first:
+            return
+        columns = dict.fromkeys(name for row in self.history for name in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.folder / "metrics.csv", text.getvalue())
+        write_atomically(self.folder / "metrics.json", json.dumps(self.metrics(), indent=1) + "\n")
+        try:
+            plot_curves(self.history, self.folder / "curves.png")
+        except UserError as error:  # matplotlib is optional
+            if len(self.history) == 1:
+                say(f"No curves.png: {error}", self.processes)
+
+
+def create_loss(options: dict[str, Any], mixing: bool) -> nn.Module:
+    """The training loss; Mixup smooths labels itself."""
+    smoothing = options["smoothing"]
+    if options["bce_loss"]:
+        return BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing, target_threshold=options["bce_target_thresh"])
+    if mixing:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def plain_containers(value: Any) -> Any:
+    """What a weights-only reader takes: built-in numbers, text and containers."""
+    if isinstance(value, dict):
+        return {str(k): plain_containers(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain_containers(v) for v in value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def describe(row: dict[str, Any], epochs: int) -> str:
+    """A line for an epoch."""
+    parts = [f"epoch {row['epoch']:>3}/{epochs}", f"loss {row['train_loss']:.4f}"]
+    if "val_loss" in row:
+        parts += [f"validation {row['val_loss']:.4f}", f"top-1 {row['top1']:.2f} %", f"top-5 {row['top5']:.2f} %"]
+    if "ema_top1" in row:
+        parts.append(f"EMA top-1 {row['ema_top1']:.2f} %")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    if row["unreadable"]:
+        parts.append(f"{row['unreadable']} unreadable images skipped")
+    return " · ".join(parts)

@@ -1,0 +1,153 @@
+"""Accuracy of a checkpoint at one or many image sizes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+
+from ..checkpoints import write_atomically
+from .data import class_names, count_classes, eval_loader, find_split, hold_out, open_split, shorten
+from .distributed import start_processes
+from .errors import UserError
+from .evaluation import evaluate
+from .models import autocast, input_config, load_checkpoint_model
+from .options import resolve, validate_parser
+from .plots import plot_input_scaling
+from .progress import say
+
+__all__ = ["validate"]
+
+
+def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]:
+    """Measure top-1 and top-5 accuracy, as `tools/classify.py validate` does.
+
+    Args:
+        argv: Command line; or else
+        options: the same options by name: `validate(data_dir="flowers", checkpoint="best.pth", img_size=[224, 384])`.
+
+    Returns:
+        What validation.json holds: a dictionary for each image size.
+
+    Raises:
+        UserError: Anything that the user can put right.
+    """
+    o, _ = resolve(validate_parser(), options if argv is None else argv)
+    processes = start_processes(o["device"])
+    sizes = o["img_size"] if isinstance(o["img_size"], list | tuple) else [o["img_size"]]
+    for size in sizes:
+        if size is not None and size < 32:
+            raise UserError(f"--img-size must be at least 32 pixels, got {size}.")
+    model, facts = load_checkpoint_model(
+        o["checkpoint"], o["model"], o["model_kwargs"], o["pretrained"], use_ema=not o["no_ema"]
+    )
+    name = o["model"] or facts["arch"]
+    images = open_images(o, facts, model)
+    model.to(processes.device).eval()
+    compiled = torch.compile(model, backend=o["torchcompile"]) if o["torchcompile"] else model
+    rows = []
+    for size in sizes:
+        config = input_config(model, o, size, facts.get("data_config"))
+        size = config["input_size"][-1]
+        # as many pixels a step at every size, so that what fits into memory at the first fits at all
+        first = rows[0]["img_size"] if rows else size
+        batch_size = max(min(o["batch_size"], int(o["batch_size"] * (first / size) ** 2)), 1)
+        loader = eval_loader(images, config, batch_size, o["workers"], processes)
+        scores = evaluate(
+            compiled, loader, processes, autocast(processes.device, o["amp"], o["amp_dtype"]), f"{size} px"
+        )
+        unreadable, names = images.report_unreadable(processes)
+        for unreadable_name in names:
+            say(f"Skipped, cannot be read: {unreadable_name}", processes)
+        if not scores["images"]:
+            raise UserError("Not one of the images can be read: check the data.")
+        rows.append(
+            {
+                "model": name,
+                "checkpoint": o["checkpoint"],
+                "img_size": size,
+                "crop_pct": config["crop_pct"],
+                "top1": scores["top1"],
+                "top5": scores["top5"],
+                "loss": scores["loss"],
+                "images": scores["images"],
+                "unreadable": unreadable,
+                "images_per_second": scores["images"] / scores["seconds"],
+            }
+        )
+    if processes.is_first:
+        write(rows, Path(o["output"] or (Path(o["checkpoint"]).parent if o["checkpoint"] else ".")))
+    processes.finish()
+    return rows
+
+
+def open_images(options: dict[str, Any], facts: dict[str, Any], model: torch.nn.Module):
+    """The images, their classes numbered as the model numbers them."""
+    names = facts.get("class_names")
+    class_map = options["class_map"]
+    if class_map is None and names and not options["dataset"]:
+        class_map = {name: i for i, name in enumerate(names)}
+    mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
+    opened = (options["dataset"], options["data_dir"], options["split"])
+    found = class_names(open_split(*opened, mode=mode, download=options["dataset_download"]))
+    # folders of classes that the model does not know would otherwise be left out without a word
+    unknown = sorted(set(found) - set(names)) if found is not None and isinstance(class_map, dict) else []
+    if unknown:
+        raise UserError(
+            f"The data have classes that {options['checkpoint']} does not know ({shorten(unknown)}; it knows "
+            f"{shorten(names)}): check --data-dir, or list the classes to use in a file and give it as --class-map."
+        )
+    images = open_split(*opened, class_map=class_map, mode=mode)
+    classes = len(found) if found is not None else count_classes(images)
+    if class_map is None and classes is not None and classes != model.num_classes:
+        raise UserError(
+            f"The data have {classes} classes, the model {model.num_classes}: check --data-dir and --checkpoint, or "
+            "list the model's classes in a file, in its order, and give it as --class-map."
+        )
+    root, args = options["data_dir"], facts.get("args", {})
+    unsplit = root and facts.get("held_out") and not find_split(root, options["split"])
+    if unsplit and Path(root).resolve() == Path(args["data_dir"]).resolve():
+        images = hold_out(images, args["holdout"])[1]
+        say(f"Validating on the {len(images)} images of {root} that training set aside.")
+    return images
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write and print the table, and what goes with it."""
+    table = ["| image size | top-1, % | top-5, % | loss | images | images/s |", "|---|---|---|---|---|---|"]
+    table += [
+        f"| {r['img_size']} | {r['top1']:.2f} | {r['top5']:.2f} | {r['loss']:.4f} | {r['images']} "
+        f"| {r['images_per_second']:.0f} |"
+        for r in rows
+    ]
+    say("\n".join(table))
+    try:
+        write_atomically(folder / "validation.md", "\n".join(table) + "\n")
+        write_atomically(folder / "validation.json", json.dumps(rows, indent=1) + "\n")
+        if len(rows) > 1:
+            plot_input_scaling(rows, rows[0]["model"], folder / "input_scaling.png")
+    except OSError as error:
+        raise UserError(error.strerror) from None
+    if rows[0]["unreadable"]:
+        say(f"{rows[0]['unreadable']} unreadable images were left out.")
+
+
+def label_names(facts: dict[str, Any], class_map: str | None, num_classes: int) -> list[str]:
+    """Names of a model's classes: from a file, its checkpoint, or ImageNet's if there are 1000.
+
+    Raises:
+        UserError: A file that is missing or names another number of classes.
+    """
+    if class_map is not None:
+        try:
+            names = [line.strip() for line in Path(class_map).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Cannot read the class map {class_map}: {error}") from None
+        if len(names) != num_classes:
+            raise UserError(f"{class_map} names {len(names)} classes, the model has {num_classes}.")
+        return names
+    names = facts.get("class_names")
+    if not names and num_classes == 1000:
+        names = ImageNetInfo().label_descriptions()
+    return (names or []) + [str(i) for i in range(len(names or []), num_classes)]
