@@ -1,5 +1,6 @@
 """Reading, converting and atomically writing weights."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -10,10 +11,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import clean_state_dict, load_pretrained
+from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
 __all__ = ["convert_vmamba", "load_weights", "read_checkpoint", "read_state_dict", "save_checkpoint"]
+
+
+_EMA_KEYS = ("state_dict_ema", "model_ema")  # of timm's train.py, and of Swin's and VMamba's
+_WEIGHT_KEYS = (*_EMA_KEYS, "state_dict", "model")
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
@@ -35,14 +40,21 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if not wanted:
-            raise ValueError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path} is not a checkpoint, or is damaged: {_first_line(error)}") from None
         raise ValueError(
             f"{path} holds more than weights ({wanted[1]}), and loading that would run code from the file. "
             f'If you trust it, keep its weights alone: python -c "import torch; '
-            f"c = torch.load('{path}', weights_only=False); torch.save({{'model': c['model']}}, 'weights.pth')\""
+            f"c = torch.load('{path}', 'cpu', weights_only=False); "
+            f"torch.save({{k: c[k] for k in c if k in {_WEIGHT_KEYS}}}, 'weights.pth')\""
         ) from None
-    except Exception as error:
-        raise ValueError(f"{path} is truncated or not a checkpoint: {str(error).splitlines()[0]}") from None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read; check its permissions.") from None
+    except Exception as error:  # zip, pickle and safetensors each have their own ways to fail on a damaged file
+        raise ValueError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_state_dict(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Tensor]:
@@ -52,12 +64,15 @@ def read_state_dict(path: str | os.PathLike, use_ema: bool = True) -> dict[str, 
         FileNotFoundError, ValueError: As `read_checkpoint`, or a file without weights.
     """
     checkpoint = read_checkpoint(path)
-    keys = ("state_dict_ema", "model_ema") if use_ema else ()
-    for key in (*keys, "state_dict", "model"):
+    for key in _WEIGHT_KEYS if use_ema else _WEIGHT_KEYS[len(_EMA_KEYS) :]:
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    if not isinstance(checkpoint, dict) or not all(isinstance(v, Tensor) for v in checkpoint.values()):
+    if (
+        not isinstance(checkpoint, dict)
+        or not checkpoint
+        or not all(isinstance(v, Tensor) for v in checkpoint.values())
+    ):
         raise ValueError(f"{path} holds no model weights: expected a state dict, or one under 'state_dict' or 'model'.")
     return clean_state_dict(checkpoint)
 
@@ -66,14 +81,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
     """Load a checkpoint into a ViM2 that timm has created.
 
     Args:
-        model: Its in_chans may differ from the checkpoint's: the stem's weights are then adapted as timm does.
+        model: Its in_chans may differ from the 3 of a checkpoint: the stem's weights are then adapted as timm does.
         path: Checkpoint.
         use_ema: Prefer the checkpoint's EMA weights.
         new_head: Leave the model's own classifier as it is where the checkpoint's has another number of classes.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_state_dict`; weights of another architecture; without new_head,
-            another number of classes.
+        FileNotFoundError, ValueError: As `read_state_dict`; weights of another architecture, or for images
+            of another number of channels than 3 or the model's; without new_head, another number of classes.
     """
     state_dict = read_state_dict(path, use_ema)
     cfg = dict(model.pretrained_cfg)
@@ -81,18 +96,19 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
     classes = 0 if classifier is None else classifier.shape[0]
     if classes != model.num_classes and not new_head:
         raise ValueError(
-            f"{path} has {classes} classes, the model {model.num_classes}: create the model with num_classes={classes}, "
-            f"or ask for a new classifier to fine-tune."
+            f"{path} has {classes} classes, the model {model.num_classes}: create the model with "
+            f"num_classes={classes}, or ask for a new classifier to fine-tune."
         )
     wanted = model.state_dict()
     ignored = {cfg["classifier"] + ".weight", cfg["classifier"] + ".bias"} if classes != model.num_classes else set()
+    state_dict = {name: value for name, value in state_dict.items() if name not in ignored}
     stem = cfg["first_conv"] + ".weight"
     missing = sorted(wanted.keys() - state_dict.keys() - ignored)
-    unexpected = sorted(state_dict.keys() - wanted.keys() - ignored)
+    unexpected = sorted(state_dict.keys() - wanted.keys())
     reshaped = [
         f"{k} {tuple(state_dict[k].shape)} for {tuple(wanted[k].shape)}"
-        for k in sorted((wanted.keys() & state_dict.keys()) - ignored - {stem})
-        if wanted[k].shape != state_dict[k].shape
+        for k in sorted(wanted.keys() & state_dict.keys())
+        if _but_for_channels(state_dict[k], k == stem) != _but_for_channels(wanted[k], k == stem)
     ]
     if missing or unexpected or reshaped:
         found = "; ".join(
@@ -101,10 +117,21 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             if names
         )
         raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {found}.")
-    cfg.update(state_dict=state_dict, num_classes=classes, input_size=(state_dict[stem].shape[1], 0, 0))
-    load_pretrained(
-        model, cfg, num_classes=model.num_classes, in_chans=model.in_chans, strict=not ignored, filter_fn=None
-    )
+    channels = state_dict[stem].shape[1]
+    if channels != model.in_chans:
+        if channels != 3:  # timm has a rule for colour images only
+            raise ValueError(
+                f"{path} is for images of {channels} channels, the model for {model.in_chans}: "
+                f"create the model with in_chans={channels}."
+            )
+        state_dict[stem] = adapt_input_conv(model.in_chans, state_dict[stem])
+    model.load_state_dict(state_dict, strict=not ignored)
+
+
+def _but_for_channels(weight: Tensor, is_stem: bool) -> tuple[int, ...]:
+    """A weight's shape, of the stem's (out, in, height, width) without the image's channels."""
+    shape = tuple(weight.shape)
+    return shape[:1] + shape[2:] if is_stem else shape
 
 
 def save_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
@@ -134,8 +161,11 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise OSError(
             error.errno, f"Could not write {path} ({error.strerror}); what was there before is unchanged"
         ) from None
@@ -177,10 +207,14 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
             "These are not the weights of a vanilla VMamba-T, -S or -B: expected a patch embedding of 96 or 128 "
             f"channels and 9 or 27 blocks in stage 3, found {'none' if stem is None else stem.shape[0]} and {depth}."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the channel mixers' inner weights: the same file whenever it is made
-        head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
+    head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
+    with torch.device("meta"):
         model = timm.create_model(variant, num_classes=0 if head is None else head.shape[0])
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.layers[-1].to_empty(device="cpu")  # the channel mixer, the only weights that VMamba does not give
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same file whenever it is made
+        model.init_weights()
     wanted = model.state_dict()
     converted = {}
     for key, value in state_dict.items():
@@ -189,24 +223,26 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
             name = re.sub(pattern, replacement, name)
         if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", name):
             stage, block, rest = int(match[1]), int(match[2]), match[3]
-            mixers = len(model.stages[stage].blocks[0].layers) - 1  # but for the channel mixer
+            mixers = 3 if stage == 2 else 2  # token mixers a block
             name = f"stages.{stage}.blocks.{block // mixers}.layers.{block % mixers}.{rest}"
         elif match := re.match(r"layers\.(\d+)\.downsample\.(.*)", name):
             name = f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
-        if name not in wanted:
+        if name not in wanted or name in converted:
             raise ValueError(
                 f"{key} has no place in {variant}: only vanilla VMamba (v0, without MLP) can be converted."
             )
-        if value.numel() != wanted[name].numel():
-            raise ValueError(f"{key} is {tuple(value.shape)}, where {variant} needs {tuple(wanted[name].shape)}.")
+        # VMamba keeps A_logs and Ds with directions and channels on one axis
+        merged = name.endswith(("s6.A_log", "s6.D"))
+        shape = wanted[name].flatten(0, 1).shape if merged else wanted[name].shape
+        if value.shape != shape:
+            raise ValueError(f"{key} is {tuple(value.shape)}, where {variant} needs {tuple(shape)}.")
         converted[name] = value.reshape(wanted[name].shape)
     for name, value in wanted.items():
-        mixer = re.match(r"(stages\.\d+\.blocks\.\d+\.layers\.)(\d+)\.", name)
-        is_channel_mixer = mixer and f"{mixer[1]}{int(mixer[2]) + 1}.norm.weight" not in wanted
-        if is_channel_mixer and name.endswith("mixer.out_proj.weight"):
-            converted[name] = torch.zeros_like(value)
-        elif is_channel_mixer or name.endswith("average.weight"):
-            converted[name] = value
+        if name.endswith("average.weight"):
+            converted[name] = torch.ones(value.shape)
+        elif not value.is_meta:
+            is_output = name.endswith("mixer.out_proj.weight")
+            converted[name] = torch.zeros_like(value) if is_output else value
     if missing := sorted(wanted.keys() - converted.keys()):
         raise ValueError(f"{len(missing)} weights of {variant} are missing from these, such as {missing[0]}.")
     return variant, converted
