@@ -262,14 +262,11 @@ def shorten(names: Sequence[str], number: int = 5) -> str:
 
 
 def common_options(images: Images, data_config: dict[str, Any], workers: int, device: torch.device) -> dict[str, Any]:
-    mean, std = data_config["mean"], data_config["std"]
-    if data_config["input_size"][0] == 1:  # timm warns about the mean of three channels
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return dict(
         dataset=images,
         input_size=data_config["input_size"],
-        mean=mean,
-        std=std,
+        mean=data_config["mean"],
+        std=data_config["std"],
         num_workers=workers,
         device=device,
         pin_memory=device.type == "cuda",

@@ -145,6 +145,8 @@ def input_config(
         config = resolve_data_config({**wanted, "input_size": (in_chans, *size)}, pretrained_cfg=default)
     except AssertionError as error:
         raise UserError(f"Cannot resolve the model's input: {error}") from None
+    if in_chans == 1:  # of grey images, where the defaults are of RGB
+        config.update({k: (sum(config[k]) / len(config[k]),) for k in ("mean", "std")})
     return config
 
 

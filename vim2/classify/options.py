@@ -85,7 +85,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def did_you_mean(given: str, known) -> str:
     """A suggestion to append to a message, or nothing."""
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -121,7 +121,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def train_parser(prog: str = "train") -> Parser:
+def train_parser(prog: str = "classify.py train") -> Parser:
     """Options of `vim2.classify.train`."""
     parser = Parser(prog=prog, description="Train or fine-tune on images; `torchrun` it to use several GPUs.")
     add_data_options(parser)
@@ -246,7 +246,7 @@ def train_parser(prog: str = "train") -> Parser:
     return parser
 
 
-def validate_parser(prog: str = "validate") -> Parser:
+def validate_parser(prog: str = "classify.py validate") -> Parser:
     """Options of `vim2.classify.validate`."""
     parser = Parser(prog=prog, description="Top-1 and top-5 accuracy of a checkpoint, at one or many image sizes.")
     add_data_options(parser)
@@ -266,7 +266,7 @@ def validate_parser(prog: str = "validate") -> Parser:
     return parser
 
 
-def predict_parser(prog: str = "predict") -> Parser:
+def predict_parser(prog: str = "classify.py predict") -> Parser:
     """Options of `vim2.classify.predict`."""
     parser = Parser(prog=prog, description="The classes that a checkpoint sees in images.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image, folder, or glob in quotation marks")
@@ -317,7 +317,7 @@ def resolve(parser: Parser, given: dict[str, Any] | list[str]) -> tuple[dict[str
     if isinstance(given, dict):
         for name in given.keys() - defaults.keys():
             raise UserError(f"unknown option {name}{did_you_mean(name, defaults)}")
-        return {**defaults, **given}, set(given)
+        return {**defaults, **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}}, set(given)
     options = vars(parser.parse_args(given))
     for action in parser._actions:
         action.default = SUPPRESS

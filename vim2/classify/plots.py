@@ -51,6 +51,7 @@ def plot_curves(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> N
             if points:
                 axes.plot(*zip(*points), label=label, marker="." if len(points) < 40 else None)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -113,7 +114,7 @@ def plot_predictions(images: Sequence[Any], predictions: Sequence[dict[str, Any]
 
 def draw(axes, image, prediction: dict[str, Any]) -> None:
     best, true = prediction["top"][0], prediction.get("true_label")
-    title = f"{shorten(best['label'])} {100 * best['probability']:.0f} %"
+    title = f"{shorten(best['label'])}, {100 * best['probability']:.0f} %"
     if true is not None:
         title += f"\ntrue: {shorten(true)}"
     axes.imshow(image, cmap="gray" if image.mode == "L" else None)

@@ -59,10 +59,11 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
 
     predictions: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []
+    shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o["max_pictures"], len(files))).tolist()}
     starts = range(0, len(files), o["batch_size"])
     for start in progress(starts, "predict", processes):
         batch = [open_image(file, mode) for file in files[start : start + o["batch_size"]]]
-        pictures += batch[: max(o["max_pictures"] - len(pictures), 0)]
+        pictures += [image for i, image in enumerate(batch, start) if i in shown]
         inputs = torch.stack([transform(image) for image in batch]).to(processes.device)
         with torch.inference_mode(), context():
             logits = compiled(inputs)
@@ -76,7 +77,7 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     for prediction in predictions:
         ranked = ", ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in prediction["top"])
         say(f"{prediction['file']}: {ranked}")
-    write(predictions, pictures, Path(o["output"]))
+    write(predictions, pictures, sorted(shown), Path(o["output"]))
     return predictions
 
 
@@ -89,16 +90,13 @@ def find_images(given: Sequence[str | os.PathLike]) -> list[Path]:
     extensions = get_img_extensions(as_set=True)
     files = []
     for item in map(str, given):
-        if os.path.isdir(item):
-            found = [p for p in Path(item).rglob("*") if p.suffix.lower() in extensions and p.is_file()]
-            if not found:
-                raise UserError(f"There are no images in {item} ({', '.join(sorted(extensions))}).")
-        elif os.path.isfile(item):
-            found = [Path(item)]
-        else:
-            found = [p for p in map(Path, glob.glob(item, recursive=True)) if p.is_file()]
-            if not found:
-                raise UserError(f"There is no {item}: give an image, a folder, or a glob in quotation marks.")
+        matches = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+        if not matches:
+            raise UserError(f"There is no {item}: give an image, a folder, or a glob in quotation marks.")
+        found = [p for match in matches for p in ([Path(match)] if os.path.isfile(match) else Path(match).rglob("*"))]
+        found = [p for p in found if p.is_file() and (p.suffix.lower() in extensions or str(p) == item)]
+        if not found:
+            raise UserError(f"There are no images in {item} ({', '.join(sorted(extensions))}).")
         files += sorted(found, key=lambda p: natural_key(str(p)))
     return list(dict.fromkeys(files))
 
@@ -112,12 +110,12 @@ def open_image(file: Path, mode: str) -> Image.Image:
         raise UserError(f"{file} cannot be read as an image ({error}): leave it out or replace it.") from None
 
 
-def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], folder: Path) -> None:
+def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], shown: list[int], folder: Path) -> None:
+    """Write predictions.json, and predictions.png of those shown."""
     try:
         write_atomically(folder / "predictions.json", json.dumps(predictions, indent=1, ensure_ascii=False) + "\n")
         if pictures:
-            plot_predictions(pictures, predictions, folder / "predictions.png")
-            shown = "" if len(pictures) == len(predictions) else f" shows the first {len(pictures)}"
-            say(f"{folder / 'predictions.png'}{shown}")
+            plot_predictions(pictures, [predictions[i] for i in shown], folder / "predictions.png")
+            say(f"{folder / 'predictions.png'} shows {len(pictures)} of {len(predictions)}")
     except OSError as error:
         raise UserError(error.strerror) from None

@@ -498,7 +498,9 @@ def plain_containers(value: Any) -> Any:
         return {str(k): plain_containers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(plain_containers(v) for v in value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, float):
+        return float(value)  # NumPy's, too, are floats
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def describe(row: dict[str, Any], epochs: int) -> str:

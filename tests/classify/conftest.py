@@ -1,0 +1,42 @@
+import pytest
+import torch
+from classify_helpers import TINY, make_folders
+
+from vim2.classify.cli import main
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are quickest so, and give the same sums whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """The folder of a finished run, not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    argv = ["train", "--data-dir", str(data), *TINY, "--output", str(folder), "--experiment", "run"]
+    assert main([*argv, "--epochs", "2", "--lr", "3e-3", "--warmup-epochs", "0", "--no-aug", "--model-ema"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail as user errors do, and return its one line."""
+
+    def run(*argv) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("classify.py: error: ") and error.count("\n") == 1, error
+        return error
+
+    return run

@@ -1,0 +1,203 @@
+"""What goes wrong is told in one line that names the remedy, and nothing is lost."""
+
+import json
+import resource
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+from classify_helpers import COLOURS, TINY, make_folders, make_image, tool
+
+from vim2.classify import UserError, train
+from vim2.classify.cli import main
+
+
+class Payload:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "--epoch", "3"], "did you mean --epochs?"),
+        (["train", "--epochs", "0"], "must be 1 or more"),
+        (["train", "--epochs", "many"], "invalid"),
+        (["train"], "--data-dir"),
+        (["train", "--data-dir", "nowhere"], "no nowhere"),
+        (["validate"], "--checkpoint"),
+        (["predict", "nothing*.jpg", "--checkpoint", "x.pth"], "nothing*.jpg"),
+        (["train", "--device", "gpu"], "gpu"),
+        (["train", "--dataset", "wds/x", "--data-dir", "x"], "streamed"),
+        (["train", "--dataset", "torch/nothing", "--data-dir", "x"], "torch/nothing"),
+    ],
+)
+def test_commands_and_options(fails, argv, words):
+    assert words in fails(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model", "vim2_nan"], "did you mean vim2_nano?"),
+        (["--model-kwargs", "depth=3"], "depth"),
+        (["--opt", "adamm"], "did you mean adam"),
+        (["--img-size", "31"], "at least 32"),
+        (["--num-classes", "2"], "3 classes"),
+        (["--freeze", "6"], "0 to 5"),
+        (["--pretrained"], "convert_vmamba"),
+        (["--mean", "0.5", "0.5"], "--mean needs 1 or 3"),
+        (["--class-map", "none.txt"], "none.txt"),
+        (["--initial-checkpoint", "none.pth"], "none.pth"),
+    ],
+)
+def test_training_options(fails, data, tmp_path, argv, words):
+    assert words in fails("train", "--data-dir", data, *TINY, "--output", tmp_path, *argv)
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_by_name():
+    with pytest.raises(UserError, match=r"epoch; did you mean epochs\?"):
+        train(epoch=3)
+
+
+def test_folders(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no images" in fails("train", "--data-dir", tmp_path / "empty", *TINY)
+    make_image(tmp_path / "one" / "train" / "red" / "0.png", COLOURS["red"], 0)
+    make_image(tmp_path / "one" / "val" / "red" / "0.png", COLOURS["red"], 0)
+    assert "one class, red" in fails("train", "--data-dir", tmp_path / "one", *TINY)
+    make_image(tmp_path / "bare" / "0.png", COLOURS["red"], 0)
+    assert "a folder for each" in fails("train", "--data-dir", tmp_path / "bare", *TINY)
+    half = make_folders(tmp_path / "half", train=2, val=0)
+    assert "--val-split" in fails("train", "--data-dir", half, *TINY)
+
+
+def test_splits_of_different_classes(fails, tmp_path):
+    root = make_folders(tmp_path, train=2, val=1)
+    (root / "val" / "red").rename(root / "val" / "rot")
+    error = fails("train", "--data-dir", root, *TINY)
+    assert "only in train: red" in error and "only in validation: rot" in error and "--class-map" in error
+
+
+def test_unreadable_images_are_named_and_counted(data, trained, tmp_path, capsys, fails):
+    root = shutil.copytree(data, tmp_path / "data")
+    whole = (root / "train" / "red" / "3.png").read_bytes()
+    (root / "train" / "red" / "3.png").write_bytes(whole[: len(whole) // 2])
+    (root / "val" / "blue" / "1.png").write_text("no image")
+    run = train(["--data-dir", str(root), *TINY, "-b", "6", "-j", "1", "--epochs", "1", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert f"cannot be read: {root / 'train' / 'red' / '3.png'}" in out
+    assert f"cannot be read: {root / 'val' / 'blue' / '1.png'}" in out
+    assert run["history"][0]["unreadable"] == 2 and "2 unreadable images skipped" in out
+    argv = ["validate", "--data-dir", root, "--checkpoint", trained / "best.pth", "-j", "0", "--output", tmp_path / "o"]
+    assert main(list(map(str, argv))) == 0
+    row = json.loads((tmp_path / "o" / "validation.json").read_text())[0]
+    assert (row["images"], row["unreadable"]) == (14, 1)
+    argv = ["predict", root / "val", "--checkpoint", trained / "best.pth", "--output", tmp_path / "p"]
+    assert str(root / "val" / "blue" / "1.png") in fails(*argv)
+    assert not (tmp_path / "p").exists()
+
+
+def test_nothing_but_unreadable_images(tmp_path):
+    root = make_folders(tmp_path / "data", train=3, val=1)
+    for path in root.rglob("*.png"):
+        path.write_text("no image")
+    run = tool("train", "--data-dir", root, *TINY, "-j", "1", "--output", tmp_path)
+    error = run.communicate()[1]
+    assert run.returncode == 2 and error.count("\n") == 1 and "cannot be read: check the data" in error, error
+
+
+def test_checkpoints(fails, data, trained, tmp_path):
+    content = (trained / "best.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(content[: len(content) // 2])
+    other = timm.create_model("test_vim2", dims=(8, 16, 24, 32))
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "other.pth")
+    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "pickle.pth")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pth")
+    words = {
+        "short.pth": "truncated",
+        "other.pth": "another architecture",
+        "pickle.pth": "more than weights",
+        "nothing.pth": "no model weights",
+        "missing.pth": "no checkpoint",
+    }
+    for name, word in words.items():
+        path = tmp_path / name
+        common = ["--data-dir", data, "--output", tmp_path / "out"]
+        assert word in fails("train", *common, *TINY, "--initial-checkpoint", path)
+        assert word in fails("validate", *common, "--checkpoint", path, "--model", "test_vim2")
+        assert word in fails("predict", data / "val", "--checkpoint", path, "--model", "test_vim2")
+    assert "another architecture" in fails(
+        "validate", "--data-dir", data, "--checkpoint", trained / "best.pth", "--model", "vim2_nano"
+    )
+    torch.save(torch.load(trained / "best.pth", weights_only=True)["state_dict"], tmp_path / "bare.pth")
+    assert "--model" in fails("predict", data / "val", "--checkpoint", tmp_path / "bare.pth")
+
+
+def test_a_checkpoint_of_other_classes(fails, trained, tmp_path):
+    colours = {"red": COLOURS["red"], "cyan": (30, 200, 200), "blue": COLOURS["blue"]}
+    other = make_folders(tmp_path / "other", train=2, val=1, colours=colours)
+    error = fails("validate", "--data-dir", other, "--checkpoint", trained / "best.pth")
+    assert "cyan" in error and "--class-map" in error
+    shutil.copytree(trained, tmp_path / "run")
+    last = tmp_path / "run" / "last.pth"
+    assert "other" in fails("train", "--resume", last, "--data-dir", other, "--epochs", "9")
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    picture = other / "val" / "red" / "0.png"
+    assert "names 2 classes, the model has 3" in fails(
+        "predict", picture, "--checkpoint", trained / "best.pth", "--class-map", tmp_path / "two.txt"
+    )
+
+
+def test_resuming_another_run(fails, data, trained, tmp_path):
+    last = trained / "last.pth"
+    before = last.read_bytes()
+    assert "--model test_vim2, not vim2_nano" in fails("train", "--resume", last, "--model", "vim2_nano")
+    assert "--lr 0.003, not 1.0" in fails("train", "--resume", last, "--lr", "1")
+    assert "not a last.pth" in fails("train", "--resume", trained / "best.pth")
+    common = ["train", "--data-dir", data, *TINY, "--output", trained.parent, "--experiment", "run"]
+    assert "add --resume" in fails(*common)  # rather than write over it
+    assert last.read_bytes() == before
+
+
+def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(fails, data, tmp_path):
+    options = ["train", "--data-dir", data, *TINY, "--epochs", "4", "--warmup-epochs", "0", "--output", tmp_path]
+    options += ["--sched", "step", "--decay-epochs", "1", "--decay-rate", "1e30", "--experiment", "run"]
+    error = fails(*options)
+    assert "NaN or infinite in epoch 2" in error and "of epoch 1, is kept" in error and "--lr" in error
+    last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert last["epoch"] == 1 and all(v.isfinite().all() for v in last["state_dict"].values())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_keeps_the_old_checkpoint(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limit = (len(before["best.pth"]) // 2, resource.RLIM_INFINITY)
+    argv = ["train", "--resume", folder / "last.pth", "--epochs", 3]
+    full = tool(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    error = full.communicate()[1]
+    assert full.returncode == 2 and error.count("\n") == 1 and "pth" in error and "--resume" in error, error
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        **before,
+        **{n: (folder / n).read_bytes() for n in ("metrics.csv", "metrics.json", "curves.png")},
+    }
+    again = tool(*argv)
+    assert again.wait() == 0, again.stderr.read()
+    assert torch.load(folder / "last.pth", weights_only=True)["epoch"] == 3
+
+
+def test_launching_wrongly(fails, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert "torchrun" in fails("train", "--data-dir", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "torchrun --nproc-per-node=2" in fails("train", "--data-dir", "x")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(fails):
+    assert "--device cpu" in fails("train", "--data-dir", "x", "--device", "cuda")

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+import torch
+from classify_helpers import COLOURS, make_folders, make_image
+from PIL import Image
+
+from vim2.classify import predict, validate
+from vim2.classify.cli import main
+
+
+def test_accuracy_at_many_sizes(data, trained, tmp_path, capsys):
+    argv = ["validate", "--data-dir", data, "--checkpoint", trained / "best.pth", "--img-size", 32, 48, 64]
+    assert main([*map(str, argv), "-j", "0", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "validation.json").read_text())
+    assert [row["img_size"] for row in rows] == [32, 48, 64]
+    assert all(row["images"] == 15 and 0 <= row["top1"] <= row["top5"] == 100 for row in rows)
+    table = (tmp_path / "validation.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("\n") == 5 and f"| 32 | {rows[0]['top1']:.2f} | 100.00 |" in table
+    assert Image.open(tmp_path / "input_scaling.png").size[0] > 300
+    history = json.loads((trained / "metrics.json").read_text())["history"]
+    best = max(history, key=lambda row: (row["ema_top1"], row["epoch"]))
+    assert rows[0]["loss"] == pytest.approx(best["ema_val_loss"], rel=1e-5)  # the EMA is what counts
+    plain = validate(data_dir=data, checkpoint=trained / "best.pth", no_ema=True, workers=0, output=tmp_path)
+    assert plain[0]["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_classes_are_matched_by_name(data, trained, tmp_path):
+    """A folder with some of the classes only: their numbers are the model's, not the folder's."""
+    some = make_folders(tmp_path / "some", train=0, val=5, colours={"red": COLOURS["red"]})
+    whole = predict(images=[some], checkpoint=trained / "best.pth", output=tmp_path)
+    right = sum(p["top"][0]["label"] == "red" for p in whole)
+    scores = validate(data_dir=some, checkpoint=trained / "best.pth", workers=0, output=tmp_path)[0]
+    assert scores["images"] == 5 and scores["top1"] == pytest.approx(100 * right / 5)
+
+
+def test_weights_of_any_origin_need_a_model_and_nothing_else(data, trained, tmp_path):
+    weights = torch.load(trained / "best.pth", weights_only=True)["state_dict"]
+    torch.save(weights, tmp_path / "bare.pth")
+    options = dict(data_dir=data, img_size=32, workers=0, output=tmp_path)
+    bare = validate(checkpoint=tmp_path / "bare.pth", model="test_vim2", crop_pct=0.9, **options)
+    ours = validate(checkpoint=trained / "best.pth", no_ema=True, crop_pct=0.9, **options)
+    assert bare[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-6)
+
+
+def test_prediction_of_a_folder(data, trained, tmp_path, capsys):
+    argv = ["predict", data / "val", "--checkpoint", trained / "last.pth", "--topk", 2, "--output", tmp_path]
+    assert main(list(map(str, argv))) == 0
+    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(predictions) == 15 and len(lines) == 16
+    for line, prediction in zip(lines, predictions):
+        first, second = prediction["top"]
+        assert first["probability"] >= second["probability"] and first["probability"] + second["probability"] <= 1.0001
+        assert line == (
+            f"{prediction['file']}: {first['label']} {100 * first['probability']:.1f} %, "
+            f"{second['label']} {100 * second['probability']:.1f} %"
+        )
+        assert prediction["true_label"] in prediction["file"]
+        assert ["blue", "green", "red"][first["index"]] == first["label"]
+    right = sum(p["top"][0]["label"] == p["true_label"] for p in predictions)
+    best = json.loads((trained / "metrics.json").read_text())["history"][-1]
+    assert 100 * right / 15 == pytest.approx(best["ema_top1"])
+    assert Image.open(tmp_path / "predictions.png").size[0] > 300
+
+
+def test_prediction_of_images_and_globs(trained, tmp_path):
+    for i in range(3):
+        make_image(tmp_path / "mine" / f"{i}.webp", COLOURS["green"], i)
+    (tmp_path / "mine" / "notes.txt").write_text("no image")
+    found = predict(images=[str(tmp_path / "mine" / "*")], checkpoint=trained / "best.pth", output=tmp_path / "a")
+    assert [p["file"][-6:] for p in found] == ["0.webp", "1.webp", "2.webp"]
+    assert all("true_label" not in p and len(p["top"]) == 3 for p in found)
+    one = predict(images=tmp_path / "mine" / "1.webp", checkpoint=trained / "best.pth", output=tmp_path / "b")
+    assert one[0]["top"][0]["probability"] == pytest.approx(found[1]["top"][0]["probability"], rel=1e-4)
+    assert (tmp_path / "b" / "predictions.png").exists()
+
+
+def test_a_class_map_names_the_classes(data, trained, tmp_path):
+    (tmp_path / "names.txt").write_text("bleu\nvert\nrouge\n")
+    options = dict(images=[data / "val" / "red" / "0.png"], checkpoint=trained / "best.pth", output=tmp_path, topk=9)
+    named = predict(class_map=tmp_path / "names.txt", **options)[0]["top"]
+    french = {"blue": "bleu", "green": "vert", "red": "rouge"}
+    assert [t["label"] for t in named] == [french[t["label"]] for t in predict(**options)[0]["top"]]
