@@ -59,6 +59,11 @@ def test_one_mode_only(capsys):
     assert "infer ms" in out and "train" not in out and "GiB" not in out
 
 
+def test_counts_only(capsys):
+    assert benchmark.main(["--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
+    assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
+
+
 def test_mamba_inputs_are_the_same_work():
     ours = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
     theirs = benchmark.mamba_inputs(2, 8, 3, torch.float32, "cpu")
@@ -75,6 +80,7 @@ def test_mamba_inputs_are_the_same_work():
         ("--model nope", "no model 'nope'"),
         ("--device tpu", "cpu or cuda"),
         ("--plot", "--output"),
+        ("--count --ops", "--count measures no times"),
     ],
 )
 def test_errors(options, message, capsys):

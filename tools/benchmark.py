@@ -93,6 +93,8 @@ def measure_model(name: str, size: int, batch: int, args: argparse.Namespace) ->
         "params_m": count_parameters(shape) / 1e6,
         "gflops": count_flops(shape, size) / 1e9,
     }
+    if not args.modes:
+        return row
     model = create_model(name, size, args.device)
     image = torch.randn(batch, 3, size, size, device=args.device)
     if args.channels_last:
@@ -244,7 +246,7 @@ def machine(args: argparse.Namespace) -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "hardware": hardware,
         "versions": f"Python {platform.python_version()}, {versions}",
-        "settings": f"{settings}; medians of {args.repeats} after {args.warmup}",
+        "settings": f"{settings}; medians of {args.repeats} after {args.warmup}" if args.modes else "counts only",
     }
 
 
@@ -331,6 +333,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--torchcompile", action="store_true", help="compile the models")
     add("--infer", action="store_true", help="measure inference only")
     add("--train", action="store_true", help="measure training only")
+    add("--count", action="store_true", help="parameters and FLOPs only, no times")
     add("--warmup", type=positive, metavar="N", help="untimed steps; default 10 on a GPU, else 2")
     add("--repeats", type=positive, metavar="N", help="timed steps; default 30 on a GPU, else 5")
     add("--output", type=Path, metavar="DIR", help="also write benchmark.md and benchmark.json there")
@@ -342,6 +345,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--device must be cpu or cuda, got {args.device!r}.")
     if args.device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; use --device cpu.")
+    if args.count and (args.ops or args.infer or args.train or args.plot):
+        raise UserError("--count measures no times: leave out --ops, --infer, --train and --plot.")
     if args.plot and not args.output:
         raise UserError("--plot wants --output, the folder to write to.")
     if args.plot:
@@ -354,6 +359,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.warmup = args.warmup or (10 if on_gpu else 2)
     args.repeats = args.repeats or (30 if on_gpu else 5)
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}
+    args.modes = set() if args.count else args.modes
     args.models = (args.model or ([] if args.ops else ["vim2_tiny"])) + args.compare
     args.models = [name.removeprefix("timm:") for name in args.models]
     return args
