@@ -11,6 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+# On a CPU that other programs use as well, OpenMP's threads would otherwise burn the time in which they wait for one
+# another, and a step take 2 to 20 times as long. This has to be said before PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from PIL import Image
 
 from vim2.classify import UserError, predict, train
