@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -83,3 +84,13 @@ def test_a_class_map_names_the_classes(data, trained, tmp_path):
     named = predict(class_map=tmp_path / "names.txt", **options)[0]["top"]
     french = {"blue": "bleu", "green": "vert", "red": "rouge"}
     assert [t["label"] for t in named] == [french[t["label"]] for t in predict(**options)[0]["top"]]
+
+
+def test_without_matplotlib_only_the_pictures_are_missing(data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    image = data / "val" / "red" / "0.png"
+    assert len(predict(images=[image], checkpoint=trained / "best.pth", output=tmp_path)) == 1
+    options = dict(data_dir=data, workers=0, output=tmp_path, img_size=[32, 48])
+    assert len(validate(checkpoint=trained / "best.pth", **options)) == 2
+    assert capsys.readouterr().out.count("pip install matplotlib") == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.json", "validation.json", "validation.md"}

@@ -119,3 +119,5 @@ def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], shown:
             say(f"{folder / 'predictions.png'} shows {len(pictures)} of {len(predictions)}")
     except OSError as error:
         raise UserError(error.strerror) from None
+    except UserError as error:  # matplotlib is optional
+        say(f"No predictions.png: {error}")

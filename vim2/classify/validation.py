@@ -129,6 +129,8 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
             plot_input_scaling(rows, rows[0]["model"], folder / "input_scaling.png")
     except OSError as error:
         raise UserError(error.strerror) from None
+    except UserError as error:  # matplotlib is optional
+        say(f"No input_scaling.png: {error}")
     if rows[0]["unreadable"]:
         say(f"{rows[0]['unreadable']} unreadable images were left out.")
 
