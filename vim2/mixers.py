@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from .ops import BIDIRECTIONAL, CROSS_SCAN, selective_scan, weighted_average
+from .ops import (
+    BIDIRECTIONAL,
+    CROSS_SCAN,
+    depthwise_conv_silu,
+    directional_conv_silu,
+    norm_gate,
+    selective_scan,
+    weighted_average,
+    weighted_average_norm,
+)
 
 # Leaves of torch.fx graphs: their argument checks look at shapes, which a symbolic trace does not have.
+torch.fx.wrap("depthwise_conv_silu")
+torch.fx.wrap("directional_conv_silu")
+torch.fx.wrap("norm_gate")
 torch.fx.wrap("selective_scan")
 torch.fx.wrap("weighted_average")
+torch.fx.wrap("weighted_average_norm")
 
 CHANNEL_MIXERS = ("s6", "mlp", "none")
 
@@ -71,14 +84,27 @@ class S6(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(batch, *spatial, E), or (batch, *spatial, K, E) with separate inputs, -> (batch, *spatial, E)."""
+        lanes, rank, n = len(self.orders), self.dt_rank, self.d_state
+        # All directions in one product, on the map as it lies. B and C come first and rows are padded to a multiple of
+        # 8, so that kernels read them in whole 16-byte words.
+        padding = -(rank + 2 * n) % 8
+        weight = F.pad(self.x_proj_weight.roll(-rank, dims=1), (0, 0, 0, padding))
         if self.separate_inputs:
-            projected = torch.einsum("...ke,kce->...kc", u, self.x_proj_weight)
-        else:  # all directions in one product, on the map as it lies
-            projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (len(self.orders), -1))
-        dt, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        delta = torch.einsum("...kr,ker->...ke", dt, self.dt_proj_weight)
-        A = -torch.exp(self.A_log)
-        return selective_scan(u, delta, A, B, C, self.D, self.dt_proj_bias, orders=self.orders)
+            projected = F.linear(u.flatten(-2), torch.block_diag(*(weight[k] for k in range(lanes))))
+        else:
+            projected = F.linear(u, weight.flatten(0, 1))
+        B, C, delta, _ = projected.unflatten(-1, (lanes, -1)).split((n, n, rank, padding), dim=-1)
+        return selective_scan(
+            u,
+            delta,
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            self.dt_proj_bias,
+            orders=self.orders,
+            delta_weight=self.dt_proj_weight,
+        )
 
 
 class SelectiveTokenMixer(nn.Module):
@@ -98,7 +124,6 @@ class SelectiveTokenMixer(nn.Module):
         inner = int(expand * dim)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, **dd)
-        self.act = nn.SiLU()
         self.s6 = S6(inner, CROSS_SCAN, d_state=d_state, dt_rank=math.ceil(dim / 16), **dd)
         self.out_norm = nn.LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -106,9 +131,9 @@ class SelectiveTokenMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
-        value = self.act(self.conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        y = self.out_norm(self.s6(value))
-        return self.out_proj(y * self.act(gate))
+        value = depthwise_conv_silu(value, self.conv.weight, self.conv.bias)
+        norm = self.out_norm
+        return self.out_proj(norm_gate(self.s6(value), gate, norm.weight, norm.bias, norm.eps))
 
 
 class SelectiveChannelMixer(nn.Module):
@@ -147,7 +172,6 @@ class SelectiveChannelMixer(nn.Module):
         self.channel_patch = channel_patch
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv1d(channel_patch, 2 * channel_patch, d_conv, groups=channel_patch, **dd)
-        self.act = nn.SiLU()
         self.s6 = S6(
             channel_patch,
             BIDIRECTIONAL,
@@ -158,25 +182,12 @@ class SelectiveChannelMixer(nn.Module):
         )
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
-    def _directional_conv(self, x: Tensor) -> Tensor:
-        """(n, steps, P) -> (n, steps, 2, P): the first output looks at earlier steps only, the second at later ones.
-
-        Both run as one convolution whose kernels are zero on the other side.
-        """
-        width = self.conv.kernel_size[0]
-        forward, backward = self.conv.weight.unflatten(0, (self.channel_patch, 2)).unbind(1)
-        kernel = torch.stack((F.pad(forward, (0, width - 1)), F.pad(backward.flip(-1), (width - 1, 0))), dim=1)
-        y = F.conv1d(
-            x.transpose(1, 2), kernel.flatten(0, 1), self.conv.bias, padding=width - 1, groups=self.channel_patch
-        )
-        return y.unflatten(1, (self.channel_patch, 2)).permute(0, 3, 2, 1)
-
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         steps = value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2)
-        y = self.s6(self.act(self._directional_conv(steps))).reshape(gate.shape)
-        return self.out_proj(y * self.act(gate))
+        y = self.s6(directional_conv_silu(steps, self.conv.weight, self.conv.bias)).reshape(gate.shape)
+        return self.out_proj(norm_gate(y, gate))
 
 
 class WeightedAverage(nn.Module):
@@ -209,7 +220,9 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return self.drop_path(self.mixer(self.norm(self.average(features))))
+        norm = self.norm
+        x = weighted_average_norm(features, self.average.weight, norm.weight, norm.bias, norm.eps)
+        return self.drop_path(self.mixer(x))
 
 
 class MambaMixerBlock(nn.Module):

@@ -5,51 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scan_cases import NAMES, gradients, make_inputs, oracle, relative_error
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, reference, selective_scan, selective_scan_fn
-from vim2.ops.reference import chunk_positions, scan_positions, selective_scan_recurrence
+from vim2.ops.reference import chunk_positions, scan_positions
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 MAPS = [(1, 1), (1, 7), (7, 1), (7, 13), (2, 67), (1, 131), (11, 11)]
-
-
-def make_inputs(spatial, orders, features=3, n=5, batch=2, separate=False, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    k = len(orders)
-    tensors = (
-        randn(batch, *spatial, *((k,) if separate else ()), features),
-        randn(batch, *spatial, k, features),
-        -torch.rand(k, features, n, generator=generator, dtype=torch.float64) * n - 0.1,
-        randn(batch, *spatial, k, n),
-        randn(batch, *spatial, k, n),
-        randn(k, features),
-        randn(k, features),
-    )
-    return [t.to(dtype).requires_grad_() for t in tensors]
-
-
-def oracle(inputs, orders, softplus=True):
-    """selective_scan by the recurrence, in float64."""
-    u, delta, A, B, C, D, bias = (t.double() for t in inputs)
-    spatial = delta.shape[1:-2]
-    height, width = spatial if len(spatial) == 2 else (1, spatial[0])
-    u, delta, B, C = (t.flatten(1, len(spatial)) for t in (u, delta, B, C))
-    y, _ = selective_scan_recurrence(u, delta, A, B, C, D, bias, softplus, orders, height, width)
-    return y.sum(2).unflatten(1, spatial)
-
-
-def gradients(output, inputs, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    return torch.autograd.grad(output, inputs, grad)
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 def assert_matches_oracle(inputs, orders, tolerance, softplus=True):
@@ -177,8 +138,8 @@ def test_operator_is_registered_correctly():
     inputs = make_inputs((3, 5), CROSS_SCAN)
     u, delta, A, B, C, D, bias = (t.detach() for t in inputs)
     flat = [u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2), C.flatten(1, 2), D, bias]
-    flat = [t.requires_grad_() for t in flat]
-    torch.library.opcheck(torch.ops.vim2.selective_scan, (*flat, True, [0, 1, 2, 3], 3, 5, True))
+    flat = [t.requires_grad_() for t in [*flat, torch.empty(0, dtype=u.dtype)]]
+    torch.library.opcheck(torch.ops.vim2.selective_scan, (*flat, True, [0, 1, 2, 3], 3, 5, True, True, 15, "torch"))
 
 
 def test_compiles_without_graph_breaks():

@@ -1,6 +1,20 @@
 """Operators: the only place that knows about devices and kernels."""
 
+from .depthwise_conv import depthwise_conv_silu
+from .directional_conv import directional_conv_silu
+from .norm_gate import norm_gate
 from .selective_scan import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
-from .weighted_average import weighted_average
+from .weighted_average import weighted_average, weighted_average_norm
 
-__all__ = ["BIDIRECTIONAL", "CROSS_SCAN", "FORWARD", "selective_scan", "selective_scan_fn", "weighted_average"]
+__all__ = [
+    "BIDIRECTIONAL",
+    "CROSS_SCAN",
+    "FORWARD",
+    "depthwise_conv_silu",
+    "directional_conv_silu",
+    "norm_gate",
+    "selective_scan",
+    "selective_scan_fn",
+    "weighted_average",
+    "weighted_average_norm",
+]

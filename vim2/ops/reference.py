@@ -143,23 +143,27 @@ def _advance(h, dt, u, B, At):
     h.mul_(decay).addcmul_((dt * u).unsqueeze(-2), B.unsqueeze(-1))
 
 
-def _chunk_starts(h, decay):
-    """From each chunk's own end state and decay to the true state at each chunk's start, and at the very end."""
-    starts = torch.zeros_like(h)
-    for c in range(1, h.shape[2]):
-        starts[:, :, c] = decay[:, :, c - 1] * starts[:, :, c - 1] + h[:, :, c - 1]
+def _chunk_starts(walk, dt, u, B, At):
+    """The states at the chunks' starts: every chunk is scanned from a zero state, then their ends are chained."""
+    starts = dt.new_zeros(dt.shape[0], walk.lanes, walk.chunks, B.shape[-1], dt.shape[-1])
+    if walk.chunks > 1:
+        ends, decay = _local_scan(walk, dt, u, B, At)
+        for c in range(1, walk.chunks):
+            starts[:, :, c] = decay[:, :, c - 1] * starts[:, :, c - 1] + ends[:, :, c - 1]
     return starts
 
 
-def selective_scan_chunked(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width):
-    """The scan in O(sqrt(L)) sequential steps; no permuted or flipped copy of a map is made. No autograd.
+def selective_scan_chunked(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width, with_last):
+    """The scan in O(sqrt(L)) sequential steps. No permuted or flipped copy of a map is made. No autograd.
 
     All chunks first run side by side from a zero state, which gives each chunk's end state; a short loop over chunks
     turns these into the true states at the chunks' starts; then all chunks run side by side once more, from there.
 
+    Args:
+        with_last: Whether the last states are wanted.
+
     Returns:
-        y (batch, L, K, E) in `compute_dtype`; last states (batch, K, E, N); the states at the chunks' starts
-        (batch, K, chunks, N, E), which the backward pass needs.
+        y (batch, L, K, E) in `compute_dtype`, and the last states (batch, K, E, N), or (0,) without with_last.
     """
     dtype = compute_dtype(u, delta, A, B, C)
     walk = _Walk(*chunk_positions(orders, height, width, u.device), dtype)
@@ -167,34 +171,32 @@ def selective_scan_chunked(u, delta, A, B, C, D, delta_bias, delta_softplus, ord
     n = A.shape[-1]
     At = A.to(dtype).transpose(-1, -2).unsqueeze(1)
     y = torch.empty(batch, length, lanes, features, dtype=dtype, device=u.device)
-    last = torch.empty(batch, lanes, features, n, dtype=dtype, device=u.device)
-    starts = torch.zeros(batch, lanes, walk.chunks, n, features, dtype=dtype, device=u.device)
+    last = torch.empty((batch, lanes, features, n) if with_last else (0,), dtype=dtype, device=u.device)
     skip = D.to(dtype).unsqueeze(1)
     for s in _batch_slices(u, delta, A):
         dt = _discretisation(delta[s], delta_bias, delta_softplus, dtype)
-        if walk.chunks > 1:
-            starts[s] = _chunk_starts(*_local_scan(walk, dt, u[s], B[s], At))
-        h = starts[s].clone()
+        h = _chunk_starts(walk, dt, u[s], B[s], At)
         for t in range(walk.steps):
             ht, ut = h[:, :, : walk.active(t)], walk.read(u[s], t)
             _advance(ht, walk.read(dt, t), ut, walk.read(B[s], t), At)
             walk.write(y[s], t, (walk.read(C[s], t).unsqueeze(-1) * ht).sum(-2) + skip * ut)
-        last[s] = h[:, :, -1].transpose(-1, -2)
-    return y, last, starts
+        if with_last:
+            last[s] = h[:, :, -1].transpose(-1, -2)
+    return y, last
 
 
 def selective_scan_chunked_backward(
-    grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width
+    grad_y, grad_last, u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width
 ):
     """Gradients of `selective_scan_chunked` for u, delta, A, B, C, D and delta_bias, each in its input's dtype.
 
-    States are recomputed from the chunks' starts; the adjoint runs the same three passes from the other end.
+    States are recomputed, nothing but the inputs is kept; the adjoint runs the same three passes from the other end.
 
     Args:
         grad_y: (batch, L, K, E), or (batch, L, E) where the directions' outputs were summed.
-        grad_last: (batch, K, E, N).
+        grad_last: (batch, K, E, N), or (0,) where the last states were not wanted.
     """
-    dtype = starts.dtype
+    dtype = compute_dtype(u, delta, A, B, C)
     walk = _Walk(*chunk_positions(orders, height, width, u.device), dtype)
     At = A.to(dtype).transpose(-1, -2).unsqueeze(1)
     skip = D.to(dtype).unsqueeze(1)
@@ -206,14 +208,16 @@ def selective_scan_chunked_backward(
         dt = _discretisation(delta[s], delta_bias, delta_softplus, dtype)
         us, Bs, Cs, gy = u[s], B[s], C[s], grad_y[s]
         # the states after every step; those before step t are states[t - 1], or the chunks' starts
-        states = starts.new_empty(walk.steps, *starts[s].shape)
-        h = starts[s].clone()
+        first = _chunk_starts(walk, dt, us, Bs, At)
+        states = first.new_empty(walk.steps, *first.shape)
+        h = first.clone()
         for t in range(walk.steps):
             _advance(h[:, :, : walk.active(t)], walk.read(dt, t), walk.read(us, t), walk.read(Bs, t), At)
             states[t] = h
         # the adjoint of the state at each chunk's end, from what follows that chunk
         adjoint = torch.zeros_like(h)
-        adjoint[:, :, -1] = grad_last[s].transpose(-1, -2)
+        if grad_last.numel():
+            adjoint[:, :, -1] = grad_last[s].transpose(-1, -2)
         if walk.chunks > 1:
             local = torch.zeros_like(h)
             total = dt.new_zeros(*local.shape[:3], local.shape[-1])
@@ -228,7 +232,7 @@ def selective_scan_chunked_backward(
         for t in reversed(range(walk.steps)):
             active = walk.active(t)
             g, after = adjoint[:, :, :active], states[t][:, :, :active]
-            before = (states[t - 1] if t else starts[s])[:, :, :active]
+            before = (states[t - 1] if t else first)[:, :, :active]
             dtt, ut, Bt, Ct, gyt = (walk.read(field, t) for field in (dt, us, Bs, Cs, gy))
             g.addcmul_(Ct.unsqueeze(-1), gyt.unsqueeze(-2))
             walk.write(grad_C[s], t, (after * gyt.unsqueeze(-2)).sum(-1))

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .reference import ORDERS, chunk_positions, compute_dtype, selective_scan_chunked, selective_scan_chunked_backward
+from .backend import resolve_backend
+from .reference import ORDERS, compute_dtype, selective_scan_chunked, selective_scan_chunked_backward
 
 FORWARD = ("forward",)
 BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
+
+TRITON_CHUNK = 64  # steps between the states that the Triton kernels keep for the backward pass
 
 
 def selective_scan(
@@ -28,6 +31,8 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
     orders: Sequence[str] = FORWARD,
+    delta_weight: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Scan a sequence or a map in several directions at once and sum the directions' outputs.
 
@@ -47,12 +52,16 @@ def selective_scan(
         delta_softplus: Apply softplus to delta + delta_bias.
         orders: K of "forward" (row by row), "columns" (column by column), "backward" and "columns_backward" (the same
             walks from their ends). The same order may stand more than once.
+        delta_weight: (K, E, R); delta is then its low-rank factor (batch, *spatial, K, R), and the step sizes before
+            bias and softplus are delta_weight @ delta. They are not kept for the backward pass.
+        backend: See `vim2.ops.backend.resolve_backend`.
 
     Returns:
         (batch, *spatial, E) in u's dtype.
 
     Raises:
-        ValueError: Shapes that do not fit together, an unknown order, an empty batch or map.
+        ValueError: Shapes that do not fit together, an unknown order or backend, an empty batch or map.
+        RuntimeError: A backend that is not there.
     """
     if delta.dim() not in (4, 5):
         raise ValueError(
@@ -60,10 +69,13 @@ def selective_scan(
         )
     spatial = delta.shape[1:-2]
     height, width = spatial if len(spatial) == 2 else (1, spatial[0])
-    lanes = _check_arguments(u, delta, A, B, C, orders, spatial)
+    _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
     D, delta_bias = (_optional(t, A, name) for t, name in ((D, "D"), (delta_bias, "delta_bias")))
+    if delta_weight is None:
+        delta_weight = A.new_empty(0)
     u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
-    y, _ = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, lanes, height, width, merge=True)
+    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+    y, _ = _scan(tensors, delta_softplus, orders, height, width, True, False, backend)
     return y.unflatten(1, spatial)
 
 
@@ -78,6 +90,7 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mamba-ssm's `selective_scan_fn`, argument for argument, for those who cannot build mamba-ssm.
 
@@ -92,6 +105,7 @@ def selective_scan_fn(
         delta_bias: (D,).
         delta_softplus: Apply softplus to delta + delta_bias.
         return_last_state: Also return the state after the last step. Unlike mamba-ssm's, it is differentiable.
+        backend: As for `selective_scan`.
 
     Returns:
         (batch, D, L) in u's dtype, and with return_last_state the last state, (batch, D, N), float32.
@@ -130,33 +144,40 @@ def selective_scan_fn(
     A, D, delta_bias = (t.unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
     B, C = (t.expand(-1, groups, -1, -1).permute(0, 3, 1, 2) for t in (B, C))
     orders = FORWARD * groups
-    y, last_state = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, 1, length, merge=False)
+    tensors = (u, delta, A, B, C, D, delta_bias, A.new_empty(0))
+    y, last_state = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend)
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
         y = y * F.silu(z)
     return (y, last_state.flatten(1, 2)) if return_last_state else y
 
 
-def _check_arguments(u, delta, A, B, C, orders, spatial):
+def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
     unknown = [order for order in orders if order not in ORDERS]
     if unknown or not orders:
         raise ValueError(f"orders must name one or more of {', '.join(ORDERS)}, got {tuple(orders)}.")
     batch, lanes, features = delta.shape[0], *delta.shape[-2:]
     if len(orders) != lanes:
         raise ValueError(f"delta has {lanes} directions, but orders names {len(orders)}: {tuple(orders)}.")
-    if u.shape not in ((batch, *spatial, features), delta.shape):
+    if delta_weight is not None:
+        if delta_weight.dim() != 3 or (delta_weight.shape[0], delta_weight.shape[2]) != (lanes, features):
+            raise ValueError(
+                f"delta_weight must be (K, E, R) with K, R = {lanes}, {features} as in delta, "
+                f"got {tuple(delta_weight.shape)}."
+            )
+        features = delta_weight.shape[1]
+    full = (batch, *spatial, lanes, features)
+    if u.shape not in ((batch, *spatial, features), full):
         raise ValueError(
-            f"u must be {(batch, *spatial, features)}, shared by all directions, or {tuple(delta.shape)}, "
-            f"as delta is; got {tuple(u.shape)}."
+            f"u must be {(batch, *spatial, features)}, shared by all directions, or {full}, got {tuple(u.shape)}."
         )
     if A.dim() != 3 or A.shape[:2] != (lanes, features):
-        raise ValueError(f"A must be (K, E, N) with K, E = {lanes}, {features} as in delta, got {tuple(A.shape)}.")
+        raise ValueError(f"A must be (K, E, N) with K, E = {lanes}, {features}, got {tuple(A.shape)}.")
     for name, t in (("B", B), ("C", C)):
         if t.shape != (batch, *spatial, lanes, A.shape[-1]):
             raise ValueError(f"{name} must be {(batch, *spatial, lanes, A.shape[-1])}, got {tuple(t.shape)}.")
-    if delta.numel() == 0:
-        raise ValueError(f"There is nothing to scan: delta is {tuple(delta.shape)}.")
-    return tuple(orders)
+    if u.numel() == 0:
+        raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
 
 
 def _optional(t, A, name):
@@ -167,12 +188,26 @@ def _optional(t, A, name):
     return t
 
 
-def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width, merge):
+def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend):
+    backend = resolve_backend(backend, *tensors)
+    # the kernels keep states inside the sequence for a backward pass only; PyTorch's form never does
+    keeps = backend == "triton" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    chunk = TRITON_CHUNK if keeps else height * width
     order_ids = [ORDERS.index(order) for order in orders]
     y, last_state, _ = torch.ops.vim2.selective_scan(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, order_ids, height, width, merge
+        *tensors, delta_softplus, order_ids, height, width, merge, with_last, chunk, backend
     )
     return y, last_state
+
+
+def _step_sizes(delta, delta_weight):
+    """delta itself, or (batch, L, K, R) times (K, E, R), in delta's dtype: (batch, L, K, E)."""
+    if delta_weight.numel() == 0:
+        return delta
+    weight = delta_weight.to(delta.dtype)
+    if weight.shape[-1] == 1:
+        return delta * weight.squeeze(-1)
+    return torch.einsum("blkr,ker->blke", delta, weight)
 
 
 @torch.library.custom_op("vim2::selective_scan", mutates_args=())
@@ -184,29 +219,46 @@ def _selective_scan(
     C: Tensor,
     D: Tensor,
     delta_bias: Tensor,
+    delta_weight: Tensor,
     delta_softplus: bool,
     orders: Sequence[int],
     height: int,
     width: int,
     merge: bool,
+    with_last: bool,
+    chunk: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps flattened to L = height * width. Returns y, summed over directions with `merge`, the last states, and the
-    states from which the backward pass recomputes the others."""
+    """Maps flattened to L = height * width; an empty delta_weight means that delta is full.
+
+    Returns:
+        y, summed over directions with merge; the last states, or (0,) without with_last; the kernels' states before
+        every `chunk` steps but the first, from which their backward pass recomputes the others.
+    """
     names = [ORDERS[i] for i in orders]
-    y, last, starts = selective_scan_chunked(u, delta, A, B, C, D, delta_bias, delta_softplus, names, height, width)
-    return (y.sum(2) if merge else y).to(u.dtype), last, starts
+    with torch.autocast(u.device.type, enabled=False):
+        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
+        if backend == "triton":
+            from .triton_scan import selective_scan_triton
+
+            y, last, starts = selective_scan_triton(*inputs, chunk, with_last)
+        else:
+            y, last = selective_scan_chunked(*inputs, with_last)
+            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
+        return (y.sum(2) if merge else y).to(u.dtype), last, starts
 
 
 @_selective_scan.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width, merge):
-    batch, length, lanes, features = delta.shape
+def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
+    with_last, chunk, _ = options
+    batch, length = delta.shape[:2]
+    lanes, features, n = A.shape
     dtype = compute_dtype(u, delta, A, B, C)
-    chunks = chunk_positions(["forward"], height, width, device="meta")[0].shape[1]
-    n = A.shape[-1]
+    chunks = -(-length // chunk)
     return (
-        u.new_empty((batch, length, features) if merge else delta.shape),
-        u.new_empty((batch, lanes, features, n), dtype=dtype),
-        u.new_empty((batch, lanes, chunks, n, features), dtype=dtype),
+        u.new_empty((batch, length, features) if merge else (batch, length, lanes, features)),
+        u.new_empty((batch, lanes, features, n) if with_last else (0,), dtype=dtype),
+        u.new_empty((batch, lanes, chunks - 1, n, features), dtype=dtype),
     )
 
 
@@ -222,40 +274,56 @@ def _selective_scan_backward(
     C: Tensor,
     D: Tensor,
     delta_bias: Tensor,
+    delta_weight: Tensor,
     delta_softplus: bool,
     orders: Sequence[int],
     height: int,
     width: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for u, delta, A, B, C, D and delta_bias."""
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
     names = [ORDERS[i] for i in orders]
-    return selective_scan_chunked_backward(
-        grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_softplus, names, height, width
-    )
+    with torch.autocast(u.device.type, enabled=False):
+        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
+        if backend == "triton":
+            from .triton_scan import selective_scan_triton_backward
+
+            grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs)
+        else:
+            grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
+        grad_u, grad_delta, *others = grads
+        grad_weight = torch.empty_like(delta_weight)
+        if delta_weight.numel():
+            # image by image first: one product over all of them would be long and thin, which GPUs do slowly
+            grad_weight = torch.einsum("blke,blkr->bker", grad_delta, delta).sum(0, dtype=starts.dtype)
+            grad_delta = torch.einsum("blke,ker->blkr", grad_delta, delta_weight.to(grad_delta.dtype))
+        return grad_u, grad_delta, *others, grad_weight.to(delta_weight.dtype)
 
 
 @_selective_scan_backward.register_fake
-def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, *_):
-    return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, D, delta_bias))
+def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *_):
+    return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, D, delta_bias, delta_weight))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, _ = inputs
+    *tensors, ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, _, _, _, ctx.backend = inputs
     ctx.save_for_backward(output[2], *tensors)
 
 
 def _backward(ctx, grad_y, grad_last, _):
-    grads = torch.ops.vim2.selective_scan_backward(
-        grad_y, grad_last, *ctx.saved_tensors, ctx.delta_softplus, ctx.orders, ctx.height, ctx.width
-    )
-    return *grads, None, None, None, None, None
+    options = (ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, ctx.backend)
+    grads = torch.ops.vim2.selective_scan_backward(grad_y, grad_last, *ctx.saved_tensors, *options)
+    return *grads, *(None,) * 8
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vim2.selective_scan)
-def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
-    """9 L N operations a channel and direction, plus 2 L for the skip: the count that Mamba's followers publish."""
-    batch, length, lanes, features = delta_shape
-    return batch * length * lanes * features * (9 * A_shape[-1] + 2)
+def selective_scan_flops(u, delta, A, B, C, D, delta_bias, delta_weight, *args, out_shape=None, **kwargs) -> int:
+    """From the arguments' shapes: 9 N + 2 operations a step, channel and direction (the count that Mamba's followers
+    publish: the recurrence, and the skip), and R multiply-adds where delta is a low-rank factor."""
+    batch, length = delta[:2]
+    lanes, features, n = A
+    rank = delta[-1] if len(delta_weight) == 3 else 0
+    return batch * length * lanes * features * (9 * n + 2 + rank)

@@ -1,0 +1,99 @@
+"""Depth-wise 3x3 convolution and SiLU on channels-last maps: the public function and the registered operator behind
+its kernels, `torch.ops.vim2.depthwise_conv_silu`, with fake, autograd and FLOP rules."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .backend import resolve_backend
+from .reference import compute_dtype
+
+
+def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
+    """SiLU of the depth-wise 3x3 convolution with padding 1, computed in float32 (float64 if any input is).
+
+    Args:
+        x: Maps, (batch, H, W, E), with any strides; only where channels are not contiguous do kernels copy. Any
+            floating dtype; weight and bias may have another.
+        weight: (E, 1, 3, 3), as nn.Conv2d(E, E, 3, groups=E) has it.
+        bias: (E,).
+        backend: "triton", "torch" or "auto", see `vim2.ops.backend.resolve_backend`.
+
+    Returns:
+        (batch, H, W, E), contiguous, in x's dtype, also under autocast.
+
+    Raises:
+        ValueError: Shapes that do not fit together, an empty map, or an unknown backend.
+        RuntimeError: A backend that is not there.
+    """
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"x must be (batch, H, W, E) and not empty, got {tuple(x.shape)}.")
+    channels = x.shape[-1]
+    if weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
+        raise ValueError(
+            f"weight and bias must be {(channels, 1, 3, 3)} and {(channels,)} for {channels} channels, "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
+        )
+    if resolve_backend(backend, x, weight, bias) == "triton":
+        return torch.ops.vim2.depthwise_conv_silu(x, weight, bias)
+    return _depthwise_conv_silu_torch(x, weight, bias)
+
+
+def _depthwise_conv_silu_torch(x, weight, bias):
+    dtype = compute_dtype(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        maps = x.permute(0, 3, 1, 2).to(dtype)
+        y = F.silu(F.conv2d(maps, weight.to(dtype), bias.to(dtype), padding=1, groups=maps.shape[1]))
+    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("vim2::depthwise_conv_silu", mutates_args=())
+def _depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from .triton_depthwise_conv import depthwise_conv_silu_triton
+
+    return depthwise_conv_silu_triton(x, weight, bias)
+
+
+@_depthwise_conv_silu.register_fake
+def _(x, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("vim2::depthwise_conv_silu_backward", mutates_args=())
+def _depthwise_conv_silu_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias; what SiLU was applied to is computed again."""
+    from .triton_depthwise_conv import depthwise_conv_silu_triton_backward
+
+    return depthwise_conv_silu_triton_backward(grad_y, x, weight, bias)
+
+
+@_depthwise_conv_silu_backward.register_fake
+def _(grad_y, x, weight, bias):
+    return tuple(t.new_empty(t.shape) for t in (x, weight, bias))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y):
+    return torch.ops.vim2.depthwise_conv_silu_backward(grad_y, *ctx.saved_tensors)
+
+
+_depthwise_conv_silu.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vim2.depthwise_conv_silu)
+def depthwise_conv_silu_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
+    """Nine multiplications and additions an output, as PyTorch counts a convolution."""
+    batch, height, width, channels = x_shape
+    return 2 * 9 * batch * height * width * channels
+
+
+@register_flop_formula(torch.ops.vim2.depthwise_conv_silu_backward)
+def depthwise_conv_silu_backward_flops(grad_shape, *args, out_shape=None, **kwargs) -> int:
+    """The convolution's two adjoints; recomputing it is not counted."""
+    return 2 * depthwise_conv_silu_flops(grad_shape)

@@ -1,0 +1,122 @@
+"""The gate of the mixers (arXiv 2403.19888, section 3): LayerNorm of the scan's output, times SiLU of the gate branch.
+
+The operator `torch.ops.vim2.norm_gate` is opaque to torch.compile, torch.export, autocast and activation checkpointing,
+and carries its own fake and autograd rules.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import autocast_dtype, resolve_backend
+from .reference import compute_dtype
+
+
+def norm_gate(
+    y: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(y) * SiLU(gate), the norm over the last axis; without a norm_weight, y * SiLU(gate).
+
+    Args:
+        y: (..., E), any floating dtype.
+        gate: As y; it may be a slice of wider rows, as half of a projection's output is. Of any floating dtype.
+        norm_weight: (E,).
+        norm_bias: (E,), with norm_weight only.
+        eps: Added to the variance.
+        backend: As for `selective_scan`.
+
+    Returns:
+        A contiguous tensor of y's shape, in autocast's dtype where that is on, else in that of y and gate promoted.
+        Arithmetic is float32 (float64 if any input is).
+
+    Raises:
+        ValueError: Shapes that do not fit together, norm_weight without norm_bias or the other way round.
+        RuntimeError: A backend that is not there.
+    """
+    if y.shape != gate.shape or y.dim() == 0:
+        raise ValueError(f"y and gate must both be (..., E), got {tuple(y.shape)} and {tuple(gate.shape)}.")
+    check_norm(norm_weight, norm_bias, y.shape[-1])
+    tensors = (y, gate) if norm_weight is None else (y, gate, norm_weight, norm_bias)
+    dtype = autocast_dtype(y) or torch.promote_types(y.dtype, gate.dtype)
+    if resolve_backend(backend, *tensors) == "triton":
+        return torch.ops.vim2.norm_gate(y, gate, norm_weight, norm_bias, eps, dtype)[0]
+    compute = compute_dtype(*tensors)
+    y = y.to(compute)
+    if norm_weight is not None:
+        y = F.layer_norm(y, y.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps)
+    return (y * F.silu(gate.to(compute))).to(dtype)
+
+
+def check_norm(weight: Tensor | None, bias: Tensor | None, width: int) -> None:
+    """Raise a ValueError unless both are (width,), or both are None."""
+    for name, t in (("norm_weight", weight), ("norm_bias", bias)):
+        if (weight is None) != (bias is None) or (t is not None and t.shape != (width,)):
+            shape = None if t is None else tuple(t.shape)
+            raise ValueError(f"norm_weight and norm_bias must both be {(width,)} or both None; {name} is {shape}.")
+
+
+@torch.library.custom_op("vim2::norm_gate", mutates_args=())
+def _norm_gate(
+    y: Tensor, gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (...), float32; empty without a norm."""
+    from .triton_rows import norm_gate_triton
+
+    return norm_gate_triton(y, gate, norm_weight, norm_bias, eps, dtype)
+
+
+@_norm_gate.register_fake
+def _(y, gate, norm_weight, norm_bias, eps, dtype):
+    return y.new_empty(y.shape, dtype=dtype), *fake_statistics(y, norm_weight)
+
+
+def fake_statistics(x: Tensor, norm_weight: Tensor | None) -> list[Tensor]:
+    shape = (0,) if norm_weight is None else x.shape[:-1]
+    return [x.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+
+
+@torch.library.custom_op("vim2::norm_gate_backward", mutates_args=())
+def _norm_gate_backward(
+    grad: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for y, gate, and norm_weight and norm_bias together, (2, E) in float32, (2, 0) without a norm."""
+    from .triton_rows import norm_gate_triton_backward
+
+    return norm_gate_triton_backward(grad, y, gate, norm_weight, norm_bias, mean, rstd)
+
+
+@_norm_gate_backward.register_fake
+def _(grad, y, gate, norm_weight, norm_bias, mean, rstd):
+    return y.new_empty(y.shape), gate.new_empty(gate.shape), fake_norm_gradient(mean, norm_weight)
+
+
+def fake_norm_gradient(mean: Tensor, norm_weight: Tensor | None) -> Tensor:
+    return mean.new_empty(2, 0 if norm_weight is None else norm_weight.shape[0])
+
+
+def split_norm_gradient(grad: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else g.to(t.dtype) for g, t in zip(grad, (norm_weight, norm_bias))]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+
+
+def _backward(ctx, grad, *_):
+    y, gate, *norm, mean, rstd = ctx.saved_tensors
+    grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, mean, rstd)
+    return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None
+
+
+_norm_gate.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,254 @@
+"""SiLU(causal and anti-causal convolutions along many short sequences) in Triton. `directional_conv.py` says what it
+computes.
+
+A program takes a block of sequences and walks along their steps, the last TAPS steps in registers: what one direction
+sees from its newest step is what the other sees from its oldest, so that every step is loaded once for both. The
+backward pass walks the same way, with the gradients of those steps under way, and needs nothing but one pass, either.
+Each program goes on to further blocks with the taps it has, and keeps the sums of their gradients until its end.
+"""
+
+# ruff: noqa: RUF005  (Triton does not know starred tuples)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_depthwise_conv import INTERPRETED, sigmoid
+
+FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
+BACKWARD_PROGRAMS = 2048
+
+STEPS = tl.constexpr(3)  # whose loads are under way together: with 4 taps, S + 3 steps come out even for S = 12, 24, 48
+
+
+@triton.jit
+def _tile(P: tl.constexpr, P_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr):
+    """A program's part, its sequences in a block [N, 1] and features [1, P]."""
+    pid = tl.program_id(0)
+    features: tl.constexpr = (P + P_BLOCK - 1) // P_BLOCK
+    p = (pid % features) * P_BLOCK + tl.arange(0, P_BLOCK)[None, :]
+    return pid // features, tl.arange(0, N_BLOCK)[:, None], p
+
+
+@triton.jit
+def _load_taps(weight_ptr, bias_ptr, p, p_in, K: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr):
+    """Direction K's taps, in the order of steps in memory, and its bias: tiles [N, P] with all N rows equal, in the
+    layout of the arithmetic."""
+    taps = ()
+    for j in tl.static_range(TAPS):
+        at = (K * TAPS + (TAPS - 1 - j if K else j)) * P + p
+        taps = taps + (tl.load(weight_ptr + at, mask=p_in, other=0.0),)
+    return taps, tl.load(bias_ptr + 2 * p + K, mask=p_in, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _apply(window, taps, bias, TAPS: tl.constexpr):
+    y = bias
+    for j in tl.static_range(TAPS):
+        y += window[j] * taps[j]
+    return y
+
+
+@triton.jit
+def _add_products(sums, window, factor, TAPS: tl.constexpr):
+    new = ()
+    for j in tl.static_range(TAPS):
+        new = new + (sums[j] + window[j] * factor,)
+    return new
+
+
+@triton.jit
+def _append(window, tile, TAPS: tl.constexpr):
+    """Without its oldest element, and with one more."""
+    new = ()
+    for j in tl.static_range(1, TAPS):
+        new = new + (window[j],)
+    return new + (tile,)
+
+
+@triton.jit
+def _zeros(TAPS: tl.constexpr, N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr):
+    zero = tl.zeros([N_BLOCK, P_BLOCK], dtype=tl.float32)
+    tiles = ()
+    for _j in tl.static_range(TAPS):
+        tiles = tiles + (zero,)
+    return tiles
+
+
+@triton.jit
+def _load_step(block_ptr, step, stride, offset, S, count, n, p_in):
+    """A tile of a step; zero outside the sequence. count is how many sequences the block has."""
+    mask = (n < tl.where((step >= 0) & (step < S), count, 0)) & p_in
+    return tl.load(block_ptr + step * stride + offset, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["sequences", "S", "blocks"])
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, sequences, S, blocks, x_n, STEP: tl.constexpr,
+    P: tl.constexpr, TAPS: tl.constexpr, FAST: tl.constexpr, N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
+):  # fmt: skip
+    part, n, p = _tile(P, P_BLOCK, N_BLOCK)
+    p_in = (p < P) & (n >= 0)
+    p_wide = p + 0 * n
+    taps0, bias0 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 0, P, TAPS)
+    taps1, bias1 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 1, P, TAPS)
+    x_offset = (n * x_n + p).to(tl.uint32)
+    y_offset = (n * (S * 2 * P) + p).to(tl.uint32)
+    for block in range(part * blocks, tl.minimum((part + 1) * blocks, tl.cdiv(sequences, N_BLOCK))):
+        first = tl.cast(block, tl.int64) * N_BLOCK
+        count = tl.minimum(sequences - block * N_BLOCK, N_BLOCK)
+        x_block = x_ptr + first * x_n
+        y_block = y_ptr + first * (S * 2 * P)
+        window = _zeros(TAPS, N_BLOCK, P_BLOCK)
+        for step in range(0, S + (TAPS - 1), STEPS):
+            loaded = ()
+            for i in tl.static_range(STEPS):
+                loaded = loaded + (_load_step(x_block, step + i, STEP, x_offset, S, count, n, p_in),)
+            for i in tl.static_range(STEPS):
+                window = _append(window, loaded[i].to(tl.float32), TAPS)
+                y = _apply(window, taps0, bias0, TAPS)
+                y *= sigmoid(y, FAST)
+                mask = (n < tl.where(step + i < S, count, 0)) & p_in
+                tl.store(y_block + (step + i) * (2 * P) + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+                oldest = step + i - (TAPS - 1)
+                y = _apply(window, taps1, bias1, TAPS)
+                y *= sigmoid(y, FAST)
+                mask = (n < tl.where((oldest >= 0) & (oldest < S), count, 0)) & p_in
+                tl.store(y_block + oldest * (2 * P) + P + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _silu_gradient(grad, x, FAST: tl.constexpr):
+    s = sigmoid(x, FAST)
+    return grad.to(tl.float32) * (s + x * (s - s * s))
+
+
+@triton.jit(do_not_specialize=["sequences", "S", "blocks"])
+def _backward_kernel(
+    x_ptr, weight_ptr, bias_ptr, gy_ptr, gx_ptr, sums_ptr, sequences, S, blocks, x_n, STEP: tl.constexpr,
+    P: tl.constexpr, TAPS: tl.constexpr, FAST: tl.constexpr, N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, and the program's sums (2, TAPS + 1, P) for each direction's taps, in the order of steps in
+    memory, and bias."""
+    part, n, p = _tile(P, P_BLOCK, N_BLOCK)
+    p_in = (p < P) & (n >= 0)
+    p_wide = p + 0 * n
+    taps0, bias0 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 0, P, TAPS)
+    taps1, bias1 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 1, P, TAPS)
+    zero = tl.zeros([N_BLOCK, P_BLOCK], dtype=tl.float32)
+    gtaps0 = _zeros(TAPS, N_BLOCK, P_BLOCK)
+    gtaps1 = _zeros(TAPS, N_BLOCK, P_BLOCK)
+    gbias0 = zero
+    gbias1 = zero
+    x_offset = (n * x_n + p).to(tl.uint32)
+    y_offset = (n * (S * 2 * P) + p).to(tl.uint32)
+    gx_offset = (n * (S * P) + p).to(tl.uint32)
+    for block in range(part * blocks, tl.minimum((part + 1) * blocks, tl.cdiv(sequences, N_BLOCK))):
+        first = tl.cast(block, tl.int64) * N_BLOCK
+        count = tl.minimum(sequences - block * N_BLOCK, N_BLOCK)
+        x_block = x_ptr + first * x_n
+        gy_block = gy_ptr + first * (S * 2 * P)
+        gx_block = gx_ptr + first * (S * P)
+        window = _zeros(TAPS, N_BLOCK, P_BLOCK)
+        gwindow = _zeros(TAPS, N_BLOCK, P_BLOCK)
+        for step in range(0, S + (TAPS - 1), STEPS):
+            loaded = ()
+            for i in tl.static_range(STEPS):
+                oldest = step + i - (TAPS - 1)
+                loaded = loaded + (
+                    (
+                        _load_step(x_block, step + i, STEP, x_offset, S, count, n, p_in),
+                        _load_step(gy_block, step + i, 2 * P, y_offset, S, count, n, p_in),
+                        _load_step(gy_block + P, oldest, 2 * P, y_offset, S, count, n, p_in),
+                    ),
+                )
+            for i in tl.static_range(STEPS):
+                window = _append(window, loaded[i][0].to(tl.float32), TAPS)
+                gwindow = _append(gwindow, zero, TAPS)
+                # outside the sequence these are zero, as the gradients of outputs that are not there
+                g0 = _silu_gradient(loaded[i][1], _apply(window, taps0, bias0, TAPS), FAST)
+                g1 = _silu_gradient(loaded[i][2], _apply(window, taps1, bias1, TAPS), FAST)
+                gwindow = _add_products(gwindow, taps0, g0, TAPS)
+                gwindow = _add_products(gwindow, taps1, g1, TAPS)
+                gtaps0 = _add_products(gtaps0, window, g0, TAPS)
+                gtaps1 = _add_products(gtaps1, window, g1, TAPS)
+                gbias0 += g0
+                gbias1 += g1
+                oldest = step + i - (TAPS - 1)  # no later step touches it
+                mask = (n < tl.where((oldest >= 0) & (oldest < S), count, 0)) & p_in
+                tl.store(gx_block + oldest * P + gx_offset, gwindow[0].to(gx_ptr.dtype.element_ty), mask=mask)
+
+    sums_at = sums_ptr + tl.cast(part, tl.int64) * (2 * (TAPS + 1) * P) + p
+    for j in tl.static_range(TAPS):
+        tl.store(sums_at + j * P, tl.sum(gtaps0[j], axis=0)[None, :], mask=p < P)
+        tl.store(sums_at + (TAPS + 1 + j) * P, tl.sum(gtaps1[j], axis=0)[None, :], mask=p < P)
+    tl.store(sums_at + TAPS * P, tl.sum(gbias0, axis=0)[None, :], mask=p < P)
+    tl.store(sums_at + (2 * TAPS + 1) * P, tl.sum(gbias1, axis=0)[None, :], mask=p < P)
+
+
+def _launch_shape(x: Tensor, programs: int) -> tuple[int, int, int, dict]:
+    """Programs, parts of the sequences, blocks of a part, and the tile: 4 features a thread, 512 in all."""
+    sequences, _, features = x.shape
+    P_BLOCK = min(1 << (features - 1).bit_length(), 64)
+    N_BLOCK = 512 // P_BLOCK
+    all_blocks = -(-sequences // N_BLOCK)
+    blocks = max(all_blocks // programs, 1)
+    parts = -(-all_blocks // blocks)
+    return parts * -(-features // P_BLOCK), parts, blocks, dict(N_BLOCK=N_BLOCK, P_BLOCK=P_BLOCK, num_warps=4)
+
+
+def _sequences_addressable(x: Tensor) -> Tensor:
+    if 512 * 2 * x.shape[1] * x.shape[2] >= 2**32:  # offsets in a block of sequences have 32 bits
+        raise ValueError(f"Sequences of {x.shape[1]} steps of {x.shape[2]} are too long here: use backend='torch'.")
+    contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if contiguous and 512 * x.stride(0) < 2**31 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
+
+
+def _taps(weight: Tensor, features: int) -> Tensor:
+    """(2P, 1, w) -> (2, w, P), in float32."""
+    taps = torch.empty(2, weight.shape[-1], features, dtype=torch.float32, device=weight.device)
+    return taps.copy_(weight.reshape(features, 2, -1).permute(1, 2, 0))
+
+
+def directional_conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `directional_conv.directional_conv_silu`."""
+    x, bias, taps = _sequences_addressable(x), bias.contiguous(), _taps(weight, x.shape[-1])
+    sequences, length, features = x.shape
+    programs, _, blocks, tile = _launch_shape(x, FORWARD_PROGRAMS)
+    y = torch.empty(sequences, length, 2, features, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(programs,)](
+            x, taps, bias, y, sequences, length, blocks, x.stride(0), STEP=x.stride(1),
+            P=features, TAPS=weight.shape[-1], FAST=not INTERPRETED, **tile,
+        )  # fmt: skip
+    return y
+
+
+def directional_conv_silu_triton_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias."""
+    x, grad_y, bias, taps = (
+        _sequences_addressable(x),
+        grad_y.contiguous(),
+        bias.contiguous(),
+        _taps(weight, x.shape[-1]),
+    )
+    sequences, length, features = x.shape
+    width = weight.shape[-1]
+    programs, parts, blocks, tile = _launch_shape(x, BACKWARD_PROGRAMS)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.empty(parts, 2, width + 1, features, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(programs,)](
+            x, taps, bias, grad_y, grad_x, sums, sequences, length, blocks, x.stride(0), STEP=x.stride(1),
+            P=features, TAPS=width, FAST=not INTERPRETED, **tile,
+        )  # fmt: skip
+    grad_weight, grad_bias = sums[:, :, :width].sum(0), sums[:, :, width].sum(0)
+    grad_weight = torch.stack((grad_weight[0], grad_weight[1].flip(0)))  # from the order of steps to that of taps
+    return (
+        grad_x,
+        grad_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
+        grad_bias.t().reshape(bias.shape).to(bias.dtype),
+    )
