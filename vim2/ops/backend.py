@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
         _warn_once("vim2: Triton is not installed; operators run in plain PyTorch, which is slow on a GPU.")
         return "torch"
     return "triton"
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager:
+    """Autocast off on this tensor's device; meta tensors, for which PyTorch knows no autocast, need nothing."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import resolve_backend
+from .backend import autocast_off, resolve_backend
 from .reference import compute_dtype
 
 
@@ -42,7 +42,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
 
 def _depthwise_conv_silu_torch(x, weight, bias):
     dtype = compute_dtype(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         maps = x.permute(0, 3, 1, 2).to(dtype)
         y = F.silu(F.conv2d(maps, weight.to(dtype), bias.to(dtype), padding=1, groups=maps.shape[1]))
     return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()

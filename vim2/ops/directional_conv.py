@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import resolve_backend
+from .backend import autocast_off, resolve_backend
 from .reference import compute_dtype
 
 
@@ -49,7 +49,7 @@ def _directional_conv_silu_torch(x, weight, bias):
     features, width = x.shape[-1], weight.shape[-1]
     forward, backward = weight.to(dtype).unflatten(0, (features, 2)).unbind(1)
     kernel = torch.stack((F.pad(forward, (0, width - 1)), F.pad(backward.flip(-1), (width - 1, 0))), dim=1)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         steps = x.transpose(1, 2).to(dtype)
         y = F.silu(F.conv1d(steps, kernel.flatten(0, 1), bias.to(dtype), padding=width - 1, groups=features))
     return y.unflatten(1, (features, 2)).permute(0, 3, 2, 1).to(x.dtype).contiguous()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import resolve_backend
+from .backend import autocast_off, resolve_backend
 from .reference import ORDERS, compute_dtype, selective_scan_chunked, selective_scan_chunked_backward
 
 FORWARD = ("forward",)
@@ -236,7 +236,7 @@ def _selective_scan(
         every `chunk` steps but the first, from which their backward pass recomputes the others.
     """
     names = [ORDERS[i] for i in orders]
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u):
         inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton
@@ -283,7 +283,7 @@ def _selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
     names = [ORDERS[i] for i in orders]
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u):
         inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton_backward
