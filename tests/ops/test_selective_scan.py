@@ -14,7 +14,7 @@ MAPS = [(1, 1), (1, 7), (7, 1), (7, 13), (2, 67), (1, 131), (11, 11)]
 
 
 def assert_matches_oracle(inputs, orders, tolerance, softplus=True):
-    actual = selective_scan(*inputs, delta_softplus=softplus, orders=orders)
+    actual = selective_scan(*inputs, delta_softplus=softplus, orders=orders, backend="torch")
     expected = oracle(inputs, orders, softplus)
     assert actual.dtype == inputs[0].dtype
     assert relative_error(actual, expected) < tolerance
@@ -58,7 +58,7 @@ def test_extreme_steps(step, dtype):
     inputs = make_inputs((9, 12), CROSS_SCAN, dtype=dtype)
     inputs[1] = torch.full_like(inputs[1], step).requires_grad_()
     inputs[6] = torch.zeros_like(inputs[6]).requires_grad_()
-    y = selective_scan(*inputs, delta_softplus=False, orders=CROSS_SCAN)
+    y = selective_scan(*inputs, delta_softplus=False, orders=CROSS_SCAN, backend="torch")
     expected = oracle(inputs, CROSS_SCAN, softplus=False)
     assert relative_error(y, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
     for name, g in zip(NAMES, gradients(y, inputs)):
@@ -69,7 +69,7 @@ def test_extreme_steps(step, dtype):
 def test_extreme_softplus_arguments(delta):
     inputs = make_inputs((3, 30), CROSS_SCAN, dtype=torch.float32)
     inputs[1] = torch.full_like(inputs[1], delta).requires_grad_()
-    y = selective_scan(*inputs, orders=CROSS_SCAN)
+    y = selective_scan(*inputs, orders=CROSS_SCAN, backend="torch")
     for t in (y, *gradients(y, inputs)):
         assert t.isfinite().all()
 
@@ -78,7 +78,7 @@ def test_zero_and_huge_inputs():
     for scale in (0.0, 1e18):
         inputs = make_inputs((3, 30), CROSS_SCAN, dtype=torch.float32)
         inputs[0] = (inputs[0].detach() * scale).requires_grad_()
-        y = selective_scan(*inputs, orders=CROSS_SCAN)
+        y = selective_scan(*inputs, orders=CROSS_SCAN, backend="torch")
         assert y.isfinite().all()
         assert relative_error(y, oracle(inputs, CROSS_SCAN)) < 1e-5
         for t in gradients(y, inputs):
@@ -91,17 +91,17 @@ def test_every_output_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: torch.zeros_like(*a, **k).fill_(math.nan))
     inputs = make_inputs((7, 13), CROSS_SCAN)
-    y = selective_scan(*inputs, orders=CROSS_SCAN)
+    y = selective_scan(*inputs, orders=CROSS_SCAN, backend="torch")
     for t in (y, *gradients(y, inputs)):
         assert t.isfinite().all()
 
 
 def test_batch_slices_change_nothing(monkeypatch):
     inputs = make_inputs((7, 13), CROSS_SCAN, batch=5)
-    whole = selective_scan(*inputs, orders=CROSS_SCAN)
+    whole = selective_scan(*inputs, orders=CROSS_SCAN, backend="torch")
     whole_grads = gradients(whole, inputs)
     monkeypatch.setattr(reference, "MAX_STATE_ELEMENTS", 2 * 91 * 4 * 3 * 5)  # two images at a time
-    sliced = selective_scan(*inputs, orders=CROSS_SCAN)
+    sliced = selective_scan(*inputs, orders=CROSS_SCAN, backend="torch")
     torch.testing.assert_close(sliced, whole)
     for a, b in zip(gradients(sliced, inputs), whole_grads):
         torch.testing.assert_close(a, b)
@@ -117,11 +117,11 @@ def test_orders_are_walks_over_the_map():
 @pytest.mark.parametrize("order", CROSS_SCAN)
 def test_a_direction_sees_only_what_lies_behind_it(order):
     inputs = [t.detach() for t in make_inputs((6, 13), (order,), batch=1)]
-    y = selective_scan(*inputs, orders=(order,))
+    y = selective_scan(*inputs, orders=(order,), backend="torch")
     walk = scan_positions(order, 6, 13)
     changed = inputs[0].clone()
     changed.view(1, 78, -1)[:, walk[40]] += 1.0
-    difference = (selective_scan(changed, *inputs[1:], orders=(order,)) - y).abs().sum(-1).flatten()
+    difference = (selective_scan(changed, *inputs[1:], orders=(order,), backend="torch") - y).abs().sum(-1).flatten()
     assert difference[walk[:40]].max() == 0
     assert difference[walk[40]] > 0 and difference[walk[41]] > 0
 
@@ -146,7 +146,7 @@ def test_compiles_without_graph_breaks():
     inputs = make_inputs((3, 5), CROSS_SCAN)
 
     def loss(*inputs):
-        return selective_scan(*inputs, orders=CROSS_SCAN).square().sum()
+        return selective_scan(*inputs, orders=CROSS_SCAN, backend="torch").square().sum()
 
     eager = torch.autograd.grad(loss(*inputs), inputs)
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
@@ -157,7 +157,7 @@ def test_compiles_without_graph_breaks():
 def test_autocast_keeps_states_in_float32():
     inputs = make_inputs((7, 13), CROSS_SCAN, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = selective_scan(*inputs, orders=CROSS_SCAN)
+        y = selective_scan(*inputs, orders=CROSS_SCAN, backend="torch")
     assert relative_error(y, oracle(inputs, CROSS_SCAN)) < 2e-6
 
 
@@ -177,14 +177,14 @@ BAD_INPUTS = {
 
 @pytest.mark.parametrize("change, message", BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_input(change, message):
-    arguments = dict(zip(NAMES, make_inputs((3, 4), CROSS_SCAN)), orders=CROSS_SCAN)
+    arguments = dict(zip(NAMES, make_inputs((3, 4), CROSS_SCAN)), orders=CROSS_SCAN, backend="torch")
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**arguments, **change})
 
 
 def test_empty_input():
     with pytest.raises(ValueError, match="nothing to scan"):
-        selective_scan(*make_inputs((3, 4), CROSS_SCAN, batch=0), orders=CROSS_SCAN)
+        selective_scan(*make_inputs((3, 4), CROSS_SCAN, batch=0), orders=CROSS_SCAN, backend="torch")
 
 
 class TestMambaSignature:
@@ -234,7 +234,7 @@ class TestMambaSignature:
         if not softplus:  # steps must be positive for the scan to be stable
             arguments["delta"] = arguments["delta"].detach().abs().requires_grad_()
             arguments["delta_bias"] = arguments["delta_bias"].detach().abs().requires_grad_()
-        actual = selective_scan_fn(**arguments, delta_softplus=softplus, return_last_state=True)
+        actual = selective_scan_fn(**arguments, delta_softplus=softplus, return_last_state=True, backend="torch")
         expected = self.expected(**arguments, delta_softplus=softplus)
         for a, e in zip(actual, expected):
             torch.testing.assert_close(a, e)
@@ -248,7 +248,7 @@ class TestMambaSignature:
     def test_optional_arguments(self):
         arguments = {k: v for k, v in self.make().items() if k in ("u", "A", "B", "C")}
         arguments["delta"] = torch.rand(self.batch, self.channels, self.length, dtype=torch.float64)
-        torch.testing.assert_close(selective_scan_fn(**arguments), self.expected(**arguments)[0])
+        torch.testing.assert_close(selective_scan_fn(**arguments, backend="torch"), self.expected(**arguments)[0])
 
     @pytest.mark.parametrize(
         "change, message",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_cases import NAMES, gradients, make_inputs, oracle, relative_error
+from scan_cases import CASES, NAMES, assert_matches_oracle, gradients, make_inputs, oracle, relative_error
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
 
@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from vim2.ops import triton_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "split"])
@@ -31,42 +30,14 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def assert_matches_oracle(inputs, orders, softplus=True, names=NAMES):
-    dtype = inputs[0].dtype
-    inputs = [t.detach().to(DEVICE).requires_grad_() for t in inputs]
-    actual = selective_scan(*inputs, delta_softplus=softplus, orders=orders, backend="triton")
-    inputs_cpu = [t.detach().cpu().requires_grad_() for t in inputs]
-    expected = oracle(inputs_cpu, orders, softplus)
-    assert actual.dtype == dtype
-    assert relative_error(actual.cpu(), expected) < BOUNDS[dtype]
-    for name, a, e in zip(names, gradients(actual, inputs), gradients(expected, inputs_cpu)):
-        assert a.isfinite().all(), name
-        assert relative_error(a.cpu(), e) < BOUNDS[dtype], name
-
-
-@pytest.mark.parametrize(
-    "spatial, orders, features, n, batch, separate",
-    [
-        ((1, 1), CROSS_SCAN, 3, 1, 2, False),
-        ((3, 7), CROSS_SCAN, 20, 4, 3, True),
-        ((7, 13), CROSS_SCAN, 5, 16, 1, False),
-        ((67, 1), CROSS_SCAN, 2, 2, 1, False),
-        ((1, 6), BIDIRECTIONAL, 16, 16, 5, True),
-        ((131,), FORWARD, 9, 5, 1, False),
-        ((4, 4), ("columns", "columns"), 40, 64, 1, False),
-    ],
-    ids=str,
-)
-def test_matches_recurrence(spatial, orders, features, n, batch, separate, split):
-    assert_matches_oracle(make_inputs(spatial, orders, features, n, batch, separate, torch.float32), orders)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_recurrence(case, split):
+    assert_matches_oracle(case, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
-    inputs = make_inputs((3, 23), CROSS_SCAN, dtype=dtype)
-    for i in (2, 5, 6):
-        inputs[i] = inputs[i].detach().float().requires_grad_()
-    assert_matches_oracle(inputs, CROSS_SCAN)
+    assert_matches_oracle(((3, 23), CROSS_SCAN, 3, 5, 2, False), "triton", DEVICE, dtype)
 
 
 @pytest.mark.parametrize("step", [1e-8, 1e-3, 1.0, 1e3])
@@ -163,5 +134,5 @@ def test_too_many_different_directions():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, numba, torch, got 'cuda'"):
         selective_scan(*make_inputs((2, 2), FORWARD), backend="cuda")

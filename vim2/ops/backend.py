@@ -1,4 +1,4 @@
-"""Which implementation runs an operator: Triton kernels on CUDA, plain PyTorch everywhere."""
+"""Which implementation runs an operator: Triton kernels on CUDA, Numba's scan on CPUs, plain PyTorch everywhere."""
 
 import importlib.util
 import os
@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "numba", "torch")
 DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND", "auto")  # as it was on import
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 _warned = set()
 
@@ -23,25 +24,31 @@ def _warn_once(message: str) -> None:
 
 
 def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
-    """The backend that runs an operator on these tensors, "triton" or "torch".
+    """The backend that runs an operator on these tensors: "triton", "numba" (of which only the scan has a form; other
+    operators then run in PyTorch) or "torch".
 
     Args:
         backend: One of BACKENDS; None is the environment's VIM2_SCAN_BACKEND, else "auto". "auto" is Triton for CUDA
-            tensors where Triton is installed, but for float64, which its kernels do not know.
+            tensors and Numba for the CPU's, where they are installed, but for float64, which neither knows.
 
     Raises:
         ValueError: Another name.
-        RuntimeError: "triton" where it is not installed.
+        RuntimeError: A backend that is not installed, or Numba for tensors that are not on the CPU.
     """
     backend = backend or DEFAULT_BACKEND
     if backend not in BACKENDS:
         raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "triton" and not HAS_TRITON:
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
+    if backend == "numba" and (not HAS_NUMBA or tensors[0].device.type != "cpu"):
+        raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
     if backend != "auto":
         return backend
-    if not tensors[0].is_cuda or any(t.dtype == torch.float64 for t in tensors):
+    device = tensors[0].device.type
+    if device not in ("cuda", "cpu") or any(t.dtype == torch.float64 for t in tensors):
         return "torch"
+    if device == "cpu":
+        return "numba" if HAS_NUMBA else "torch"
     if not HAS_TRITON:
         _warn_once("vim2: Triton is not installed; operators run in plain PyTorch, which is slow on a GPU.")
         return "torch"

@@ -243,7 +243,12 @@ def _selective_scan(
 
             y, last, starts = selective_scan_triton(*inputs, chunk, with_last)
         else:
-            y, last = selective_scan_chunked(*inputs, with_last)
+            if backend == "numba":
+                from .numba_scan import selective_scan_numba
+
+                y, last = selective_scan_numba(*inputs, with_last)
+            else:
+                y, last = selective_scan_chunked(*inputs, with_last)
             starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
         return (y.sum(2) if merge else y).to(u.dtype), last, starts
 
@@ -289,6 +294,10 @@ def _selective_scan_backward(
             from .triton_scan import selective_scan_triton_backward
 
             grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs)
+        elif backend == "numba":
+            from .numba_scan import selective_scan_numba_backward
+
+            grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
         else:
             grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
         grad_u, grad_delta, *others = grads
