@@ -229,8 +229,11 @@ class TestMambaSignature:
     @pytest.mark.parametrize(
         "kind", [dict(), dict(groups=1), dict(groups=2), dict(groups=6), dict(constant=True)], ids=str
     )
-    def test_matches(self, kind, softplus):
+    @pytest.mark.parametrize("c_kind", [None, dict(), dict(groups=3), dict(constant=True)], ids=str)
+    def test_matches(self, kind, c_kind, softplus):
         arguments = self.make(**kind)
+        if c_kind is not None:  # B and C need not be of one kind
+            arguments["C"] = self.make(**c_kind)["C"]
         if not softplus:  # steps must be positive for the scan to be stable
             arguments["delta"] = arguments["delta"].detach().abs().requires_grad_()
             arguments["delta_bias"] = arguments["delta_bias"].detach().abs().requires_grad_()
@@ -245,6 +248,11 @@ class TestMambaSignature:
         ):
             torch.testing.assert_close(a, e)
 
+    def test_a_gate_of_another_dtype_leaves_the_outputs_alone(self):
+        arguments = {k: t.detach().bfloat16() for k, t in self.make().items()}
+        arguments["z"] = arguments["z"].float()
+        assert selective_scan_fn(**arguments, backend="torch").dtype == torch.bfloat16
+
     def test_optional_arguments(self):
         arguments = {k: v for k, v in self.make().items() if k in ("u", "A", "B", "C")}
         arguments["delta"] = torch.rand(self.batch, self.channels, self.length, dtype=torch.float64)
@@ -257,7 +265,7 @@ class TestMambaSignature:
             (dict(A=torch.ones(5, 3)), "A must be"),
             (dict(B=torch.ones(2, 4, 3, 70)), "does not divide"),
             (dict(B=torch.ones(2, 3, 71)), "B must be"),
-            (dict(C=torch.ones(2, 2, 3, 70), B=torch.ones(2, 3, 3, 70)), "C must be"),
+            (dict(C=torch.ones(2, 2, 4, 70)), "C must be"),
             (dict(delta=torch.ones(2, 6, 71)), "u and delta"),
             (dict(z=torch.ones(2, 6, 71)), "z must be"),
             (dict(D=torch.ones(7)), "D and delta_bias"),

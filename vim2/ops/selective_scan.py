@@ -4,6 +4,7 @@ The operator `torch.ops.vim2.selective_scan` is opaque to torch.compile, torch.e
 checkpointing, and carries its own fake, autograd and FLOP rules.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -99,7 +100,7 @@ def selective_scan_fn(
         delta: (batch, D, L).
         A: (D, N), real.
         B: (batch, N, L), or (batch, G, N, L) where each of G groups of D / G channels has its own, or (D, N), constant.
-        C: As B.
+        C: As B, and of its own kind.
         D: (D,).
         z: Gate, (batch, D, L): the output is multiplied by SiLU(z).
         delta_bias: (D,).
@@ -124,9 +125,9 @@ def selective_scan_fn(
     # A direction of the operator holds the channels that share B and C; a constant B or C is one for every channel.
     B, C = (t.expand(batch, length, -1, -1).permute(0, 2, 3, 1) if t.shape == (channels, n) else t for t in (B, C))
     B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
-    groups = max(t.shape[1] if t.dim() == 4 else 0 for t in (B, C))
+    groups = math.lcm(*(max(t.shape[1], 1) for t in (B, C) if t.dim() == 4))
     for name, t in (("B", B), ("C", C)):
-        if t.dim() != 4 or t.shape[1] not in (1, groups) or (t.shape[0], *t.shape[2:]) != (batch, n, length):
+        if t.dim() != 4 or t.shape[1] < 1 or (t.shape[0], *t.shape[2:]) != (batch, n, length):
             raise ValueError(
                 f"{name} must be (batch, N, L) = {(batch, n, length)}, (batch, G, N, L) or (D, N), "
                 f"got {tuple(t.shape)}."
@@ -142,13 +143,14 @@ def selective_scan_fn(
         raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
     u, delta = (t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (u, delta))
     A, D, delta_bias = (t.unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
-    B, C = (t.expand(-1, groups, -1, -1).permute(0, 3, 1, 2) for t in (B, C))
+    B, C = (t.unsqueeze(2).expand(-1, -1, groups // t.shape[1], -1, -1).flatten(1, 2) for t in (B, C))
+    B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     orders = FORWARD * groups
     tensors = (u, delta, A, B, C, D, delta_bias, A.new_empty(0))
     y, last_state = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend)
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
-        y = y * F.silu(z)
+        y = (y * F.silu(z)).to(u.dtype)
     return (y, last_state.flatten(1, 2)) if return_last_state else y
 
 
