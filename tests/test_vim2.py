@@ -134,6 +134,9 @@ def test_bad_arguments():
         timm.create_model("vim2_huge")
     with pytest.raises(ValueError, match="channel_mixer must be one of"):
         timm.create_model("test_vim2", channel_mixer="conv")
+    for name, value in dict(dims=(8, 16), depths=(1, 1), token_mixers=(2, 2), channel_expand=(2, 2, 2)).items():
+        with pytest.raises(ValueError, match=r"must have a value a stage"):
+            timm.create_model("test_vim2", **{name: value})
     with pytest.raises(TypeError, match="num_heads"):
         timm.create_model("test_vim2", num_heads=4)
 

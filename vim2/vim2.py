@@ -91,7 +91,8 @@ class ViM2(nn.Module):
         drop_path_rate: Stochastic depth of the last mixer; rates rise linearly from 0 at the first.
 
     Raises:
-        ValueError: An unknown channel_mixer, or a channel_patch that does not divide a channel mixer's width.
+        ValueError: An unknown channel_mixer, a channel_patch that does not divide a channel mixer's width, or not as
+            many dims, token_mixers, ... as depths.
     """
 
     def __init__(
@@ -137,6 +138,10 @@ class ViM2(nn.Module):
         token_mixers, token_expand, channel_expand = (
             to_ntuple(num_stages)(value) for value in (token_mixers, token_expand, channel_expand)
         )
+        per_stage = dict(dims=dims, token_mixers=token_mixers, token_expand=token_expand, channel_expand=channel_expand)
+        for name, values in per_stage.items():
+            if len(values) != num_stages:
+                raise ValueError(f"{name} must have a value a stage, {num_stages} as depths has, got {tuple(values)}.")
         mixers = [tokens + (channel_mixer != "none") for tokens in token_mixers]  # of a block
         rates = torch.linspace(0, drop_path_rate, sum(d * m for d, m in zip(depths, mixers)), device="cpu").tolist()
         stages = []
