@@ -94,11 +94,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
     cfg = dict(model.pretrained_cfg)
     classifier = state_dict.get(cfg["classifier"] + ".weight")
     classes = 0 if classifier is None else classifier.shape[0]
-    if classes != model.num_classes and not new_head:
-        raise ValueError(
-            f"{path} has {classes} classes, the model {model.num_classes}: create the model with "
-            f"num_classes={classes}, or ask for a new classifier to fine-tune."
-        )
     wanted = model.state_dict()
     ignored = {cfg["classifier"] + ".weight", cfg["classifier"] + ".bias"} if classes != model.num_classes else set()
     state_dict = {name: value for name, value in state_dict.items() if name not in ignored}
@@ -117,6 +112,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             if names
         )
         raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {found}.")
+    if classes != model.num_classes and not new_head:
+        raise ValueError(
+            f"{path} has {classes} classes, the model {model.num_classes}: create the model with "
+            f"num_classes={classes}, or ask for a new classifier to fine-tune."
+        )
     channels = state_dict[stem].shape[1]
     if channels != model.in_chans:
         if channels != 3:  # timm has a rule for colour images only

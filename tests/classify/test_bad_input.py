@@ -44,6 +44,11 @@ def test_commands_and_options(fails, argv, words):
         (["--model", "vim2_nan"], "did you mean vim2_nano?"),
         (["--model-kwargs", "depth=3"], "depth"),
         (["--opt", "adamm"], "did you mean adam"),
+        (["--opt-betas", "0.9"], "adamw cannot be made"),
+        (["--aa", "random"], "--aa random"),
+        (["--interpolation", "cubic"], "bicubic"),
+        (["--train-interpolation", "cubic"], "bicubic"),
+        (["--torchcompile", "inductr"], "did you mean inductor?"),
         (["--img-size", "31"], "at least 32"),
         (["--num-classes", "2"], "3 classes"),
         (["--freeze", "6"], "0 to 5"),
@@ -115,11 +120,13 @@ def test_checkpoints(fails, data, trained, tmp_path):
     (tmp_path / "short.pth").write_bytes(content[: len(content) // 2])
     other = timm.create_model("test_vim2", dims=(8, 16, 24, 32))
     torch.save({"state_dict": other.state_dict()}, tmp_path / "other.pth")
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
     torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "pickle.pth")
     torch.save({"epoch": 3}, tmp_path / "nothing.pth")
     words = {
         "short.pth": "truncated",
         "other.pth": "another architecture",
+        "resnet.pth": "another architecture",
         "pickle.pth": "more than weights",
         "nothing.pth": "no model weights",
         "missing.pth": "no checkpoint",

@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 from classify_helpers import TINY, make_folders, tool
+from PIL import Image
+from timm.data import auto_augment
 
 from vim2.classify import train
 from vim2.classify.cli import main
@@ -184,6 +186,15 @@ def test_the_recipe_is_the_papers_and_options_override_it():
     )
     assert (options["epochs"], options["model_ema"], options["mixup"], options["drop_path"]) == (100, False, 0, 0.1)
     assert options["cutmix"] == 1.0 and options["batch_size"] == 1024
+
+
+def test_the_recipes_strongest_augmentation():
+    """The last level of RandAugment's posterising keeps no bit, where newer Pillows take no 0."""
+    image = Image.new("RGB", (8, 8), (255, 130, 4))
+    black = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)(image)
+    assert black.getcolors() == [(64, (0, 0, 0))]
+    bright = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=9)(image)
+    assert bright.getcolors() == [(64, (128, 128, 0))]
 
 
 def test_the_recipes_rates_scale_with_the_batch(data):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import add_img_extensions, create_dataset, create_loader, get_img_extensions
+from timm.data import add_img_extensions, auto_augment, create_dataset, create_loader, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 
 from .distributed import Processes
@@ -28,6 +28,14 @@ MAX_UNREADABLE = 100  # neighbours tried in place of an unreadable training imag
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 add_img_extensions((".webp", ".bmp", ".tif", ".tiff"))
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """timm's, with its blackest level: policies with "inc1" go down to 0 bits, which newer Pillows refuse."""
+    return auto_augment.posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else image.point(lambda _: 0)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 class Images(Dataset):

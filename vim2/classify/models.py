@@ -17,7 +17,7 @@ from ..checkpoints import load_weights, read_checkpoint
 from .errors import UserError
 from .options import did_you_mean
 
-__all__ = ["autocast", "create_model", "freeze", "input_config", "load_checkpoint_model", "read_run"]
+__all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model", "read_run"]
 
 MIN_SIZE = 32
 
@@ -179,6 +179,20 @@ def train_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
     model.train()
     for module in frozen:
         module.eval()
+
+
+def compile_model(model: nn.Module, backend: str | None) -> nn.Module:
+    """The model compiled by one of torch.compile's backends, or itself without one.
+
+    Raises:
+        UserError: No such backend.
+    """
+    if not backend:
+        return model
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f"There is no --torchcompile {backend}{did_you_mean(backend, known)} (of {', '.join(known)}).")
+    return torch.compile(model, backend=backend)
 
 
 def autocast(device: torch.device, amp: bool, amp_dtype: str):

@@ -5,6 +5,7 @@ A value comes from, first to last: its default, the recipe, the run that is resu
 
 import argparse
 import difflib
+import os
 from argparse import SUPPRESS, BooleanOptionalAction
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ RECIPES = {
 }
 RECIPE_BATCH = {"imagenet": 1024}  # images an update, over all processes and accumulated steps
 RECIPE_DROP_PATH = {"tiny": 0.2, "small": 0.3, "base": 0.6}  # VMamba's
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # What a resumed run may change: where and how fast it runs, what it prints, and for how long it trains.
 MAY_CHANGE = {
@@ -89,6 +92,11 @@ def did_you_mean(given: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", metavar="DIR", help="folder of the data")
@@ -100,7 +108,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dataset-download", action="store_true", help="download torch/ data sets")
     group.add_argument("--class-map", metavar="FILE", help="text file with a class name a line, in the order to use")
-    group.add_argument("-j", "--workers", type=count, default=4, metavar="N", help="processes that read images")
+    workers = min(4, cpus())  # PyTorch warns of more than there are CPUs
+    group.add_argument("-j", "--workers", type=count, default=workers, metavar="N", help="processes that read images")
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +117,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--crop-pct", type=float, metavar="SHARE", help="size over the size to resize to, at validation")
     group.add_argument("--mean", type=float, nargs="+", help="mean of the pixels, of 1")
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of the pixels, of 1")
-    group.add_argument("--interpolation", metavar="NAME", help="of resizing: bilinear, bicubic, ...")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="of resizing")
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +208,9 @@ def train_parser(prog: str = "classify.py train") -> Parser:
         "--color-jitter", type=float, default=0.4, metavar="F", help="of brightness, contrast, saturation"
     )
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, such as rand-m9-mstd0.5-inc1")
-    group.add_argument("--train-interpolation", default="random", metavar="NAME", help="random, bilinear or bicubic")
+    group.add_argument(
+        "--train-interpolation", choices=("random", *INTERPOLATIONS), default="random", help="of random crops"
+    )
     group.add_argument("--reprob", type=share_or_zero, default=0.0, metavar="P", help="probability of random erasing")
     group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what erasing leaves")
     group.add_argument("--recount", type=positive, default=1, metavar="N", help="rectangles to erase")

@@ -16,7 +16,7 @@ from ..checkpoints import write_atomically
 from .data import UNREADABLE
 from .distributed import start_processes
 from .errors import UserError
-from .models import autocast, input_config, load_checkpoint_model
+from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import predict_parser, resolve
 from .plots import plot_predictions
 from .progress import progress, say
@@ -52,7 +52,7 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     config = input_config(model, o, o["img_size"], facts.get("data_config"))
     names = label_names(facts, o["class_map"], model.num_classes)
     model.to(processes.device).eval()
-    compiled = torch.compile(model, backend=o["torchcompile"]) if o["torchcompile"] else model
+    compiled = compile_model(model, o["torchcompile"])
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     transform = create_transform(**config, is_training=False)
     context = autocast(processes.device, o["amp"], o["amp_dtype"])

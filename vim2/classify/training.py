@@ -31,7 +31,7 @@ from .data import count_classes, eval_loader, open_train_and_val, train_loader
 from .distributed import Processes, start_processes
 from .errors import UserError
 from .evaluation import evaluate
-from .models import autocast, create_model, freeze, input_config, load, read_run, train_mode
+from .models import autocast, compile_model, create_model, freeze, input_config, load, read_run, train_mode
 from .options import apply_recipe, did_you_mean, plain, resolve, resume_options, train_parser
 from .plots import plot_curves
 from .progress import progress, say
@@ -141,7 +141,7 @@ class Run:
         self.create_optimizer()
         if saved:
             self.restore(saved)
-        self.trained = torch.compile(self.model, backend=o["torchcompile"]) if o["torchcompile"] else self.model
+        self.trained = compile_model(self.model, o["torchcompile"])
         self.evaluated = self.trained
         if processes.world_size > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -205,24 +205,32 @@ class Run:
             )
         self.batch_size = batch_size
         config = self.data_config
-        self.loader = train_loader(
-            self.train_images,
-            config,
-            batch_size,
-            o["workers"],
-            self.processes,
-            no_aug=o["no_aug"],
-            scale=tuple(o["scale"]),
-            ratio=tuple(o["ratio"]),
-            hflip=o["hflip"],
-            vflip=o["vflip"],
-            color_jitter=o["color_jitter"],
-            auto_augment=o["aa"],
-            interpolation=config["interpolation"] if o["no_aug"] else o["train_interpolation"],
-            re_prob=o["reprob"],
-            re_mode=o["remode"],
-            re_count=o["recount"],
-        )
+        try:
+            self.loader = train_loader(
+                self.train_images,
+                config,
+                batch_size,
+                o["workers"],
+                self.processes,
+                no_aug=o["no_aug"],
+                scale=tuple(o["scale"]),
+                ratio=tuple(o["ratio"]),
+                hflip=o["hflip"],
+                vflip=o["vflip"],
+                color_jitter=o["color_jitter"],
+                auto_augment=o["aa"],
+                interpolation=config["interpolation"] if o["no_aug"] else o["train_interpolation"],
+                re_prob=o["reprob"],
+                re_mode=o["remode"],
+                re_count=o["recount"],
+            )
+        except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
+            if o["aa"] is None:
+                raise
+            raise UserError(
+                f"Cannot make the augmentation --aa {o['aa']} ({error}): use a policy of timm's, such as "
+                "rand-m9-mstd0.5-inc1, augmix-m3-w3 or original."
+            ) from None
         val_batch = o["validation_batch_size"] or o["batch_size"]
         self.val_loader = eval_loader(self.val_images, config, val_batch, o["workers"], self.processes)
         self.mixup = None
@@ -257,7 +265,7 @@ class Run:
                 layer_decay=o["layer_decay"],
                 **{k: v for k, v in optional.items() if v is not None},
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, IndexError) as error:
             raise UserError(f"The optimiser {o['opt']} cannot be made with these options: {error}") from None
         self.updates_per_epoch = math.ceil(len(self.loader) / o["grad_accum_steps"])
         self.scheduler, _ = create_scheduler_v2(

@@ -12,7 +12,7 @@ from .data import class_names, count_classes, eval_loader, find_split, hold_out,
 from .distributed import start_processes
 from .errors import UserError
 from .evaluation import evaluate
-from .models import autocast, input_config, load_checkpoint_model
+from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import resolve, validate_parser
 from .plots import plot_input_scaling
 from .progress import say
@@ -45,7 +45,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     name = o["model"] or facts["arch"]
     images = open_images(o, facts, model)
     model.to(processes.device).eval()
-    compiled = torch.compile(model, backend=o["torchcompile"]) if o["torchcompile"] else model
+    compiled = compile_model(model, o["torchcompile"])
     rows = []
     for size in sizes:
         config = input_config(model, o, size, facts.get("data_config"))
