@@ -63,6 +63,11 @@ def test_training_options(fails, data, tmp_path, argv, words):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made(fails, data, tmp_path):
+    (tmp_path / "file").touch()
+    assert "choose another --output" in fails("train", "--data-dir", data, *TINY, "--output", tmp_path / "file")
+
+
 def test_options_by_name():
     with pytest.raises(UserError, match=r"epoch; did you mean epochs\?"):
         train(epoch=3)

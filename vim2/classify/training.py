@@ -325,6 +325,7 @@ class Run:
         elif self.processes.device.type == "cuda" and self.processes.world_size == 1 and torch.cuda.device_count() > 1:
             n = torch.cuda.device_count()
             say(f"Using one of {n} GPUs; for all: torchrun --nproc-per-node={n} tools/classify.py train ...")
+        self.make_folder()
         for epoch in range(first, o["epochs"]):
             row = self.train_epoch(epoch)
             if (epoch + 1) % o["val_interval"] == 0 or epoch + 1 == o["epochs"]:
@@ -347,6 +348,16 @@ class Run:
                 f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
                 self.processes,
             )
+
+    def make_folder(self) -> None:
+        """Make the run's folder, so that one which cannot be made does not cost an epoch."""
+        try:
+            if self.processes.is_first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the folder {self.folder} ({error.strerror}): choose another --output.", one_process=True
+            ) from None
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         o, device = self.options, self.processes.device
