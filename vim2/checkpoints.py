@@ -40,7 +40,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if not wanted:
-            raise ValueError(f"{path} is not a checkpoint, or is damaged: {_first_line(error)}") from None
+            raise ValueError(_damaged(path, error)) from None
         raise ValueError(
             f"{path} holds more than weights ({wanted[1]}), and loading that would run code from the file. "
             f'If you trust it, keep its weights alone: python -c "import torch; '
@@ -50,11 +50,12 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except PermissionError:
         raise ValueError(f"{path} may not be read; check its permissions.") from None
     except Exception as error:  # zip, pickle and safetensors each have their own ways to fail on a damaged file
-        raise ValueError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from None
+        raise ValueError(_damaged(path, error)) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _damaged(path: Path, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{path} is truncated or not a checkpoint; copy or download it again. (The reader says: {reason})"
 
 
 def read_state_dict(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Tensor]:

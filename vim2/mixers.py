@@ -70,6 +70,9 @@ class S6(nn.Module):
         d_state: State size N.
         dt_rank: Rank R of delta's projection.
         separate_inputs: Whether every direction has an input of its own.
+
+    Raises:
+        ValueError: d_state below 1.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class S6(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        if d_state < 1:
+            raise ValueError(f"d_state must be at least 1, got {d_state}.")
         dd = {"device": device, "dtype": dtype}
         lanes = len(orders)
         self.orders = tuple(orders)

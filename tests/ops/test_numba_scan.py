@@ -1,5 +1,7 @@
 """Numba's scan for CPUs against the float64 oracle."""
 
+import random
+
 import pytest
 import torch
 from scan_cases import CASES, NAMES, assert_matches_oracle, gradients, make_inputs, oracle, relative_error
@@ -68,6 +70,28 @@ def test_last_state():
     grads = [torch.autograd.grad([t.square().sum() for t in result], inputs) for result in results]
     for a, e in zip([*results[0], *grads[0]], [*results[1], *grads[1]]):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_inputs_lie_does_not_matter(monkeypatch):
+    """Compiled loops may go by vectors or not depending on addresses; sums must not depend on it."""
+    inputs = make_inputs((2, 2), CROSS_SCAN, 96, 4, dtype=torch.float32)
+    generator = random.Random(0)
+    runs, keep = [], []
+    monkeypatch.undo()  # poisoning would even out where memory lies
+    for run in range(200):
+        keep.append([torch.zeros(generator.randint(1, 5000)) for _ in range(generator.randint(0, 3))])
+        moved = []
+        for t in inputs:
+            offset = generator.randint(0, 15)
+            buffer = torch.zeros(t.numel() + offset)
+            moved.append(buffer[offset:].view(t.shape).copy_(t.detach()).requires_grad_())
+        if run % 3:
+            keep.append(moved)
+        y = selective_scan(*moved, orders=CROSS_SCAN, backend="numba")
+        runs.append([t.detach() for t in (y, *gradients(y, moved))])
+    for other in runs[1:]:
+        for a, b in zip(other, runs[0]):
+            assert torch.equal(a, b)
 
 
 def test_the_number_of_threads_does_not_matter(monkeypatch):

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"classify.py: error: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("classify.py: stopped; a training goes on with --resume", file=sys.stderr)
+        print(f"classify.py: stopped{'; it goes on with --resume' if command == 'train' else ''}", file=sys.stderr)
         return 130
     return 0
 

@@ -328,6 +328,10 @@ def resolve(parser: Parser, given: dict[str, Any] | list[str]) -> tuple[dict[str
     if isinstance(given, dict):
         for name in given.keys() - defaults.keys():
             raise UserError(f"unknown option {name}{did_you_mean(name, defaults)}")
+        for action in parser._actions:
+            value = given.get(action.dest)
+            if action.choices and value is not None and value not in action.choices:
+                raise UserError(f"{action.dest} must be one of {', '.join(map(str, action.choices))}, got {value!r}")
         return {**defaults, **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}}, set(given)
     options = vars(parser.parse_args(given))
     for action in parser._actions:

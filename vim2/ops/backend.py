@@ -33,13 +33,15 @@ def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
 
     Raises:
         ValueError: Another name.
-        RuntimeError: A backend that is not installed, or Numba for tensors that are not on the CPU.
+        RuntimeError: A backend that is not installed, or that does not know the tensors' device.
     """
     backend = backend or DEFAULT_BACKEND
     if backend not in BACKENDS:
         raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "triton" and not HAS_TRITON:
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
+    if backend == "triton" and tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("The Triton backend needs tensors on a GPU; for its interpreter, set TRITON_INTERPRET=1.")
     if backend == "numba" and (not HAS_NUMBA or tensors[0].device.type != "cpu"):
         raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
     if backend != "auto":

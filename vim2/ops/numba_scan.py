@@ -122,6 +122,8 @@ def _backward(
         gdt = np.empty(CHANNELS, np.float32)
         gd = np.empty(CHANNELS, np.float32)
         gb = np.empty(CHANNELS, np.float32)
+        products_b = np.empty(CHANNELS, np.float32)
+        products_c = np.empty(CHANNELS, np.float32)
         for task in range(worker, batch * lanes, threads):
             b, k = task // lanes, task % lanes
             ku = k if u.shape[2] > 1 else 0
@@ -176,19 +178,24 @@ def _backward(
                             du[e] = dts[r, e] * u[b, p, ku, first + e]
                         for i in range(n):
                             bi, ci = B[b, p, k, i], C[b, p, k, i]
-                            sum_b = np.float32(0)
-                            sum_c = np.float32(0)
                             for e in range(size):
                                 y = gy[b, p, ky, first + e]
                                 after = g[i, e] + ci * y  # the adjoint of the state after this step
-                                sum_c += y * states[r + 1, i, e]
-                                sum_b += after * du[e]
+                                products_c[e] = y * states[r + 1, i, e]
+                                products_b[e] = after * du[e]
                                 ginput[e] += after * bi
                                 before = after * decays[r, i, e]  # and of the state before it
                                 exponent = before * states[r, i, e]
                                 gdt[e] += exponent * A[k, i, first + e]
                                 ga[i, e] += exponent * dts[r, e]
                                 g[i, e] = before
+                            # Summed apart, in a loop that writes nothing: above, the compiled code chooses by the
+                            # arrays' addresses whether it goes by vectors, and with it the order of a sum.
+                            sum_b = np.float32(0)
+                            sum_c = np.float32(0)
+                            for e in range(size):
+                                sum_b += products_b[e]
+                                sum_c += products_c[e]
                             gB[b, p, k, i] += sum_b
                             gC[b, p, k, i] += sum_c
                         for e in range(size):
