@@ -4,23 +4,22 @@ import random
 
 import pytest
 import torch
-from scan_cases import CASES, NAMES, assert_matches_oracle, gradients, make_inputs, oracle, relative_error
+from scan_cases import (
+    CASES,
+    EXTREME_STEPS,
+    SOFTPLUS_ARGUMENTS,
+    assert_finite_at_step,
+    assert_last_state_matches_torch,
+    assert_matches_oracle,
+    assert_softplus_is_right,
+    gradients,
+    make_inputs,
+)
 
-from vim2.ops import CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
+from vim2.ops import CROSS_SCAN, selective_scan
 
 pytest.importorskip("numba")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that torch.empty hands out is poisoned with NaN: what a kernel fails to write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize("case", [*CASES, ((9, 12), CROSS_SCAN, 130, 16, 2, False)], ids=str)
@@ -33,43 +32,18 @@ def test_half_precision(dtype):
     assert_matches_oracle(((3, 23), CROSS_SCAN, 3, 5, 2, False), "numba", dtype=dtype)
 
 
-@pytest.mark.parametrize("step", [1e-8, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("step", EXTREME_STEPS)
 def test_extreme_steps(step):
-    inputs = make_inputs((2, 34), CROSS_SCAN, dtype=torch.float32)
-    inputs[1] = torch.full_like(inputs[1], step).requires_grad_()
-    inputs[6] = torch.zeros_like(inputs[6]).requires_grad_()
-    y = selective_scan(*inputs, delta_softplus=False, orders=CROSS_SCAN, backend="numba")
-    assert relative_error(y, oracle(inputs, CROSS_SCAN, softplus=False)) < 1e-5
-    for name, gradient in zip(NAMES, gradients(y, inputs)):
-        assert gradient.isfinite().all(), name
+    assert_finite_at_step(step, "numba")
 
 
-@pytest.mark.parametrize("x", [-1e4, -18.0, -4.0, 0.0, 19.9, 1e4])
+@pytest.mark.parametrize("x", SOFTPLUS_ARGUMENTS)
 def test_softplus_over_its_whole_range(x):
-    inputs = make_inputs((1, 5), FORWARD, dtype=torch.float32)
-    inputs[1] = torch.full_like(inputs[1], x).requires_grad_()
-    inputs[6] = torch.zeros_like(inputs[6]).requires_grad_()
-    y = selective_scan(*inputs, orders=FORWARD, backend="numba")
-    expected = oracle(inputs, FORWARD)
-    assert relative_error(y, expected) < 2e-6
-    (gradient,) = torch.autograd.grad(y.sum(), inputs[1])
-    (expected_gradient,) = torch.autograd.grad(expected.sum(), inputs[1])
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-12)
+    assert_softplus_is_right(x, "numba")
 
 
-def test_last_state():
-    generator = torch.Generator().manual_seed(0)
-    shapes = dict(u=(2, 6, 70), delta=(2, 6, 70), A=(6, 3), B=(2, 2, 3, 70), C=(2, 3, 70), D=(6,), z=(2, 6, 70))
-    arguments = {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
-    arguments["A"] = -arguments["A"].abs()
-    inputs = [t.requires_grad_() for t in arguments.values()]
-    results = [
-        selective_scan_fn(**arguments, delta_softplus=True, return_last_state=True, backend=backend)
-        for backend in ("numba", "torch")
-    ]
-    grads = [torch.autograd.grad([t.square().sum() for t in result], inputs) for result in results]
-    for a, e in zip([*results[0], *grads[0]], [*results[1], *grads[1]]):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+def test_mamba_signature_with_last_state():
+    assert_last_state_matches_torch("numba")
 
 
 def test_where_the_inputs_lie_does_not_matter(monkeypatch):

@@ -2,32 +2,31 @@
 
 import pytest
 import torch
-from scan_cases import CASES, NAMES, assert_matches_oracle, gradients, make_inputs, oracle, relative_error
+from scan_cases import (
+    CASES,
+    EXTREME_STEPS,
+    SOFTPLUS_ARGUMENTS,
+    assert_finite_at_step,
+    assert_last_state_matches_torch,
+    assert_matches_oracle,
+    assert_softplus_is_right,
+    gradients,
+    make_inputs,
+)
 
-from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
+from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("triton")
 from vim2.ops import triton_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "split"])
 def split(request, monkeypatch):
     """Whether sequences are split into chunks that run side by side, as they are where little else fills the GPU."""
     monkeypatch.setattr(triton_scan, "_programs_to_fill", lambda device: 10**9 if request.param else 0)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that torch.empty hands out is poisoned with NaN: what a kernel fails to write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -40,31 +39,14 @@ def test_half_precision(dtype):
     assert_matches_oracle(((3, 23), CROSS_SCAN, 3, 5, 2, False), "triton", DEVICE, dtype)
 
 
-@pytest.mark.parametrize("step", [1e-8, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("step", EXTREME_STEPS)
 def test_extreme_steps(step):
-    inputs = make_inputs((2, 34), BIDIRECTIONAL, dtype=torch.float32)
-    inputs[1] = torch.full_like(inputs[1], step).requires_grad_()
-    inputs[6] = torch.zeros_like(inputs[6]).requires_grad_()
-    inputs = [t.detach().to(DEVICE).requires_grad_() for t in inputs]
-    y = selective_scan(*inputs, delta_softplus=False, orders=BIDIRECTIONAL, backend="triton")
-    assert relative_error(y.cpu(), oracle([t.cpu() for t in inputs], BIDIRECTIONAL, softplus=False)) < 1e-5
-    for name, gradient in zip(NAMES, gradients(y, inputs)):
-        assert gradient.isfinite().all(), name
+    assert_finite_at_step(step, "triton", DEVICE)
 
 
-@pytest.mark.parametrize("x", [-1e4, -18.0, -4.0, 19.9, 1e4])
+@pytest.mark.parametrize("x", SOFTPLUS_ARGUMENTS)
 def test_softplus_over_its_whole_range(x):
-    inputs = make_inputs((1, 5), FORWARD, dtype=torch.float32)
-    inputs[1] = torch.full_like(inputs[1], x).requires_grad_()
-    inputs[6] = torch.zeros_like(inputs[6]).requires_grad_()
-    inputs = [t.detach().to(DEVICE).requires_grad_() for t in inputs]
-    y = selective_scan(*inputs, orders=FORWARD, backend="triton")
-    inputs_cpu = [t.detach().cpu().requires_grad_() for t in inputs]
-    expected = oracle(inputs_cpu, FORWARD)
-    assert relative_error(y.cpu(), expected) < 2e-6
-    delta_gradient = torch.autograd.grad(y.sum(), inputs[1])[0].cpu()
-    expected_gradient = torch.autograd.grad(expected.sum(), inputs_cpu[1])[0]
-    torch.testing.assert_close(delta_gradient.double(), expected_gradient.double(), rtol=1e-4, atol=1e-12)
+    assert_softplus_is_right(x, "triton", DEVICE)
 
 
 def test_low_rank_steps_agree_with_full_ones():
@@ -83,18 +65,7 @@ def test_low_rank_steps_agree_with_full_ones():
 
 
 def test_mamba_signature_with_last_state(split):
-    generator = torch.Generator().manual_seed(0)
-    shapes = dict(u=(2, 6, 70), delta=(2, 6, 70), A=(6, 3), B=(2, 2, 3, 70), C=(2, 3, 70), D=(6,), z=(2, 6, 70))
-    arguments = {k: torch.randn(shape, generator=generator).to(DEVICE) for k, shape in shapes.items()}
-    arguments["A"] = -arguments["A"].abs()
-    inputs = [t.requires_grad_() for t in arguments.values()]
-    results = [
-        selective_scan_fn(**arguments, delta_softplus=True, return_last_state=True, backend=backend)
-        for backend in ("triton", "torch")
-    ]
-    grads = [torch.autograd.grad([t.square().sum() for t in result], inputs) for result in results]
-    for a, e in zip([*results[0], *grads[0]], [*results[1], *grads[1]]):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    assert_last_state_matches_torch("triton", DEVICE)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
