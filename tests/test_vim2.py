@@ -304,6 +304,30 @@ def test_exports(model):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+def test_exports_with_dynamic_sizes(model):
+    dynamic = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(
+        model, (images(2, 3, 64, 96),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    for shape in ((2, 3, 64, 64), (3, 3, 128, 96)):
+        torch.testing.assert_close(exported.module()(images(*shape)), model(images(*shape)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU, sums could come in any order")
+@pytest.mark.parametrize("amp", [False, True])
+def test_two_runs_on_a_gpu_give_the_same_bits(amp, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    model = timm.create_model("vim2_nano", num_classes=10).cuda()
+    x = images(4, 3, 96, 128).cuda()
+    runs = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            y = model(x)
+        runs.append([y, *torch.autograd.grad(y.float().square().mean(), list(model.parameters()))])
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
 def test_meta_device_and_dtype():
     model = timm.create_model("test_vim2", device="meta")
     assert all(p.is_meta for p in model.parameters())

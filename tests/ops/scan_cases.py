@@ -1,6 +1,7 @@
 """Inputs for the scan and its oracle, shared by the tests of its forms."""
 
 import torch
+from comparison import gradients, relative_error
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
 from vim2.ops.reference import selective_scan_recurrence
@@ -35,16 +36,6 @@ def oracle(inputs, orders, softplus=True):
     u, delta, B, C = (t.flatten(1, len(spatial)) for t in (u, delta, B, C))
     y, _ = selective_scan_recurrence(u, delta, A, B, C, D, bias, softplus, orders, height, width)
     return y.sum(2).unflatten(1, spatial)
-
-
-def gradients(output, inputs, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return torch.autograd.grad(output, inputs, grad)
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 # spatial, orders, features, d_state, batch, whether directions have inputs of their own

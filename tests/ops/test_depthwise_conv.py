@@ -7,9 +7,11 @@ import math
 import subprocess
 import sys
 
+import comparison
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import gradients, relative_error
 
 from vim2.ops import depthwise_conv_silu
 from vim2.ops.backend import HAS_TRITON
@@ -43,25 +45,8 @@ def oracle(x, weight, bias):
     return F.silu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))).permute(0, 2, 3, 1)
 
 
-def gradients(output, inputs, dtype=None, seed=1):
-    """For random gradients of the output, rounded to dtype, by default the output's."""
-    generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype or output.dtype)
-    return torch.autograd.grad(output, inputs, grad.to(output))
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
-
-
 def assert_matches_oracle(inputs, backend, half, full):
-    """`half` bounds the error of what has x's dtype, `full` that of the parameters' gradients."""
-    y, expected = depthwise_conv_silu(*inputs, backend=backend), oracle(*inputs)
-    assert y.dtype == inputs[0].dtype and y.shape == inputs[0].shape and y.is_contiguous()
-    assert relative_error(y, expected) < half
-    for name, a, e in zip(NAMES, gradients(y, inputs), gradients(expected, inputs, dtype=y.dtype)):
-        assert a.isfinite().all(), name
-        assert relative_error(a, e) < (half if name == "x" else full), name
+    comparison.assert_matches_oracle(depthwise_conv_silu, oracle, NAMES, inputs, backend, half, full)
 
 
 @both_backends

@@ -5,9 +5,11 @@ The Triton form runs on CUDA, or small in Triton's interpreter (tests/conftest.p
 
 import math
 
+import comparison
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import gradients, relative_error
 
 from vim2.ops import directional_conv_silu
 from vim2.ops.backend import HAS_TRITON
@@ -50,25 +52,8 @@ def oracle(x, weight, bias):
     return torch.stack(outputs, dim=2)
 
 
-def gradients(output, inputs, dtype=None, seed=1):
-    """For random gradients of the output, rounded to dtype, by default the output's."""
-    generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype or output.dtype)
-    return torch.autograd.grad(output, inputs, grad.to(output))
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
-
-
 def assert_matches_oracle(inputs, backend, half, full):
-    """`half` bounds the error of what has x's dtype, `full` that of the parameters' gradients."""
-    y, expected = directional_conv_silu(*inputs, backend=backend), oracle(*inputs)
-    assert y.dtype == inputs[0].dtype and y.shape == expected.shape and y.is_contiguous()
-    assert relative_error(y, expected) < half
-    for name, a, e in zip(NAMES, gradients(y, inputs), gradients(expected, inputs, dtype=y.dtype)):
-        assert a.isfinite().all(), name
-        assert relative_error(a, e) < (half if name == "x" else full), name
+    comparison.assert_matches_oracle(directional_conv_silu, oracle, NAMES, inputs, backend, half, full)
 
 
 @both_backends

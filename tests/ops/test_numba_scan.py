@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from comparison import gradients
 from scan_cases import (
     CASES,
     EXTREME_STEPS,
@@ -12,7 +13,6 @@ from scan_cases import (
     assert_last_state_matches_torch,
     assert_matches_oracle,
     assert_softplus_is_right,
-    gradients,
     make_inputs,
 )
 

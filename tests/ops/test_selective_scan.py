@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from scan_cases import NAMES, gradients, make_inputs, oracle, relative_error
+from comparison import gradients, relative_error
+from scan_cases import NAMES, make_inputs, oracle
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, reference, selective_scan, selective_scan_fn
 from vim2.ops.reference import chunk_positions, scan_positions

@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import ORDERS
+from .selective_scan import TRITON_CHUNK as CHUNK
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
-CHUNK = 64  # steps between the states that the forward pass keeps for the backward pass
 UNROLL = 2  # steps whose states the backward pass holds in registers at once
 
 # Twelve warps a multiprocessor instead of nine: 2.1 ms instead of 2.6 at vim2_tiny's first stage on an H100.
