@@ -19,7 +19,7 @@ FORWARD = ("forward",)
 BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
 
-TRITON_CHUNK = 64  # steps between the states that the Triton kernels keep for the backward pass
+TRITON_CHUNK = 48  # steps between the states that the Triton kernels keep for the backward pass
 
 
 def selective_scan(
@@ -239,20 +239,25 @@ def _selective_scan(
     """
     names = [ORDERS[i] for i in orders]
     with autocast_off(u):
-        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
+        options = (delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton
+            from .triton_step_size import sum_parts
 
-            y, last, starts = selective_scan_triton(*inputs, chunk, with_last)
+            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+            y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
+            y = sum_parts(y, 2) if merge else y
         else:
+            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
             if backend == "numba":
                 from .numba_scan import selective_scan_numba
 
                 y, last = selective_scan_numba(*inputs, with_last)
             else:
                 y, last = selective_scan_chunked(*inputs, with_last)
+            y = y.sum(2) if merge else y
             starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
-        return (y.sum(2) if merge else y).to(u.dtype), last, starts
+        return y.to(u.dtype), last, starts
 
 
 @_selective_scan.register_fake
@@ -291,22 +296,28 @@ def _selective_scan_backward(
     """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
     names = [ORDERS[i] for i in orders]
     with autocast_off(u):
-        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
+        options = (delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton_backward
 
-            grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs)
-        elif backend == "numba":
-            from .numba_scan import selective_scan_numba_backward
-
-            grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
+            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+            grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs, *options)
         else:
-            grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
+            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+            if backend == "numba":
+                from .numba_scan import selective_scan_numba_backward as scan_backward
+            else:
+                scan_backward = selective_scan_chunked_backward
+            grads = scan_backward(grad_y, grad_last, *inputs)
         grad_u, grad_delta, *others = grads
-        grad_weight = torch.empty_like(delta_weight)
-        if delta_weight.numel():
-            # image by image first: one product over all of them would be long and thin, which GPUs do slowly
-            grad_weight = torch.einsum("blke,blkr->bker", grad_delta, delta).sum(0, dtype=starts.dtype)
+        if delta_weight.numel() == 0:
+            grad_weight = torch.empty_like(delta_weight)
+        elif backend == "triton":
+            from .triton_step_size import step_sizes_backward
+
+            grad_delta, grad_weight = step_sizes_backward(grad_delta, delta, delta_weight)
+        else:
+            grad_weight = torch.einsum("blke,blkr->ker", grad_delta, delta)
             grad_delta = torch.einsum("blke,ker->blkr", grad_delta, delta_weight.to(grad_delta.dtype))
         return grad_u, grad_delta, *others, grad_weight.to(delta_weight.dtype)
 
