@@ -20,6 +20,7 @@ BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
 
 TRITON_CHUNK = 64  # steps between the states that the Triton kernels keep for the backward pass
+MAMBA_CHUNK = 2048  # and mamba-ssm's
 
 
 def selective_scan(
@@ -191,10 +192,11 @@ def _optional(t, A, name):
 
 
 def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend):
-    backend = resolve_backend(backend, *tensors)
-    # the kernels keep states inside the sequence for a backward pass only; PyTorch's form never does
-    keeps = backend == "triton" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    chunk = TRITON_CHUNK if keeps else height * width
+    backend = resolve_backend(backend, *tensors, scan=True)
+    # the kernels keep states inside the sequence for a backward pass only; PyTorch's and Numba's forms never do
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    chunk = {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend) if keeps else None
+    chunk = chunk or height * width
     order_ids = [ORDERS.index(order) for order in orders]
     y, last_state, _ = torch.ops.vim2.selective_scan(
         *tensors, delta_softplus, order_ids, height, width, merge, with_last, chunk, backend
@@ -244,6 +246,10 @@ def _selective_scan(
             from .triton_scan import selective_scan_triton
 
             y, last, starts = selective_scan_triton(*inputs, chunk, with_last)
+        elif backend == "mamba_ssm":
+            from .mamba_ssm_scan import selective_scan_mamba
+
+            y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
         else:
             if backend == "numba":
                 from .numba_scan import selective_scan_numba
@@ -296,6 +302,12 @@ def _selective_scan_backward(
             from .triton_scan import selective_scan_triton_backward
 
             grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs)
+        elif (
+            backend == "mamba_ssm" and not grad_last.numel()
+        ):  # last states have no gradient there: PyTorch's form then
+            from .mamba_ssm_scan import selective_scan_mamba_backward
+
+            grads = selective_scan_mamba_backward(grad_y, starts, *inputs)
         elif backend == "numba":
             from .numba_scan import selective_scan_numba_backward
 
