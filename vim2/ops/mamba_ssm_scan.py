@@ -35,8 +35,9 @@ def _maps(t, orders, height, width):
     return maps
 
 
-def _arguments(u, delta, A, B, C, D, delta_bias, orders, height, width):
-    """The kernels' tensors: activations of one type, parameters in float32."""
+def kernel_arguments(u, delta, A, B, C, D, delta_bias, orders, height, width):
+    """The kernels' tensors, activations in one dtype, parameters in float32: u and delta (batch, K * E, L),
+    A (K * E, N), B and C (batch, K, N, L), D (K * E,), no gate, delta_bias (K * E,)."""
     dtype = torch.promote_types(torch.promote_types(u.dtype, delta.dtype), torch.promote_types(B.dtype, C.dtype))
     if dtype == torch.float64:
         raise ValueError("mamba-ssm's kernels know no float64; use backend='torch'.")
@@ -49,7 +50,7 @@ def selective_scan_mamba(u, delta, A, B, C, D, delta_bias, delta_softplus, order
     """As `triton_scan.selective_scan_triton`: y (batch, L, K, E), the last states, or (0,), and the states before every
     `chunk` steps but the first, (batch, K, chunks - 1, N, E), where chunk is CHUNK or the whole length."""
     lanes, features, _ = A.shape
-    arguments = _arguments(u, delta, A, B, C, D, delta_bias, orders, height, width)
+    arguments = kernel_arguments(u, delta, A, B, C, D, delta_bias, orders, height, width)
     y, ends = selective_scan_cuda.fwd(*arguments, delta_softplus)
     # of every chunk of channel k * E + e: the product of its decays and the state at its end, for n = 0, 1, ...
     states = ends[..., 1::2].unflatten(1, (lanes, features))
@@ -70,7 +71,7 @@ def selective_scan_mamba_backward(
         warnings.warn(message, stacklevel=2)
     batch, length = delta.shape[:2]
     lanes, features, n = A.shape
-    arguments = _arguments(u, delta, A, B, C, D, delta_bias, orders, height, width)
+    arguments = kernel_arguments(u, delta, A, B, C, D, delta_bias, orders, height, width)
     grad = _walks(grad_y.to(arguments[0].dtype), orders, height, width).flatten(1, 2)
     ends = None  # which one chunk does not need
     if length > CHUNK:

@@ -195,8 +195,8 @@ def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, back
     backend = resolve_backend(backend, *tensors, scan=True)
     # the kernels keep states inside the sequence for a backward pass only; PyTorch's and Numba's forms never do
     keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    chunk = {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend) if keeps else None
-    chunk = chunk or height * width
+    length = height * width
+    chunk = {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend, length) if keeps else length
     order_ids = [ORDERS.index(order) for order in orders]
     y, last_state, _ = torch.ops.vim2.selective_scan(
         *tensors, delta_softplus, order_ids, height, width, merge, with_last, chunk, backend
@@ -302,9 +302,7 @@ def _selective_scan_backward(
             from .triton_scan import selective_scan_triton_backward
 
             grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs)
-        elif (
-            backend == "mamba_ssm" and not grad_last.numel()
-        ):  # last states have no gradient there: PyTorch's form then
+        elif backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
             from .mamba_ssm_scan import selective_scan_mamba_backward
 
             grads = selective_scan_mamba_backward(grad_y, starts, *inputs)
