@@ -1,5 +1,6 @@
 """tools/benchmark.py: its FLOPs against a sum by hand and the published figure, its files, its errors."""
 
+import contextlib
 import functools
 import json
 import sys
@@ -8,6 +9,7 @@ import types
 import pytest
 import timm
 import torch
+from torch.autograd import DeviceType
 
 from tools import benchmark
 
@@ -153,6 +155,35 @@ def test_profile(tmp_path, capsys):
         assert result["profile"] == sorted(result["profile"], key=lambda row: -row["ms"])
     assert f"{train['step_ms']:.2f} ms a step" in out
     assert "floor" not in out  # which only GPUs have
+
+
+def test_kernels_belong_to_the_outermost_operator(monkeypatch):
+    """On a GPU; here with a profiler that makes its events up, in microseconds."""
+
+    def event(name, *kernels, parent=None):
+        kernels = [types.SimpleNamespace(duration=us) for us in kernels]
+        return types.SimpleNamespace(name=name, device_type=DeviceType.CPU, kernels=kernels, cpu_parent=parent)
+
+    def on_device(us, annotation=False):
+        span = types.SimpleNamespace(elapsed_us=lambda: us)
+        return types.SimpleNamespace(device_type=DeviceType.CUDA, time_range=span, is_user_annotation=annotation)
+
+    scan, linear = event("vim2::selective_scan", 3000.0, 200.0), event("aten::linear")
+    cpu = [scan, event("aten::sum", 1000.0, parent=scan), linear, event("aten::mm", 500.0, parent=linear)]
+    device = [on_device(us) for us in (3000.0, 200.0, 1000.0, 500.0, 300.0)] + [on_device(5000.0, annotation=True)]
+
+    class Profiler(contextlib.nullcontext):
+        def __enter__(self):
+            return types.SimpleNamespace(events=lambda: cpu + device)
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profiler())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    args = types.SimpleNamespace(device="cuda", device_type="cuda", repeats=2)
+    steps = []
+    counted = {"vim2::selective_scan", "aten::sum", "aten::mm"}
+    times = benchmark.operator_times(lambda: steps.append(1), counted, args)
+    assert len(steps) == 2
+    assert times == pytest.approx({"vim2::selective_scan": 2.1, "aten::mm": 0.25, "": 0.15})
 
 
 def test_floors():

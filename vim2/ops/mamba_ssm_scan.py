@@ -1,5 +1,5 @@
-"""The selective scan by the CUDA kernels of mamba-ssm 2.x, `selective_scan_cuda`, where that package is installed: to
-compare with, and for GPUs that Triton does not serve. `reference.py` says what is computed.
+"""The selective scan by the CUDA kernels of mamba-ssm 2.3, `selective_scan_cuda`, where that package is installed: to
+compare with. `reference.py` says what is computed.
 
 mamba-ssm scans (batch, channels, L) from the left to the right and knows no directions. So every direction's walk is
 copied out of the maps, the directions stand side by side as groups of channels, and the results are copied back. Its
@@ -21,8 +21,11 @@ def _walks(t, orders, height, width):
     if set(orders) == {"forward"}:
         t = t.unsqueeze(2).expand(-1, -1, len(orders), -1) if shared else t
         return t.permute(0, 2, 3, 1).contiguous()
-    positions = [scan_positions(order, height, width, t.device) for order in orders]
-    return torch.stack([t[:, p] if shared else t[:, p, k] for k, p in enumerate(positions)], 1).mT.contiguous()
+    walks = t.new_empty(t.shape[0], len(orders), t.shape[-1], t.shape[1])
+    for k, order in enumerate(orders):
+        positions = scan_positions(order, height, width, t.device)
+        walks[:, k] = (t[:, positions] if shared else t[:, positions, k]).mT
+    return walks
 
 
 def _maps(t, orders, height, width):
