@@ -76,6 +76,9 @@ def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
     assert [row["scan"] for row in rows] == ["numba", "torch"]
     assert all(row["infer"]["ms"] > 0 and row["train"]["ms"] > 0 for row in rows)
     assert "| numba | 8 | 16 | 2 |" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "HAS_TRITON", True)
+    monkeypatch.setattr(benchmark, "HAS_MAMBA_SSM", True)
+    assert benchmark.scan_backends("cuda") == ["triton", "mamba_ssm"]
 
 
 def test_mamba_kernels_get_the_same_work(monkeypatch):
@@ -176,7 +179,7 @@ def test_kernels_belong_to_the_outermost_operator(monkeypatch):
         def __enter__(self):
             return types.SimpleNamespace(events=lambda: cpu + device)
 
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profiler())
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiler())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     args = types.SimpleNamespace(device="cuda", device_type="cuda", repeats=2)
     steps = []

@@ -255,7 +255,7 @@ def operator_times(step: Callable[[], None], operators: set[str], args: argparse
     """The device's ms in each of these operators in one step (the CPU's, on a CPU), by the profiler; "" is the rest."""
     cuda = args.device_type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(args.repeats):
             step()
         if cuda:
