@@ -78,6 +78,6 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to linear layers on this tensor's device, None where it is off."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if tensor.is_meta or not torch.is_autocast_enabled(device):  # is_autocast_available breaks graphs of 2.11
         return None
     return torch.get_autocast_dtype(device)
