@@ -20,6 +20,7 @@ BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
 
 TRITON_CHUNK = 48  # steps between the states that the Triton kernels keep for the backward pass
+MAMBA_CHUNK = 2048  # the same of mamba-ssm's kernels
 
 
 def selective_scan(
@@ -191,10 +192,11 @@ def _optional(t, A, name):
 
 
 def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend):
-    backend = resolve_backend(backend, *tensors)
-    # the kernels keep states inside the sequence for a backward pass only; PyTorch's form never does
-    keeps = backend == "triton" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    chunk = TRITON_CHUNK if keeps else height * width
+    backend = resolve_backend(backend, *tensors, scan=True)
+    # the kernels keep states inside the sequence for a backward pass only; PyTorch's and Numba's forms never do
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    length = height * width
+    chunk = {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend, length) if keeps else length
     order_ids = [ORDERS.index(order) for order in orders]
     y, last_state, _ = torch.ops.vim2.selective_scan(
         *tensors, delta_softplus, order_ids, height, width, merge, with_last, chunk, backend
@@ -249,14 +251,19 @@ def _selective_scan(
             y = sum_parts(y, 2) if merge else y
         else:
             inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
-            if backend == "numba":
-                from .numba_scan import selective_scan_numba
+            if backend == "mamba_ssm":
+                from .mamba_ssm_scan import selective_scan_mamba
 
-                y, last = selective_scan_numba(*inputs, with_last)
+                y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
             else:
-                y, last = selective_scan_chunked(*inputs, with_last)
+                if backend == "numba":
+                    from .numba_scan import selective_scan_numba
+
+                    y, last = selective_scan_numba(*inputs, with_last)
+                else:
+                    y, last = selective_scan_chunked(*inputs, with_last)
+                starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
             y = y.sum(2) if merge else y
-            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
         return y.to(u.dtype), last, starts
 
 
@@ -304,11 +311,16 @@ def _selective_scan_backward(
             grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs, *options)
         else:
             inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
-            if backend == "numba":
-                from .numba_scan import selective_scan_numba_backward as scan_backward
+            if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
+                from .mamba_ssm_scan import selective_scan_mamba_backward
+
+                grads = selective_scan_mamba_backward(grad_y, starts, *inputs)
+            elif backend == "numba":
+                from .numba_scan import selective_scan_numba_backward
+
+                grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
             else:
-                scan_backward = selective_scan_chunked_backward
-            grads = scan_backward(grad_y, grad_last, *inputs)
+                grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
         grad_u, grad_delta, *others = grads
         if delta_weight.numel() == 0:
             grad_weight = torch.empty_like(delta_weight)
