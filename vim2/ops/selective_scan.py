@@ -5,7 +5,7 @@ checkpointing, and carries its own fake, autograd and FLOP rules.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +77,49 @@ def selective_scan(
         delta_weight = A.new_empty(0)
     u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    y, _ = _scan(tensors, delta_softplus, orders, height, width, True, False, backend)
+    y, _, _ = _scan(tensors, delta_softplus, orders, height, width, True, False, backend, _needs_backward(tensors))
     return y.unflatten(1, spatial)
+
+
+def selective_scan_with_backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Sequence[str],
+    delta_weight: Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """For autograd functions that compute operands again: `selective_scan`, what its backward pass needs, and that.
+
+    Returns:
+        y; the kept states; a function of y's gradient, these states and u, delta, A, B, C, D, delta_bias and
+        delta_weight that returns the gradients of the latter eight.
+    """
+    spatial = delta.shape[1:-2]
+    height, width = spatial if len(spatial) == 2 else (1, spatial[0])
+    _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
+    backend = resolve_backend(backend, u, delta, A, B, C, D, delta_bias, delta_weight, scan=True)
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
+
+    def backward(grad_y, starts, u, delta, A, B, C, D, delta_bias, delta_weight):
+        grad_y, u, delta, B, C = flat(grad_y, u, delta, B, C)
+        order_ids = [ORDERS.index(order) for order in orders]
+        tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+        grads = torch.ops.vim2.selective_scan_backward(
+            grad_y, starts.new_empty(0), starts, *tensors, True, order_ids, height, width, backend
+        )
+        return tuple(grad.unflatten(1, spatial) if i in (0, 1, 3, 4) else grad for i, grad in enumerate(grads))
+
+    u, delta, B, C = flat(u, delta, B, C)
+    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+    y, _, starts = _scan(tensors, True, orders, height, width, True, False, backend, True)
+    return y.unflatten(1, spatial), starts, backward
 
 
 def selective_scan_fn(
@@ -148,7 +189,8 @@ def selective_scan_fn(
     B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     orders = FORWARD * groups
     tensors = (u, delta, A, B, C, D, delta_bias, A.new_empty(0))
-    y, last_state = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend)
+    keeps = _needs_backward(tensors)
+    y, last_state, _ = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend, keeps)
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
         y = (y * F.silu(z)).to(u.dtype)
@@ -191,17 +233,19 @@ def _optional(t, A, name):
     return t
 
 
-def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend):
+def _needs_backward(tensors):
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend, keeps):
     backend = resolve_backend(backend, *tensors, scan=True)
     # the kernels keep states inside the sequence for a backward pass only; PyTorch's and Numba's forms never do
-    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     length = height * width
     chunk = {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend, length) if keeps else length
     order_ids = [ORDERS.index(order) for order in orders]
-    y, last_state, _ = torch.ops.vim2.selective_scan(
+    return torch.ops.vim2.selective_scan(
         *tensors, delta_softplus, order_ids, height, width, merge, with_last, chunk, backend
     )
-    return y, last_state
 
 
 def _step_sizes(delta, delta_weight):
