@@ -28,7 +28,7 @@ def make_inputs(orders, separate, features=6, dtype=torch.float64):
 
 def kept_through_autograd(inputs, orders, separate):
     u, weight, A, D, bias, delta_weight = inputs
-    B, C, delta = project(u, weight, separate, R, N)
+    B, C, delta = project(u, weight, separate, N).split((N, N, R), dim=-1)
     return selective_scan(u, delta, A, B, C, D, bias, orders=orders, delta_weight=delta_weight)
 
 

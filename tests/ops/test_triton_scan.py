@@ -34,6 +34,18 @@ def test_matches_recurrence(case, split):
     assert_matches_oracle(case, "triton", DEVICE)
 
 
+def test_programs_that_take_several_sequences(monkeypatch):
+    monkeypatch.setattr(triton_scan, "_tiles_a_program", lambda programs, device: 2)
+    assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
+
+
+def test_inference_splits_no_finer_than_it_must(monkeypatch):
+    monkeypatch.setattr(triton_scan, "_programs_to_fill", lambda device: 2)  # chunks of twice the length kept otherwise
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 800), FORWARD, dtype=torch.float32)]
+    y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("triton", "torch"))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     assert_matches_oracle(((3, 23), CROSS_SCAN, 3, 5, 2, False), "triton", DEVICE, dtype)

@@ -1,7 +1,6 @@
 """The selective scan with B, C and delta projected from its input: S6. The projections, in the channel mixer five times
 as large as the input, are not kept for the backward pass, which computes them again."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from .backend import autocast_dtype
 from .selective_scan import selective_scan, selective_scan_with_backward
 
 
-def project(u: Tensor, weight: Tensor, separate_inputs: bool, dt_rank: int, d_state: int) -> tuple[Tensor, ...]:
+def project(u: Tensor, weight: Tensor, separate_inputs: bool, d_state: int) -> Tensor:
     """B, C and delta's low-rank factor for all directions, by products on the map as it lies.
 
     Args:
@@ -20,20 +19,17 @@ def project(u: Tensor, weight: Tensor, separate_inputs: bool, dt_rank: int, d_st
         weight: (K, R + 2 N, E), rows in VMamba's order: delta, B, C.
 
     Returns:
-        B and C (batch, *spatial, K, N), delta (batch, *spatial, K, R).
+        (batch, *spatial, K, 2 N + R) in the order B, C, delta; on GPUs with zeros up to a multiple of 8, so that
+        kernels read whole 16-byte words.
     """
     lanes, rows, _ = weight.shape
-    # B and C first, and on GPUs rows padded to a multiple of 8: kernels read them in whole 16-byte words
-    weight = weight.roll(-dt_rank, dims=1)
-    padding = -rows % 8 if u.is_cuda else 0
-    weight = F.pad(weight, (0, 0, 0, padding))
+    weight = weight.roll(2 * d_state - rows, dims=1)
+    weight = F.pad(weight, (0, 0, 0, -rows % 8 if u.is_cuda else 0))
     if not separate_inputs:
-        projected = F.linear(u, weight.flatten(0, 1)).unflatten(-1, (lanes, -1))
-    elif u.is_cuda:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
-        projected = F.linear(u.flatten(-2), torch.block_diag(*weight)).unflatten(-1, (lanes, -1))
-    else:
-        projected = torch.einsum("...ke,kce->...kc", u, weight)
-    return projected.split((d_state, d_state, dt_rank, padding), dim=-1)[:3]
+        return F.linear(u, weight.flatten(0, 1)).unflatten(-1, (lanes, -1))
+    if u.is_cuda:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
+        return F.linear(u.flatten(-2), torch.block_diag(*weight)).unflatten(-1, (lanes, -1))
+    return torch.einsum("...ke,kce->...kc", u, weight)
 
 
 def projected_scan(
@@ -66,24 +62,27 @@ def projected_scan(
     Raises:
         ValueError, RuntimeError: As `selective_scan`.
     """
-    project_u = functools.partial(
-        project, separate_inputs=separate_inputs, dt_rank=delta_weight.shape[-1], d_state=A.shape[-1]
-    )
     tensors = (u, weight, A, D, delta_bias, delta_weight)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        B, C, delta = project_u(u, weight)  # compilers decide themselves what they keep
+        projected = project(u, weight, separate_inputs, A.shape[-1])  # compilers decide themselves what they keep
+        B, C, delta = _split(projected, A, delta_weight)
         options = dict(orders=orders, delta_weight=delta_weight, backend=backend)
         return selective_scan(u, delta, A, B, C, D, delta_bias, **options)
-    return _ProjectedScan.apply(*tensors, project_u, orders, backend)
+    return _ProjectedScan.apply(*tensors, tuple(orders), separate_inputs, backend)
+
+
+def _split(projected: Tensor, A: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, rank = A.shape[-1], delta_weight.shape[-1]
+    return projected.split((n, n, rank, projected.shape[-1] - 2 * n - rank), dim=-1)[:3]
 
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, project_u, orders, backend):
-        B, C, delta = project_u(u, weight)
+    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, separate_inputs, backend):
+        B, C, delta = _split(project(u, weight, separate_inputs, A.shape[-1]), A, delta_weight)
         operands = (u, delta, A, B, C, D, delta_bias)
         y, starts, ctx.scan_backward = selective_scan_with_backward(*operands, orders, delta_weight, backend)
-        ctx.project_u, ctx.autocast = project_u, autocast_dtype(u)
+        ctx.separate_inputs, ctx.autocast = separate_inputs, autocast_dtype(u)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y
 
@@ -94,11 +93,17 @@ class _ProjectedScan(torch.autograd.Function):
         inputs = [t.detach().requires_grad_() for t in (u, weight)]
         autocast = torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
         with torch.enable_grad(), autocast:
-            projections = ctx.project_u(*inputs)
-        B, C, delta = (t.detach() for t in projections)
-        grads = ctx.scan_backward(grad_y, starts, u, delta, A, B, C, D, delta_bias, delta_weight)
-        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_delta_weight = grads
-        grad_projected_u, grad_weight = torch.autograd.grad(projections, inputs, (grad_B, grad_C, grad_delta))
-        return (
-            grad_u + grad_projected_u, grad_weight, grad_A, grad_D, grad_bias, grad_delta_weight, None, None, None,
-        )  # fmt: skip
+            projected = project(*inputs, ctx.separate_inputs, A.shape[-1])
+        B, C, delta = _split(projected.detach(), A, delta_weight)
+        grad_projected = torch.zeros(
+            projected.shape, dtype=projected.dtype, device=u.device
+        )  # zero where rows have room
+        grad_u, grad_A, grad_D, grad_bias, grad_delta_weight = ctx.scan_backward(
+            grad_y,
+            starts,
+            (u, delta, A, B, C, D, delta_bias, delta_weight),
+            *_split(grad_projected, A, delta_weight),
+        )
+        grad_projected_u, grad_weight = torch.autograd.grad(projected, inputs, grad_projected)
+        gradients = (grad_u + grad_projected_u, grad_weight, grad_A, grad_D, grad_bias, grad_delta_weight)
+        return *gradients, None, None, None

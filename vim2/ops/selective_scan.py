@@ -92,12 +92,13 @@ def selective_scan_with_backward(
     orders: Sequence[str],
     delta_weight: Tensor,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Callable[..., tuple[Tensor, ...]]]:
+) -> tuple[Tensor, Tensor, Callable]:
     """For autograd functions that compute operands again: `selective_scan`, what its backward pass needs, and that.
 
     Returns:
-        y; the kept states; a function of y's gradient, these states and u, delta, A, B, C, D, delta_bias and
-        delta_weight that returns the gradients of the latter eight.
+        y; the kept states; a function of y's gradient, these states, a tuple of u, delta, A, B, C, D, delta_bias and
+        delta_weight, and room for the gradients of B, C and delta, that returns those of u, A, D, delta_bias and
+        delta_weight.
     """
     spatial = delta.shape[1:-2]
     height, width = spatial if len(spatial) == 2 else (1, spatial[0])
@@ -107,14 +108,12 @@ def selective_scan_with_backward(
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
 
-    def backward(grad_y, starts, u, delta, A, B, C, D, delta_bias, delta_weight):
-        grad_y, u, delta, B, C = flat(grad_y, u, delta, B, C)
-        order_ids = [ORDERS.index(order) for order in orders]
-        tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-        grads = torch.ops.vim2.selective_scan_backward(
-            grad_y, starts.new_empty(0), starts, *tensors, True, order_ids, height, width, backend
-        )
-        return tuple(grad.unflatten(1, spatial) if i in (0, 1, 3, 4) else grad for i, grad in enumerate(grads))
+    def backward(grad_y, starts, tensors, grad_B, grad_C, grad_delta):
+        u, delta, A, B, C, *others = tensors
+        grad_y, u, delta, B, C, *grads = flat(grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
+        options = (True, orders, height, width, backend)
+        grad_u, *others = _gradients(grad_y, starts.new_empty(0), starts, (u, delta, A, B, C, *others), options, *grads)
+        return grad_u.unflatten(1, spatial), *others
 
     u, delta, B, C = flat(u, delta, B, C)
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
@@ -288,11 +287,11 @@ def _selective_scan(
         options = (delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton
-            from .triton_step_size import sum_parts
+            from .triton_step_size import sum_lanes
 
             inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
             y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
-            y = sum_parts(y, 2) if merge else y
+            y = sum_lanes(y) if merge else y
         else:
             inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
             if backend == "mamba_ssm":
@@ -345,37 +344,51 @@ def _selective_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
-    names = [ORDERS[i] for i in orders]
-    with autocast_off(u):
-        options = (delta_softplus, names, height, width)
+    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+    options = (delta_softplus, [ORDERS[i] for i in orders], height, width, backend)
+    grad_B, grad_C, grad_delta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C, delta))
+    grad_u, grad_A, *others = _gradients(grad_y, grad_last, starts, tensors, options, grad_B, grad_C, grad_delta)
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, *others
+
+
+def _gradients(grad_y, grad_last, starts, tensors, options, grad_B, grad_C, grad_delta):
+    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
+    which may be parts of one tensor."""
+    *inputs, delta_weight = tensors
+    *options, backend = options
+    _, delta, *_ = inputs
+    with autocast_off(delta):
         if backend == "triton":
             from .triton_scan import selective_scan_triton_backward
+            from .triton_step_size import step_sizes_backward
 
-            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
-            grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs, *options)
+            grad_u, grad_steps, grad_A, grad_D, grad_bias = selective_scan_triton_backward(
+                grad_y, grad_last, starts, *tensors, *options, grad_B, grad_C
+            )
         else:
-            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+            inputs[1] = _step_sizes(delta, delta_weight)
             if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
                 from .mamba_ssm_scan import selective_scan_mamba_backward
 
-                grads = selective_scan_mamba_backward(grad_y, starts, *inputs)
+                grads = selective_scan_mamba_backward(grad_y, starts, *inputs, *options)
             elif backend == "numba":
                 from .numba_scan import selective_scan_numba_backward
 
-                grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
+                grads = selective_scan_numba_backward(grad_y, grad_last, *inputs, *options)
             else:
-                grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
-        grad_u, grad_delta, *others = grads
+                grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs, *options)
+            grad_u, grad_steps, grad_A, B_gradient, C_gradient, grad_D, grad_bias = grads
+            grad_B.copy_(B_gradient)
+            grad_C.copy_(C_gradient)
         if delta_weight.numel() == 0:
+            grad_delta.copy_(grad_steps)
             grad_weight = torch.empty_like(delta_weight)
         elif backend == "triton":
-            from .triton_step_size import step_sizes_backward
-
-            grad_delta, grad_weight = step_sizes_backward(grad_delta, delta, delta_weight)
+            grad_weight = step_sizes_backward(grad_steps, delta, delta_weight, grad_delta)
         else:
-            grad_weight = torch.einsum("blke,blkr->ker", grad_delta, delta)
-            grad_delta = torch.einsum("blke,ker->blkr", grad_delta, delta_weight.to(grad_delta.dtype))
-        return grad_u, grad_delta, *others, grad_weight.to(delta_weight.dtype)
+            grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
+            grad_delta.copy_(torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype)))
+        return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
 
 
 @_selective_scan_backward.register_fake

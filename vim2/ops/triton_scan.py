@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .reference import ORDERS
 from .selective_scan import TRITON_CHUNK as CHUNK
-from .triton_step_size import INTERPRETED, LN2, LOG2E, exp2, power_of_2, step_sizes, sum_parts
+from .triton_step_size import INTERPRETED, LN2, LOG2E, exp2, power_of_2, step_sizes, sum_blocks, sum_lanes
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
@@ -111,9 +111,9 @@ def _load_unless_first(starts_at, chunk, size, in_tile, tile_in):
 @triton.jit(do_not_specialize=["zero"])
 def _forward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, starts_ptr, decay_ptr, last_ptr,
-    orders, batch, L, H, W, E, N_STATES, K, chunks, zero,
+    orders, batch, L, H, W, E, N_STATES, K, chunk, chunks, zero,
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k,
-    CHUNK: tl.constexpr, SPLIT: tl.constexpr, LOCAL: tl.constexpr, LAST: tl.constexpr,
+    SPLIT: tl.constexpr, LOCAL: tl.constexpr, LAST: tl.constexpr,
     FAST: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
     S: tl.constexpr, G: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -150,24 +150,24 @@ def _forward_kernel(
         if not LOCAL:
             h = _load_unless_first(starts_at, first_chunk, N_STATES * E, in_tile, tile_in)
 
-    p, left, inner, step, turn = _start_walk(first_chunk * CHUNK, order, L, H, W, LARGE)
+    p, left, inner, step, turn = _start_walk(first_chunk * chunk, order, L, H, W, LARGE)
     dt = _load(dt_at, p, vector_in, FULL)
     u = _load(u_at, p, vector_in, FULL)
     b = _load(B_at, p, states_in, FULL)
-    c = _load(C_at, p, states_in, FULL)
+    c = b if LOCAL else _load(C_at, p, states_in, FULL)
     for j in range(num_chunks):
         if not SPLIT and j > 0:
             tl.store(starts_at + in_tile, h, mask=tile_in)
             starts_at += N_STATES * E
-        t = (first_chunk + j) * CHUNK
-        for i in range(t, tl.minimum(t + CHUNK, L)):
+        t = (first_chunk + j) * chunk
+        for i in range(t, tl.minimum(t + chunk, L)):
             # the next step's loads are under way while this one computes
             p_next, left = _next(p, left, inner, step, turn)
             p_next = tl.where(i + 1 < L, p_next, p)
             dt_next = _load(dt_at, p_next, vector_in, FULL)
             u_next = _load(u_at, p_next, vector_in, FULL)
             b_next = _load(B_at, p_next, states_in, FULL)
-            c_next = _load(C_at, p_next, states_in, FULL)
+            c_next = b_next if LOCAL else _load(C_at, p_next, states_in, FULL)
             size = dt.to(tl.float32)
             uf = u.to(tl.float32)
             bu = (size * uf)[None, :, :, :] * b.to(tl.float32)[:, :, None, None]
@@ -256,7 +256,7 @@ def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,
     starts_ptr, ends_ptr, decay_ptr, end_ptr, scratch_ptr,
     gu_ptr, gdelta_ptr, gA_ptr, gB_ptr, gC_ptr, gD_ptr, gbias_ptr,
-    orders, batch, repeats, L, H, W, E, N_STATES, K, chunks, zero,
+    orders, batch, repeats, L, H, W, E, N_STATES, K, part_row, chunks, zero,
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k, gy_b, gy_l, gy_k,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr, LOCAL: tl.constexpr,
     LAST: tl.constexpr, FAST: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
@@ -277,7 +277,7 @@ def _backward_kernel(
     s, e, n, channels_in, parameters_in = _channels(block, E, N_STATES, zero, S, G, N, C)
     A, D = _parameters(A_ptr, D_ptr, k, e, n, E, N_STATES, channels_in, parameters_in)
     in_lanes = s[:, None, None] * (L * K * E) + e[None, :, :]
-    in_part = s[None, :] * (L * K * N_STATES) + n[:, None]
+    in_part = s[None, :] * (L * K * part_row) + n[:, None]
     in_tile = (
         s[None, :, None, None] * (K * (chunks - 1) * N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
     )
@@ -300,7 +300,7 @@ def _backward_kernel(
         B_at = (B_ptr + seq * B_b + k * B_k, s[None, :] * B_b + n[:, None], B_l)
         C_at = (C_ptr + seq * C_b + k * C_k, s[None, :] * C_b + n[:, None], C_l)
         at = (dt_at, u_at, gy_at, B_at, C_at)
-        part = ((block.to(tl.int64) * batch + seq) * L * K + k) * N_STATES  # of B and C: one a block of channels
+        part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
         lane = seq * K + k
         starts_at = starts_ptr + lane * (chunks - 1) * (N_STATES * E)
         ends_at = ends_ptr + lane * (chunks - 1) * (N_STATES * E)
@@ -344,7 +344,7 @@ def _backward_kernel(
                         bu = (dt * u)[None, :, :, :] * b[:, :, None, None]
                         h = exp2(dt[None, :, :, :] * A, FAST) * h + bu
                         gC = tl.sum(tl.sum(gy[None, :, :, :] * h, axis=2), axis=2).to(gC_ptr.dtype.element_ty)
-                        gC_at = gC_ptr + (part + position * (K * N_STATES)) + in_part
+                        gC_at = gC_ptr + (part + position * (K * part_row)) + in_part
                         tl.store(gC_at, gC, mask=states_in & live[None, :])
                 tl.debug_barrier()  # where a tile has fewer states than a warp threads, one may read what another wrote
 
@@ -397,7 +397,7 @@ def _backward_kernel(
                         mask = vector_in & live[None, None, :]
                         tl.store(gu_ptr + row, gu.to(gu_ptr.dtype.element_ty), mask=mask)
                         tl.store(gdelta_ptr + row, gdt.to(gdelta_ptr.dtype.element_ty), mask=mask)
-                        gB_at = gB_ptr + (part + position * (K * N_STATES)) + in_part
+                        gB_at = gB_ptr + (part + position * (K * part_row)) + in_part
                         tl.store(gB_at, gB, mask=states_in & live[None, :])
 
         if LOCAL:
@@ -479,7 +479,11 @@ def selective_scan_triton(
     tile = _tile_shape(1024, 32, n, features, batch)
     programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
     split = length > CHUNK and programs * lanes < _programs_to_fill(u.device)
-    chunks = -(-length // (CHUNK if split else chunk))
+    steps = chunk  # of a chunk
+    if split:
+        fill = 4 * max(_programs_to_fill(u.device), 1)
+        steps = max(-(-length * programs * lanes // fill // CHUNK), 1) * CHUNK if chunk == length else CHUNK
+    chunks = -(-length // steps)
     y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
     last = torch.empty((batch, lanes, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, chunks - 1, n, features, dtype=torch.float32, device=u.device)
@@ -488,9 +492,9 @@ def selective_scan_triton(
     def launch(grid_chunks, **options):
         _forward_kernel[(programs, lanes, grid_chunks)](
             u, dt, At, B, C, D, y, starts, decay, last,
-            _pack_orders(orders), batch, length, height, width, features, n, lanes, chunks, 0,
+            _pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
             *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True),
-            CHUNK=CHUNK if split else chunk, LAST=with_last, FAST=not INTERPRETED,
+            LAST=with_last, FAST=not INTERPRETED,
             LARGE=_is_large(u, B, C, y), FULL=_is_full(tile, n, features, batch), num_warps=1,
             maxnreg=FORWARD_REGISTERS, **tile, **options,
         )  # fmt: skip
@@ -516,10 +520,14 @@ def _combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
 
 
 def selective_scan_triton_backward(
-    grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width
-):
+    grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width,
+    grad_B, grad_C,
+):  # fmt: skip
     """As `reference.selective_scan_chunked_backward`, for states kept every CHUNK steps; delta's gradient is
-    (batch, L, K, E) even where delta is (batch, L, K, R)."""
+    (batch, L, K, E) even where delta is (batch, L, K, R).
+
+    B's and C's gradients are written to grad_B and grad_C, (batch, L, K, N), which may have room between their rows.
+    """
     u, B, C, grad_y = _last_axis_contiguous(u, B, C, grad_y)
     At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
     batch, length, lanes = delta.shape[:3]
@@ -545,15 +553,14 @@ def selective_scan_triton_backward(
     grad_A = empty(parts * groups * tile["S"], lanes, n, features)
     grad_D, grad_bias = (empty(parts * groups * tile["S"], lanes, features) for _ in range(2))
     # added up over the blocks of channels, unless there is but one
-    grad_B, grad_C = (
-        empty(blocks, batch, length, lanes, n, dtype=t.dtype if blocks == 1 else torch.float32) for t in (B, C)
-    )
+    part_B, part_C = (grad_B, grad_C) if blocks == 1 else (empty(blocks, batch, length, lanes, n) for _ in range(2))
 
     def launch(grid_chunks, **options):
         _backward_kernel[(programs, lanes, grid_chunks)](
             u, dt, At, B, C, D, grad_y, starts, ends, decay, end, scratch,
-            grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
-            _pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, chunks, 0,
+            grad_u, grad_delta, grad_A, part_B, part_C, grad_D, grad_bias,
+            _pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, part_B.stride(-2), chunks,
+            0,
             *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True), *_strides(grad_y, grad_y.dim() == 4),
             CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
             LARGE=_is_large(u, B, C, grad_u, grad_y),
@@ -566,11 +573,13 @@ def selective_scan_triton_backward(
             launch(chunks - 1, SPLIT=True, LOCAL=True)
             _combine(ends, decay, end)
         launch(parts, SPLIT=split, LOCAL=False)
+    if blocks > 1:
+        sum_blocks(part_B, grad_B)
+        sum_blocks(part_C, grad_C)
     return (
-        grad_u if u.dim() == 4 else sum_parts(grad_u, 2),
+        grad_u if u.dim() == 4 else sum_lanes(grad_u),
         grad_delta,
         grad_A.sum(0).transpose(1, 2).contiguous().to(A.dtype),
-        *(t[0] if blocks == 1 else sum_parts(t, 0, dtype) for t, dtype in ((grad_B, B.dtype), (grad_C, C.dtype))),
         grad_D.sum(0).to(D.dtype),
         grad_bias.sum(0).to(delta_bias.dtype),
     )

@@ -67,10 +67,10 @@ def _step_size_kernel(
 
 @triton.jit
 def _factor_gradient_kernel(
-    grad_ptr, weight_ptr, out_ptr, rows, K, E, RANK,
+    grad_ptr, weight_ptr, out_ptr, rows, K, E, RANK, out_row,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, K, RANK) = grad (rows, K, E) weight (K, E, RANK)."""
+    """out (rows, K, RANK), in memory out_row apart, = grad (rows, K, E) weight (K, E, RANK)."""
     k = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     r = tl.arange(0, R)[None, :]
@@ -86,7 +86,7 @@ def _factor_gradient_kernel(
         else:
             total += tl.dot(grad, weight.to(grad.dtype), input_precision=PRECISION)
     inside = (row < rows) & (r < RANK)
-    tl.store(out_ptr + (row * K + k) * RANK + r, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + (row * K + k) * out_row + r, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _weight_gradient_kernel(
 
 @triton.jit
 def _sum_kernel(
-    x_ptr, out_ptr, parts, rows, E, part_stride, row_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, out_ptr, parts, rows, E, part_stride, row_stride, out_row, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -126,7 +126,7 @@ def _sum_kernel(
     for _ in range(parts):
         total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         at += part_stride
-    tl.store(out_ptr + row * E + e, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * out_row + e, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def power_of_2(n: int) -> int:
@@ -139,22 +139,27 @@ def _block(features: int) -> int:
     return min(max(features & -features, 16), 256)
 
 
-def sum_parts(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """x, contiguous, summed in float32 over one dimension but the last, in `dtype` (default x's)."""
-    out = torch.empty(x.shape[:dim] + x.shape[dim + 1 :], dtype=dtype or x.dtype, device=x.device)
-    parts = x.shape[dim]
-    inner = x.stride(dim)  # elements of one part that lie together
-    outer = out.numel() // inner
-    # rows of E elements: short runs stay rows, long ones are cut
-    E = inner if outer > 1 else inner & -inner
+def _sum(x: Tensor, out: Tensor, parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int):
     block = _block(E)
-    rows = 2048 // block
+    rows_a_program = 2048 // block
     with torch.cuda.device_of(x):
-        _sum_kernel[(-(-out.numel() // E // rows), -(-E // block))](
-            x, out, parts, out.numel() // E, E, inner, parts * inner if outer > 1 else E,
-            ROWS=rows, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        _sum_kernel[(-(-rows // rows_a_program), -(-E // block))](
+            x, out, parts, rows, E, part_stride, row_stride, out_row, ROWS=rows_a_program, BLOCK=block, num_warps=4
+        )
+
+
+def sum_lanes(x: Tensor) -> Tensor:
+    """(batch, L, K, E), contiguous -> (batch, L, E), in x's dtype, added in float32."""
+    batch, length, lanes, features = x.shape
+    out = torch.empty(batch, length, features, dtype=x.dtype, device=x.device)
+    _sum(x, out, lanes, batch * length, features, features, lanes * features, features)
     return out
+
+
+def sum_blocks(x: Tensor, out: Tensor) -> None:
+    """(blocks, batch, L, K, N), contiguous, summed into out (batch, L, K, N), which may have room between its rows."""
+    rows, n = x[0].numel() // x.shape[-1], x.shape[-1]
+    _sum(x, out, x.shape[0], rows, n, rows * n, n, out.stride(-2))
 
 
 def _as_rows(factor: Tensor) -> Tensor:
@@ -200,9 +205,9 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     return dt
 
 
-def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient (batch, L, K, E), contiguous, of factor weight^T those of factor (batch, L, K, R) and of
-    weight (K, E, R), the latter in float32."""
+def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_factor: Tensor) -> Tensor:
+    """From the gradient (batch, L, K, E), contiguous, of factor weight^T those of factor (batch, L, K, R), written to
+    grad_factor, which may have room between its rows, and of weight (K, E, R), returned in float32."""
     factor, weight = _as_rows(factor), weight.contiguous()
     batch, length, lanes, rank = factor.shape
     features = weight.shape[1]
@@ -212,14 +217,13 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor) -> tuple[T
     blocks = -(-features // block)
     parts = max(min(2048 // (blocks * lanes), rows // 256), 1)  # enough programs to fill a GPU
     rows_a_part = -(-rows // parts // 64) * 64
-    grad_factor = torch.empty(batch, length, lanes, rank, dtype=factor.dtype, device=grad.device)
     grad_weight = torch.empty(parts, lanes, features, rank, dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
         _factor_gradient_kernel[(-(-rows // 64), lanes)](
-            grad, weight, grad_factor, rows, lanes, features, rank, **options
+            grad, weight, grad_factor, rows, lanes, features, rank, grad_factor.stride(-2), **options
         )
         _weight_gradient_kernel[(blocks, lanes, parts)](
             grad, factor, grad_weight, rows, rows_a_part, lanes, features, rank, factor.stride(1), factor.stride(2),
             **options,
         )  # fmt: skip
-    return grad_factor, grad_weight.sum(0)
+    return grad_weight.sum(0)
