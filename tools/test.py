@@ -6,11 +6,16 @@ Usage: python tools/test.py CONFIG CHECKPOINT [--tta] [--out OUT] [--show-dir DI
 
 import argparse
 import copy
+import os
 import sys
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # as tools/classify.py says, and like there before PyTorch is loaded
 
 from mmengine.config import Config
 
-import vim2.mm  # noqa: F401  (registers; and before the libraries are imported, gives mmcv its operators)
+import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.mm.runner import UserError, add_config_arguments, add_launcher_arguments, build_runner, load_config, run_tool
 
 
@@ -48,7 +53,7 @@ def draw(config: Config, args: argparse.Namespace) -> None:
     hook = config.get("default_hooks", {}).get("visualization")
     if hook is None:
         raise UserError(f"--show and --show-dir need a visualization hook in default_hooks, which {args.config} lacks.")
-    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time, interval=1)
     if args.show_dir:
         config.visualizer.save_dir = args.show_dir
         if config.default_scope == "mmdet":

@@ -5,9 +5,14 @@ Usage: python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--
 """
 
 import argparse
+import os
 import sys
 
-import vim2.mm  # noqa: F401  (registers; and before the libraries are imported, gives mmcv its operators)
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # as tools/classify.py says, and like there before PyTorch is loaded
+
+import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.mm.runner import UserError, add_config_arguments, add_launcher_arguments, build_runner, load_config, run_tool
 
 

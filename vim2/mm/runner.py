@@ -31,9 +31,11 @@ class UserError(Exception):
     """A mistake in what was asked for; printed as one line."""
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and --cfg-options, as all of OpenMMLab's tools have them."""
-    parser.add_argument("config", metavar="CONFIG", help="a config file of MMDetection or MMSegmentation")
+def add_config_arguments(parser: argparse.ArgumentParser, flag: bool = False) -> None:
+    """CONFIG, or with `flag` --config, and --cfg-options, as all of OpenMMLab's tools have them."""
+    name, options = ("--config", {"required": True}) if flag else ("config", {})
+    text = "a config file, or LIBRARY::PATH for one that a library brings, such as mmdet::swin/mask-rcnn_....py"
+    parser.add_argument(name, metavar="CONFIG", help=text, **options)
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -60,7 +62,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config and make sure that its library is there.
 
     Args:
-        path: Of the file.
+        path: Of the file, or LIBRARY::PATH of one that an installed library brings.
         options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
 
     Raises:
@@ -69,7 +71,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
         MODULE2PACKAGE["mmseg"] = "mmseg"  # forks of the library have its module under another distribution's name
     try:
-        config = Config.fromfile(path)
+        config = Config.fromstring(f"_base_ = {path!r}", ".py") if "::" in path else Config.fromfile(path)
     except FileNotFoundError as error:
         raise UserError(f"{_first_line(error)}.") from None
     except ModuleNotFoundError as error:
