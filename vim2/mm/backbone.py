@@ -98,7 +98,7 @@ class ViM2(BaseModule):
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Which layer a parameter belongs to, for layer-wise learning rates; MMPreTrain's interface.
 
-        Layer 0 is the stem, every block is one layer, and the output norms are the last but one.
+        Layer 0 is the stem, and every block is one layer, the last one with the output norms.
 
         Args:
             param_name: Name of a parameter of the whole model.

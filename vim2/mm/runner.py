@@ -58,7 +58,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # old launchers
 
 
-def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) -> Config:
     """Read a config and make sure that its library is there.
 
     Args:
@@ -68,6 +68,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         UserError: No such file, one that cannot be read, or a library that is not installed.
     """
+    path = str(path)
     if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
         MODULE2PACKAGE["mmseg"] = "mmseg"  # forks of the library have its module under another distribution's name
     try:
@@ -138,10 +139,14 @@ def _prepare_for_cpu(config: Config) -> None:
     if config.launcher == "none":
         return
     _replace_sync_bn(config.model)
-    wrapper = config.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", broadcast_buffers=False))
-    wrapper.setdefault("find_unused_parameters", config.get("find_unused_parameters", False))
-    wrapper.device_ids = None  # which says that the model is on the CPU
-    environment = config.setdefault("env_cfg", {})
+    config.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": config.get("find_unused_parameters", False),
+        **config.get("model_wrapper_cfg", {}),
+        "device_ids": None,  # which says that the model is on the CPU
+    }
+    environment = config.get("env_cfg", {})
     set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)  # as the Runner does, before init_dist
     set_device, torch.cuda.set_device = torch.cuda.set_device, lambda device: None
     try:
