@@ -16,7 +16,15 @@ os.environ.setdefault(
 from mmengine.config import Config
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.mm.runner import UserError, add_config_arguments, add_launcher_arguments, build_runner, load_config, run_tool
+from vim2.mm.runner import (
+    UserError,
+    add_config_arguments,
+    add_launcher_arguments,
+    build_data,
+    build_runner,
+    load_config,
+    run_tool,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(str(error)) from None
     except RuntimeError as error:  # by the runner's default, weights that do not fit would stay random
         raise UserError(f"{args.checkpoint} is not of this config's model. {' '.join(str(error).split())}") from None
+    build_data(runner, "test")
     runner.test()
 
 
@@ -62,6 +71,8 @@ def draw(config: Config, args: argparse.Namespace) -> None:
 
 def augment(config: Config) -> None:
     if config.default_scope == "mmdet":
+        if config.model.get("roi_head", {}).get("mask_head"):
+            raise UserError("MMDetection has no test-time augmentation of masks, only of boxes; leave out --tta.")
         nms = dict(type="nms", iou_threshold=0.5)
         config.setdefault("tta_model", dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100)))
         if "tta_pipeline" not in config:

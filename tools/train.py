@@ -13,7 +13,15 @@ os.environ.setdefault(
 )  # as tools/classify.py says, and like there before PyTorch is loaded
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.mm.runner import UserError, add_config_arguments, add_launcher_arguments, build_runner, load_config, run_tool
+from vim2.mm.runner import (
+    UserError,
+    add_config_arguments,
+    add_launcher_arguments,
+    build_data,
+    build_runner,
+    load_config,
+    run_tool,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
-    build_runner(config, args).train()
+    runner = build_runner(config, args)
+    build_data(runner, "train")
+    runner.train()
 
 
 if __name__ == "__main__":

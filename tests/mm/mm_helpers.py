@@ -146,10 +146,10 @@ def metrics(work_dir: Path) -> dict:
 
 def call(main, *argv) -> None:
     """Run a tool's main in this process, as if it were a new one to MMEngine."""
-    from mmengine.logging import MessageHub, MMLogger
-    from mmengine.registry import DefaultScope
-    from mmengine.visualization import Visualizer
+    from mmengine.utils import ManagerMixin
 
-    for manager in (DefaultScope, MessageHub, MMLogger, Visualizer):
+    managers = [ManagerMixin]
+    for manager in managers:
         manager._instance_dict.clear()
+        managers += manager.__subclasses__()
     main([str(argument) for argument in argv])

@@ -22,7 +22,15 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from ..checkpoints import write_atomically
 
-__all__ = ["UserError", "add_config_arguments", "add_launcher_arguments", "build_runner", "load_config", "run_tool"]
+__all__ = [
+    "UserError",
+    "add_config_arguments",
+    "add_launcher_arguments",
+    "build_data",
+    "build_runner",
+    "load_config",
+    "run_tool",
+]
 
 _LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
 
@@ -123,6 +131,27 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         # MMEngine wraps the constructor's own message, which is what helps
         raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", str(error.args[0]))) from error
+
+
+def build_data(runner: Runner, split: str) -> None:
+    """Build the data sets of a runner's loop before it starts.
+
+    Args:
+        runner: Of `build_runner`.
+        split: "train" or "test".
+
+    Raises:
+        UserError: Files are missing, or no image is left.
+    """
+    try:
+        getattr(runner, f"{split}_loop")
+    except (AssertionError, FileNotFoundError, KeyError) as error:
+        raise UserError(f"the data of {split}_dataloader cannot be read: {_first_line(error)}.") from error
+    except ValueError as error:
+        if "need at least one array" not in str(error):  # what MMEngine says of an empty list of images
+            raise
+        name = "training" if split == "train" else "testing"
+        raise UserError(f"no image for {name} is left: none has annotations, or none is large enough.") from error
 
 
 class _AtomicBackend(LocalBackend):
