@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -31,6 +32,12 @@ def trained(tmp_path_factory, configs):
     return {kind: folder / kind for kind in KINDS}
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
 def losses(work_dir):
     """Of every step that was logged, in the order of the runs."""
     paths = sorted(work_dir.glob("*/vis_data/scalars.json"))
@@ -51,7 +58,8 @@ class TestOneProcess:
         options = [f"train_cfg.{key}={2 if kind == 'mmdet' else 4}", "train_cfg.val_interval=10"]
         call(train, configs[kind], "--work-dir", tmp_path / "run", "--resume", "--cfg-options", *options)
         assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3, 4]
-        before, after = (torch.load(tmp_path / "run" / n, map_location="cpu") for n in (LAST[kind], name))
+        paths = trained[kind] / LAST[kind], tmp_path / "run" / name
+        before, after = (torch.load(path, map_location="cpu") for path in paths)
         steps = [next(iter(c["optimizer"]["state"].values()))["step"].item() for c in (before, after)]
         assert steps == [2, 4]
         assert len(after["message_hub"]["log_scalars"]["train/loss"].data[0]) == 4  # the history went on, too
@@ -134,7 +142,7 @@ def test_initial_weights_are_in_the_first_step(trained, configs, tmp_path):
         torch.load(path, map_location="cpu")["state_dict"]["backbone.stages.0.blocks.0.layers.0.mixer.in_proj.weight"]
         for path in (trained["mmseg"] / "iter_2.pth", tmp_path / "epoch_1.pth")
     ]
-    assert torch.equal(*weights)
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-7)  # the schedule ends at 1e-6, not quite at 0
     with pytest.raises(ValueError, match="does not fit a ViM2 backbone"):
         options = [*options, "model.backbone.depths=[1,1,2,1]"]
         call(train, configs["mmdet"], "--work-dir", tmp_path / "other", "--cfg-options", *options)
@@ -209,9 +217,9 @@ def test_a_checkpoint_survives_a_write_that_fails(configs, tmp_path, monkeypatch
 
 
 class TestSeveralProcesses:
-    @pytest.mark.parametrize("kind, port", [("mmdet", 29541), ("mmseg", 29543)])
-    def test_training_on_cpus(self, kind, port, configs, tmp_path):
-        done = run(TOOLS / "dist_train.sh", configs[kind], 2, "--work-dir", tmp_path, env={"PORT": str(port)})
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_training_on_cpus(self, kind, configs, tmp_path):
+        done = run(TOOLS / "dist_train.sh", configs[kind], 2, "--work-dir", tmp_path, env={"PORT": free_port()})
         assert done.returncode == 0, done.stderr[-2000:]
         rows = losses(tmp_path)
         steps = 1 if kind == "mmdet" else 2  # four images in batches of 2, by epochs and by iterations
@@ -222,7 +230,7 @@ class TestSeveralProcesses:
     def test_testing_on_cpus(self, trained, configs, tmp_path):
         checkpoint = trained["mmdet"] / LAST["mmdet"]
         argv = [configs["mmdet"], checkpoint, 2, "--work-dir", tmp_path]
-        done = run(TOOLS / "dist_test.sh", *argv, env={"PORT": "29545"})
+        done = run(TOOLS / "dist_test.sh", *argv, env={"PORT": free_port()})
         assert done.returncode == 0, done.stderr[-2000:]
         result, expected = json.loads(next(tmp_path.glob("*/*.json")).read_text()), metrics(trained["mmdet"])
         assert {key: result[key] for key in KEYS["mmdet"]} == {key: expected[key] for key in KEYS["mmdet"]}

@@ -200,6 +200,9 @@ def run_tool(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     """Run a tool; a UserError becomes one line on stderr and exit code 2."""
     try:
         main(argv)
+        if torch.distributed.is_initialized():  # a process that left first would take the others' connections with it
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
