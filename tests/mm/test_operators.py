@@ -45,6 +45,7 @@ def literal_iou(a, b, offset=0):
     return inter / (sum(area) - inter)
 
 
+@stand_in
 @pytest.mark.parametrize("device", DEVICES)
 class TestSuppression:
     @pytest.mark.parametrize("offset", [0, 1])
@@ -105,6 +106,7 @@ class TestSuppression:
         assert [group.tolist() for group in ops.nms_match(b, 0.5)] == [[1, 0], [2]]
 
 
+@stand_in
 @pytest.mark.parametrize("device", DEVICES)
 class TestRegions:
     rois = torch.tensor([[0, 1.0, 1.5, 9.0, 7.0], [1, 0, 0, 1, 1], [0, 3, 3, 3, 3], [1, -4, 2, 30, 12.0]])
@@ -168,13 +170,12 @@ class TestRegions:
         y.sum().backward()
         assert x.grad.sum() == 8 and x.grad.max() == 1
 
-    @stand_in
     def test_maximum_in_roi_align_is_missing(self, device):
         with pytest.raises(RuntimeError, match=r"pool_mode='max'.*Install mmcv"):
             ops.RoIAlign(4, 1.0, 2, pool_mode="max")(random(1, 1, 8, 8, device=device), self.rois[:1].to(device))
 
 
-@stand_in  # mmcv's own are for GPUs only
+@stand_in
 @pytest.mark.parametrize("device", DEVICES)
 def test_sigmoid_focal_loss(device):
     logits = random(7, 4, device=device).requires_grad_()
@@ -193,6 +194,7 @@ def test_sigmoid_focal_loss(device):
     )
 
 
+@stand_in
 @pytest.mark.parametrize("device", DEVICES)
 class TestDeformable:
     """Without offsets and masks it is a convolution; with whole-pixel offsets, one of the shifted image."""

@@ -54,6 +54,7 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
         FileNotFoundError: No such file.
         ValueError: A damaged file, one without weights, or weights of another architecture.
     """
+    allow_checkpoints()  # once more: the forks of MMEngine take these types back after each load of theirs
     if "://" in source:
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
     else:
