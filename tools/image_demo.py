@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None, "name": "image_demo"})
     visualizer.dataset_meta = model.dataset_meta
     is_detector = config.default_scope == "mmdet"
+    if is_detector and len(model.dataset_meta["classes"]) == 1:  # its name on every object would only hide objects
+        visualizer.draw_texts = lambda *args, **kwargs: visualizer
     for i, path in enumerate(track_iter_progress(images)):
         data = pipeline(dict(img_path=str(path), img_id=i))
         with torch.no_grad():
