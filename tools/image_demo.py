@@ -86,9 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
         options = dict(pred_score_thr=args.score_thr) if is_detector else dict(with_labels=False)
+        image = load_rgb(path)
+        visualizer.line_width = max(1, min(image.shape[:2]) // 250)  # of boxes
         visualizer.add_datasample(
             path.stem,
-            load_rgb(path),
+            image,
             data_sample=sample,
             draw_gt=False,
             out_file=str(args.out_dir / f"{path.stem}.png"),
