@@ -115,18 +115,19 @@ class TestPreparing:
                 assert labels and max(labels) < len(dataset.metainfo["classes"])
 
 
-class TestCounting:
-    @pytest.fixture(scope="class")
-    def counted(self):
-        configs = [
-            "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py",
-            "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
-        ]
-        configs += ["mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py"]
-        done = run(TOOLS / "mm_benchmark.py", "--count", *configs, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return re.findall(r"^\| (\S+) \| [\dx ]+ \| \d \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.M)
+@pytest.fixture(scope="module")
+def counted():
+    configs = [
+        "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py",
+        "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+    ]
+    configs += ["mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py"]
+    done = run(TOOLS / "mm_benchmark.py", "--count", *configs, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return re.findall(r"^\| (\S+) \| [\dx ]+ \| \d \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.M)
 
+
+class TestCounting:
     def test_swins_published_figures(self, counted):
         name, parameters, gflops = counted[1]
         assert "swin" in name
