@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, metavar="DIR", help="also write mm_benchmark.md and mm_benchmark.json there")
     args = parser.parse_args(argv)
     args.device_type = args.device.partition(":")[0]
-    args.torchcompile = args.channels_last = False
+    args.torchcompile = args.channels_last = args.compilations = False  # what tools/benchmark.py asks for
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}
     args.modes = set() if args.count else args.modes
     rows = []
