@@ -1,10 +1,15 @@
 """tools/benchmark.py: its FLOPs against a sum by hand and the published figure, its files, its errors."""
 
+import contextlib
+import functools
 import json
+import sys
+import types
 
 import pytest
 import timm
 import torch
+from torch.autograd import DeviceType
 
 from tools import benchmark
 
@@ -32,9 +37,8 @@ def test_flops():
     assert round(benchmark.count_flops(swin, 224) / 1e9, 1) == 4.5  # as published for Swin-T
 
 
-def test_models_and_scan(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "SCAN_SHAPES", ((8, 4), (16, 2)))
-    options = "--device cpu --model test_vim2 --compare timm:test_vit --img-size 32 64 --batch-size 2 --ops"
+def test_models(tmp_path, capsys):
+    options = "--device cpu --model test_vim2 --compare timm:test_vit --img-size 32 64 --batch-size 2"
     options += f" --warmup 1 --repeats 1 --plot --output {tmp_path}"
     assert benchmark.main(options.split()) == 0
     out = capsys.readouterr().out
@@ -48,7 +52,6 @@ def test_models_and_scan(tmp_path, capsys, monkeypatch):
         assert row["infer"]["img_s"] == pytest.approx(2000 / row["infer"]["ms"])
         assert row["infer"]["ms"] > 0 and row["train"]["ms"] > 0
         assert f"| {row['model']} | {row['size']} | 2 | {row['params_m']:.2f} |" in out
-    assert [r["length"] for r in results["scans"]] == [16, 4]
     assert {"date", "hardware", "versions"} <= results["machine"].keys()
 
 
@@ -64,14 +67,167 @@ def test_counts_only(capsys):
     assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
 
 
-def test_mamba_inputs_are_the_same_work():
-    ours = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
-    theirs = benchmark.mamba_inputs(2, 8, 3, torch.float32, "cpu")
-    assert theirs["u"].shape == theirs["delta"].shape == (2, 32, 9)
-    assert theirs["B"].shape == (2, 4, 16, 9) and theirs["A"].shape == (32, 16)
-    torch.testing.assert_close(theirs["delta"][1, 8 * 3 + 5, 7], ours["delta"][1, 2, 1, 3, 5])
-    torch.testing.assert_close(theirs["B"][0, 2, 9, 4], ours["B"][0, 1, 1, 2, 9])
-    torch.testing.assert_close(theirs["u"][0, 8 + 5, 4], ours["u"][0, 1, 1, 5])
+def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(benchmark, "SCAN_SHAPES", ((8, 4),))
+    options = f"--device cpu --ops --batch-size 2 --warmup 1 --repeats 1 --output {tmp_path}"
+    assert benchmark.main(options.split()) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["scans"]
+    assert [row["scan"] for row in rows] == ["numba", "torch"]
+    assert all(row["infer"]["ms"] > 0 and row["train"]["ms"] > 0 for row in rows)
+    assert "| numba | 8 | 16 | 2 |" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "HAS_TRITON", True)
+    monkeypatch.setattr(benchmark, "HAS_MAMBA_SSM", True)
+    assert benchmark.scan_backends("cuda") == ["triton", "mamba_ssm"]
+
+
+def test_mamba_kernels_get_the_same_work(monkeypatch):
+    calls = []
+
+    def fwd(u, delta, A, B, C, D, z, bias, softplus):
+        calls.append((u, delta, A, B))
+        return u, "states"
+
+    def bwd(u, delta, A, B, C, D, z, bias, grad, states, *options):
+        calls.append(states)
+
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", types.SimpleNamespace(fwd=fwd, bwd=bwd))
+    monkeypatch.delitem(sys.modules, "vim2.ops.mamba_ssm_scan", raising=False)
+    try:
+        inputs = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
+        steps = benchmark.scan_steps(benchmark.MAMBA_KERNELS, inputs)
+    finally:
+        sys.modules.pop("vim2.ops.mamba_ssm_scan", None)  # it holds the stand-in
+    steps["infer"]()
+    steps["train"]()
+    (u, delta, A, B), _, states = calls
+    assert states == "states"
+    assert u.shape == delta.shape == (2, 32, 9) and B.shape == (2, 4, 16, 9) and A.shape == (32, 16)
+    # step 5 of the second direction, down the columns, is in the last row of the second column
+    torch.testing.assert_close(u[0, 8 + 5, 5], inputs["u"][0, 2, 1, 5])
+    torch.testing.assert_close(delta[1, 8 * 3 + 5, 0], inputs["delta"][1, 2, 2, 3, 5])  # the last direction's first
+    torch.testing.assert_close(B[0, 2, 9, 4], inputs["B"][0, 1, 1, 2, 9])
+
+
+def test_same_pixels():
+    options = "--device cpu --img-size 224 1024 --batch-size 128 --same-pixels"
+    assert benchmark.parse(options.split()).shapes == [(224, 128), (1024, 6)]
+    assert benchmark.parse(["--img-size", "512", "--device", "cpu", "--same-pixels"]).shapes == [(512, 1)]
+
+
+def test_work_is_what_operators_move_and_multiply():
+    a, b = torch.ones(3, 4), torch.ones(1, 5).expand(4, 5).requires_grad_()
+    with benchmark.CountWork() as counted:
+        y = (a @ b).t().relu()
+        y.sum().backward()
+        torch.empty(7).zero_()
+    mm = counted.operators["aten::mm"]
+    assert (mm.calls, mm.flops) == (2, 2 * 2 * 3 * 4 * 5)  # the product and its backward pass
+    # a (12), b (its 5 and not their copies) and y (15) forward; a, y's gradient and b's own, of 20, backward
+    assert mm.bytes == 4 * (12 + 5 + 15) + 4 * (12 + 15 + 20)
+    relu, zero = counted.operators["aten::relu"], counted.operators["aten::zero_"]
+    assert relu.bytes == 2 * 4 * 15 and zero.bytes == 4 * 7
+    assert not counted.operators.keys() & {"aten::t", "aten::expand", "aten::empty"}
+
+
+def test_work_of_a_scan_and_of_a_grouped_convolution():
+    inputs = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
+    with benchmark.CountWork() as counted:
+        benchmark.scan_steps("torch", inputs)["train"]()
+        weight = torch.ones(6, 1, 3, 3, requires_grad=True)
+        x = torch.ones(1, 6, 5, 5, requires_grad=True)
+        torch.nn.functional.conv2d(x, weight, padding=1, groups=6).sum().backward()
+    for name in ("vim2::selective_scan", "vim2::selective_scan_backward"):
+        assert counted.operators[name].exponentials == 2 * 9 * 4 * 8 * 16
+    forward, backward = counted.operators["aten::convolution"], counted.operators["aten::convolution_backward"]
+    assert forward.flops == 2 * 6 * 25 * 9 and backward.flops == 2 * forward.flops
+
+
+def test_profile(tmp_path, capsys):
+    options = "--device cpu --model test_vim2 --img-size 64 --profile --warmup 1 --repeats 1"
+    assert benchmark.main([*options.split(), "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    infer, train = json.loads((tmp_path / "benchmark.json").read_text())["profiles"]
+    assert (infer["mode"], train["mode"]) == ("infer", "train")
+    for result in (infer, train):
+        rows = {row["operators"]: row for row in result["profile"]}
+        assert rows["selective_scan"]["calls"] == 15 and rows["selective_scan"]["ms"] > 0
+        assert rows["products"]["ms"] == pytest.approx(sum(rows["products"]["members"].values()))
+        assert ("selective_scan_backward" in rows) == (result["mode"] == "train")
+        assert rows["others"]["ms"] < sum(row["ms"] for row in rows.values()) / 2
+        assert result["profile"] == sorted(result["profile"], key=lambda row: -row["ms"])
+    assert f"{train['step_ms']:.2f} ms a step" in out
+    assert "floor" not in out  # which only GPUs have
+
+
+def test_kernels_belong_to_the_outermost_operator(monkeypatch):
+    """On a GPU; here with a profiler that makes its events up, in microseconds."""
+
+    def event(name, *kernels, parent=None):
+        kernels = [types.SimpleNamespace(duration=us) for us in kernels]
+        return types.SimpleNamespace(name=name, device_type=DeviceType.CPU, kernels=kernels, cpu_parent=parent)
+
+    def on_device(us, annotation=False):
+        span = types.SimpleNamespace(elapsed_us=lambda: us)
+        return types.SimpleNamespace(device_type=DeviceType.CUDA, time_range=span, is_user_annotation=annotation)
+
+    scan, linear = event("vim2::selective_scan", 3000.0, 200.0), event("aten::linear")
+    cpu = [scan, event("aten::sum", 1000.0, parent=scan), linear, event("aten::mm", 500.0, parent=linear)]
+    device = [on_device(us) for us in (3000.0, 200.0, 1000.0, 500.0, 300.0)] + [on_device(5000.0, annotation=True)]
+
+    class Profiler(contextlib.nullcontext):
+        def __enter__(self):
+            return types.SimpleNamespace(events=lambda: cpu + device)
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiler())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    args = types.SimpleNamespace(device="cuda", device_type="cuda", repeats=2)
+    steps = []
+    counted = {"vim2::selective_scan", "aten::sum", "aten::mm"}
+    times = benchmark.operator_times(lambda: steps.append(1), counted, args)
+    assert len(steps) == 2
+    assert times == pytest.approx({"vim2::selective_scan": 2.1, "aten::mm": 0.25, "": 0.15})
+
+
+def test_floors():
+    """Each operator's is the longest of its three, a family's the sum of them."""
+    args = benchmark.parse(["--device", "cpu", "--warmup", "1", "--repeats", "1"])
+    rates = {"bytes": 1e9, "flops": 1e9, "exponentials": 1e6}
+    result = benchmark.profile_model("test_vim2", 64, 1, "infer", rates, args)
+    rows = {row["operators"]: row for row in result["profile"]}
+    scan, products, copies = (rows[name] for name in ("selective_scan", "products", "copies"))
+    assert scan["floor_ms"] == pytest.approx(scan["gexp"] * 1e6)
+    assert products["floor_ms"] >= max(products["gflop"], products["gb"]) * 1e3
+    assert copies["floor_ms"] == pytest.approx(copies["gb"] * 1e3)
+    table = benchmark.profile_table(result)
+    assert f"| {scan['floor_ms']:.3f} | {scan['ms'] / scan['floor_ms']:.1f} |" in table
+
+
+def test_compilations(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    options = "--device cpu --model timm:test_resnet --compilations --torchcompile --infer --img-size 64 96 64"
+    assert benchmark.main(options.split()) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| test_resnet")]
+    assert rows == [f"| test_resnet | {size} | 1 | 0 | {graphs} |" for size, graphs in ((64, 1), (96, 1), (64, 0))]
+
+
+def test_triton_kernels_are_counted():
+    knobs = pytest.importorskip("triton.knobs")
+    with benchmark.counting_compilations() as counts:
+        for name in ("a", "b", "a"):
+            assert not knobs.runtime.jit_cache_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
+    assert counts == {"kernel a": 2, "kernel b": 1, "graphs": 0}
+    assert knobs.runtime.jit_cache_hook is None
+    assert len(benchmark.parse(["--compilations", "--torchcompile", "--device", "cpu"]).shapes) == 10
+
+
+def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
+    options = "--device cpu --model test_vim2 nope --img-size 32 --infer --warmup 1 --repeats 1"
+    assert benchmark.main([*options.split(), "--output", str(tmp_path)]) == 2
+    assert "no model 'nope'" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["models"]
+    assert row["model"] == "test_vim2"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +237,11 @@ def test_mamba_inputs_are_the_same_work():
         ("--device tpu", "cpu or cuda"),
         ("--plot", "--output"),
         ("--count --ops", "--count measures no times"),
+        ("--profile --ops", "give one of them"),
+        ("--profile --torchcompile", "eager models"),
+        ("--device cpu --compilations", "give --torchcompile"),
+        ("--plot --profile --output x", "--plot draws"),
+        ("--device cpu --ops mamba_ssm", "The mamba_ssm backend needs"),
     ],
 )
 def test_errors(options, message, capsys):

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from .ops import (
     depthwise_conv_silu,
     directional_conv_silu,
     norm_gate,
-    selective_scan,
+    projected_scan,
     weighted_average,
     weighted_average_norm,
 )
@@ -26,36 +25,11 @@ from .ops import (
 torch.fx.wrap("depthwise_conv_silu")
 torch.fx.wrap("directional_conv_silu")
 torch.fx.wrap("norm_gate")
-torch.fx.wrap("project")
-torch.fx.wrap("selective_scan")
+torch.fx.wrap("projected_scan")
 torch.fx.wrap("weighted_average")
 torch.fx.wrap("weighted_average_norm")
 
 CHANNEL_MIXERS = ("s6", "mlp", "none")
-
-
-def project(u: Tensor, weight: Tensor, separate_inputs: bool, dt_rank: int, d_state: int) -> tuple[Tensor, ...]:
-    """B, C and delta's low-rank factor for all directions, by products on the map as it lies.
-
-    Args:
-        u: (batch, *spatial, E), or (batch, *spatial, K, E) with separate_inputs.
-        weight: (K, R + 2 N, E), rows in VMamba's order: delta, B, C.
-
-    Returns:
-        B and C (batch, *spatial, K, N), delta (batch, *spatial, K, R).
-    """
-    lanes, rows, _ = weight.shape
-    # B and C first, and on GPUs rows padded to a multiple of 8: kernels read them in whole 16-byte words
-    weight = weight.roll(-dt_rank, dims=1)
-    padding = -rows % 8 if u.is_cuda else 0
-    weight = F.pad(weight, (0, 0, 0, padding))
-    if not separate_inputs:
-        projected = F.linear(u, weight.flatten(0, 1)).unflatten(-1, (lanes, -1))
-    elif u.is_cuda:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
-        projected = F.linear(u.flatten(-2), torch.block_diag(*weight)).unflatten(-1, (lanes, -1))
-    else:
-        projected = torch.einsum("...ke,kce->...kc", u, weight)
-    return projected.split((d_state, d_state, dt_rank, padding), dim=-1)[:3]
 
 
 class S6(nn.Module):
@@ -114,17 +88,9 @@ class S6(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(batch, *spatial, E), or (batch, *spatial, K, E) with separate inputs, -> (batch, *spatial, E)."""
-        B, C, delta = project(u, self.x_proj_weight, self.separate_inputs, self.dt_rank, self.d_state)
-        return selective_scan(
-            u,
-            delta,
-            -torch.exp(self.A_log),
-            B,
-            C,
-            self.D,
-            self.dt_proj_bias,
-            orders=self.orders,
-            delta_weight=self.dt_proj_weight,
+        A = -torch.exp(self.A_log)
+        return projected_scan(
+            u, self.x_proj_weight, A, self.D, self.dt_proj_bias, self.dt_proj_weight, self.orders, self.separate_inputs
         )
 
 

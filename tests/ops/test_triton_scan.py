@@ -105,5 +105,5 @@ def test_too_many_different_directions():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, numba, torch, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, numba, mamba_ssm, torch, got 'cuda'"):
         selective_scan(*make_inputs((2, 2), FORWARD), backend="cuda")

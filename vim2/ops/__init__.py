@@ -3,6 +3,7 @@
 from .depthwise_conv import depthwise_conv_silu
 from .directional_conv import directional_conv_silu
 from .norm_gate import norm_gate
+from .projected_scan import projected_scan
 from .selective_scan import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
 from .weighted_average import weighted_average, weighted_average_norm
 
@@ -13,6 +14,7 @@ __all__ = [
     "depthwise_conv_silu",
     "directional_conv_silu",
     "norm_gate",
+    "projected_scan",
     "selective_scan",
     "selective_scan_fn",
     "weighted_average",

@@ -1,4 +1,5 @@
-"""Which implementation runs an operator: Triton kernels on CUDA, Numba's scan on CPUs, plain PyTorch everywhere."""
+"""Which implementation runs an operator: Triton kernels on CUDA, Numba's scan on CPUs, plain PyTorch everywhere, and on
+request mamba-ssm's scan."""
 
 import importlib.util
 import os
@@ -8,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "numba", "torch")
+BACKENDS = ("auto", "triton", "numba", "mamba_ssm", "torch")
 DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND", "auto")  # as it was on import
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
+HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # its compiled part, which is all we use
 
 _warned = set()
 
@@ -23,13 +25,15 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
+def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -> str:
     """The backend that runs an operator on these tensors: "triton", "numba" (of which only the scan has a form; other
-    operators then run in PyTorch) or "torch".
+    operators then run in PyTorch) or "torch"; for the scan, also "mamba_ssm".
 
     Args:
         backend: One of BACKENDS; None is the environment's VIM2_SCAN_BACKEND, else "auto". "auto" is Triton for CUDA
-            tensors and Numba for the CPU's, where they are installed, but for float64, which neither knows.
+            tensors and Numba for the CPU's, where they are installed, but for float64, which neither knows. It never
+            is "mamba_ssm", whose package needs Triton, too. Operators other than the scan take "mamba_ssm" as "auto".
+        scan: Whether the operator is the scan.
 
     Raises:
         ValueError: Another name.
@@ -38,6 +42,15 @@ def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
     backend = backend or DEFAULT_BACKEND
     if backend not in BACKENDS:
         raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "mamba_ssm" and not HAS_MAMBA_SSM:
+        raise RuntimeError(
+            "The mamba_ssm backend needs the package mamba-ssm with its CUDA kernels, which are not installed: "
+            "pip install --no-build-isolation mamba-ssm (it wants nvcc), or use the backend 'auto'."
+        )
+    if backend == "mamba_ssm" and scan and tensors[0].device.type != "cuda":
+        raise RuntimeError("The mamba_ssm backend needs tensors on a GPU; use the backend 'auto' elsewhere.")
+    if backend == "mamba_ssm" and not scan:
+        backend = "auto"
     if backend == "triton" and not HAS_TRITON:
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
     if backend == "triton" and tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -65,6 +78,6 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to linear layers on this tensor's device, None where it is off."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if tensor.is_meta or not torch.is_autocast_enabled(device):  # is_autocast_available breaks graphs of 2.11
         return None
     return torch.get_autocast_dtype(device)

@@ -5,7 +5,7 @@ checkpointing, and carries its own fake, autograd and FLOP rules.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ FORWARD = ("forward",)
 BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
 
-TRITON_CHUNK = 64  # steps between the states that the Triton kernels keep for the backward pass
+TRITON_CHUNK = 48  # steps between the states that the Triton kernels keep for the backward pass
+MAMBA_CHUNK = 2048  # the same of mamba-ssm's kernels
 
 
 def selective_scan(
@@ -76,8 +77,49 @@ def selective_scan(
         delta_weight = A.new_empty(0)
     u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    y, _ = _scan(tensors, delta_softplus, orders, height, width, True, False, backend)
+    y, _, _ = _scan(tensors, delta_softplus, orders, height, width, True, False, backend, _needs_backward(tensors))
     return y.unflatten(1, spatial)
+
+
+def selective_scan_with_backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    orders: Sequence[str],
+    delta_weight: Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """For autograd functions that compute operands again: `selective_scan`, what its backward pass needs, and that.
+
+    Returns:
+        y; the kept states; a function of y's gradient, these states and u, delta, A, B, C, D, delta_bias and
+        delta_weight that returns the gradients of the latter eight.
+    """
+    spatial = delta.shape[1:-2]
+    height, width = spatial if len(spatial) == 2 else (1, spatial[0])
+    _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
+    backend = resolve_backend(backend, u, delta, A, B, C, D, delta_bias, delta_weight, scan=True)
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
+
+    def backward(grad_y, starts, u, delta, A, B, C, D, delta_bias, delta_weight):
+        grad_y, u, delta, B, C = flat(grad_y, u, delta, B, C)
+        order_ids = [ORDERS.index(order) for order in orders]
+        tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+        grads = torch.ops.vim2.selective_scan_backward(
+            grad_y, starts.new_empty(0), starts, *tensors, True, order_ids, height, width, backend
+        )
+        return tuple(grad.unflatten(1, spatial) if i in (0, 1, 3, 4) else grad for i, grad in enumerate(grads))
+
+    u, delta, B, C = flat(u, delta, B, C)
+    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+    y, _, starts = _scan(tensors, True, orders, height, width, True, False, backend, True)
+    return y.unflatten(1, spatial), starts, backward
 
 
 def selective_scan_fn(
@@ -147,7 +189,8 @@ def selective_scan_fn(
     B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     orders = FORWARD * groups
     tensors = (u, delta, A, B, C, D, delta_bias, A.new_empty(0))
-    y, last_state = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend)
+    keeps = _needs_backward(tensors)
+    y, last_state, _ = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend, keeps)
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
         y = (y * F.silu(z)).to(u.dtype)
@@ -190,16 +233,19 @@ def _optional(t, A, name):
     return t
 
 
-def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend):
-    backend = resolve_backend(backend, *tensors)
-    # the kernels keep states inside the sequence for a backward pass only; PyTorch's form never does
-    keeps = backend == "triton" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    chunk = TRITON_CHUNK if keeps else height * width
+def _needs_backward(tensors):
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend, keeps):
+    backend = resolve_backend(backend, *tensors, scan=True)
+    # the kernels keep states inside the sequence for a backward pass only; PyTorch's and Numba's forms never do
+    length = height * width
+    chunk = {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend, length) if keeps else length
     order_ids = [ORDERS.index(order) for order in orders]
-    y, last_state, _ = torch.ops.vim2.selective_scan(
+    return torch.ops.vim2.selective_scan(
         *tensors, delta_softplus, order_ids, height, width, merge, with_last, chunk, backend
     )
-    return y, last_state
 
 
 def _step_sizes(delta, delta_weight):
@@ -239,20 +285,30 @@ def _selective_scan(
     """
     names = [ORDERS[i] for i in orders]
     with autocast_off(u):
-        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
+        options = (delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton
+            from .triton_step_size import sum_parts
 
-            y, last, starts = selective_scan_triton(*inputs, chunk, with_last)
+            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+            y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
+            y = sum_parts(y, 2) if merge else y
         else:
-            if backend == "numba":
-                from .numba_scan import selective_scan_numba
+            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+            if backend == "mamba_ssm":
+                from .mamba_ssm_scan import selective_scan_mamba
 
-                y, last = selective_scan_numba(*inputs, with_last)
+                y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
             else:
-                y, last = selective_scan_chunked(*inputs, with_last)
-            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
-        return (y.sum(2) if merge else y).to(u.dtype), last, starts
+                if backend == "numba":
+                    from .numba_scan import selective_scan_numba
+
+                    y, last = selective_scan_numba(*inputs, with_last)
+                else:
+                    y, last = selective_scan_chunked(*inputs, with_last)
+                starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
+            y = y.sum(2) if merge else y
+        return y.to(u.dtype), last, starts
 
 
 @_selective_scan.register_fake
@@ -291,22 +347,33 @@ def _selective_scan_backward(
     """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
     names = [ORDERS[i] for i in orders]
     with autocast_off(u):
-        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, delta_softplus, names, height, width)
+        options = (delta_softplus, names, height, width)
         if backend == "triton":
             from .triton_scan import selective_scan_triton_backward
 
-            grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs)
-        elif backend == "numba":
-            from .numba_scan import selective_scan_numba_backward
-
-            grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
+            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+            grads = selective_scan_triton_backward(grad_y, grad_last, starts, *inputs, *options)
         else:
-            grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
+            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+            if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
+                from .mamba_ssm_scan import selective_scan_mamba_backward
+
+                grads = selective_scan_mamba_backward(grad_y, starts, *inputs)
+            elif backend == "numba":
+                from .numba_scan import selective_scan_numba_backward
+
+                grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
+            else:
+                grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
         grad_u, grad_delta, *others = grads
-        grad_weight = torch.empty_like(delta_weight)
-        if delta_weight.numel():
-            # image by image first: one product over all of them would be long and thin, which GPUs do slowly
-            grad_weight = torch.einsum("blke,blkr->bker", grad_delta, delta).sum(0, dtype=starts.dtype)
+        if delta_weight.numel() == 0:
+            grad_weight = torch.empty_like(delta_weight)
+        elif backend == "triton":
+            from .triton_step_size import step_sizes_backward
+
+            grad_delta, grad_weight = step_sizes_backward(grad_delta, delta, delta_weight)
+        else:
+            grad_weight = torch.einsum("blke,blkr->ker", grad_delta, delta)
             grad_delta = torch.einsum("blke,ker->blkr", grad_delta, delta_weight.to(grad_delta.dtype))
         return grad_u, grad_delta, *others, grad_weight.to(delta_weight.dtype)
 
