@@ -89,6 +89,11 @@ def count_flops(model: nn.Module, size: int) -> float:
     image = torch.empty(1, model.pretrained_cfg["input_size"][0], size, size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(image)
+    return multiply_adds(counter)
+
+
+def multiply_adds(counter: FlopCounterMode) -> float:
+    """FLOPs of what ran under `counter`, as the module's docstring counts them."""
     scan = sum(n for op, n in counter.get_flop_counts().get("Global", {}).items() if str(op).startswith("vim2."))
     return (counter.get_total_flops() - scan) / 2 + scan
 

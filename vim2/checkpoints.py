@@ -14,7 +14,14 @@ import torch
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
-__all__ = ["convert_vmamba", "load_weights", "read_checkpoint", "read_state_dict", "save_checkpoint"]
+__all__ = [
+    "convert_vmamba",
+    "find_state_dict",
+    "load_weights",
+    "read_checkpoint",
+    "read_state_dict",
+    "save_checkpoint",
+]
 
 
 _EMA_KEYS = ("state_dict_ema", "model_ema")  # of timm's train.py, and of Swin's and VMamba's
@@ -64,7 +71,11 @@ def read_state_dict(path: str | os.PathLike, use_ema: bool = True) -> dict[str, 
     Raises:
         FileNotFoundError, ValueError: As `read_checkpoint`, or a file without weights.
     """
-    checkpoint = read_checkpoint(path)
+    return find_state_dict(read_checkpoint(path), path, use_ema)
+
+
+def find_state_dict(checkpoint: Any, path: str | os.PathLike, use_ema: bool = True) -> dict[str, Tensor]:
+    """As `read_state_dict`, from a checkpoint that has been read; `path` is for the message of its ValueError."""
     for key in _WEIGHT_KEYS if use_ema else _WEIGHT_KEYS[len(_EMA_KEYS) :]:
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]

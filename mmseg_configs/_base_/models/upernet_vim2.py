@@ -1,0 +1,10 @@
+_base_ = "mmseg::_base_/models/upernet_swin.py"
+
+custom_imports = dict(imports=["vim2.mm"], allow_failed_imports=False)
+
+# Stochastic depth is VMamba's for all sizes. For weights to start from: backbone.init_cfg, see the README.
+model = dict(
+    backbone=dict(_delete_=True, type="ViM2", arch="tiny", out_indices=(0, 1, 2, 3), drop_path_rate=0.3),
+    decode_head=dict(in_channels=[96, 192, 384, 768], num_classes=150),
+    auxiliary_head=dict(in_channels=384, num_classes=150),
+)

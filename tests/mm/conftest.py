@@ -1,0 +1,34 @@
+import importlib.util
+
+import pytest
+import torch
+from mm_helpers import make_data, write_config
+
+MISSING = [name for name in ("mmengine", "mmdet", "mmseg") if importlib.util.find_spec(name) is None]
+collect_ignore_glob = ["test_*.py"] if MISSING else []
+
+
+def pytest_terminal_summary(terminalreporter):
+    if MISSING:
+        terminalreporter.write_line(f"tests/mm is left out: no {', '.join(MISSING)} here; the extra mm brings them.")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are quickest so, and give the same sums whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory, data):
+    """A tiny config for each library."""
+    folder = tmp_path_factory.mktemp("configs")
+    return {kind: write_config(folder / f"tiny_{kind}.py", kind, data) for kind in ("mmdet", "mmseg")}

@@ -1,0 +1,136 @@
+"""The configs: each builds, and says what the papers and the READMEs say of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mm_helpers import ROOT
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+
+import vim2.mm  # noqa: F401
+from vim2.mm.runner import UserError, load_config
+
+CONFIGS = sorted(
+    str(path.relative_to(ROOT)) for kind in ("mmdet", "mmseg") for path in ROOT.glob(f"{kind}_configs/*.py")
+)
+COCO = [path for path in CONFIGS if path.endswith("_coco.py")]
+ADE = [path for path in CONFIGS if "ade20k" in path]
+
+
+def build(config, device="meta"):
+    init_default_scope(config.default_scope)
+    with torch.device(device):
+        return MODELS.build(config.model)
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_builds_and_its_necks_and_heads_fit(path):
+    config = load_config(ROOT / path)
+    model = build(config)
+    image = torch.empty(1, 3, 128, 128, device="meta")
+    features = model.extract_feat(image)
+    assert len(features) == (5 if config.default_scope == "mmdet" else 4)
+    if config.default_scope == "mmseg":
+        assert model.eval().decode_head(features).shape == (1, model.decode_head.num_classes, 32, 32)
+        assert model.auxiliary_head(features).shape[1] == model.auxiliary_head.num_classes
+        assert model.num_classes == config.model.auxiliary_head.num_classes
+    assert config.train_dataloader.batch_size * 8 == 16 or config.auto_scale_lr.base_batch_size in (8, 16)
+
+
+def test_readmes_and_metafiles_name_every_config():
+    for kind in ("mmdet", "mmseg"):
+        folder = ROOT / f"{kind}_configs"
+        names = {Path(path).name for path in CONFIGS if path.startswith(kind)}
+        readme = (folder / "README.md").read_text()
+        assert all(f"({name})" in readme for name in names), kind
+        models = yaml.safe_load((folder / "metafile.yml").read_text())["Models"]
+        assert {model["Config"] for model in models} == {f"{kind}_configs/{name}" for name in names}
+        assert all(model["Name"] == Path(model["Config"]).stem for model in models)
+        assert not any("Weights" in model or "Results" in model for model in models)  # nothing has been trained
+
+
+@pytest.mark.parametrize("path", COCO + ADE)
+def test_optimiser_and_schedule_are_the_papers(path):
+    config = load_config(ROOT / path)
+    optimizer = config.optim_wrapper.optimizer
+    assert optimizer.type == "AdamW" and optimizer.lr == (1e-4 if path in COCO else 6e-5)
+    decay = config.param_scheduler[-1]
+    if path in COCO:
+        epochs = 36 if "3x" in path else 12
+        assert config.train_cfg.max_epochs == decay.end == epochs
+        assert decay.milestones == ([27, 33] if "3x" in path else [8, 11])
+    else:
+        assert config.train_cfg.max_iters == decay.end == 160000
+        assert config.tta_pipeline and config.tta_model  # multi-scale testing
+    assert config.auto_scale_lr.base_batch_size == 16 and config.train_dataloader.batch_size == 2
+
+
+@pytest.mark.parametrize("path", [COCO[-1], ADE[-1]])
+def test_weight_decay_spares_norms_scans_and_averages(path):
+    config = load_config(ROOT / path)
+    model = build(config)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    spared = ("norm", "A_log", "s6.D", "dt_proj_bias", "average")
+    for name, parameter in model.backbone.named_parameters():
+        assert (decays[id(parameter)] == 0) == any(part in name for part in spared), name
+
+
+@pytest.mark.parametrize(
+    "path, papers, backbone, rest",
+    [
+        ("mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py", 39, 23.25, 20.27),
+        ("mmdet_configs/mask-rcnn_vim2-small_fpn_1x_coco.py", 62, 42.93, 20.27),
+        ("mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py", 51, 23.25, 32.42),
+        ("mmseg_configs/vim2-small_upernet_8xb2-160k_ade20k-512x512.py", 75, 42.93, 32.42),
+    ],
+)
+def test_parameters_beside_the_papers(path, papers, backbone, rest):
+    """The paper's totals are its own backbones' 20 and 43 M and these heads; ViM2-T comes out larger, docs say why."""
+    model = build(load_config(ROOT / path))
+    counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    assert counts.pop("backbone") == pytest.approx(backbone, abs=0.005)
+    assert sum(counts.values()) == pytest.approx(rest, abs=0.005)
+    assert rest + (20 if "tiny" in path else 43) == pytest.approx(papers, abs=1.5)
+
+
+def test_multi_scale_training_is_swins():
+    ours = load_config(ROOT / "mmdet_configs/mask-rcnn_vim2-tiny_fpn_ms-3x_coco.py")
+    swins = load_config("mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py")
+
+    def plain(pipeline):
+        return [{k: v for k, v in step.items() if k not in ("backend_args", "transforms")} for step in pipeline]
+
+    ours, swins = (config.train_dataloader.dataset.pipeline for config in (ours, swins))
+    assert plain(ours) == plain(swins)
+    for mine, theirs in zip(ours[3]["transforms"], swins[3]["transforms"], strict=True):
+        assert Config(dict(x=mine)).pretty_text == Config(dict(x=theirs)).pretty_text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("_base_ = 'mmyolo::_base_/default_runtime.py'", "mmyolo.*is not installed.*pip install"),
+        ("_base_ = 'mmdet::_base_/none.py'", "none.py"),
+        ("_base_ = 'missing.py'", "missing.py"),
+        ("model = dict(", "is no config that MMEngine can read"),
+        (
+            "custom_imports = dict(imports=['vim3'], allow_failed_imports=False)",
+            "MMEngine can read.*vim3",
+        ),
+        ("default_scope = 'mmnothing'", "is for mmnothing, which is not installed"),
+    ],
+)
+def test_bad_configs(tmp_path, text, message):
+    (tmp_path / "bad.py").write_text(text + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        load_config(tmp_path / "bad.py")
+    assert "\n" not in str(error.value)
+
+
+def test_no_config():
+    with pytest.raises(UserError, match=r"none\.py"):
+        load_config("none.py")

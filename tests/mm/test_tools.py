@@ -1,0 +1,161 @@
+"""Preparing data, counting and timing whole models, drawing: what comes out, and what bad input gets."""
+
+import io
+import json
+import lzma
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from mm_helpers import ROOT, TOOLS, run
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from PIL import Image
+
+import vim2.mm  # noqa: F401
+from tools.image_demo import main as demo
+from tools.prepare_data import COCO_STUFF, COCO_THINGS
+from tools.prepare_data import main as prepare
+from vim2.mm.runner import UserError, load_config
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside the checkout")
+
+
+def png(values):
+    buffer = io.BytesIO()
+    Image.fromarray(np.uint8(values)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+class TestPreparing:
+    def test_nuclei_are_split_by_every_fifth_id(self, tmp_path, capsys):
+        make_tar(tmp_path / "nuclei664.tar", {f"images/{i}.webp": b"" for i in range(7)})
+        images = [dict(id=i, file_name=f"{i}.webp", width=8, height=8) for i in range(7)]
+        annotations = [dict(id=i, image_id=i % 7) for i in range(14)]
+        instances = json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name="nucleus")]))
+        (tmp_path / "nuclei664.instances.json.xz").write_bytes(lzma.compress(instances.encode()))
+        assert prepare(["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert "5 images with 10 nuclei for train, 2 images with 4 nuclei for val" in capsys.readouterr().out
+        val = json.loads((tmp_path / "out/annotations/instances_val.json").read_text())
+        assert [image["id"] for image in val["images"]] == [0, 5]
+        assert {a["image_id"] for a in val["annotations"]} == {0, 5} and val["categories"][0]["name"] == "nucleus"
+
+    def test_void_of_camvid_is_ignored(self, tmp_path):
+        files = {f"{split}annot/a.png": png([[0, 10, 11]]) for split in ("train", "val", "test")}
+        make_tar(tmp_path / "camvid701.tar", files)
+        assert prepare(["camvid", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert np.asarray(Image.open(tmp_path / "out/valannot/a.png")).tolist() == [[0, 10, 255]]
+
+    def test_categories_of_coco_become_labels(self, tmp_path):
+        files = {
+            "semantic130/train2017/1.png": png([[0, 1, 90, 92, 200]]),
+            "semantic130/val2017/2.png": png([[13, 12]]),
+        }
+        files |= {f"annotations/instances_{s}2017.json": b'{"images": []}' for s in ("train", "val")}
+        make_tar(tmp_path / "coco549.tar", files)
+        assert prepare(["coco549", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert np.asarray(Image.open(tmp_path / "out/semantic/train2017/1.png")).tolist() == [[255, 0, 79, 80, 132]]
+        assert np.asarray(Image.open(tmp_path / "out/semantic/val2017/2.png")).tolist() == [[11, 255]]
+        assert (tmp_path / "out/semantic/val.txt").read_text() == "2\n" and not (tmp_path / "out/semantic130").exists()
+
+    def test_ids_are_those_of_mmdetections_classes(self):
+        from mmdet.datasets import CocoPanopticDataset
+
+        config = load_config(ROOT / "mmseg_configs/vim2-tiny_upernet_1xb8-4k_coco549-512x512.py")
+        classes = config.train_dataloader.dataset.metainfo.classes
+        assert tuple(classes) == CocoPanopticDataset.METAINFO["classes"]
+        assert len(COCO_THINGS) == 80 and len(COCO_THINGS + COCO_STUFF) == len(classes) == 133
+
+    def test_damaged_missing_and_present(self, tmp_path, capsys):
+        argv = ["camvid", str(tmp_path), "--output", str(tmp_path / "out")]
+        assert prepare(argv) == 2 and "camvid701.tar is missing" in capsys.readouterr().err
+        (tmp_path / "camvid701.tar").write_bytes(b"no tar" * 1000)
+        assert prepare(argv) == 2 and "is damaged" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["camvid701.tar"]  # nothing half-made is left
+        (tmp_path / "out").mkdir()
+        assert prepare(argv) == 2 and "already there" in capsys.readouterr().err
+
+    @needs_data
+    @pytest.mark.parametrize(
+        "name, folder, config, sizes",
+        [
+            ("nuclei", "detect", "mmdet_configs/mask-rcnn_vim2-nano_fpn_24e_nuclei.py", (531, 133)),
+            ("coco549", "detect", "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco549.py", (340, 206)),
+            ("coco549", "detect", "mmseg_configs/vim2-tiny_upernet_1xb8-4k_coco549-512x512.py", (100, 100)),
+            ("camvid", "segment", "mmseg_configs/vim2-nano_upernet_1xb8-4k_camvid-352x480.py", (367, 101)),
+        ],
+    )
+    def test_real_data_fit_the_configs(self, name, folder, config, sizes, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert prepare([name, str(SHARED / folder)]) == 0
+        config = load_config(ROOT / config)
+        init_default_scope(config.default_scope)
+        for split, size in zip(("train", "val"), sizes):
+            loader = config[f"{split}_dataloader"]
+            loader.update(num_workers=0, persistent_workers=False)
+            dataset = Runner.build_dataloader(loader, seed=0).dataset
+            assert len(dataset) == size
+            sample = dataset[0]
+            assert sample["inputs"].shape[0] == 3
+            if config.default_scope == "mmdet":
+                instances = sample["data_samples"].gt_instances
+                assert len(instances.bboxes) == len(instances.masks) > 0
+            else:
+                labels = set(sample["data_samples"].gt_sem_seg.data.unique().tolist()) - {255}
+                assert labels and max(labels) < len(dataset.metainfo["classes"])
+
+
+@pytest.fixture(scope="module")
+def counted():
+    configs = [
+        "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py",
+        "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+    ]
+    configs += ["mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py"]
+    done = run(TOOLS / "mm_benchmark.py", "--count", *configs, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return re.findall(r"^\| (\S+) \| [\dx ]+ \| \d \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.M)
+
+
+class TestCounting:
+    def test_swins_published_figures(self, counted):
+        name, parameters, gflops = counted[1]
+        assert "swin" in name
+        assert float(parameters) == pytest.approx(48, abs=0.5) and float(gflops) == pytest.approx(267, abs=1)
+
+    def test_readmes_hold_what_the_tool_prints(self, counted):
+        for kind, (name, parameters, gflops) in (("mmdet", counted[0]), ("mmseg", counted[2])):
+            row = next(
+                line for line in (ROOT / f"{kind}_configs/README.md").read_text().splitlines() if f"[{name}]" in line
+            )
+            assert f" {parameters} " in row and f" {gflops} " in row
+
+    def test_times_and_files(self, configs, tmp_path):
+        argv = ["--shape", "64", "64", "--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", tmp_path]
+        done = run(TOOLS / "mm_benchmark.py", configs["mmdet"], configs["mmseg"], *argv, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = json.loads((tmp_path / "mm_benchmark.json").read_text())["models"]
+        assert len(rows) == 2 and all(row[mode]["img_s"] > 0 for row in rows for mode in ("infer", "train"))
+        assert (tmp_path / "mm_benchmark.md").read_text() == done.stdout
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [(["none.jpg"], "none.jpg is no image"), (["empty"], "holds no images"), (["text.png"], "no image")],
+)
+def test_no_images_to_draw(images, message, configs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(UserError, match=message):
+        demo([*images, "--config", str(configs["mmdet"]), "--checkpoint", "none.pth"])

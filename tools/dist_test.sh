@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Evaluate with one process for each of GPUS GPUs, or on a machine without any, with GPUS processes on its CPUs.
+# Usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]
+# Several machines: NNODES, NODE_RANK and MASTER_ADDR; another port than 29500: PORT.
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+    sed -n 's/^# Usage/usage/p' "$0" >&2
+    exit 2
+fi
+TOOLS="$(dirname "${BASH_SOURCE[0]}")"
+export PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
+    --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" --nproc-per-node="$3" \
+    "$TOOLS/test.py" "$1" "$2" --launcher pytorch "${@:4}"

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Draw what a detector or a segmenter sees: boxes and masks, or a map, on images.
+
+Usage: python tools/image_demo.py IMAGE_OR_FOLDER ... --config CONFIG --checkpoint CHECKPOINT [--out-dir outputs]
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # as tools/classify.py says, and like there before PyTorch is loaded
+
+import numpy as np
+import torch
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.runner import load_checkpoint
+from mmengine.utils import track_iter_progress
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
+from vim2.mm.runner import UserError, add_config_arguments, load_config, run_tool
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    images = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise UserError(f"{path} holds no images.")
+            images += inside
+        else:
+            images.append(path)
+    for path in images:
+        try:
+            Image.open(path).verify()
+        except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            raise UserError(f"{path} is no image that can be read: {error}.") from None
+    return images
+
+
+def load_model(config, path: str, device: str) -> nn.Module:
+    """The config's model with a checkpoint's weights, and the names and colours of the classes it was trained on."""
+    try:
+        model = revert_sync_batchnorm(MODELS.build(config.model))
+        checkpoint = load_checkpoint(model, path, map_location="cpu", strict=True)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    except RuntimeError as error:
+        raise UserError(f"{path} is not of this config's model. {' '.join(str(error).split())}") from None
+    dataset = config.test_dataloader.dataset
+    model.dataset_meta = checkpoint.get("meta", {}).get("dataset_meta") or dict(dataset.get("metainfo", {}))
+    return model.to(device).eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw what a detector or a segmenter sees.")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, or folders of them")
+    add_config_arguments(parser, flag=True)
+    parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help="path or address")
+    parser.add_argument("--out-dir", type=Path, default=Path("outputs"), metavar="DIR", help="default outputs")
+    parser.add_argument("--score-thr", type=float, default=0.3, help="least score of a box that is drawn; default 0.3")
+    parser.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    images = find_images(args.images)
+    config = load_config(args.config, args.cfg_options)
+    init_default_scope(config.default_scope)
+    model = load_model(config, args.checkpoint, args.device)
+    pipeline = Compose([step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"])
+    visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None, "name": "image_demo"})
+    visualizer.dataset_meta = model.dataset_meta
+    is_detector = config.default_scope == "mmdet"
+    if is_detector and len(model.dataset_meta["classes"]) == 1:  # its name on every object would only hide objects
+        visualizer.draw_texts = lambda *args, **kwargs: visualizer
+    for i, path in enumerate(track_iter_progress(images)):
+        data = pipeline(dict(img_path=str(path), img_id=i))
+        with torch.no_grad():
+            sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
+        options = dict(pred_score_thr=args.score_thr) if is_detector else dict(with_labels=False)
+        image = load_rgb(path)
+        visualizer.line_width = max(1, min(image.shape[:2]) // 250)  # of boxes
+        visualizer.add_datasample(
+            path.stem,
+            image,
+            data_sample=sample,
+            draw_gt=False,
+            out_file=str(args.out_dir / f"{path.stem}.png"),
+            **options,
+        )
+        if is_detector:
+            scores = sample.pred_instances.scores
+            print(f"{path}: {int((scores >= args.score_thr).sum())} objects")
+    print(f"\n{len(images)} pictures in {args.out_dir}")
+
+
+def load_rgb(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Train a detector or a segmenter from a config of MMDetection or MMSegmentation; docs/openmmlab.md explains.
+
+Usage: python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--amp] [--cfg-options KEY=VALUE ...]
+"""
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # as tools/classify.py says, and like there before PyTorch is loaded
+
+import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
+from vim2.mm.runner import (
+    UserError,
+    add_config_arguments,
+    add_launcher_arguments,
+    build_data,
+    build_runner,
+    load_config,
+    run_tool,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a detector or a segmenter.")
+    add_config_arguments(parser)
+    add_launcher_arguments(parser)
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate to the real batch size")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a name from the last one in the work dir, or from the start if none is",
+    )
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.cfg_options)
+    if args.amp:
+        config.optim_wrapper.type = "AmpOptimWrapper"
+        config.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+            raise UserError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set.")
+        config.auto_scale_lr.enable = True
+    if args.resume:
+        config.resume = True
+        config.load_from = None if args.resume == "auto" else args.resume
+    runner = build_runner(config, args)
+    build_data(runner, "train")
+    runner.train()
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

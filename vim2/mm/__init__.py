@@ -1,0 +1,18 @@
+"""ViM2 in OpenMMLab's libraries. Importing this registers with MMEngine what their configs name:
+
+    custom_imports = dict(imports=["vim2.mm"], allow_failed_imports=False)
+    model = dict(backbone=dict(type="ViM2", arch="tiny"))
+
+MMEngine's root registry serves MMDetection, MMSegmentation and MMPreTrain alike. Where mmcv has no compiled operators
+(mmcv-lite), torchvision's stand in for them; checkpoints of these libraries load with PyTorch's safe loader. Needs
+`mmengine`; everything else only when it is used.
+"""
+
+from . import loading, operators
+from .backbone import ViM2
+from .optimizer import ViM2LayerDecayOptimWrapperConstructor
+
+loading.allow_checkpoints()
+operators.install()
+
+__all__ = ["ViM2", "ViM2LayerDecayOptimWrapperConstructor"]

@@ -1,0 +1,213 @@
+"""From a config file to MMEngine's Runner: what tools/train.py, test.py and the others have in common."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.device import get_device
+from mmengine.dist import init_dist
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
+
+from ..checkpoints import write_atomically
+
+__all__ = [
+    "UserError",
+    "add_config_arguments",
+    "add_launcher_arguments",
+    "build_data",
+    "build_runner",
+    "load_config",
+    "run_tool",
+]
+
+_LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
+
+
+class UserError(Exception):
+    """A mistake in what was asked for; printed as one line."""
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, flag: bool = False) -> None:
+    """CONFIG, or with `flag` --config, and --cfg-options, as all of OpenMMLab's tools have them."""
+    name, options = ("--config", {"required": True}) if flag else ("config", {})
+    text = "a config file, or LIBRARY::PATH for one that a library brings, such as mmdet::swin/mask-rcnn_....py"
+    parser.add_argument(name, metavar="CONFIG", help=text, **options)
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help='replaces settings of the config: model.backbone.with_cp=True, optim_wrapper.optimizer.betas="(0.9,0.95)"',
+    )
+
+
+def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    """--work-dir, and the launcher's own arguments."""
+    parser.add_argument("--work-dir", metavar="DIR", help="where to write; default work_dirs/<name of the config>")
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what has started this process; tools/dist_train.sh and its like say it",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # old launchers
+
+
+def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) -> Config:
+    """Read a config and make sure that its library is there.
+
+    Args:
+        path: Of the file, or LIBRARY::PATH of one that an installed library brings.
+        options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
+
+    Raises:
+        UserError: No such file, one that cannot be read, or a library that is not installed.
+    """
+    path = str(path)
+    if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
+        MODULE2PACKAGE["mmseg"] = "mmseg"  # forks of the library have its module under another distribution's name
+    try:
+        config = Config.fromstring(f"_base_ = {path!r}", ".py") if "::" in path else Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{_first_line(error)}.") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f'{_first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None
+    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no config that MMEngine can read: {_first_line(error)}.") from None
+    if options:
+        config.merge_from_dict(options)
+    scope = config.get("default_scope", "mmengine")
+    if scope != "mmengine" and importlib.util.find_spec(scope) is None:
+        package = _LIBRARIES.get(scope, scope)
+        raise UserError(f'{path} is for {scope}, which is not installed: pip install "vim2[mm]", or {package}.')
+    return config
+
+
+def _is_distribution(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def build_runner(config: Config, args: argparse.Namespace) -> Runner:
+    """The Runner of a config.
+
+    Beyond `Runner.from_cfg`: checkpoints are written so that a crash leaves the one before whole, and on CPUs several
+    processes work, through gloo.
+
+    Args:
+        config: Of `load_config`.
+        args: With those of `add_launcher_arguments`.
+
+    Raises:
+        UserError: What the config asks for cannot be built, or not on a CPU.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    config.launcher = args.launcher
+    if args.work_dir:
+        config.work_dir = args.work_dir
+    elif not config.get("work_dir"):
+        config.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    register_backend("local", _AtomicBackend, force=True, prefixes="")
+    if get_device() == "cpu":
+        _prepare_for_cpu(config)
+    try:
+        return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        # MMEngine wraps the constructor's own message, which is what helps
+        raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", str(error.args[0]))) from error
+
+
+def build_data(runner: Runner, split: str) -> None:
+    """Build the data sets of a runner's loop before it starts.
+
+    Args:
+        runner: Of `build_runner`.
+        split: "train" or "test".
+
+    Raises:
+        UserError: Files are missing, or no image is left.
+    """
+    try:
+        getattr(runner, f"{split}_loop")
+    except (AssertionError, FileNotFoundError, KeyError) as error:
+        raise UserError(f"the data of {split}_dataloader cannot be read: {_first_line(error)}.") from error
+    except ValueError as error:
+        if "need at least one array" not in str(error):  # what MMEngine says of an empty list of images
+            raise
+        name = "training" if split == "train" else "testing"
+        raise UserError(f"no image for {name} is left: none has annotations, or none is large enough.") from error
+
+
+class _AtomicBackend(LocalBackend):
+    """MMEngine's way to write files, but in one step each."""
+
+    def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
+        write_atomically(filepath, obj)
+
+
+def _prepare_for_cpu(config: Config) -> None:
+    """What MMEngine takes to be CUDA's, replaced by what CPUs have."""
+    if config.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
+        raise UserError("mixed precision (--amp, AmpOptimWrapper) needs a GPU, and there is none.")
+    if config.launcher == "none":
+        return
+    _replace_sync_bn(config.model)
+    config.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": config.get("find_unused_parameters", False),
+        **config.get("model_wrapper_cfg", {}),
+        "device_ids": None,  # which says that the model is on the CPU
+    }
+    environment = config.get("env_cfg", {})
+    set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)  # as the Runner does, before init_dist
+    set_device, torch.cuda.set_device = torch.cuda.set_device, lambda device: None
+    try:
+        init_dist(config.launcher, **{**environment.get("dist_cfg", {}), "backend": "gloo"})
+    finally:
+        torch.cuda.set_device = set_device
+
+
+def _replace_sync_bn(config: Any) -> None:
+    """SyncBN has no form for CPUs: BN in its place, each process with its own statistics."""
+    if isinstance(config, dict):
+        if config.get("type") in ("SyncBN", "MMSyncBN"):
+            config["type"] = "BN"
+        for value in config.values():
+            _replace_sync_bn(value)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            _replace_sync_bn(value)
+
+
+def run_tool(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Run a tool; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main(argv)
+        if torch.distributed.is_initialized():  # a process that left first would take the others' connections with it
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
