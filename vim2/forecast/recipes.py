@@ -30,7 +30,7 @@ _QUARTER_HOURLY = dict(
     epochs=8,
 )
 RECIPES: dict[str, dict[str, Any]] = {
-    "ETTh1": _HOURLY,
+    "ETTh1": {**_HOURLY, "head_dropout": 0.5, "lr": 1e-4},
     "ETTh2": _HOURLY,
     "ETTm1": _QUARTER_HOURLY,
     "ETTm2": _QUARTER_HOURLY,
