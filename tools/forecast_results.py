@@ -43,6 +43,7 @@ DUET = {"ETTh1": 0.398, "ETTh2": 0.334, "ETTm1": 0.338, "ETTm2": 0.248, "Exchang
 _SMALL = {
     "recipe": {},
     "gentle": dict(lr=1e-4, head_dropout=0.5),
+    "eager": dict(lr=5e-4, head_dropout=0.7),
     "sam": dict(sam=0.3),
     "fine": dict(patch=16, stride=8, d_state=16),
     "path-trained": dict(linear_path_lr=0.05),
