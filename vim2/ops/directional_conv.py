@@ -50,8 +50,10 @@ def _directional_conv_silu_torch(x, weight, bias):
     forward, backward = weight.to(dtype).unflatten(0, (features, 2)).unbind(1)
     kernel = torch.stack((F.pad(forward, (0, width - 1)), F.pad(backward.flip(-1), (width - 1, 0))), dim=1)
     with autocast_off(x):
-        steps = x.transpose(1, 2).to(dtype)
-        y = F.silu(F.conv1d(steps, kernel.flatten(0, 1), bias.to(dtype), padding=width - 1, groups=features))
+        # 2-D and channels-last, as memory has them: PyTorch's 1-D form takes up to 8 times as long on a CPU
+        steps = x.transpose(1, 2).unsqueeze(2).to(dtype).contiguous(memory_format=torch.channels_last)
+        kernel = kernel.flatten(0, 1).unsqueeze(2)
+        y = F.silu(F.conv2d(steps, kernel, bias.to(dtype), padding=(0, width - 1), groups=features)).squeeze(2)
     return y.unflatten(1, (features, 2)).permute(0, 3, 2, 1).to(x.dtype).contiguous()
 
 

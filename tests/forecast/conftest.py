@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are quickest so, and give the same sums whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    from forecast_helpers import write_csv
+
+    return write_csv(tmp_path_factory.mktemp("data") / "series.csv")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """The folder of a finished run with quantiles and known-future features, not to be changed."""
+    from forecast_helpers import TINY
+
+    from vim2.forecast.cli import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    argv = ["fit", data, *TINY, "--output", folder, "--experiment", "run", "--epochs", "2", "--calendar"]
+    assert main([*map(str, argv), "--future-columns", "promotion", "--quantiles", "0.1", "0.5", "0.9"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail as user errors do, and return its one line."""
+    from vim2.forecast.cli import main
+
+    def run(*argv) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("forecast.py: error: ") and error.count("\n") == 1, error
+        return error
+
+    return run

@@ -1,0 +1,67 @@
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import torch
+from forecast_helpers import shared_data
+
+from vim2.forecast.baselines import PENALTIES, Ridge, last_value, seasonal_naive
+from vim2.forecast.data import Scaler, Windows, make_split, read_table
+from vim2.forecast.scores import pinball, score
+
+
+def test_naive_forecasts():
+    x = torch.arange(12.0).view(1, 6, 2)
+    assert last_value(x, 3)[0, :, 1].tolist() == [11, 11, 11]
+    assert seasonal_naive(x, 5, 2)[0, :, 0].tolist() == [8, 10, 8, 10, 8]
+    assert seasonal_naive(x, 2, 24)[0, :, 0].tolist() == [0, 2]  # a season longer than the history
+
+
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_ridge_solves_the_penalised_least_squares_of_centred_windows(center):
+    values = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    train, val = Windows(values, 8, 4, 0, 150), Windows(values, 8, 4, 142, 200)
+    ridge = Ridge.fit(train, val, center, batch=7)
+    errors = {}
+    for penalty in PENALTIES[center]:
+        x, y, _ = (t if t is None else t.double().transpose(1, 2).flatten(0, 1) for t in train[:])
+        level = x.mean(1, keepdim=True) if center == "mean" else x[:, -1:]
+        x, y = x - level, y - level
+        weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(8), x.T @ y).T
+        fitted = Ridge(weight.float(), center, penalty, 0.0)
+        errors[penalty] = score(lambda x, _, f=fitted: f(x), val)["mse"]
+        if penalty == ridge.penalty:
+            torch.testing.assert_close(ridge.weight.double(), weight, rtol=1e-3, atol=1e-5)
+    assert ridge.penalty == min(errors, key=errors.get)
+    assert ridge.val_mse == pytest.approx(min(errors.values()), rel=1e-4)
+
+
+def test_scores_count_every_window_step_and_variate_once():
+    values = torch.randn(50, 3)
+    windows = Windows(values, 6, 4, 0, 50)
+    row = score(lambda x, _: last_value(x, 4), windows, batch=7)
+    x, y, _ = windows[:]
+    error = (last_value(x, 4) - y).double()
+    assert row["windows"] == 41
+    assert row["mse"] == pytest.approx(error.square().mean().item()) and row["mae"] == pytest.approx(
+        error.abs().mean().item()
+    )
+    assert row["mse_by_variate"] == pytest.approx(error.square().mean((0, 1)).tolist())
+    assert row["mae_by_step"] == pytest.approx(error.abs().mean((0, 2)).tolist())
+
+
+def test_pinball_of_the_median_is_the_absolute_error_and_of_others_lopsided():
+    y, forecast = torch.zeros(1, 1, 1), torch.full((1, 1, 1, 1), 3.0)
+    assert pinball(forecast, y, (0.5,)).item() == 3
+    assert pinball(forecast, y, (0.1,)).item() == pytest.approx(2 * 0.9 * 3)
+    assert pinball(-forecast, y, (0.1,)).item() == pytest.approx(2 * 0.1 * 3)
+
+
+def test_the_protocol_gives_ridge_its_known_error_on_etth1():
+    table = read_table(shared_data("ETTh1.csv.xz"))
+    split = make_split(len(table), (8640, 2880, 2880), 512, 96)
+    values = torch.tensor(Scaler.fit(table.values[:8640]).transform(table.values), dtype=torch.float32)
+    windows = {part: Windows(values, 512, 96, *split.borders(part, 512)) for part in ("train", "val", "test")}
+    assert [len(w) for w in windows.values()] == [8033, 2785, 2785]
+    ridge = Ridge.fit(windows["train"], windows["val"])
+    assert score(lambda x, _: ridge(x), windows["test"])["mse"] == pytest.approx(0.367, abs=1e-3)

@@ -1,0 +1,227 @@
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+import torch
+from forecast_helpers import make_frame, shared_data, write_csv
+
+from vim2.forecast import UserError
+from vim2.forecast.data import Scaler, Windows, calendar_features, make_split, read_table, season_length
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.xz", ".csv.gz", ".parquet"])
+def test_the_same_table_from_every_format(tmp_path, suffix):
+    frame, path = make_frame(), tmp_path / f"series{suffix}"
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+        frame.to_parquet(path)
+    else:
+        write_csv(path, frame)
+    table = read_table(path, future_columns=["promotion"])
+    assert table.columns == ["north", "south", "level"] and table.future_columns == ["promotion"]
+    assert table.step.freqstr == "h" and not table.repairs
+    np.testing.assert_allclose(table.values, frame[table.columns].to_numpy())
+
+
+def test_time_column_wherever_it_stands_and_targets_in_the_order_asked_for(tmp_path):
+    frame = make_frame()[["north", "level", "date", "south"]]
+    table = read_table(write_csv(tmp_path / "a.csv", frame), targets=["south", "north"])
+    assert table.columns == ["south", "north"] and table.times[1] == pd.Timestamp("2024-01-01 01:00")
+    renamed = write_csv(tmp_path / "b.csv", frame.rename(columns={"date": "when"}))
+    assert read_table(renamed, time_column="when").columns == ["north", "level", "south"]
+
+
+def test_latin1_headers_are_read_and_said(tmp_path):
+    frame = make_frame().rename(columns={"north": "T (°C)"})
+    table = read_table(write_csv(tmp_path / "a.csv", frame, encoding="latin-1"))
+    assert table.columns[0] == "T (°C)" and "latin-1" in table.repairs[0]
+
+
+def test_rows_without_targets_at_the_end_are_the_future(tmp_path):
+    frame = make_frame(60)
+    frame.loc[50:, ["north", "south", "level"]] = np.nan
+    table = read_table(write_csv(tmp_path / "a.csv", frame), future_columns=["promotion"])
+    assert len(table) == 50 and len(table.future) == 60 and table.future_times[-1] == frame["date"].iloc[-1]
+
+
+def damaged(path, change):
+    frame = make_frame(100)
+    frame = change(frame)
+    return write_csv(path, frame)
+
+
+def with_cell(column, row, value):
+    def change(frame):
+        return frame.astype({column: object}).assign(
+            **{column: [value if i == row else v for i, v in enumerate(frame[column])]}
+        )
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_cell("north", 3, "n/a?"), ["north", "row 4", "n/a?", "--targets"]),
+        (with_cell("north", 3, "inf"), ["north", "no finite number"]),
+        (with_cell("south", 3, ""), ["south (1)", "2024-01-01 03:00", "--missing interpolate"]),
+        (with_cell("date", 3, "soon"), ["date", "row 4", "no time stamp", "--time-column"]),
+        (with_cell("level", 3, -9999), ["level", "-9999", "1 rows", "--na-values -9999", "--keep-values"]),
+        (lambda f: f.drop(index=[10, 11]), ["1 come after a gap", "2024-01-01 12:00", "--times regular"]),
+        (lambda f: pd.concat([f[:5], f[4:]]), ["1 are there twice", "--times regular"]),
+        (lambda f: f[::-1], ["99 go back"]),
+        (lambda f: f.assign(level=np.nan), ["level", "no value at all"]),
+        (lambda f: f.assign(date=range(100)), ["holds numbers", "--time-column"]),
+        (lambda f: f[["date"]], ["one column only"]),
+        (lambda f: f[:0], ["no rows"]),
+        (lambda f: f.assign(date=f["date"].iloc[0]), ["must tell the rows apart"]),
+    ],
+)
+def test_what_cannot_be_used_as_it_is(tmp_path, change, words):
+    path = damaged(tmp_path / "a.csv", change)
+    with pytest.raises(UserError) as error:
+        read_table(path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        read_table(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        read_table(tmp_path / "empty.csv")
+    whole = write_csv(tmp_path / "a.csv.xz").read_bytes()
+    (tmp_path / "cut.csv.xz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="whole file"):
+        read_table(tmp_path / "cut.csv.xz")
+    (tmp_path / "twice.csv").write_text("date,a,a\n2024-01-01,1,2\n")
+    with pytest.raises(UserError, match="two columns a"):
+        read_table(tmp_path / "twice.csv")
+
+
+def test_unknown_columns_suggest_the_one_that_was_meant(data):
+    with pytest.raises(UserError, match="no column nroth; did you mean north"):
+        read_table(data, targets=["nroth"])
+    with pytest.raises(UserError, match="no column promo "):
+        read_table(data, future_columns=["promo "])
+    with pytest.raises(UserError, match="named twice"):
+        read_table(data, targets=["north", "promotion"], future_columns=["promotion"])
+
+
+def test_missing_values_are_repaired_as_asked_and_told(tmp_path):
+    frame = make_frame(100)
+    frame.loc[[0, 10, 11], "north"] = np.nan
+    frame.loc[20, "north"] = -9999
+    path = write_csv(tmp_path / "a.csv", frame)
+    table = read_table(path, na_values=[-9999], missing="interpolate")
+    a, b = frame["north"][9], frame["north"][12]
+    np.testing.assert_allclose(table.values[10:12, 0], [a + (b - a) / 3, a + 2 * (b - a) / 3])
+    assert table.values[0, 0] == frame["north"][1]
+    assert "1 cells of -9999" in table.repairs[0] and "4 missing values" in table.repairs[1]
+    previous = read_table(path, na_values=[-9999], missing="previous").values[:, 0]
+    assert previous[10] == previous[11] == frame["north"][9] and previous[20] == frame["north"][19]
+    kept = read_table(path, keep_values=[-9999], missing="previous")
+    assert kept.values[20, 0] == -9999
+
+
+def test_irregular_times_are_repaired_as_asked_and_told(tmp_path):
+    frame = make_frame(100)
+    shuffled = pd.concat([frame[50:], frame[:50], frame[7:8].assign(north=-1.0)]).drop(index=[20, 21])
+    path = write_csv(tmp_path / "a.csv", shuffled)
+    table = read_table(path, times="regular", missing="interpolate")
+    assert len(table) == 100 and table.step.freqstr == "h"
+    np.testing.assert_allclose(table.values[:20, 0], frame["north"][:20])  # the first of the two rows was kept
+    text = " ".join(table.repairs)
+    assert "sorted" in text and "1 rows whose time stamp" in text and "2 missing rows were added" in text
+    with pytest.raises(UserError, match="missing"):  # the rows that were added hold no values
+        read_table(path, times="regular")
+    assert len(read_table(path, times="keep")) == len(shuffled)
+    frame.loc[5, "date"] += pd.Timedelta("7min")
+    with pytest.raises(UserError, match="do not lie whole steps"):
+        read_table(write_csv(tmp_path / "b.csv", frame), times="regular", missing="interpolate")
+
+
+@pytest.mark.parametrize("step", ["15min", "D", "MS", "B", "W-SUN"])
+def test_steps_of_the_calendar_are_regular(tmp_path, step):
+    table = read_table(write_csv(tmp_path / "a.csv", make_frame(80, step=step)))
+    assert table.step is not None and not table.repairs
+
+
+def test_season_lengths():
+    offsets = pd.tseries.frequencies.to_offset
+    steps = {"h": 24, "15min": 96, "10min": 144, "D": 7, "MS": 12, "W-SUN": 52, "YS": 1}
+    assert {name: season_length(offsets(name)) for name in steps} == steps
+    assert season_length(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "horizon", "counts"),
+    [
+        (17420, (8640, 2880, 2880), 96, (8033, 2785, 2785)),  # ETTh, lookback 512
+        (17420, (8640, 2880, 2880), 720, (7409, 2161, 2161)),
+        (69680, (34560, 11520, 11520), 336, (33713, 11185, 11185)),  # ETTm
+        (7588, (0.7, 0.1, 0.2), 96, (4704, 665, 1422)),  # exchange rates
+        (52696, (0.7, 0.1, 0.2), 192, (36184, 5079, 10348)),  # Weather
+    ],
+)
+def test_windows_are_as_many_as_in_the_literature(rows, parts, horizon, counts):
+    split, values = make_split(rows, parts, 512, horizon), torch.zeros(rows, 1)
+    found = [len(Windows(values, 512, horizon, *split.borders(p, 512))) for p in ("train", "val", "test")]
+    assert tuple(found) == counts
+
+
+def test_windows_hold_consecutive_rows_and_no_batch_is_dropped():
+    values, future = torch.arange(40.0).view(20, 2), torch.arange(25.0).view(25, 1) * 10
+    windows = Windows(values, 4, 3, 2, 15, future)
+    assert len(windows) == 13 - 7 + 1
+    x, y, z = windows[torch.tensor([0, 6])]
+    torch.testing.assert_close(x, torch.stack([values[2:6], values[8:12]]))
+    torch.testing.assert_close(y, torch.stack([values[6:9], values[12:15]]))
+    torch.testing.assert_close(z, torch.stack([future[6:9], future[12:15]]))
+    assert [len(x) for x, _, _ in windows.batches(3)] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((0.7, 0.2, 0.2), "sum to 1"),
+        ((300, 50, 100), "asks for 450 rows, the file has 400"),
+        ((50, 100, 100), "50 rows of training"),
+        ((300, 5, 50), "5 rows of validation"),
+        ((300, 50, 5), "5 rows of test"),
+        ((-1, 1, 1), "three numbers"),
+    ],
+    ids=str,
+)
+def test_splits_that_do_not_fit(parts, message):
+    with pytest.raises(UserError, match=message):
+        make_split(400, parts, 48, 12)
+
+
+def test_scaler_knows_the_rows_it_was_fitted_to_and_leaves_constants():
+    values = np.stack([np.arange(10.0), np.full(10, 0.1)], axis=1)
+    scaler = Scaler.fit(values)
+    scaled = scaler.transform(values)
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(scaled.std(0), [1, 0], atol=1e-12)
+    np.testing.assert_allclose(scaler.inverse(scaled), values)
+
+
+def test_calendar_features_repeat_with_the_day():
+    features, names = calendar_features(pd.date_range("2024-01-01", periods=49, freq="h"))
+    assert features.shape == (49, len(names)) and np.abs(features).max() <= 1
+    np.testing.assert_allclose(features[0, :2], features[24, :2], atol=1e-12)
+    assert names[0] == "sin_day" and abs(features[6, 0] - 1) < 1e-12
+
+
+def test_weather_needs_its_oddities_named():
+    path = shared_data("weather.csv.xz")
+    with pytest.raises(UserError, match=r"--keep-values -9999"):
+        read_table(path)
+    with pytest.raises(UserError, match="1 are there twice"):
+        read_table(path, keep_values=[-9999])
+    table = read_table(path, keep_values=[-9999], times="keep")
+    assert table.values.shape == (52696, 21)

@@ -1,0 +1,158 @@
+import json
+
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+import torch
+from forecast_helpers import TINY, make_frame, write_csv
+from PIL import Image
+from safetensors.torch import load_file
+
+from vim2.forecast import Forecaster, UserError, evaluate, fit, predict
+from vim2.forecast.cli import main
+
+
+def future_csv(path, frame=None):
+    """The series with twelve further rows of which only the promotions are known."""
+    frame = make_frame(412) if frame is None else frame
+    frame.loc[400:, ["north", "south", "level"]] = np.nan
+    return write_csv(path, frame)
+
+
+def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, capsys):
+    result = evaluate(data=str(data), checkpoint=str(trained), output=str(tmp_path), device="cpu")
+    assert result["windows"] == 80 - 12 + 1 and result["part"] == "test"
+    assert set(result["scores"]) == {"TSM2", "ridge", "last value", "seasonal naive"}
+    out = capsys.readouterr().out
+    for name, row in result["scores"].items():
+        assert f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
+    assert 0 <= result["quantiles"]["coverage"] <= 1
+    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["TSM2"] == result["scores"]["TSM2"]
+    for name in ("forecast.png", "errors.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+
+
+def test_evaluation_is_the_mean_over_all_windows_by_hand(trained, data):
+    """With the file read by pandas, the scale from its training rows and one window at a time."""
+    result = evaluate(data=str(data), checkpoint=str(trained), output=str(trained / "e"), device="cpu", batch_size=7)
+    forecaster = Forecaster.from_pretrained(trained)
+    frame = pd.read_csv(data)
+    values = frame[["north", "south", "level"]].to_numpy()
+    mean, std = values[:280].mean(0), values[:280].std(0)
+    table = forecaster.read(data)
+    future = torch.tensor(forecaster.future_features(table.future, table.future_times), dtype=torch.float32)
+    scaled = torch.tensor((values - mean) / std, dtype=torch.float32)
+    errors = []
+    with torch.no_grad():
+        for start in range(320 - 48, 400 - 60 + 1):
+            now = start + 48
+            y = forecaster.model(scaled[None, start:now], future=future[None, now : now + 12])[0, ..., 1]
+            errors.append((y - scaled[now : now + 12]).square().mean().item())
+    assert len(errors) == result["windows"]
+    assert result["scores"]["TSM2"]["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_predict_goes_beyond_the_end(trained, tmp_path):
+    path = future_csv(tmp_path / "a.csv")
+    result = predict(data=str(path), checkpoint=str(trained), output=str(tmp_path / "f"), device="cpu")
+    frame = pd.read_csv(result["csv"], parse_dates=["date"])
+    assert len(frame) == 12 and frame["date"].iloc[0] == pd.Timestamp("2024-01-01") + pd.Timedelta(hours=400)
+    assert (frame["date"].diff().dropna() == pd.Timedelta("1h")).all()
+    assert list(frame)[1:4] == ["north_q0.1", "north_q0.5", "north_q0.9"] and frame.notna().all().all()
+    np.testing.assert_allclose(frame["level_q0.5"], result["values"][:, 2, 1])
+    assert abs(frame["level_q0.5"] - make_frame()["level"].iloc[-1]).max() < 50  # in the units of the file
+    assert Image.open(tmp_path / "f" / "forecast.png").size[0] > 500
+
+
+def test_known_future_columns_change_the_forecast_and_must_be_there(trained, data, tmp_path):
+    with pytest.raises(UserError, match="needs promotion for 12 further rows, and the file has 0"):
+        predict(data=str(data), checkpoint=str(trained), output=str(tmp_path))
+    paths = [future_csv(tmp_path / f"{i}.csv", make_frame(412).assign(promotion=float(i))) for i in range(2)]
+    none, all_days = (predict(data=str(p), checkpoint=str(trained), output=str(tmp_path))["values"] for p in paths)
+    assert not np.allclose(none, all_days)
+
+
+def test_columns_are_taken_in_the_order_of_training(trained, data, tmp_path):
+    frame = make_frame()[["promotion", "level", "date", "south", "north"]]
+    other = write_csv(tmp_path / "a.csv", frame)
+    a, b = (evaluate(data=str(p), checkpoint=str(trained), output=str(tmp_path))["scores"] for p in (data, other))
+    assert a["TSM2"]["mse"] == b["TSM2"]["mse"]
+
+
+def test_save_and_load_without_pickle(trained, data, tmp_path):
+    forecaster = Forecaster.from_pretrained(trained)
+    forecaster.save_pretrained(tmp_path / "copy")
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["config.json", "model.safetensors"]
+    again = Forecaster.from_pretrained(tmp_path / "copy")
+    assert again.to_dict() == forecaster.to_dict() and again.columns == ["north", "south", "level"]
+    saved = load_file(tmp_path / "copy" / "model.safetensors")
+    for name, value in forecaster.model.state_dict().items():
+        assert torch.equal(saved[name], value) and torch.equal(again.model.state_dict()[name], value)
+
+
+def test_damaged_folders(trained, tmp_path):
+    with pytest.raises(UserError, match=r"no config.json"):
+        Forecaster.from_pretrained(tmp_path)
+    forecaster = Forecaster.from_pretrained(trained)
+    config, weights = tmp_path / "f" / "config.json", tmp_path / "f" / "model.safetensors"
+
+    def fresh():
+        forecaster.save_pretrained(tmp_path / "f")
+        return json.loads(config.read_text())
+
+    fresh()
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="truncated or no safetensors"):
+        Forecaster.from_pretrained(tmp_path / "f")
+    saved = fresh()
+    config.write_text(json.dumps({**saved, "model": {**saved["model"], "depth": 2}}))
+    with pytest.raises(UserError, match="does not fit config"):
+        Forecaster.from_pretrained(tmp_path / "f")
+    config.write_text(json.dumps({**saved, "model": {**saved["model"], "dropuot": 2}}))
+    with pytest.raises(UserError, match="unknown option dropuot; did you mean dropout"):
+        Forecaster.from_pretrained(tmp_path / "f")
+    config.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Forecaster.from_pretrained(tmp_path / "f")
+
+
+def test_files_that_do_not_fit_the_model(trained, tmp_path, fails):
+    def evaluated(frame, *argv):
+        data = write_csv(tmp_path / "a.csv", frame)
+        return fails("evaluate", data, "--checkpoint", trained, "--output", tmp_path, *argv)
+
+    assert "no column south" in evaluated(make_frame().drop(columns="south"))
+    assert "15min apart, the model was trained on h" in evaluated(make_frame(step="15min"))
+    assert "300 rows, the split 400" in evaluated(make_frame(300))
+    assert "no window 70" in evaluated(make_frame(), "--window", 70)
+    short = write_csv(tmp_path / "short.csv", make_frame(40))
+    assert "40 rows are too few" in fails("predict", short, "--checkpoint", trained)
+    assert "--checkpoint" in fails("predict", short)
+
+
+def test_months_and_irregular_rows_are_continued(tmp_path):
+    options = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1)
+    for name, frame, kept, ends in (
+        ("months", make_frame(120, step="MS"), {}, ["2034-01-01", "2034-02-01", "2034-03-01"]),
+        (
+            "gap",
+            make_frame(121, step="D").drop(index=60),
+            {"times": "keep"},
+            ["2024-05-01", "2024-05-02", "2024-05-03"],
+        ),
+    ):
+        data = write_csv(tmp_path / f"{name}.csv", frame)
+        run = fit(data=str(data), output=str(tmp_path), device="cpu", **options, **kept)
+        times = predict(data=str(data), checkpoint=run["folder"], output=str(tmp_path / name))["times"]
+        assert [str(t.date()) for t in times] == ends
+
+
+def test_the_whole_way_by_command(tmp_path, data, capsys):
+    run = ["--output", tmp_path / "runs", "--experiment", "r", "--epochs", "1", "--epoch-steps", "2"]
+    assert main([str(a) for a in ("fit", data, *TINY, *run, "--targets", "north", "level")]) == 0
+    assert main([str(a) for a in ("evaluate", data, "--checkpoint", tmp_path / "runs" / "r")]) == 0
+    assert main([str(a) for a in ("predict", data, "--checkpoint", tmp_path / "runs" / "r", "--output", tmp_path)]) == 0
+    assert list(pd.read_csv(tmp_path / "forecast.csv")) == ["date", "north", "level"]

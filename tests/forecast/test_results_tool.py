@@ -1,0 +1,44 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+from forecast_helpers import TOOLS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random walks in the shape of ETTh1's file."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    walks = np.random.default_rng(0).normal(size=(14500, 2)).cumsum(0)
+    dates = pd.date_range("2016-07-01", periods=14500, freq="h")
+    pd.DataFrame({"date": dates, "HUFL": walks[:, 0], "OT": walks[:, 1]}).to_csv(folder / "ETTh1.csv", index=False)
+    return folder
+
+
+def results_tool(*argv) -> str:
+    env = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOLS / "forecast_results.py"), *map(str, argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def test_search_then_run_then_table_cell_by_cell(folder, tmp_path):
+    common = ["--data-dir", folder, "--output", tmp_path, "--names", "ETTh1", "--horizons", "96", "--device", "cpu"]
+    small = ["--set", "epochs=1", "epoch_steps=2", "patch=64", "stride=64", "d_state=2"]
+    out = results_tool("search", *common, *small, "--candidates", "recipe", "plain-sam")
+    assert "All cells are done." in out and "ETTh1: recipe" in out
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in rows} == {"recipe", "plain-sam"}
+    assert not any("mse" in row for row in rows)  # the search sees no test rows
+    out = results_tool("run", *common, *small, "--chosen", "--seeds", "0")
+    assert "1 cells to run, 2 done before" in out and "| ETTh1 | 96 | " in out
+    last = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert last["changes"]["patch"] == 64 and last["mse"] > 0 and last["ridge_mse"] > 0
+    assert "0 cells to run, 3 done before" in results_tool("run", *common, *small, "--chosen", "--seeds", "0")
+    assert "| ETTh1 | 96 | " in results_tool("table", "--output", tmp_path)

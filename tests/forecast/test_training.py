@@ -1,0 +1,217 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+import torch
+from forecast_helpers import TINY, TOOLS, make_frame, write_csv
+
+import vim2.forecast.training
+from vim2.checkpoints import read_checkpoint
+from vim2.forecast import Forecaster, UserError, fit
+from vim2.forecast.baselines import Ridge
+from vim2.forecast.training import Run
+
+OPTIONS = dict(horizon=12, lookback=48, d_model=4, d_state=2, device="cpu", lr=2e-3)
+
+
+def start(data, output, **options):
+    return fit(data=str(data), output=str(output), **{**OPTIONS, **options})
+
+
+def weights(folder):
+    return read_checkpoint(folder / "last.pth")["state_dict"]
+
+
+def test_a_run_tells_all_that_is_needed_to_repeat_it(trained, data):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["rows"] == {"train": 280, "val": 40, "test": 80}
+    assert metrics["windows"] == {"train": 280 - 60 + 1, "val": 40 - 12 + 1}
+    assert metrics["seed"] == 0 and metrics["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert metrics["options"]["lr"] == 2e-3 and metrics["options"]["data"] == str(data)
+    assert len(metrics["history"]) == 2 and metrics["best"] in metrics["history"]
+    assert set(metrics["baselines"]) == {"ridge", "last value", "seasonal naive"}
+
+
+def test_training_learns_what_the_naive_forecasts_cannot_know(tmp_path):
+    """Two series whose noise is the other's, some steps ago: only a look across the variates helps."""
+    noise = np.random.default_rng(0).normal(size=1000)
+    frame = pd.DataFrame({"date": pd.date_range("2024", periods=990, freq="h"), "a": noise[10:], "b": noise[:-10]})
+    data = write_csv(tmp_path / "a.csv", frame)
+    options = dict(horizon=4, lookback=16, patch=4, stride=4, d_model=16, d_state=4, dropout=0.0, batch_size=32)
+    run = start(data, tmp_path, **options, lr=5e-3, epochs=12, instance_norm="none", experiment="r")
+    assert run["best"]["val_mse"] < 0.7 * run["baselines"]["ridge"]["val_mse"]
+    alone = start(data, tmp_path, **options, lr=5e-3, epochs=4, variate_mixer="none", experiment="alone")
+    assert alone["best"]["val_mse"] > 0.9 * run["baselines"]["ridge"]["val_mse"]
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path, data):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        start(data, tmp_path, epochs=1, seed=seed, experiment=name)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sam": 0.1, "linear_path": True, "linear_path_lr": 0.1}, {"norm": "2d"}], ids=str
+)
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, options, monkeypatch):
+    whole = start(data, tmp_path, epochs=3, patience=9, experiment="whole", **options)
+    epochs, train_epoch = [], Run.train_epoch
+
+    def stop(run, epoch):
+        if epoch == 1 and not epochs:
+            epochs.append(epoch)
+            raise KeyboardInterrupt
+        return train_epoch(run, epoch)
+
+    monkeypatch.setattr(Run, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start(data, tmp_path, epochs=3, patience=9, experiment="cut", **options)
+    cut = start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=True, **options)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for mine, theirs in zip(whole["history"], cut["history"], strict=True):
+        assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
+
+
+def test_a_killed_process_goes_on(tmp_path, data):
+    argv = [sys.executable, TOOLS / "forecast.py", "fit", data, *TINY, "--output", tmp_path, "--experiment", "run"]
+    argv = [*map(str, argv), "--epochs", "400", "--patience", "400"]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pth").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = len(read_checkpoint(tmp_path / "run" / "last.pth")["history"])
+    assert done >= 1
+    with pytest.raises(UserError, match=r"run with --epochs 400, not 3"):
+        start(data, tmp_path, experiment="run", resume=True, epochs=3)
+    Forecaster.from_pretrained(tmp_path / "run")
+
+
+def test_resuming_needs_the_same_data(tmp_path, data):
+    start(data, tmp_path, epochs=2, epoch_steps=1, experiment="r")
+    other = write_csv(tmp_path / "other.csv", make_frame(seed=1))
+    with pytest.raises(UserError, match="is not the data"):
+        start(other, tmp_path, experiment="r", resume=True, epochs=2, epoch_steps=1)
+    with pytest.raises(UserError, match="holds a run already"):
+        start(data, tmp_path, experiment="r")
+    whole = (tmp_path / "r" / "last.pth").read_bytes()
+    (tmp_path / "r" / "last.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="truncated"):
+        start(data, tmp_path, experiment="r", resume=True)
+
+
+def test_it_stops_without_progress_and_keeps_the_best_epoch(tmp_path, data):
+    run = start(data, tmp_path, lr=0.5, epochs=30, patience=2, experiment="r")
+    assert len(run["history"]) == run["best"]["epoch"] + 2 < 30
+    kept = Forecaster.from_pretrained(tmp_path / "r").metrics
+    assert kept == run["best"]
+
+
+def test_the_test_rows_are_never_looked_at(tmp_path, data):
+    frame = make_frame()
+    frame.loc[320:, ["north", "south", "level"]] = 5.0
+    other = write_csv(tmp_path / "other.csv", frame)
+    start(data, tmp_path, epochs=1, experiment="a")
+    start(other, tmp_path, epochs=1, experiment="b")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_the_linear_path_starts_at_ridge_and_stays_there_unless_it_is_trained(tmp_path, data, center):
+    options = dict(linear_path=True, instance_norm=center)
+    run = start(data, tmp_path, epochs=1, epoch_steps=1, lr=1e-9, experiment="r", **options)
+    if center == "mean":
+        assert run["best"]["val_mse"] == pytest.approx(run["baselines"]["ridge"]["val_mse"], rel=1e-3)
+    made = Run({**run["options"], "experiment": "other"})
+    ridge = Ridge.fit(made.windows["train"], made.windows["val"], center)
+    torch.testing.assert_close(weights(tmp_path / "r")["linear_path.weight"], ridge.weight)
+    start(data, tmp_path, epochs=1, experiment="t", linear_path_lr=1.0, **options)
+    assert not torch.equal(weights(tmp_path / "t")["linear_path.weight"], ridge.weight)
+
+
+def test_where_training_only_does_harm_the_start_is_kept(tmp_path, data):
+    run = start(data, tmp_path, linear_path=True, lr=1.0, epochs=5, patience=2, experiment="r")
+    assert run["best"] == run["start"] and run["best"]["epoch"] == 0 and len(run["history"]) == 2
+    assert run["best"]["val_mse"] == pytest.approx(run["baselines"]["ridge"]["val_mse"], rel=1e-4)
+    kept = Forecaster.from_pretrained(tmp_path / "r")
+    assert kept.metrics == run["start"] and not kept.model.head.weight.any()
+
+
+def test_a_loss_that_is_not_finite_is_told_and_nothing_is_lost(tmp_path, data, monkeypatch):
+    start(data, tmp_path, epochs=2, epoch_steps=1, patience=9, experiment="r")
+    before = (tmp_path / "r" / "last.pth").read_bytes()
+    run = Run({**read_checkpoint(tmp_path / "r" / "last.pth")["options"]}, read_checkpoint(tmp_path / "r" / "last.pth"))
+    run.options["epochs"] = 3
+    monkeypatch.setattr(Run, "loss", lambda self, *a: torch.full((), torch.nan, requires_grad=True))
+    with pytest.raises(UserError, match=r"NaN or infinite in epoch 3. Epoch 2 is kept"):
+        run.fit()
+    assert (tmp_path / "r" / "last.pth").read_bytes() == before
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path, data, monkeypatch):
+    def full(*_):
+        raise OSError(28, "Could not write last.pth (No space left on device); what was there before is unchanged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vim2.forecast.training, "save_checkpoint", full)
+        with pytest.raises(UserError, match=r"No space left .* --resume"):
+            start(data, tmp_path, epochs=1, epoch_steps=1, experiment="r")
+    assert start(data, tmp_path, epochs=1, epoch_steps=1, experiment="r", resume=True)["best"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--horizon", "0"], ["--horizon", "1 or more"]),
+        (["--horizn", "12"], ["unknown option --horizn; did you mean --horizon?"]),
+        (["--lookback", "300"], ["280 rows of training", "lookback of 300"]),
+        (["--patch", "64"], ["patch must not be longer than the lookback 48"]),
+        (["--quantiles", "0.9", "0.1"], ["ascending"]),
+        (["--dropout", "1"], ["dropout must lie in [0, 1)"]),
+        (["--targets", "east"], ["no column east"]),
+        (["--split", "0.9", "0.1", "0.1"], ["sum to 1"]),
+        (["--split", "400", "0", "0"], ["0 rows of validation"]),
+        (["--lr", "0"], ["--lr must be positive"]),
+        (["--device", "tpu9"], ["tpu9", "--device cpu"]),
+        (["--recipe", "ETTh3"], ["ETTh1"]),
+    ],
+    ids=str,
+)
+def test_bad_options_are_one_line(tmp_path, data, fails, argv, words):
+    error = fails("fit", data, *TINY, "--output", tmp_path, *argv)
+    for word in words:
+        assert word in error
+
+
+def test_bad_commands_and_files_are_one_line(tmp_path, fails):
+    assert "did you mean predict" in fails("predikt")
+    assert "no file" in fails("fit", tmp_path / "none.csv")
+    assert "the following arguments are required" in fails("fit")
+    (tmp_path / "file").write_text("")
+    data = write_csv(tmp_path / "a.csv")
+    assert "choose another --output" in fails("fit", data, *TINY, "--output", tmp_path / "file")
+
+
+def test_constant_columns_and_unused_rows_are_told(tmp_path, capsys):
+    data = write_csv(tmp_path / "a.csv", make_frame().assign(flat=3.0))
+    start(data, tmp_path, split=[280.0, 40.0, 60.0], epochs=1, epoch_steps=2)
+    out = capsys.readouterr().out
+    assert "not scaled: flat." in out and "The last 20 rows are not used" in out
+
+
+def test_recipes_know_their_splits(tmp_path, data):
+    with pytest.raises(UserError, match="asks for 14400 rows"):
+        fit(data=str(data), recipe="ETTh1", output=str(tmp_path))

@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""How long TSM2 takes: epochs in the shape of ETTh1 and Weather, and time and memory over variates and lookback.
+
+Random series; medians. Writes benchmark.json, and benchmark.png of the scaling, to --output, and prints markdown.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from vim2 import TSM2, TSM2Config
+from vim2.forecast.data import Windows
+from vim2.forecast.scores import model_forecast, score
+
+EPOCHS = {  # windows to train on and to validate on, variates, batch, model
+    "ETTh1, d_model 16, 1 block": (8033, 2785, 7, 64, dict(d_model=16, depth=1)),
+    "Weather, d_model 64, 2 blocks": (36280, 5175, 21, 128, dict(d_model=64, depth=2)),
+}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def make_step(config: TSM2Config, device: torch.device, amp: bool):
+    """A training step on a batch, as the training loop makes it."""
+    torch.manual_seed(0)
+    model = TSM2(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step(x, y):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = (model(x).float() - y).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
+    rows = []
+    for name, (train, val, variates, batch, options) in EPOCHS.items():
+        config = TSM2Config(lookback=512, horizon=96, **options)
+        values = torch.randn(train + 607, variates, device=device)
+        windows, validation = (Windows(values, 512, 96, 0, n + 607) for n in (train, val))
+        model, step = make_step(config, device, amp)
+        for _ in range(3):
+            step(*windows[:batch][:2])
+        order = torch.randperm(len(windows), device=device)[: max(int(share * train), batch)]
+        synchronise(device)
+        start = time.perf_counter()
+        for index in order.split(batch):
+            step(*windows[index][:2])
+        synchronise(device)
+        seconds = (time.perf_counter() - start) * train / len(order)
+        model.eval()
+        start = time.perf_counter()
+        some = Windows(values, 512, 96, 0, 607 + max(int(share * val), 1))
+        score(model_forecast(model, amp=amp), some)
+        synchronise(device)
+        rows.append(
+            dict(
+                name=name,
+                batch=batch,
+                train_seconds=round(seconds, 2),
+                validation_seconds=round((time.perf_counter() - start) * len(validation) / len(some), 2),
+            )
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def time_scaling(
+    device: torch.device, amp: bool, repeats: int, variates: list[int], lookbacks: list[int]
+) -> list[dict]:
+    """A training step at batch 8, d_model 64, 2 blocks."""
+    rows = []
+    for axis, sizes in (("variates", variates), ("lookback", lookbacks)):
+        for size in sizes:
+            m, lookback = (size, 512) if axis == "variates" else (21, size)
+            _, step = make_step(TSM2Config(lookback=lookback, d_model=64, depth=2), device, amp)
+            x, y = torch.randn(8, lookback, m, device=device), torch.randn(8, 96, m, device=device)
+            step(x, y)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times = []
+            for _ in range(repeats):
+                synchronise(device)
+                start = time.perf_counter()
+                step(x, y)
+                synchronise(device)
+                times.append(time.perf_counter() - start)
+            memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+            rows.append({"axis": axis, "size": size, "ms": 1e3 * sorted(times)[repeats // 2], "mib": memory})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    from vim2.classify.plots import figure, save
+
+    fig = figure(figsize=(10, 4))
+    for axes, axis in zip(fig.subplots(1, 2), ("variates", "lookback")):
+        points = [row for row in rows if row["axis"] == axis]
+        axes.plot([p["size"] for p in points], [p["ms"] for p in points], marker="o", label="time")
+        axes.set_xlabel("variates (lookback 512)" if axis == "variates" else "lookback (21 variates)")
+        axes.set_ylabel("training step at batch 8, ms")
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+        if points and points[0]["mib"] is not None:
+            other = axes.twinx()
+            other.plot([p["size"] for p in points], [p["mib"] for p in points], "s--", color="#c02626", label="memory")
+            other.set_ylabel("peak memory, MiB", color="#c02626")
+            other.set_ylim(0)
+    save(fig, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("runs/forecast-benchmark"))
+    parser.add_argument("--share", type=float, default=1.0, help="of an epoch that is run, and scaled up")
+    parser.add_argument("--repeats", type=int, default=5, help="of a step")
+    parser.add_argument("--variates", type=int, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
+    parser.add_argument("--lookbacks", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    amp = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if amp else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    where = f"{name}, PyTorch {torch.__version__}, {'bfloat16 autocast' if amp else 'float32'}"
+    epochs = time_epochs(device, amp, args.share)
+    scaling = time_scaling(device, amp, args.repeats, args.variates, args.lookbacks)
+    args.output.mkdir(parents=True, exist_ok=True)
+    result = {"where": where, "share": args.share, "epochs": epochs, "scaling": scaling}
+    (args.output / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(scaling, args.output / "benchmark.png")
+    print(f"\n{where}\n\n| epoch | batch | training, s | validation, s |\n|---|---|---|---|")
+    for row in epochs:
+        print(f"| {row['name']} | {row['batch']} | {row['train_seconds']:.2f} | {row['validation_seconds']:.2f} |")
+    print("\n| training step at batch 8 | size | ms | MiB |\n|---|---|---|---|")
+    for row in scaling:
+        memory = "" if row["mib"] is None else f"{row['mib']:.0f}"
+        print(f"| {row['axis']} | {row['size']} | {row['ms']:.1f} | {memory} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Forecasts that any model has to beat: ridge regression in closed form, the last value, the last season."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import Windows
+
+__all__ = ["Ridge", "last_value", "seasonal_naive"]
+
+# The heavier the penalty, the nearer to the window's mean, which is a poor forecast, or to its last value, which is a
+# good one for series such as exchange rates: hence the wider range there.
+PENALTIES = {
+    "mean": [10.0 ** (k / 2) for k in range(-4, 9)],
+    "last": [10.0 ** (k / 2) for k in range(-4, 17)],
+}
+
+
+def last_value(x: Tensor, horizon: int) -> Tensor:
+    """(n, L, M) -> (n, H, M): each variate's last value."""
+    return x[:, -1:].expand(-1, horizon, -1)
+
+
+def seasonal_naive(x: Tensor, horizon: int, season: int) -> Tensor:
+    """(n, L, M) -> (n, H, M): each variate's last `season` steps over and over."""
+    season = min(season, x.shape[1])
+    steps = torch.arange(horizon, device=x.device) % season
+    return x[:, x.shape[1] - season + steps]
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Linear map from a window's centred history to its centred future, shared by all variates, with a penalty on its
+    squared weights that the validation windows choose.
+
+    Args:
+        weight: (H, L), float32.
+        center: "mean" or "last": what is subtracted from history and future.
+        penalty: The one chosen.
+        val_mse: Its error on the validation windows.
+    """
+
+    weight: Tensor
+    center: str
+    penalty: float
+    val_mse: float
+
+    @classmethod
+    def fit(cls, train: Windows, val: Windows, center: str = "mean", batch: int = 256) -> "Ridge":
+        """From the moments of all windows, accumulated in float64; solved for every penalty from one decomposition."""
+        gram, cross, _, _ = moments(train, center, batch)
+        val_gram, val_cross, val_square, count = moments(val, center, batch)
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        rotated = vectors.T @ cross
+        best = None
+        for penalty in PENALTIES[center]:
+            weight = vectors @ (rotated / (eigenvalues.clamp_min(0) + penalty).unsqueeze(1))
+            error = (weight * (val_gram @ weight)).sum() - 2 * (weight * val_cross).sum() + val_square
+            mse = (error / count).item()
+            if best is None or mse < best[0]:
+                best = (mse, penalty, weight)
+        mse, penalty, weight = best
+        return cls(weight.T.float().contiguous(), center, penalty, mse)
+
+    def __call__(self, x: Tensor, horizon: int | None = None) -> Tensor:
+        """(n, L, M) -> (n, H, M)."""
+        level = centre(x, self.center)
+        return ((x - level).transpose(1, 2) @ self.weight.T.to(x.device)).transpose(1, 2) + level
+
+
+def centre(x: Tensor, kind: str) -> Tensor:
+    return x.mean(1, keepdim=True) if kind == "mean" else x[:, -1:]
+
+
+def moments(windows: Windows, center: str, batch: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Sums over windows and variates of x x', x y' and y'y, centred, float64; and the number of values y."""
+    length, horizon = windows.lookback, windows.horizon
+    options = dict(dtype=torch.float64, device=windows.device)
+    gram, cross = torch.zeros(length, length, **options), torch.zeros(length, horizon, **options)
+    square, count = torch.zeros((), **options), 0
+    for x, y, _ in windows.batches(batch):
+        level = centre(x, center)
+        x, y = ((t - level).transpose(1, 2).flatten(0, 1) for t in (x, y))
+        gram += x.T @ x
+        cross += x.T @ y
+        square += y.double().square().sum()
+        count += y.numel()
+    return gram, cross, square, count

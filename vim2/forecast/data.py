@@ -1,0 +1,407 @@
+"""Time series from files: reading, checks and stated repairs, splits, standardisation, windows on the device."""
+
+import lzma
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..classify.errors import UserError
+from ..classify.options import did_you_mean
+
+__all__ = ["Scaler", "Split", "Table", "Windows", "calendar_features", "make_split", "read_table"]
+
+TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
+SENTINELS = (-9999.0, -999.0, -99999.0, -999.9, -9999.9, 9999.0, 99999.0, 999999.0)
+MISSING = ("error", "interpolate", "previous")
+TIMES = ("error", "regular", "keep")
+SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Series that share their time stamps.
+
+    Args:
+        times: Time stamps of the rows.
+        values: Targets, (rows, M), float64.
+        columns: M names.
+        future: Known-future features, (rows + further, C), float64, C may be 0.
+        future_columns: C names.
+        future_times: Time stamps of the rows of `future`: those of the targets, and any that follow.
+        repairs: What was changed in the file's data, a sentence each.
+    """
+
+    times: pd.DatetimeIndex
+    values: np.ndarray
+    columns: list[str]
+    future: np.ndarray
+    future_columns: list[str]
+    future_times: pd.DatetimeIndex
+    repairs: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def step(self) -> pd.offsets.BaseOffset | None:
+        """From one row to the next, None where that is not the same throughout."""
+        return find_step(self.times)
+
+
+def read_table(
+    path: str | Path,
+    time_column: str | None = None,
+    targets: Sequence[str] | None = None,
+    future_columns: Sequence[str] = (),
+    na_values: Sequence[float] = (),
+    keep_values: Sequence[float] = (),
+    missing: str = "error",
+    times: str = "error",
+) -> Table:
+    """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
+
+    Rows at the end that hold known-future columns but no target are the future to forecast.
+
+    Args:
+        path: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet.
+        time_column: Name; by default a column called date, datetime, time, timestamp or ds, else the first.
+        targets: Names; by default all other columns.
+        future_columns: Names of columns that are known for the time to forecast.
+        na_values: Numbers that stand for a missing value.
+        keep_values: Numbers that look as if they did, but are to be taken as they are.
+        missing: What becomes of missing values: "error", "interpolate" (linearly between neighbours, ends repeated) or
+            "previous" (the value before, where there is none the one after).
+        times: What becomes of time stamps that are out of order, twice there, or not a constant step apart: "error",
+            "regular" (sort, keep the first of equal ones, add missing rows, whose values `missing` then fills), or
+            "keep" (take the rows as they are, each as one step).
+
+    Raises:
+        UserError: Anything in the file that cannot be used as it is.
+    """
+    path = Path(path)
+    frame, repairs = read_frame(path)
+    time_column = choose_time_column(frame, time_column, path)
+    names = [str(c) for c in frame.columns if c != time_column]
+    future_columns = list(future_columns)
+    targets = [c for c in names if c not in future_columns] if targets is None else list(targets)
+    for name in (*targets, *future_columns):
+        if name not in names:
+            raise UserError(f"{path} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
+    if twice := sorted({c for c in targets if targets.count(c) > 1 or c in future_columns}):
+        raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
+    if not targets:
+        raise UserError(f"{path} has no column to forecast beside {time_column}.")
+    stamps = parse_times(frame[time_column], path)
+    numbers = pd.DataFrame({c: parse_numbers(frame[c], path) for c in (*targets, *future_columns)}, index=stamps)
+    for value in na_values:
+        found = int((numbers == value).sum().sum())
+        numbers = numbers.mask(numbers == value)
+        repairs.append(f"{found} cells of {value:g} are taken as missing.")
+    refuse_sentinels(numbers[targets], keep_values, path)
+    numbers, more = repair_times(numbers, times, path)
+    repairs += more
+    rows = len(numbers)
+    if future_columns:  # rows without any target at the end are the future
+        filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
+        rows = int(filled[-1]) + 1 if len(filled) else 0
+    if rows == 0:
+        raise UserError(f"{path} has no row with a value of {', '.join(targets[:3])}.")
+    values, more = repair_missing(numbers[targets].iloc[:rows], missing, path)
+    repairs += more
+    future, more = repair_missing(numbers[future_columns], missing, path)
+    repairs += more
+    index = numbers.index
+    return Table(index[:rows], values, targets, future, future_columns, index, repairs)
+
+
+def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        if path.suffix in (".parquet", ".pq"):
+            frame = pd.read_parquet(path)
+            if not isinstance(frame.index, pd.RangeIndex):
+                frame = frame.reset_index()
+            return frame, []
+        try:
+            return read_csv(path, "utf-8"), []
+        except UnicodeDecodeError:
+            return read_csv(path, "latin-1"), [f"{path.name} is not UTF-8; it was read as latin-1."]
+    except ImportError:
+        raise UserError("Reading parquet needs pyarrow: pip install pyarrow.") from None
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path} is empty.") from None
+    except (pd.errors.ParserError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).strip()}): is it a whole file?") from None
+
+
+def read_csv(path: Path, encoding: str) -> pd.DataFrame:
+    frame = pd.read_csv(path, encoding=encoding, skipinitialspace=True, low_memory=False)
+    header = pd.read_csv(path, encoding=encoding, header=None, nrows=1, dtype=str, skipinitialspace=True).iloc[0]
+    if twice := header[header.duplicated()].tolist():  # pandas would rename the second
+        raise UserError(f"{path} has two columns {twice[0]}: rename one.")
+    if len(frame.columns) < 2:
+        raise UserError(f"{path} has one column only, {frame.columns[0]}: commas must separate columns.")
+    if frame.empty:
+        raise UserError(f"{path} has a header but no rows.")
+    return frame.rename(columns=str)
+
+
+def choose_time_column(frame: pd.DataFrame, name: str | None, path: Path) -> str:
+    if name is None:
+        return next((c for c in frame.columns if c.lower() in TIME_NAMES), frame.columns[0])
+    if name not in frame.columns:
+        names = ", ".join(frame.columns)
+        raise UserError(f"{path} has no column {name}{did_you_mean(name, frame.columns)} (of {names})")
+    return name
+
+
+def parse_times(column: pd.Series, path: Path) -> pd.DatetimeIndex:
+    if pd.api.types.is_numeric_dtype(column):
+        raise UserError(
+            f"The time column {column.name} of {path} holds numbers, such as {column.iloc[0]}: give dates such as "
+            "2024-01-31 13:00:00, or name another column with --time-column."
+        )
+    stamps = pd.to_datetime(column, errors="coerce", format="mixed")
+    if stamps.isna().any():
+        row = int(np.flatnonzero(stamps.isna())[0])
+        raise UserError(
+            f"The time column {column.name} of {path}, row {row + 1}: {column.iloc[row]!r} is no time stamp. "
+            "Correct it, or name the time column with --time-column."
+        )
+    return pd.DatetimeIndex(stamps)
+
+
+def parse_numbers(column: pd.Series, path: Path) -> np.ndarray:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = np.flatnonzero((np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers))
+    if len(wrong):
+        raise UserError(
+            f"Column {column.name} of {path}, row {wrong[0] + 1}: {column.iloc[wrong[0]]!r} is no finite number "
+            f"({len(wrong)} such cells). Correct them, leave them empty, or choose other columns with --targets."
+        )
+    return numbers
+
+
+def refuse_sentinels(numbers: pd.DataFrame, keep: Sequence[float], path: Path) -> None:
+    """Raise for -9999 and its like where it lies far outside the column's other values."""
+    for name, column in numbers.items():
+        for value in SENTINELS:
+            others = column[(column != value) & column.notna()]
+            count = int((column == value).sum())
+            if not count or value in keep or others.empty:
+                continue
+            if min(abs(others.min() - value), abs(others.max() - value)) > 2 * (others.max() - others.min()):
+                raise UserError(
+                    f"Column {name} of {path} holds {value:g} in {count} rows, its other values lie between "
+                    f"{others.min():g} and {others.max():g}: does it stand for a missing value? "
+                    f"Then add --na-values {value:g} --missing interpolate; if not, --keep-values {value:g}."
+                )
+
+
+def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
+    """The step from each time stamp to the next, None where it is not the same, not forward, or there is but one."""
+    if len(times) < 2 or not times.is_monotonic_increasing:
+        return None
+    steps = times[1:] - times[:-1]
+    if (steps == steps[0]).all() and steps[0] > pd.Timedelta(0):
+        return pd.tseries.frequencies.to_offset(steps[0])
+    with warnings.catch_warnings():  # of pandas 4's other type of the result, which to_offset takes as well
+        warnings.simplefilter("ignore")
+        frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
+    return pd.tseries.frequencies.to_offset(frequency)
+
+
+def repair_times(numbers: pd.DataFrame, how: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    times = numbers.index
+    if how == "keep" or len(times) < 2 or find_step(times) is not None:
+        return numbers, []
+    steps = times[1:] - times[:-1]
+    usual = pd.Series(abs(steps[steps != pd.Timedelta(0)])).mode()
+    if usual.empty:
+        raise UserError(f"All time stamps of {path} are {times[0]}: they must tell the rows apart.")
+    usual = usual.iloc[0]
+    if how == "error":
+        wrong = int(np.flatnonzero(steps != usual)[0])
+        twice, back = int((steps == pd.Timedelta(0)).sum()), int((steps < pd.Timedelta(0)).sum())
+        raise UserError(
+            f"Time stamps of {path} are not all {usual} apart: {twice} are there twice, {back} go back, "
+            f"{int((steps > usual).sum())} come after a gap; first, row {wrong + 2} ({times[wrong + 1]}) follows "
+            f"{times[wrong]}. Add --times regular to sort, keep the first of equal ones and add the missing rows, or "
+            "--times keep to take every row as one step."
+        )
+    repairs = []
+    if back := int((steps < pd.Timedelta(0)).sum()):
+        numbers = numbers.sort_index(kind="stable")
+        repairs.append(f"Rows were sorted by time: {back} went back.")
+    twice = numbers.index.duplicated()
+    if twice.any():
+        repairs.append(f"{int(twice.sum())} rows whose time stamp was there already were left out.")
+        numbers = numbers[~twice]
+    if find_step(numbers.index) is None:
+        steps = numbers.index[1:] - numbers.index[:-1]
+        usual = pd.Series(steps).mode().iloc[0]
+        grid = pd.date_range(numbers.index[0], numbers.index[-1], freq=usual)
+        strays = numbers.index.difference(grid)
+        if len(strays):
+            raise UserError(
+                f"{len(strays)} time stamps of {path}, such as {strays[0]}, do not lie whole steps of {usual} after "
+                f"{numbers.index[0]}: resample the file, or add --times keep to take every row as one step."
+            )
+        repairs.append(f"{len(grid) - len(numbers)} missing rows were added, {usual} apart.")
+        numbers = numbers.reindex(grid)
+    return numbers, repairs
+
+
+def repair_missing(numbers: pd.DataFrame, how: str, path: Path) -> tuple[np.ndarray, list[str]]:
+    counts = numbers.isna().sum()
+    counts = counts[counts > 0]
+    if counts.empty:
+        return numbers.to_numpy(dtype=np.float64), []
+    if len(empty := counts[counts == len(numbers)]):
+        raise UserError(f"Column {empty.index[0]} of {path} holds no value at all: leave it out with --targets.")
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.iloc[:5].items())
+    listed += f" and {len(counts) - 5} more columns" if len(counts) > 5 else ""
+    if how == "error":
+        row = numbers.index[numbers.isna().any(axis=1)][0]
+        raise UserError(
+            f"Values of {path} are missing: {listed}; first at {row}. Add --missing interpolate or --missing previous "
+            "to fill them, or choose other columns with --targets."
+        )
+    # by rows, not by time: rows are the model's steps
+    filled = numbers.interpolate(limit_direction="both") if how == "interpolate" else numbers.ffill().bfill()
+    verb = "interpolated" if how == "interpolate" else "filled with the value before"
+    return filled.to_numpy(dtype=np.float64), [f"{int(counts.sum())} missing values were {verb}: {listed}."]
+
+
+def calendar_features(times: pd.DatetimeIndex) -> tuple[np.ndarray, list[str]]:
+    """Sine and cosine of the time of day, of week and of year, (rows, 6), which are known for any future time."""
+    day = (times.hour * 3600 + times.minute * 60 + times.second) / 86400
+    week = (times.day_of_week + day) / 7
+    year = (times.day_of_year - 1 + day) / 366
+    angles = 2 * np.pi * np.stack([day, week, year], axis=1)
+    names = [f"{wave}_{period}" for period in ("day", "week", "year") for wave in ("sin", "cos")]
+    return np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(len(times), 6), names
+
+
+def season_length(step: pd.offsets.BaseOffset | None) -> int:
+    """Steps after which a season repeats: a day of shorter steps, a week of days, a year of longer steps; else 1."""
+    if step is None:
+        return 1
+    name = step.freqstr.split("-")[0].lstrip("0123456789")
+    return max(SEASONS.get(name, 1) // step.n, 1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on, to validate on and to test on, one after the other from the first row."""
+
+    train: int
+    val: int
+    test: int
+
+    def borders(self, part: str, lookback: int) -> tuple[int, int]:
+        """First and last row (exclusive) of a part; validation and test reach back by the lookback, so that their
+        first forecast begins with their first row."""
+        ends = {"train": self.train, "val": self.train + self.val, "test": self.train + self.val + self.test}
+        starts = {"train": 0, "val": self.train - lookback, "test": self.train + self.val - lookback}
+        return starts[part], ends[part]
+
+
+def make_split(rows: int, parts: Sequence[float], lookback: int, horizon: int) -> Split:
+    """A split by shares, (0.7, 0.1, 0.2), rounded as the field does, or by rows, (8640, 2880, 2880).
+
+    Raises:
+        UserError: More rows than there are, or too few for lookback and horizon.
+    """
+    if len(parts) != 3 or any(p < 0 for p in parts):
+        raise UserError(f"A split is three numbers, of training, validation and test, got {list(parts)}.")
+    if all(float(p).is_integer() for p in parts) and sum(parts) > 1:
+        train, val, test = map(int, parts)
+    elif abs(sum(parts) - 1) < 1e-6:
+        train, test = int(rows * parts[0]), int(rows * parts[2])
+        val = rows - train - test
+    else:
+        raise UserError(f"The shares of a split must sum to 1, or be whole numbers of rows; got {list(parts)}.")
+    if train + val + test > rows:
+        raise UserError(f"The split asks for {train + val + test} rows, the file has {rows}: choose another --split.")
+    for name, size, needed in (
+        ("training", train, lookback + horizon),
+        ("validation", val, horizon),
+        ("test", test, horizon if test else 0),
+    ):
+        if size < needed:
+            raise UserError(
+                f"{size} rows of {name} (of {rows} in the file) are too few for a lookback of {lookback} and a "
+                f"horizon of {horizon}, which need {needed}: shorten them, or choose another --split."
+            )
+    return Split(train, val, test)
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Standardisation by the mean and deviation of the training rows, (M,), float64 each."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def fit(cls, values: np.ndarray) -> "Scaler":
+        """From (rows, M); a column that does not vary keeps its scale, as in scikit-learn."""
+        return cls(values.mean(axis=0), np.where(is_constant(values), 1.0, values.std(axis=0)))
+
+    def transform(self, values: Any) -> Any:
+        """(..., M) -> (..., M), standardised."""
+        return (values - self.mean) / self.std
+
+    def inverse(self, values: Any) -> Any:
+        """(..., M) -> (..., M), in the units of the file."""
+        return values * self.std + self.mean
+
+
+def is_constant(values: np.ndarray) -> np.ndarray:
+    """Which columns of (rows, M) hold one value only, (M,)."""
+    return values.max(axis=0) == values.min(axis=0)
+
+
+class Windows:
+    """All windows of a stretch of rows, at stride 1, cut out of one tensor by their index.
+
+    Args:
+        values: Standardised targets, (rows, M), on the device that is to train.
+        lookback: Steps L of history.
+        horizon: Steps H to forecast.
+        start: First row.
+        end: Row after the last.
+        future: Known-future features, (rows or more, C), on the same device; None if there are none.
+    """
+
+    def __init__(self, values: Tensor, lookback: int, horizon: int, start: int, end: int, future: Tensor | None = None):
+        self.lookback, self.horizon = lookback, horizon
+        self.windows = values[start:end].unfold(0, lookback + horizon, 1)  # a view: (windows, M, L + H)
+        self.future = None if future is None else future[start + lookback : end].unfold(0, horizon, 1)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.windows.device
+
+    def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """History (n, L, M), truth (n, H, M) and future features (n, H, C) or None."""
+        x, y = self.windows[index].transpose(1, 2).split((self.lookback, self.horizon), dim=1)
+        return x, y, None if self.future is None else self.future[index].transpose(1, 2)
+
+    def batches(self, size: int):
+        """All windows in order, the last batch with what remains."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]

@@ -1,0 +1,106 @@
+"""Errors over all windows of a split, of a model and of the baselines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import write_atomically
+from ..classify.errors import UserError
+from ..classify.options import resolve
+from ..classify.progress import say
+from .baselines import Ridge
+from .data import Windows
+from .forecaster import Forecaster
+from .options import evaluate_parser, reading_options
+from .plots import plot_errors, plot_forecast
+from .scores import baseline_scores, model_forecast, quantile_scores, score
+from .training import choose_device, versions
+
+__all__ = ["evaluate"]
+
+
+def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
+    """Errors of a trained TSM2 and of the baselines, as `tools/forecast.py evaluate` prints them.
+
+    Args:
+        argv: Command line; or else
+        options: the same options by name, with underscores: `evaluate(data="sales.csv", checkpoint="runs/sales")`.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        UserError: Anything that the user can put right.
+    """
+    options, _ = resolve(evaluate_parser(), options if argv is None else argv)
+    for name in ("data", "checkpoint"):
+        if not options[name]:
+            raise UserError(f"evaluate needs {name}.")
+    device = choose_device(options["device"])
+    forecaster = Forecaster.from_pretrained(options["checkpoint"], device)
+    table = forecaster.read(options["data"], **reading_options(options))
+    for note in table.repairs:
+        say(note)
+    config, split, part = forecaster.model.config, forecaster.split, options["part"]
+    if split is None:
+        raise UserError(f"{options['checkpoint']} does not say which rows are its test rows.")
+    rows = split.train + split.val + split.test
+    if len(table) < rows:
+        raise UserError(f"{options['data']} has {len(table)} rows, the split {rows}: give the file of training.")
+    if getattr(split, part) < config.horizon:
+        raise UserError(f"The split has no {part} rows: train with another --split.")
+    values, future = forecaster.tensors(table, device)
+    windows = {
+        p: Windows(values, config.lookback, config.horizon, *split.borders(p, config.lookback), future)
+        for p in dict.fromkeys(("train", "val", part))
+    }
+    amp = options["amp"] and device.type == "cuda"
+    scores = {"TSM2": score(model_forecast(forecaster.model, amp=amp), windows[part], options["batch_size"])}
+    ridge = Ridge.fit(windows["train"], windows["val"])
+    scores.update(baseline_scores(ridge, windows[part], forecaster.season, options["batch_size"]))
+    say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
+    for name, row in scores.items():
+        say(f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
+    result = {
+        "part": part,
+        "windows": len(windows[part]),
+        "columns": forecaster.columns,
+        "scores": scores,
+        "ridge_penalty": ridge.penalty,
+        "chosen": forecaster.metrics,
+        "rows": {"train": split.train, "val": split.val, "test": split.test},
+        "versions": versions(),
+    }
+    if config.quantiles:
+        result["quantiles"] = quantile_scores(forecaster.model, windows[part], options["batch_size"])
+        say(", ".join(f"{k} {v:.4f}" for k, v in result["quantiles"].items()))
+    folder = Path(options["output"] or options["checkpoint"])
+    try:
+        write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        draw(forecaster, table, windows[part], scores, options, folder)
+    except OSError as error:
+        raise UserError(f"{error.strerror}: choose another --output.") from None
+    return result
+
+
+def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, options: dict[str, Any], folder: Path) -> None:
+    config, split, part = forecaster.model.config, forecaster.split, options["part"]
+    index = options["window"] if options["window"] >= 0 else len(windows) + options["window"]
+    if not 0 <= index < len(windows):
+        raise UserError(f"There is no window {options['window']}: there are {len(windows)}.")
+    x, _, future = windows[index : index + 1]
+    with torch.no_grad():
+        y = forecaster.model(x, future=future)[0].double().cpu().numpy()
+    units = forecaster.scaler.inverse
+    forecast = units(y.transpose(0, 2, 1)).transpose(0, 2, 1) if config.quantiles else units(y)
+    start = split.borders(part, config.lookback)[0] + index
+    now, end = start + config.lookback, start + config.lookback + config.horizon
+    first = now - min(config.lookback, max(2 * config.horizon, 24))
+    try:
+        history, truth = table.values[first:now], table.values[now:end]
+        plot_forecast(forecaster, table.times[first:end], history, truth, forecast, folder / "forecast.png")
+        plot_errors(forecaster.columns, scores, folder / "errors.png")
+    except UserError as error:  # matplotlib is optional
+        say(f"No pictures: {error}")

@@ -1,0 +1,212 @@
+"""A trained TSM2 together with what it needs to know of the series: saved, loaded, applied to files."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..checkpoints import write_atomically
+from ..classify.errors import UserError
+from ..classify.options import did_you_mean
+from ..tsm2 import TSM2, TSM2Config
+from .data import Scaler, Split, Table, calendar_features, read_table
+
+__all__ = ["Forecaster"]
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+
+
+@dataclass
+class Forecaster:
+    """A TSM2, the scale and order of its series, and their time step.
+
+    Args:
+        model: On any device.
+        columns: Names of the M variates, in the order that the model's scan along variates has learned.
+        scaler: Of the variates.
+        future_columns: Names of the known-future features that the file brings.
+        future_scaler: Of those.
+        calendar: Whether the time stamps' `calendar_features` follow them.
+        step: pandas' name of the time step, such as "h" or "15min"; None if rows were not a constant step apart.
+        season: Steps of a season, for the seasonal naive forecast.
+        split: Rows that it was trained, validated and is to be tested on.
+        reading: Options of `read_table` that it was trained with, but for the columns.
+        metrics: What training reported of the chosen epoch.
+    """
+
+    model: TSM2
+    columns: list[str]
+    scaler: Scaler
+    future_columns: list[str] = field(default_factory=list)
+    future_scaler: Scaler | None = None
+    calendar: bool = False
+    step: str | None = None
+    season: int = 1
+    split: Split | None = None
+    reading: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, path: str | Path, **changes) -> Table:
+        """Read a file with this forecaster's columns, in its order.
+
+        Args:
+            path: As for `read_table`.
+            changes: Options of `read_table` to use instead of those of training.
+
+        Raises:
+            UserError: As `read_table`; rows that are another step apart.
+        """
+        reading = {**self.reading, **changes}
+        table = read_table(path, targets=self.columns, future_columns=self.future_columns, **reading)
+        step = table.step.freqstr if table.step else None
+        if self.step and step != self.step and reading.get("times") != "keep":
+            raise UserError(
+                f"Rows of {path} are {step or 'not a constant step'} apart, the model was trained on {self.step}: "
+                "resample the file, or add --times keep if it is to be taken as it is."
+            )
+        return table
+
+    def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        """Standardised variates (rows, M) and future features (rows and more, C) or None, float32, on a device."""
+        values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
+        features = self.future_features(table.future, table.future_times)
+        if features is None:
+            return values, None
+        return values, torch.tensor(features, dtype=torch.float32, device=device)
+
+    def future_features(self, future: np.ndarray, times: pd.DatetimeIndex) -> np.ndarray | None:
+        parts = [self.future_scaler.transform(future)] if self.future_columns else []
+        if self.calendar:
+            parts.append(calendar_features(times)[0])
+        return np.concatenate(parts, axis=1) if parts else None
+
+    def predict(self, table: Table) -> tuple[pd.DatetimeIndex, np.ndarray]:
+        """Forecast beyond the last row of a table.
+
+        Returns:
+            Time stamps (H,) and values (H, M), with quantiles (H, M, Q), in the units of the file.
+
+        Raises:
+            UserError: Fewer rows than the lookback, no rows of known-future columns for the horizon, or time stamps
+                that cannot be continued.
+        """
+        c = self.model.config
+        if len(table) < c.lookback:
+            raise UserError(f"{len(table)} rows are too few: the model looks back over {c.lookback}.")
+        times = self.times_ahead(table)
+        future = None
+        if self.future_columns:
+            known = table.future[len(table) : len(table) + c.horizon]
+            if len(known) < c.horizon:
+                raise UserError(
+                    f"The forecast needs {', '.join(self.future_columns)} for {c.horizon} further rows, and the file "
+                    f"has {len(known)}: append rows with time stamp and these columns, and no value of the targets."
+                )
+            future = known
+        if self.future_columns or self.calendar:
+            features = self.future_features(future, times)
+            future = torch.tensor(features, dtype=torch.float32)
+        device = next(self.model.parameters()).device
+        x = torch.tensor(self.scaler.transform(table.values[-c.lookback :]), dtype=torch.float32, device=device)
+        self.model.eval()
+        with torch.no_grad():
+            y = self.model(x[None], future=None if future is None else future[None].to(device))[0]
+        y = y.double().cpu().numpy()
+        if c.quantiles:
+            return times, self.scaler.inverse(y.transpose(0, 2, 1)).transpose(0, 2, 1)
+        return times, self.scaler.inverse(y)
+
+    def times_ahead(self, table: Table) -> pd.DatetimeIndex:
+        horizon = self.model.config.horizon
+        given = table.future_times[len(table) : len(table) + horizon]
+        if len(given) == horizon:
+            return given
+        step = table.step
+        if step is None and len(table) > 1:  # rows taken as they are: the usual step
+            steps = pd.Series(table.times[1:] - table.times[:-1])
+            step = steps[steps > pd.Timedelta(0)].mode().iloc[0]
+        if step is None:
+            raise UserError("One row tells no time step to continue with.")
+        return pd.date_range(table.times[-1], periods=horizon + 1, freq=step)[1:]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors, each in one step.
+
+        Raises:
+            OSError: The disk is full or cannot be written.
+        """
+        folder = Path(folder)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        write_atomically(folder / WEIGHTS_NAME, save(weights, metadata={"format": "pt"}))
+        write_atomically(folder / CONFIG_NAME, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON has it."""
+        return {
+            "model_type": "tsm2",
+            "model": self.model.config.to_dict(),
+            "columns": self.columns,
+            "mean": self.scaler.mean.tolist(),
+            "std": self.scaler.std.tolist(),
+            "future_columns": self.future_columns,
+            "future_mean": self.future_scaler.mean.tolist() if self.future_scaler else [],
+            "future_std": self.future_scaler.std.tolist() if self.future_scaler else [],
+            "calendar": self.calendar,
+            "step": self.step,
+            "season": self.season,
+            "split": [self.split.train, self.split.val, self.split.test] if self.split else None,
+            "reading": self.reading,
+            "metrics": self.metrics,
+        }
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, device: torch.device | str = "cpu") -> "Forecaster":
+        """Read what `save_pretrained` wrote, or the best epoch of a run's folder. No pickle is read.
+
+        Raises:
+            UserError: No such folder, damaged files, or weights of another configuration.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG_NAME).is_file() and (folder / "best" / CONFIG_NAME).is_file():
+            folder = folder / "best"
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise UserError(f"There is no {name} in {folder}: give the folder of a run, or of a saved forecaster.")
+        try:
+            saved = json.loads((folder / CONFIG_NAME).read_text())
+            known = {f.name for f in TSM2Config.__dataclass_fields__.values()}
+            for name in saved["model"].keys() - known:
+                raise UserError(f"{folder / CONFIG_NAME} has an unknown option {name}{did_you_mean(name, known)}")
+            model = TSM2(TSM2Config(**saved["model"]))
+            forecaster = cls(
+                model,
+                saved["columns"],
+                Scaler(np.array(saved["mean"]), np.array(saved["std"])),
+                saved["future_columns"],
+                Scaler(np.array(saved["future_mean"]), np.array(saved["future_std"])),
+                saved["calendar"],
+                saved["step"],
+                saved["season"],
+                Split(*saved["split"]) if saved["split"] else None,
+                saved["reading"],
+                saved["metrics"],
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / CONFIG_NAME} is damaged or of something else ({error!r}).") from None
+        try:
+            model.load_state_dict(load((folder / WEIGHTS_NAME).read_bytes()))
+        except SafetensorError as error:
+            raise UserError(f"{folder / WEIGHTS_NAME} is truncated or no safetensors file ({error}).") from None
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise UserError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME} beside it: {reason}") from None
+        model.to(device).eval()
+        return forecaster

@@ -1,0 +1,105 @@
+"""Pictures: a forecast beside the truth, a forecast of what is to come, errors of every variate."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..classify.plots import figure, save, shorten
+from .data import Table
+from .forecaster import Forecaster
+
+__all__ = ["plot_errors", "plot_forecast", "plot_prediction"]
+
+HISTORY, TRUTH, FORECAST = "#555555", "#1a7f37", "#c02626"
+MAX_PANELS = 8
+
+
+def plot_forecast(
+    forecaster: Forecaster, times: Sequence, history: np.ndarray, truth: np.ndarray | None, forecast: np.ndarray, path
+) -> None:
+    """History, truth and forecast of up to eight variates, with a band between outer quantiles.
+
+    Args:
+        forecaster: Names its variates and quantiles.
+        times: Time stamps of history and forecast, (rows + H,).
+        history: (rows, M), in the units of the file.
+        truth: (H, M), None where it is still to come.
+        forecast: (H, M), with quantiles (H, M, Q).
+        path: PNG to write.
+    """
+    names, levels = forecaster.columns, forecaster.model.config.quantiles
+    fig = figure()  # says so if matplotlib is missing
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    panels = min(len(names), MAX_PANELS)
+    columns = 1 if panels == 1 else 2
+    lines = math.ceil(panels / columns)
+    fig.set_size_inches(6.5 * columns, 2.6 * lines + 0.4)
+    grid = fig.subplots(lines, columns, squeeze=False).flatten()
+    past, ahead = times[: len(history)], times[len(history) :]
+    middle = min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5)) if levels else None
+    for i, axes in enumerate(grid[:panels]):
+        axes.plot(past, history[:, i], color=HISTORY, linewidth=1, label="history")
+        if truth is not None:
+            axes.plot(ahead, truth[:, i], color=TRUTH, linewidth=1, label="truth")
+        line = forecast[:, i] if middle is None else forecast[:, i, middle]
+        axes.plot(ahead, line, color=FORECAST, linewidth=1.2, label="forecast")
+        if len(levels) > 1:
+            label = f"quantiles {levels[0]:g} to {levels[-1]:g}"
+            axes.fill_between(
+                ahead, forecast[:, i, 0], forecast[:, i, -1], color=FORECAST, alpha=0.2, lw=0, label=label
+            )
+        axes.set_title(shorten(names[i]), fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.01)
+        locator = AutoDateLocator(maxticks=8)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        axes.tick_params(labelsize=8)
+    for axes in grid[panels:]:
+        axes.axis("off")
+    handles, labels = grid[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    if len(names) > panels:
+        fig.supxlabel(f"the first {panels} of {len(names)} variates", fontsize=8)
+    save(fig, path)
+
+
+def plot_prediction(forecaster: Forecaster, table: Table, times: Any, values: np.ndarray, path: str | os.PathLike):
+    """The end of a table, twice the horizon of it but no more than the lookback, and the forecast that follows."""
+    config = forecaster.model.config
+    rows = min(config.lookback, max(2 * config.horizon, 24))
+    plot_forecast(forecaster, [*table.times[-rows:], *times], table.values[-rows:], None, values, path)
+
+
+def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.PathLike) -> None:
+    """Mean squared error of every variate, and of every step ahead, of the model and the baselines.
+
+    Args:
+        names: Of the M variates.
+        scores: As `evaluation.score` returns them, by the name of the forecast.
+        path: PNG to write.
+    """
+    fig = figure(figsize=(12, max(3.5, 0.3 * len(names) + 1)))
+    bars, curve = fig.subplots(1, 2)
+    height = 0.8 / len(scores)
+    for k, (name, row) in enumerate(scores.items()):
+        places = np.arange(len(names)) + (k - (len(scores) - 1) / 2) * height
+        bars.barh(places, row["mse_by_variate"], height, label=name)
+        steps = np.arange(1, len(row["mse_by_step"]) + 1)
+        curve.plot(steps, row["mse_by_step"], label=name, linestyle="-" if k else "--", zorder=2 if k else 3)
+    bars.set_yticks(range(len(names)), [shorten(name) for name in names], fontsize=8)
+    bars.invert_yaxis()
+    largest, smallest = (f(max(row["mse_by_variate"]) for row in scores.values()) for f in (max, min))
+    if largest > 20 * max(smallest, 1e-9) or len(names) > 12:
+        bars.set_xscale("log")
+    bars.set_xlabel("MSE of standardised values, by variate")
+    curve.set_xlabel("step ahead")
+    curve.set_ylabel("MSE of standardised values")
+    for axes in (bars, curve):
+        axes.grid(alpha=0.3)
+    curve.legend()
+    save(fig, path)

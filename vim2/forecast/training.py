@@ -1,0 +1,397 @@
+"""Training.
+
+A run lives in one folder: best/ (the best epoch's config.json and model.safetensors), last.pth (everything that is
+needed to go on) and metrics.json. Every epoch begins with random states that depend on (seed, epoch) alone and ends
+with last.pth, so that a run which was cut off goes on as if it had not been. The test rows are never looked at here.
+"""
+
+import json
+import math
+import platform
+import time
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+import vim2
+
+from ..checkpoints import read_checkpoint, save_checkpoint, write_atomically
+from ..classify.distributed import Processes
+from ..classify.errors import UserError
+from ..classify.options import resolve
+from ..classify.progress import progress, say
+from ..tsm2 import TSM2
+from .baselines import Ridge
+from .data import Scaler, Windows, is_constant, make_split, read_table, season_length
+from .forecaster import Forecaster
+from .options import fit_parser, model_config, reading_options, resume_options
+from .recipes import RECIPES
+from .scores import baseline_scores, model_forecast, pinball, quantile_scores, score
+
+__all__ = ["fit"]
+
+
+def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
+    """Train a TSM2, as `tools/forecast.py fit` does.
+
+    Args:
+        argv: Command line; or else
+        options: the same options by name, with underscores: `fit(data="sales.csv", horizon=28, lookback=112)`.
+
+    Returns:
+        What metrics.json holds, and the run's `folder`.
+
+    Raises:
+        UserError: Anything that the user can put right. What was saved before is kept.
+    """
+    options, explicit = resolve(fit_parser(), options if argv is None else argv)
+    if not options["data"]:
+        raise UserError("There is no data: name a file.")
+    if options["recipe"]:
+        recipe = RECIPES[options["recipe"]]
+        options = {**options, **{k: v for k, v in recipe.items() if k not in explicit}}
+    options, saved = recall(options, explicit)
+    run = Run(options, saved)
+    run.fit()
+    return {**run.metrics(), "folder": str(run.folder)}
+
+
+def run_folder(options: dict[str, Any]) -> Path:
+    name = Path(options["data"]).name.split(".")[0]
+    return Path(options["output"]) / (options["experiment"] or f"tsm2-{name}-{options['horizon']}")
+
+
+def recall(options: dict[str, Any], explicit: set[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The options to train with and, for a run that goes on, its checkpoint."""
+    path = run_folder(options) / "last.pth"
+    if not path.exists():
+        if options["resume"]:
+            say(f"No {path} yet: starting from the beginning.")
+        return options, None
+    if not options["resume"]:
+        raise UserError(
+            f"{path.parent} holds a run already: add --resume to go on with it, or choose another --experiment."
+        )
+    try:
+        saved = read_checkpoint(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not (isinstance(saved, dict) and "optimizer" in saved and "options" in saved):
+        raise UserError(f"{path} cannot be resumed: it is not the last.pth of a forecasting run.")
+    return resume_options(options, explicit, saved["options"], path), saved
+
+
+def choose_device(name: str | None) -> torch.device:
+    """A device by name, else a GPU if there is one.
+
+    Raises:
+        UserError: An unknown device, or one that is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu.") from None
+    return device
+
+
+def seed_everything(*numbers: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+class Run:
+    """One training run.
+
+    Args:
+        options: Of `fit_parser`, resolved.
+        saved: Checkpoint to go on from.
+
+    Raises:
+        UserError: Data or options that do not fit.
+    """
+
+    def __init__(self, options: dict[str, Any], saved: dict[str, Any] | None = None):
+        self.options = o = options
+        self.folder = run_folder(options)
+        self.device = choose_device(o["device"])
+        self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
+        self.start: dict[str, Any] | None = saved["start"] if saved else None
+        if o["lr"] <= 0:
+            raise UserError(f"--lr must be positive, got {o['lr']}.")
+        self.open_data()
+        seed_everything(o["seed"], 0)
+        self.create_model()
+        if saved:
+            self.restore(saved)
+
+    def open_data(self) -> None:
+        o = self.options
+        targets, futures = o["targets"], o["future_columns"]
+        self.table = read_table(o["data"], targets=targets, future_columns=futures, **reading_options(o))
+        split = make_split(len(self.table), o["split"], o["lookback"], o["horizon"])
+        if not split.val:
+            raise UserError("There are no rows to validate on: choose another --split.")
+        scaler = Scaler.fit(self.table.values[: split.train])
+        self.notes = list(self.table.repairs)
+        constant = is_constant(self.table.values[: split.train])
+        if constant.any():
+            names = ", ".join(np.array(self.table.columns)[constant])
+            self.notes.append(f"Constant in training, so centred but not scaled: {names}.")
+        if unused := len(self.table) - split.train - split.val - split.test:
+            self.notes.append(f"The last {unused} rows are not used: the split ends before them.")
+        future_scaler = Scaler.fit(self.table.future[: split.train]) if futures else None
+        config = model_config(o, len(futures) + 6 * o["calendar"])
+        step = self.table.step
+        self.forecaster = Forecaster(
+            TSM2(config, device="meta"),
+            self.table.columns,
+            scaler,
+            self.table.future_columns,
+            future_scaler,
+            o["calendar"],
+            step.freqstr if step else None,
+            season_length(step),
+            split,
+            reading_options(o),
+        )
+        values, future = self.forecaster.tensors(self.table, self.device)
+        self.windows = {
+            part: Windows(values, o["lookback"], o["horizon"], *split.borders(part, o["lookback"]), future)
+            for part in ("train", "val")
+        }
+
+    def create_model(self) -> None:
+        o = self.options
+        config = self.forecaster.model.config
+        # made on the CPU, so that a seed means the same weights everywhere
+        self.model = self.forecaster.model = TSM2(config).to(self.device)
+        self.ridge = Ridge.fit(self.windows["train"], self.windows["val"])
+        if config.linear_path:
+            ridge = self.ridge
+            if config.instance_norm == "last":
+                ridge = Ridge.fit(self.windows["train"], self.windows["val"], center="last")
+            with torch.no_grad():
+                self.model.linear_path.weight.copy_(ridge.weight)
+        path = [p for name, p in self.model.named_parameters() if name.startswith("linear_path.")]
+        rest = [p for name, p in self.model.named_parameters() if not name.startswith("linear_path.")]
+        groups = [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": o["weight_decay"]},
+            {"params": [p for p in rest if p.dim() <= 1]},
+        ]
+        for parameter in path:
+            parameter.requires_grad_(o["linear_path_lr"] > 0)
+        if path and o["linear_path_lr"] > 0:
+            groups.append({"params": path, "lr": o["lr"] * o["linear_path_lr"]})
+        self.parameters = [p for group in groups for p in group["params"]]
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=o["lr"], weight_decay=0.0, fused=fused)
+        windows = len(self.windows["train"])
+        self.batch_size = min(o["batch_size"], windows)
+        self.steps = min(math.ceil(windows / self.batch_size), o["epoch_steps"] or windows)
+        warmup = min(round(o["warmup_epochs"] * self.steps), self.steps * o["epochs"] - 1)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.steps * o["epochs"] - warmup,
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        if saved["forecaster"] != plain_forecaster(self.forecaster):
+            raise UserError(
+                f"{self.options['data']} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
+                "rows or scale differ. Give the run its old file, or start another --experiment."
+            )
+        try:
+            self.model.load_state_dict(saved["state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{self.folder / 'last.pth'} does not fit these options: {error}") from None
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the lowest validation loss; epoch 0 is the start, which counts where the linear path is one."""
+        rows = [self.start, *self.history] if self.start else self.history
+        return min(rows, key=lambda row: row["val_loss"], default=None)
+
+    @property
+    def is_finished(self) -> bool:
+        waited = len(self.history) - self.best["epoch"] if self.best else 0
+        return len(self.history) >= self.options["epochs"] or waited >= self.options["patience"]
+
+    def fit(self) -> None:
+        """Train until there is no more progress, or the last epoch.
+
+        Raises:
+            UserError: The loss became NaN, or a file could not be written. The last good checkpoint is kept.
+        """
+        o, split = self.options, self.forecaster.split
+        for note in self.notes:
+            say(note)
+        counts = f"{len(self.windows['train']):,} to train on, {len(self.windows['val']):,} to validate on"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        say(
+            f"TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o['lookback']} steps -> "
+            f"{o['horizon']}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
+        )
+        self.baselines = baseline_scores(self.ridge, self.windows["val"], self.forecaster.season)
+        for name, row in self.baselines.items():
+            say(f"{name:<15} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
+        if self.history:
+            say(f"Going on after epoch {len(self.history)} of {o['epochs']}.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the folder {self.folder} ({error.strerror}): choose another --output."
+            ) from None
+        if self.model.linear_path is not None and self.start is None:
+            self.start = {"epoch": 0, **self.validate()}
+            self.save_best(self.start)
+        while not self.is_finished:
+            epoch = len(self.history)
+            row = self.train_epoch(epoch)
+            row.update(self.validate())
+            self.require_finite(epoch, row["train_loss"], row["val_loss"])
+            self.history.append(row)
+            self.write()
+            say(
+                f"epoch {row['epoch']:>3}/{o['epochs']} · loss {row['train_loss']:.4f} · validation "
+                f"MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
+            )
+        self.write_metrics()
+        best, ridge = self.best, self.baselines["ridge"]["mse"]
+        say(f"Best: epoch {best['epoch']}, validation MSE {best['val_mse']:.4f} (ridge {ridge:.4f}); {self.folder}")
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        seed_everything(self.options["seed"], epoch + 1)
+        self.model.train()
+        windows, start = self.windows["train"], time.perf_counter()
+        order = torch.randperm(len(windows)).to(self.device)
+        total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        batches = order.split(self.batch_size)[: self.steps]
+        for step, index in enumerate(progress(batches, f"epoch {epoch + 1}", Processes(self.device))):
+            self.scheduler.step_update(epoch * self.steps + step + 1)
+            total += self.update(*windows[index]) * len(index)
+            seen += len(index)
+        lr = self.optimizer.param_groups[0]["lr"]
+        train_loss = total.item() / seen  # waits for the device, so that the time is the epoch's
+        return {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "seconds": time.perf_counter() - start}
+
+    def update(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
+        """One update of the weights; the batch's loss before it."""
+        o = self.options
+        loss = self.loss(x, y, future)
+        loss.backward()
+        if o["sam"]:  # Foret et al., ICLR 2021: the gradient is taken where the loss nearby is highest
+            with torch.no_grad():
+                norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+                climb = [None if p.grad is None else p.grad * (o["sam"] / (norm + 1e-12)) for p in self.parameters]
+                for parameter, step in zip(self.parameters, climb):
+                    if step is not None:
+                        parameter.add_(step)
+            self.optimizer.zero_grad()
+            self.loss(x, y, future).backward()
+            with torch.no_grad():
+                for parameter, step in zip(self.parameters, climb):
+                    if step is not None:
+                        parameter.sub_(step)
+        if o["clip_grad"]:
+            nn.utils.clip_grad_norm_(self.parameters, o["clip_grad"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def loss(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
+        """Squared error, with quantiles the pinball loss, on standardised values."""
+        amp = self.options["amp"] and self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if amp else nullcontext():
+            forecast = self.model(x, future=future)
+        levels = self.model.config.quantiles
+        return pinball(forecast.float(), y, levels) if levels else F.mse_loss(forecast.float(), y)
+
+    def validate(self) -> dict[str, Any]:
+        self.model.eval()
+        amp = self.options["amp"] and self.device.type == "cuda"
+        windows = self.windows["val"]
+        scores = score(model_forecast(self.model, amp=amp), windows)
+        row = {"val_loss": scores["mse"], "val_mse": scores["mse"], "val_mae": scores["mae"]}
+        if self.model.config.quantiles:
+            row["val_loss"] = row["val_pinball"] = quantile_scores(self.model, windows)["pinball"]
+        return row
+
+    def require_finite(self, epoch: int, *losses: float) -> None:
+        if all(map(math.isfinite, losses)):
+            return
+        kept = f"Epoch {epoch} is kept in {self.folder}." if epoch else "Nothing was saved yet."
+        raise UserError(f"The loss became NaN or infinite in epoch {epoch + 1}. {kept} Start again with a lower --lr.")
+
+    def save_best(self, row: dict[str, Any]) -> None:
+        self.forecaster.metrics = row
+        try:
+            self.forecaster.save_pretrained(self.folder / "best")
+        except OSError as error:
+            raise UserError(f"{error.strerror}. Make room, then go on with --resume.") from None
+
+    def write(self) -> None:
+        """Write the run's files. If it is cut off anywhere here, nothing is lost."""
+        checkpoint = {
+            "options": self.options,
+            "forecaster": plain_forecaster(self.forecaster),
+            "start": self.start,
+            "history": self.history,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            # best/ first: a run cut off in between repeats the epoch, and writes it again
+            if self.best is self.history[-1]:
+                self.save_best(self.history[-1])
+            save_checkpoint(checkpoint, self.folder / "last.pth")
+            self.write_metrics()
+        except OSError as error:
+            raise UserError(f"{error.strerror}. Make room, then go on with --resume.") from None
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        split = self.forecaster.split
+        return {
+            "best": self.best,
+            "baselines": {name: {"val_mse": row["mse"], "val_mae": row["mae"]} for name, row in self.baselines.items()},
+            "ridge_penalty": self.ridge.penalty,
+            "start": self.start,
+            "history": self.history,
+            "seed": self.options["seed"],
+            "options": self.options,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "variates": len(self.table.columns),
+            "rows": {"train": split.train, "val": split.val, "test": split.test},
+            "windows": {part: len(windows) for part, windows in self.windows.items()},
+            "repairs": self.notes,
+            "versions": versions(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+        }
+
+    def write_metrics(self) -> None:
+        write_atomically(self.folder / "metrics.json", json.dumps(self.metrics(), indent=1) + "\n")
+
+
+def plain_forecaster(forecaster: Forecaster) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    described = forecaster.to_dict()
+    del described["metrics"]
+    return described
+
+
+def versions() -> dict[str, str]:
+    names = {name: version(name) for name in ("torch", "timm", "numpy", "pandas")}
+    return {"vim2": vim2.__version__, **names, "python": platform.python_version()}
