@@ -111,8 +111,10 @@ def selective_scan_with_backward(
     def backward(grad_y, starts, tensors, grad_B, grad_C, grad_delta):
         u, delta, A, B, C, *others = tensors
         grad_y, u, delta, B, C, *grads = flat(grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
-        options = (True, orders, height, width, backend)
-        grad_u, *others = _gradients(grad_y, starts.new_empty(0), starts, (u, delta, A, B, C, *others), options, *grads)
+        options = (True, [ORDERS.index(order) for order in orders], height, width, backend)
+        grad_u, *others = torch.ops.vim2.selective_scan_backward_into(
+            grad_y, starts.new_empty(0), starts, u, delta, A, B, C, *others, *options, *grads
+        )
         return grad_u.unflatten(1, spatial), *others
 
     u, delta, B, C = flat(u, delta, B, C)
@@ -324,6 +326,70 @@ def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, he
     )
 
 
+@torch.library.custom_op("vim2::selective_scan_backward_into", mutates_args=("grad_B", "grad_C", "grad_delta"))
+def _selective_scan_backward_into(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    starts: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    delta_softplus: bool,
+    orders: Sequence[int],
+    height: int,
+    width: int,
+    backend: str,
+    grad_B: Tensor,
+    grad_C: Tensor,
+    grad_delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
+    which may be parts of one tensor."""
+    options = (delta_softplus, [ORDERS[i] for i in orders], height, width)
+    with autocast_off(u):
+        if backend == "triton":
+            from .triton_scan import selective_scan_triton_backward
+            from .triton_step_size import step_sizes_backward
+
+            grad_u, grad_steps, grad_A, grad_D, grad_bias = selective_scan_triton_backward(
+                grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *options, grad_B, grad_C
+            )
+        else:
+            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+            if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
+                from .mamba_ssm_scan import selective_scan_mamba_backward
+
+                grads = selective_scan_mamba_backward(grad_y, starts, *inputs)
+            elif backend == "numba":
+                from .numba_scan import selective_scan_numba_backward
+
+                grads = selective_scan_numba_backward(grad_y, grad_last, *inputs)
+            else:
+                grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs)
+            grad_u, grad_steps, grad_A, B_gradient, C_gradient, grad_D, grad_bias = grads
+            grad_B.copy_(B_gradient)
+            grad_C.copy_(C_gradient)
+        if delta_weight.numel() == 0:
+            grad_delta.copy_(grad_steps)
+            grad_weight = torch.empty_like(delta_weight)
+        elif backend == "triton":
+            grad_weight = step_sizes_backward(grad_steps, delta, delta_weight, grad_delta)
+        else:
+            grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
+            grad_delta.copy_(torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype)))
+        return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
+
+
+@_selective_scan_backward_into.register_fake
+def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *_):
+    return tuple(t.new_empty(t.shape) for t in (u, A, D, delta_bias, delta_weight))
+
+
 @torch.library.custom_op("vim2::selective_scan_backward", mutates_args=())
 def _selective_scan_backward(
     grad_y: Tensor,
@@ -344,51 +410,12 @@ def _selective_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
-    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    options = (delta_softplus, [ORDERS[i] for i in orders], height, width, backend)
+    inputs = (grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight)
     grad_B, grad_C, grad_delta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C, delta))
-    grad_u, grad_A, *others = _gradients(grad_y, grad_last, starts, tensors, options, grad_B, grad_C, grad_delta)
+    grad_u, grad_A, *others = torch.ops.vim2.selective_scan_backward_into(
+        *inputs, delta_softplus, orders, height, width, backend, grad_B, grad_C, grad_delta
+    )
     return grad_u, grad_delta, grad_A, grad_B, grad_C, *others
-
-
-def _gradients(grad_y, grad_last, starts, tensors, options, grad_B, grad_C, grad_delta):
-    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
-    which may be parts of one tensor."""
-    *inputs, delta_weight = tensors
-    *options, backend = options
-    _, delta, *_ = inputs
-    with autocast_off(delta):
-        if backend == "triton":
-            from .triton_scan import selective_scan_triton_backward
-            from .triton_step_size import step_sizes_backward
-
-            grad_u, grad_steps, grad_A, grad_D, grad_bias = selective_scan_triton_backward(
-                grad_y, grad_last, starts, *tensors, *options, grad_B, grad_C
-            )
-        else:
-            inputs[1] = _step_sizes(delta, delta_weight)
-            if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
-                from .mamba_ssm_scan import selective_scan_mamba_backward
-
-                grads = selective_scan_mamba_backward(grad_y, starts, *inputs, *options)
-            elif backend == "numba":
-                from .numba_scan import selective_scan_numba_backward
-
-                grads = selective_scan_numba_backward(grad_y, grad_last, *inputs, *options)
-            else:
-                grads = selective_scan_chunked_backward(grad_y, grad_last, *inputs, *options)
-            grad_u, grad_steps, grad_A, B_gradient, C_gradient, grad_D, grad_bias = grads
-            grad_B.copy_(B_gradient)
-            grad_C.copy_(C_gradient)
-        if delta_weight.numel() == 0:
-            grad_delta.copy_(grad_steps)
-            grad_weight = torch.empty_like(delta_weight)
-        elif backend == "triton":
-            grad_weight = step_sizes_backward(grad_steps, delta, delta_weight, grad_delta)
-        else:
-            grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
-            grad_delta.copy_(torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype)))
-        return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
 
 
 @_selective_scan_backward.register_fake
