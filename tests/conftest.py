@@ -3,7 +3,17 @@ anything imports Triton, as timm does: hence here, above all tests."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are quickest so, and give the same sums whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,17 +1,7 @@
 import pytest
-import torch
 from classify_helpers import TINY, make_folders
 
 from vim2.classify.cli import main
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are quickest so, and give the same sums whatever else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 import importlib.util
 
 import pytest
-import torch
 from mm_helpers import make_data, write_config
 
 MISSING = [name for name in ("mmengine", "mmdet", "mmseg") if importlib.util.find_spec(name) is None]
@@ -11,15 +10,6 @@ collect_ignore_glob = ["test_*.py"] if MISSING else []
 def pytest_terminal_summary(terminalreporter):
     if MISSING:
         terminalreporter.write_line(f"tests/mm is left out: no {', '.join(MISSING)} here; the extra mm brings them.")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are quickest so, and give the same sums whatever else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

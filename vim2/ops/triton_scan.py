@@ -563,7 +563,7 @@ def selective_scan_triton_backward(
             0,
             *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True), *_strides(grad_y, grad_y.dim() == 4),
             CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
-            LARGE=_is_large(u, B, C, grad_u, grad_y),
+            LARGE=_is_large(u, B, C, grad_u, grad_y, grad_B),
             FULL=_is_full(tile, n, features, batch), num_warps=1, **tile, **options,
         )  # fmt: skip
 
