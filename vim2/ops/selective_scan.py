@@ -112,7 +112,7 @@ def selective_scan_with_backward(
         u, delta, A, B, C, *others = tensors
         grad_y, u, delta, B, C, *grads = flat(grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
         options = (True, [ORDERS.index(order) for order in orders], height, width, backend)
-        grad_u, *others = torch.ops.vim2.selective_scan_backward_into(
+        grad_u, *others = torch.ops.vim2.selective_scan_backward(
             grad_y, starts.new_empty(0), starts, u, delta, A, B, C, *others, *options, *grads
         )
         return grad_u.unflatten(1, spatial), *others
@@ -326,8 +326,8 @@ def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, he
     )
 
 
-@torch.library.custom_op("vim2::selective_scan_backward_into", mutates_args=("grad_B", "grad_C", "grad_delta"))
-def _selective_scan_backward_into(
+@torch.library.custom_op("vim2::selective_scan_backward", mutates_args=("grad_B", "grad_C", "grad_delta"))
+def _selective_scan_backward(
     grad_y: Tensor,
     grad_last: Tensor,
     starts: Tensor,
@@ -385,42 +385,9 @@ def _selective_scan_backward_into(
         return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
 
 
-@_selective_scan_backward_into.register_fake
-def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *_):
-    return tuple(t.new_empty(t.shape) for t in (u, A, D, delta_bias, delta_weight))
-
-
-@torch.library.custom_op("vim2::selective_scan_backward", mutates_args=())
-def _selective_scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    starts: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_weight: Tensor,
-    delta_softplus: bool,
-    orders: Sequence[int],
-    height: int,
-    width: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for u, delta, A, B, C, D, delta_bias and delta_weight."""
-    inputs = (grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight)
-    grad_B, grad_C, grad_delta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C, delta))
-    grad_u, grad_A, *others = torch.ops.vim2.selective_scan_backward_into(
-        *inputs, delta_softplus, orders, height, width, backend, grad_B, grad_C, grad_delta
-    )
-    return grad_u, grad_delta, grad_A, grad_B, grad_C, *others
-
-
 @_selective_scan_backward.register_fake
 def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *_):
-    return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, D, delta_bias, delta_weight))
+    return tuple(t.new_empty(t.shape) for t in (u, A, D, delta_bias, delta_weight))
 
 
 def _setup_context(ctx, inputs, output):
@@ -430,8 +397,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_y, grad_last, _):
     options = (ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, ctx.backend)
-    grads = torch.ops.vim2.selective_scan_backward(grad_y, grad_last, *ctx.saved_tensors, *options)
-    return *grads, *(None,) * 8
+    _, _, delta, _, B, C, *_ = ctx.saved_tensors
+    grad_B, grad_C, grad_delta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C, delta))
+    grad_u, grad_A, *others = torch.ops.vim2.selective_scan_backward(
+        grad_y, grad_last, *ctx.saved_tensors, *options, grad_B, grad_C, grad_delta
+    )
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, *others, *(None,) * 8
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
