@@ -24,7 +24,8 @@ def project(u: Tensor, weight: Tensor, separate_inputs: bool, d_state: int) -> T
     """
     lanes, rows, _ = weight.shape
     weight = weight.roll(2 * d_state - rows, dims=1)
-    weight = F.pad(weight, (0, 0, 0, -rows % 8 if u.is_cuda else 0))
+    if u.is_cuda and rows % 8:
+        weight = F.pad(weight, (0, 0, 0, -rows % 8))
     if not separate_inputs:
         return F.linear(u, weight.flatten(0, 1)).unflatten(-1, (lanes, -1))
     if u.is_cuda:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
