@@ -8,7 +8,7 @@ import torch
 from forecast_helpers import make_frame, shared_data, write_csv
 
 from vim2.forecast import UserError
-from vim2.forecast.data import Scaler, Windows, calendar_features, make_split, read_table, season_length
+from vim2.forecast.data import Scaler, Windows, calendar_features, find_step, make_split, read_table, season_length
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.xz", ".csv.gz", ".parquet"])
@@ -123,6 +123,11 @@ def test_missing_values_are_repaired_as_asked_and_told(tmp_path):
     assert "1 cells of -9999" in table.repairs[0] and "4 missing values" in table.repairs[1]
     previous = read_table(path, na_values=[-9999], missing="previous").values[:, 0]
     assert previous[10] == previous[11] == frame["north"][9] and previous[20] == frame["north"][19]
+    with pytest.raises(UserError, match=r"Column promotion .* holds -9999"):
+        read_table(
+            write_csv(tmp_path / "b.csv", make_frame().replace({"promotion": {1.0: -9999.0}})),
+            future_columns=["promotion"],
+        )
     kept = read_table(path, keep_values=[-9999], missing="previous")
     assert kept.values[20, 0] == -9999
 
@@ -154,7 +159,16 @@ def test_season_lengths():
     offsets = pd.tseries.frequencies.to_offset
     steps = {"h": 24, "15min": 96, "10min": 144, "D": 7, "MS": 12, "W-SUN": 52, "YS": 1}
     assert {name: season_length(offsets(name)) for name in steps} == steps
+    assert {name: season_length(find_step(pd.date_range("2024", periods=40, freq=name))) for name in steps} == steps
     assert season_length(None) == 1
+
+
+def test_seasons_of_rows_that_are_taken_as_they_are(tmp_path):
+    frame = make_frame(400, step="10min").drop(index=[7, 8])
+    assert read_table(write_csv(tmp_path / "a.csv", frame), times="keep").season == 144
+    holidays = make_frame(400, step="B").drop(index=[50, 99])
+    assert read_table(write_csv(tmp_path / "b.csv", holidays), times="keep").season == 5
+    assert read_table(write_csv(tmp_path / "c.csv", make_frame()[::-1]), times="keep").season == 1
 
 
 @pytest.mark.parametrize(

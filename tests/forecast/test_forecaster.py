@@ -148,6 +148,9 @@ def test_months_and_irregular_rows_are_continued(tmp_path):
         run = fit(data=str(data), output=str(tmp_path), device="cpu", **options, **kept)
         times = predict(data=str(data), checkpoint=run["folder"], output=str(tmp_path / name))["times"]
         assert [str(t.date()) for t in times] == ends
+    newest_first = write_csv(tmp_path / "back.csv", make_frame(121, step="D")[::-1])
+    with pytest.raises(UserError, match="Sort the rows by time"):
+        predict(data=str(newest_first), checkpoint=run["folder"], output=str(tmp_path))
 
 
 def test_the_whole_way_by_command(tmp_path, data, capsys):

@@ -55,6 +55,17 @@ class Table:
         """From one row to the next, None where that is not the same throughout."""
         return find_step(self.times)
 
+    @property
+    def season(self) -> int:
+        """Rows after which a season repeats: `season_length`; where steps are not the same, as many rows as there
+        usually are in that time, such as 5 in a week without weekends."""
+        if self.step is not None or (usual := usual_gap(self.times)) is None:
+            return season_length(self.step)
+        times, length = self.times.sort_values(), season_length(to_step(usual))
+        after = times.searchsorted(times + length * usual)
+        rows = (after - np.arange(len(times)))[after < len(times)]
+        return max(int(np.median(rows)), 1) if len(rows) else length
+
 
 def read_table(
     path: str | Path,
@@ -105,7 +116,7 @@ def read_table(
         found = int((numbers == value).sum().sum())
         numbers = numbers.mask(numbers == value)
         repairs.append(f"{found} cells of {value:g} are taken as missing.")
-    refuse_sentinels(numbers[targets], keep_values, path)
+    refuse_sentinels(numbers, keep_values, path)
     numbers, more = repair_times(numbers, times, path)
     repairs += more
     rows = len(numbers)
@@ -213,11 +224,25 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         return None
     steps = times[1:] - times[:-1]
     if (steps == steps[0]).all() and steps[0] > pd.Timedelta(0):
-        return pd.tseries.frequencies.to_offset(steps[0])
+        return to_step(steps[0])
     with warnings.catch_warnings():  # of pandas 4's other type of the result, which to_offset takes as well
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
     return pd.tseries.frequencies.to_offset(frequency)
+
+
+def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
+    """Whole days as days, for which pandas 3 would say 24 hours and pandas 2 did not."""
+    if gap % pd.Timedelta(days=1) == pd.Timedelta(0):
+        return pd.offsets.Day(gap.days)
+    return pd.tseries.frequencies.to_offset(gap)
+
+
+def usual_gap(times: pd.DatetimeIndex) -> pd.Timedelta | None:
+    """The most frequent time from a row to a later one that follows; None if there are none."""
+    gaps = pd.Series(times[1:] - times[:-1])
+    gaps = gaps[gaps > pd.Timedelta(0)]
+    return None if gaps.empty else gaps.mode().iloc[0]
 
 
 def repair_times(numbers: pd.DataFrame, how: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -296,8 +321,10 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
     """Steps after which a season repeats: a day of shorter steps, a week of days, a year of longer steps; else 1."""
     if step is None:
         return 1
-    name = step.freqstr.split("-")[0].lstrip("0123456789")
-    return max(SEASONS.get(name, 1) // step.n, 1)
+    name, count = step.freqstr.split("-")[0].lstrip("0123456789"), step.n
+    if name == "D" and count % 7 == 0:
+        name, count = "W", count // 7
+    return max(SEASONS.get(name, 1) // count, 1)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..checkpoints import write_atomically
 from ..classify.errors import UserError
 from ..classify.options import did_you_mean
 from ..tsm2 import TSM2, TSM2Config
-from .data import Scaler, Split, Table, calendar_features, read_table
+from .data import Scaler, Split, Table, calendar_features, read_table, usual_gap
 
 __all__ = ["Forecaster"]
 
@@ -130,11 +130,13 @@ class Forecaster:
         if len(given) == horizon:
             return given
         step = table.step
-        if step is None and len(table) > 1:  # rows taken as they are: the usual step
-            steps = pd.Series(table.times[1:] - table.times[:-1])
-            step = steps[steps > pd.Timedelta(0)].mode().iloc[0]
+        if step is None:  # rows taken as they are
+            step = usual_gap(table.times)
         if step is None:
-            raise UserError("One row tells no time step to continue with.")
+            raise UserError(
+                "The time stamps tell no step to continue with: there is one row only, or none is later than the one "
+                "before. Sort the rows by time, or add --times regular."
+            )
         return pd.date_range(table.times[-1], periods=horizon + 1, freq=step)[1:]
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -29,7 +29,7 @@ from ..classify.options import resolve
 from ..classify.progress import progress, say
 from ..tsm2 import TSM2
 from .baselines import Ridge
-from .data import Scaler, Windows, is_constant, make_split, read_table, season_length
+from .data import Scaler, Windows, is_constant, make_split, read_table
 from .forecaster import Forecaster
 from .options import fit_parser, model_config, reading_options, resume_options
 from .recipes import RECIPES
@@ -158,7 +158,7 @@ class Run:
             future_scaler,
             o["calendar"],
             step.freqstr if step else None,
-            season_length(step),
+            self.table.season,
             split,
             reading_options(o),
         )
@@ -332,7 +332,7 @@ class Run:
     def require_finite(self, epoch: int, *losses: float) -> None:
         if all(map(math.isfinite, losses)):
             return
-        kept = f"Epoch {epoch} is kept in {self.folder}." if epoch else "Nothing was saved yet."
+        kept = f"Epoch {epoch} is kept in {self.folder}." if epoch or self.start else "Nothing was saved yet."
         raise UserError(f"The loss became NaN or infinite in epoch {epoch + 1}. {kept} Start again with a lower --lr.")
 
     def save_best(self, row: dict[str, Any]) -> None:
