@@ -42,3 +42,6 @@ def test_search_then_run_then_table_cell_by_cell(folder, tmp_path):
     assert last["changes"]["patch"] == 64 and last["mse"] > 0 and last["ridge_mse"] > 0
     assert "0 cells to run, 3 done before" in results_tool("run", *common, *small, "--chosen", "--seeds", "0")
     assert "| ETTh1 | 96 | " in results_tool("table", "--output", tmp_path)
+    with pytest.raises(subprocess.CalledProcessError) as error:  # other settings are not taken for another seed
+        results_tool("run", *common, "--set", "epochs=2", "--seeds", "0")
+    assert "choose another --output" in error.value.stderr
