@@ -49,6 +49,10 @@ def test_readmes_and_metafiles_name_every_config():
         models = yaml.safe_load((folder / "metafile.yml").read_text())["Models"]
         assert {model["Config"] for model in models} == {f"{kind}_configs/{name}" for name in names}
         assert all(model["Name"] == Path(model["Config"]).stem for model in models)
+        for model in models:
+            metadata, schedule = model["Metadata"], load_config(ROOT / model["Config"]).train_cfg
+            lengths = schedule.get("max_epochs"), schedule.get("max_iters")
+            assert (metadata.get("Epochs"), metadata.get("Iterations")) == lengths, model["Name"]
         assert not any("Weights" in model or "Results" in model for model in models)  # nothing has been trained
 
 

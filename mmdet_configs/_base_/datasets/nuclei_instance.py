@@ -3,7 +3,7 @@ dataset_type = "CocoDataset"
 data_root = "data/nuclei/"
 metainfo = dict(classes=("nucleus",), palette=[(220, 20, 60)])
 
-# Images are 256 to 1388 pixels wide, and half of the nuclei under 20: crops are shown at twice their size.
+# Images are 256 to 1388 pixels wide, and the median nucleus 20: crops are shown at twice their size.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
