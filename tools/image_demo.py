@@ -9,9 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # as tools/classify.py says, and like there before PyTorch is loaded
+# as tools/classify.py says, and like there before PyTorch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.mm.runner import UserError, add_config_arguments, load_config, run_tool
+from vim2.mm.runner import UserError, add_config_arguments, checkpoint_errors, load_config, run_tool
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -52,11 +51,10 @@ def load_model(config, path: str, device: str) -> nn.Module:
     """The config's model with a checkpoint's weights, and the names and colours of the classes it was trained on."""
     try:
         model = revert_sync_batchnorm(MODELS.build(config.model))
-        checkpoint = load_checkpoint(model, path, map_location="cpu", strict=True)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from None
-    except RuntimeError as error:
-        raise UserError(f"{path} is not of this config's model. {' '.join(str(error).split())}") from None
+    with checkpoint_errors(path):
+        checkpoint = load_checkpoint(model, path, map_location="cpu", strict=True)
     dataset = config.test_dataloader.dataset
     model.dataset_meta = checkpoint.get("meta", {}).get("dataset_meta") or dict(dataset.get("metainfo", {}))
     return model.to(device).eval()

@@ -37,8 +37,12 @@ class UserError(Exception):
 def nuclei(source: Path, target: Path) -> str:
     """2018 Data Science Bowl: every fifth image, by id, is for validation."""
     unpack(source / "nuclei664.tar", target)
-    with lzma.open(existing(source / "nuclei664.instances.json.xz")) as file:
-        instances = json.load(file)
+    path = existing(source / "nuclei664.instances.json.xz")
+    try:
+        with lzma.open(path) as file:
+            instances = json.load(file)
+    except (lzma.LZMAError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy or download it again.") from None
     counts = []
     for split in ("train", "val"):
         images = [image for image in instances["images"] if (image["id"] % 5 == 0) == (split == "val")]

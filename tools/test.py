@@ -9,9 +9,8 @@ import copy
 import os
 import sys
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # as tools/classify.py says, and like there before PyTorch is loaded
+# as tools/classify.py says, and like there before PyTorch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mmengine.config import Config
 
@@ -22,6 +21,7 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
+    checkpoint_errors,
     load_config,
     run_tool,
 )
@@ -48,12 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         write_predictions(config, args.out)
     runner = build_runner(config, args)
-    try:
-        runner.load_checkpoint(args.checkpoint, strict=True)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    except RuntimeError as error:  # by the runner's default, weights that do not fit would stay random
-        raise UserError(f"{args.checkpoint} is not of this config's model. {' '.join(str(error).split())}") from None
+    with checkpoint_errors(args.checkpoint):
+        runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
     build_data(runner, "test")
     runner.test()
 
@@ -64,9 +60,10 @@ def draw(config: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--show and --show-dir need a visualization hook in default_hooks, which {args.config} lacks.")
     hook.update(draw=True, show=args.show, wait_time=args.wait_time, interval=1)
     if args.show_dir:
-        config.visualizer.save_dir = args.show_dir
         if config.default_scope == "mmdet":
-            hook.test_out_dir = args.show_dir
+            hook.test_out_dir = os.path.abspath(args.show_dir)  # which else lies within the work dir
+        else:
+            config.visualizer.save_dir = args.show_dir
 
 
 def augment(config: Config) -> None:

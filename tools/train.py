@@ -8,9 +8,8 @@ import argparse
 import os
 import sys
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # as tools/classify.py says, and like there before PyTorch is loaded
+# as tools/classify.py says, and like there before PyTorch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.mm.runner import (
@@ -47,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set.")
         config.auto_scale_lr.enable = True
     if args.resume:
+        if args.resume != "auto" and "://" not in args.resume and not os.path.isfile(args.resume):
+            raise UserError(f"There is no checkpoint at {args.resume}.")
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
     runner = build_runner(config, args)

@@ -85,6 +85,12 @@ class TestPreparing:
         (tmp_path / "out").mkdir()
         assert prepare(argv) == 2 and "already there" in capsys.readouterr().err
 
+    def test_damaged_instances(self, tmp_path, capsys):
+        make_tar(tmp_path / "nuclei664.tar", {"images/0.webp": b""})
+        (tmp_path / "nuclei664.instances.json.xz").write_bytes(lzma.compress(b"{}" * 1000)[:40])
+        assert prepare(["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+        assert "instances.json.xz is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
     @needs_data
     @pytest.mark.parametrize(
         "name, folder, config, sizes",

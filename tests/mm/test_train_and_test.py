@@ -1,10 +1,12 @@
 """From a config to a trained, evaluated, resumed, tested and drawn model, in one process and in several."""
 
+import gc
 import json
 import pickle
 import re
 import shutil
 import socket
+import weakref
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from tools.image_demo import main as demo
 from tools.test import main as evaluate
 from tools.train import main as train
-from vim2.mm.runner import UserError
+from vim2.mm.runner import UserError, run_tool
 
 KINDS = ("mmdet", "mmseg")
 LAST = {"mmdet": "epoch_1.pth", "mmseg": "iter_2.pth"}
@@ -64,14 +66,15 @@ class TestOneProcess:
         assert steps == [2, 4]
         assert len(after["message_hub"]["log_scalars"]["train/loss"].data[0]) == 4  # the history went on, too
 
-    def test_testing_gives_what_validation_gave(self, kind, trained, configs, tmp_path):
+    def test_testing_gives_what_validation_gave(self, kind, trained, configs, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
         out = tmp_path / ("predictions.pkl" if kind == "mmdet" else "maps")
-        argv = [configs[kind], trained[kind] / LAST[kind], "--work-dir", tmp_path, "--out", out]
-        call(evaluate, *argv, "--show-dir", tmp_path / "pictures")
-        path = next(tmp_path.glob("*/*.json"))
+        argv = [configs[kind], trained[kind] / LAST[kind], "--work-dir", "run", "--out", out]
+        call(evaluate, *argv, "--show-dir", "pictures")
+        path = next(tmp_path.glob("run/*/*.json"))
         result, expected = json.loads(path.read_text()), metrics(trained[kind])
         assert {key: result[key] for key in KEYS[kind]} == {key: expected[key] for key in KEYS[kind]}
-        assert len(list((tmp_path).rglob("pictures/**/*.png"))) == 4
+        assert len(list(tmp_path.glob("pictures/**/*.png"))) == 4
         if kind == "mmdet":
             predictions = pickle.loads(out.read_bytes())
             assert len(predictions) == 4 and "masks" in predictions[0]["pred_instances"]
@@ -110,6 +113,16 @@ class TestOneProcess:
     def test_no_checkpoint(self, kind, configs, tmp_path):
         with pytest.raises(UserError, match=r"none\.pth"):
             call(evaluate, configs[kind], tmp_path / "none.pth", "--work-dir", tmp_path)
+        with pytest.raises(UserError, match=r"no checkpoint at .*none\.pth"):
+            call(train, configs[kind], "--work-dir", tmp_path, "--resume", tmp_path / "none.pth")
+
+    def test_a_damaged_checkpoint(self, kind, trained, configs, data, tmp_path):
+        path = tmp_path / "cut.pth"
+        path.write_bytes((trained[kind] / LAST[kind]).read_bytes()[:1000])
+        with pytest.raises(UserError, match=r"cut\.pth is damaged"):
+            call(evaluate, configs[kind], path, "--work-dir", tmp_path)
+        with pytest.raises(UserError, match=r"cut\.pth is damaged"):
+            call(demo, data / "images", "--config", configs[kind], "--checkpoint", path, "--out-dir", tmp_path)
 
 
 def test_segmenters_with_augmentation(trained, configs, tmp_path):
@@ -214,6 +227,27 @@ def test_a_checkpoint_survives_a_write_that_fails(configs, tmp_path, monkeypatch
         call(train, configs["mmseg"], "--work-dir", tmp_path, *options)
     assert (tmp_path / "iter_2.pth").read_bytes() == before
     assert not list(tmp_path.glob(".iter*"))
+
+
+def test_the_group_of_processes_ends_before_python_does():
+    """Though a cycle, such as a Runner, holds it: its threads must not live on."""
+    alive = []
+
+    class Holder:
+        def __init__(self):
+            self.itself, self.group = self, torch.distributed.group.WORLD
+            alive.append(weakref.ref(self))
+
+    def main(argv):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        Holder()
+
+    gc.disable()
+    try:
+        assert run_tool(main) == 0
+    finally:
+        gc.enable()
+    assert alive[0]() is None and not torch.distributed.is_initialized()
 
 
 class TestSeveralProcesses:

@@ -1,12 +1,15 @@
 """From a config file to MMEngine's Runner: what tools/train.py, test.py and the others have in common."""
 
 import argparse
+import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import os
+import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ __all__ = [
     "add_launcher_arguments",
     "build_data",
     "build_runner",
+    "checkpoint_errors",
     "load_config",
     "run_tool",
 ]
@@ -154,6 +158,22 @@ def build_data(runner: Runner, split: str) -> None:
         raise UserError(f"no image for {name} is left: none has annotations, or none is large enough.") from error
 
 
+@contextlib.contextmanager
+def checkpoint_errors(path: str) -> Iterator[None]:
+    """Turns what goes wrong in loading the checkpoint at `path`, all weights of it, into a UserError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        text = str(error)
+        if "state dict" in text or "state_dict" in text:
+            raise UserError(f"{path} is not of this config's model. {' '.join(text.split())}") from None
+        raise UserError(
+            f"{path} is damaged, no checkpoint, or holds more than PyTorch's safe loader reads: {_first_line(error)}."
+        ) from None
+
+
 class _AtomicBackend(LocalBackend):
     """MMEngine's way to write files, but in one step each."""
 
@@ -200,8 +220,9 @@ def run_tool(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     """Run a tool; a UserError becomes one line on stderr and exit code 2."""
     try:
         main(argv)
-        if torch.distributed.is_initialized():  # a process that left first would take the others' connections with it
-            torch.distributed.barrier()
+        if torch.distributed.is_initialized():
+            gc.collect()  # the Runner, a cycle, holds the group: its threads would outlive it, and abort Python's end
+            torch.distributed.barrier()  # a process that left first would take the others' connections with it
             torch.distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
