@@ -33,6 +33,15 @@ def test_time_column_wherever_it_stands_and_targets_in_the_order_asked_for(tmp_p
     assert read_table(renamed, time_column="when").columns == ["north", "level", "south"]
 
 
+@pytest.mark.parametrize("form", ["%d/%m/%Y %H:%M", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M", "%Y/%m/%d %H:%M"])
+def test_dates_are_read_in_one_order(tmp_path, form):
+    frame = make_frame(1000)
+    dates = frame["date"].dt.strftime(form)
+    table = read_table(write_csv(tmp_path / "a.csv", frame.assign(date=dates)))
+    assert (table.times == pd.DatetimeIndex(frame["date"])).all()
+    assert bool(table.repairs) == form.startswith("%d")
+
+
 def test_latin1_headers_are_read_and_said(tmp_path):
     frame = make_frame().rename(columns={"north": "T (°C)"})
     table = read_table(write_csv(tmp_path / "a.csv", frame, encoding="latin-1"))
@@ -68,6 +77,7 @@ def with_cell(column, row, value):
         (with_cell("north", 3, "inf"), ["north", "no finite number"]),
         (with_cell("south", 3, ""), ["south (1)", "2024-01-01 03:00", "--missing interpolate"]),
         (with_cell("date", 3, "soon"), ["date", "row 4", "no time stamp", "--time-column"]),
+        (lambda f: f.assign(date=["31/01/2024", "01/31/2024"] * 50), ["days before months", "2024-01-31"]),
         (with_cell("level", 3, -9999), ["level", "-9999", "1 rows", "--na-values -9999", "--keep-values"]),
         (lambda f: f.drop(index=[10, 11]), ["1 come after a gap", "2024-01-01 12:00", "--times regular"]),
         (lambda f: pd.concat([f[:5], f[4:]]), ["1 are there twice", "--times regular"]),

@@ -110,7 +110,8 @@ def read_table(
         raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     if not targets:
         raise UserError(f"{path} has no column to forecast beside {time_column}.")
-    stamps = parse_times(frame[time_column], path)
+    stamps, more = parse_times(frame[time_column], path)
+    repairs += more
     numbers = pd.DataFrame({c: parse_numbers(frame[c], path) for c in (*targets, *future_columns)}, index=stamps)
     for value in na_values:
         found = int((numbers == value).sum().sum())
@@ -175,20 +176,28 @@ def choose_time_column(frame: pd.DataFrame, name: str | None, path: Path) -> str
     return name
 
 
-def parse_times(column: pd.Series, path: Path) -> pd.DatetimeIndex:
+def parse_times(column: pd.Series, path: Path) -> tuple[pd.DatetimeIndex, list[str]]:
     if pd.api.types.is_numeric_dtype(column):
         raise UserError(
             f"The time column {column.name} of {path} holds numbers, such as {column.iloc[0]}: give dates such as "
             "2024-01-31 13:00:00, or name another column with --time-column."
         )
-    stamps = pd.to_datetime(column, errors="coerce", format="mixed")
+    # pandas would decide cell by cell, and read 13/01/2024 day first but 12/01/2024 month first
+    ends_in_year = column.astype(str).str.extract(r"^\s*(\d{1,2})[/.-](\d{1,2})[/.-]\d{4}").dropna().astype(int)
+    day_first, month_first = (ends_in_year > 12).any()
+    if day_first and month_first:
+        raise UserError(
+            f"The time column {column.name} of {path} has days before months in some rows and after them in others: "
+            "give dates such as 2024-01-31."
+        )
+    stamps = pd.to_datetime(column, errors="coerce", format="mixed", dayfirst=bool(day_first))
     if stamps.isna().any():
         row = int(np.flatnonzero(stamps.isna())[0])
         raise UserError(
             f"The time column {column.name} of {path}, row {row + 1}: {column.iloc[row]!r} is no time stamp. "
             "Correct it, or name the time column with --time-column."
         )
-    return pd.DatetimeIndex(stamps)
+    return pd.DatetimeIndex(stamps), ["Dates were read as day, month, year."] if day_first else []
 
 
 def parse_numbers(column: pd.Series, path: Path) -> np.ndarray:
