@@ -39,7 +39,11 @@ def find_images(paths: list[Path]) -> list[Path]:
             images += inside
         else:
             images.append(path)
+    images = list(dict.fromkeys(images))
+    named = {}
     for path in images:
+        if (other := named.setdefault(path.stem, path)) != path:
+            raise UserError(f"{other} and {path} would both be drawn into {path.stem}.png; draw them one at a time.")
         try:
             Image.open(path).verify()
         except (OSError, SyntaxError, UnidentifiedImageError) as error:

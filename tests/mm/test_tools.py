@@ -155,6 +155,14 @@ class TestCounting:
         assert (tmp_path / "mm_benchmark.md").read_text() == done.stdout
 
 
+def test_no_picture_overwrites_another(configs, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png([[0]]))
+    with pytest.raises(UserError, match=r"would both be drawn into 0\.png"):
+        demo([*(str(tmp_path / name) for name in "ab"), "--config", str(configs["mmdet"]), "--checkpoint", "none.pth"])
+
+
 @pytest.mark.parametrize(
     "images, message",
     [(["none.jpg"], "none.jpg is no image"), (["empty"], "holds no images"), (["text.png"], "no image")],
