@@ -198,12 +198,16 @@ def _backward(
                                 sum_c += products_c[e]
                             gB[b, p, k, i] += sum_b
                             gC[b, p, k, i] += sum_c
+                        # One product of each sum apart, too: which of two becomes part of a fused multiply-add may
+                        # differ between the loop's forms.
                         for e in range(size):
-                            y = gy[b, p, ky, first + e]
+                            products_b[e] = D[k, first + e] * gy[b, p, ky, first + e]
+                            products_c[e] = _LN2 * gdt[e]
+                        for e in range(size):
                             v = u[b, p, ku, first + e]
-                            gu[b, p, k, first + e] = dts[r, e] * ginput[e] + D[k, first + e] * y
-                            gd[e] += y * v
-                            x = v * ginput[e] + _LN2 * gdt[e]
+                            gu[b, p, k, first + e] = dts[r, e] * ginput[e] + products_b[e]
+                            gd[e] += gy[b, p, ky, first + e] * v
+                            x = v * ginput[e] + products_c[e]
                             if softplus:
                                 d = dts[r, e]  # sigmoid = 1 - exp(-softplus), by its series where that would cancel
                                 small = d * (np.float32(1) - d * (np.float32(0.5) - d * np.float32(1 / 6)))
