@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vim2
 from vim2.checkpoints import write_atomically
+from vim2.errors import UserError
 from vim2.ops import CROSS_SCAN, selective_scan
 from vim2.ops.backend import BACKENDS, HAS_MAMBA_SSM, HAS_NUMBA, HAS_TRITON, resolve_backend
 
@@ -53,10 +54,6 @@ MAMBA_KERNELS = "mamba_ssm, kernels alone"
 TEN_SIZES = tuple(range(224, 544, 32))
 GIB = 2**30
 ABSENT = "-"
-
-
-class UserError(Exception):
-    """A mistake in what was asked for; printed as one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

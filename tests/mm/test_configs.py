@@ -11,7 +11,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 import vim2.mm  # noqa: F401
-from vim2.mm.runner import UserError, load_config
+from vim2.errors import UserError
+from vim2.mm.runner import load_config
 
 CONFIGS = sorted(
     str(path.relative_to(ROOT)) for kind in ("mmdet", "mmseg") for path in ROOT.glob(f"{kind}_configs/*.py")

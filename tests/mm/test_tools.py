@@ -17,7 +17,8 @@ import vim2.mm  # noqa: F401
 from tools.image_demo import main as demo
 from tools.prepare_data import COCO_STUFF, COCO_THINGS
 from tools.prepare_data import main as prepare
-from vim2.mm.runner import UserError, load_config
+from vim2.errors import UserError
+from vim2.mm.runner import load_config
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside the checkout")

@@ -18,7 +18,8 @@ from PIL import Image
 from tools.image_demo import main as demo
 from tools.test import main as evaluate
 from tools.train import main as train
-from vim2.mm.runner import UserError, run_tool
+from vim2.errors import UserError
+from vim2.mm.runner import run_tool
 
 KINDS = ("mmdet", "mmseg")
 LAST = {"mmdet": "epoch_1.pth", "mmseg": "iter_2.pth"}

@@ -1,9 +1,6 @@
 """The command line: `tools/classify.py`, or `python -m vim2.classify`."""
 
-import os
-import sys
-
-from .errors import UserError
+from ..errors import UserError, run_command
 
 __all__ = ["main"]
 
@@ -17,22 +14,8 @@ classify.py COMMAND --help lists the options of each; docs/training.md explains 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 after one line on stderr for what the user can put right."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    try:
-        run(command, rest)
-    except UserError as error:
-        # one line from one process; a worker's error comes with the worker's trace before it
-        if error.one_process or os.environ.get("RANK", "0") == "0":
-            print(f"classify.py: error: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print(f"classify.py: stopped{'; it goes on with --resume' if command == 'train' else ''}", file=sys.stderr)
-        return 130
-    return 0
+    """Run a command and return its exit code, see `run_command`."""
+    return run_command("classify.py", USAGE, run, "train", argv)
 
 
 def run(command: str, argv: list[str]) -> None:

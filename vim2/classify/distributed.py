@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["Processes", "start_processes"]
 

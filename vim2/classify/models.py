@@ -14,7 +14,7 @@ from torch import nn
 import vim2  # noqa: F401  registers the models
 
 from ..checkpoints import load_weights, read_checkpoint
-from .errors import UserError
+from ..errors import UserError
 from .options import did_you_mean
 
 __all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model", "read_run"]

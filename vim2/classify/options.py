@@ -12,7 +12,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["RECIPES", "Parser", "predict_parser", "resolve", "train_parser", "validate_parser"]
 

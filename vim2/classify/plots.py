@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoints import write_atomically
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["plot_curves", "plot_input_scaling", "plot_predictions"]
 

@@ -13,9 +13,9 @@ from timm.data import create_transform, get_img_extensions
 from timm.utils import natural_key
 
 from ..checkpoints import write_atomically
+from ..errors import UserError
 from .data import UNREADABLE
 from .distributed import start_processes
-from .errors import UserError
 from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import predict_parser, resolve
 from .plots import plot_predictions

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints import save_checkpoint, write_atomically
+from ..errors import UserError
 from .data import count_classes, eval_loader, open_train_and_val, train_loader
 from .distributed import Processes, start_processes
-from .errors import UserError
 from .evaluation import evaluate
 from .models import autocast, compile_model, create_model, freeze, input_config, load, read_run, train_mode
 from .options import apply_recipe, did_you_mean, plain, resolve, resume_options, train_parser

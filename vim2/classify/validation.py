@@ -8,9 +8,9 @@ import torch
 from timm.data import ImageNetInfo
 
 from ..checkpoints import write_atomically
+from ..errors import UserError
 from .data import class_names, count_classes, eval_loader, find_split, hold_out, open_split, shorten
 from .distributed import start_processes
-from .errors import UserError
 from .evaluation import evaluate
 from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import resolve, validate_parser

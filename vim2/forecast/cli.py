@@ -1,9 +1,7 @@
 """The command line: `tools/forecast.py`, or `python -m vim2.forecast`."""
 
-import sys
-
-from ..classify.errors import UserError
 from ..classify.options import did_you_mean
+from ..errors import UserError, run_command
 
 __all__ = ["main"]
 
@@ -18,20 +16,8 @@ forecast.py COMMAND --help lists the options of each; docs/forecasting.md explai
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 after one line on stderr for what the user can put right."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    try:
-        run(command, rest)
-    except UserError as error:
-        print(f"forecast.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print(f"forecast.py: stopped{'; it goes on with --resume' if command == 'fit' else ''}", file=sys.stderr)
-        return 130
-    return 0
+    """Run a command and return its exit code, see `run_command`."""
+    return run_command("forecast.py", USAGE, run, "fit", argv)
 
 
 def run(command: str, argv: list[str]) -> None:

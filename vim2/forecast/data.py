@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..classify.errors import UserError
 from ..classify.options import did_you_mean
+from ..errors import UserError
 
 __all__ = ["Scaler", "Split", "Table", "Windows", "calendar_features", "make_split", "read_table"]
 

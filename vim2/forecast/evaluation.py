@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ..checkpoints import write_atomically
-from ..classify.errors import UserError
 from ..classify.options import resolve
 from ..classify.progress import say
+from ..errors import UserError
 from .baselines import Ridge
 from .data import Windows
 from .forecaster import Forecaster

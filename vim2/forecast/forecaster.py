@@ -14,8 +14,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..checkpoints import write_atomically
-from ..classify.errors import UserError
 from ..classify.options import did_you_mean
+from ..errors import UserError
 from ..tsm2 import TSM2, TSM2Config
 from .data import Scaler, Split, Table, calendar_features, read_table, usual_gap
 

@@ -6,8 +6,8 @@ from argparse import BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
-from ..classify.errors import UserError
 from ..classify.options import Parser, count, positive, share_or_zero
+from ..errors import UserError
 from ..tsm2 import INSTANCE_NORMS, NORMS, TIME_MIXERS, VARIATE_MIXERS, TSM2Config
 from .data import MISSING, TIMES
 from .recipes import RECIPES

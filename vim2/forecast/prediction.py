@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from ..checkpoints import write_atomically
-from ..classify.errors import UserError
 from ..classify.options import resolve
 from ..classify.progress import say
+from ..errors import UserError
 from .forecaster import Forecaster
 from .options import predict_parser, reading_options
 from .plots import plot_prediction

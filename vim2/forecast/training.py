@@ -24,9 +24,9 @@ import vim2
 
 from ..checkpoints import read_checkpoint, save_checkpoint, write_atomically
 from ..classify.distributed import Processes
-from ..classify.errors import UserError
 from ..classify.options import resolve
 from ..classify.progress import progress, say
+from ..errors import UserError
 from ..tsm2 import TSM2
 from .baselines import Ridge
 from .data import Scaler, Windows, is_constant, make_split, read_table

@@ -24,9 +24,9 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from ..checkpoints import write_atomically
+from ..errors import UserError
 
 __all__ = [
-    "UserError",
     "add_config_arguments",
     "add_launcher_arguments",
     "build_data",
@@ -37,10 +37,6 @@ __all__ = [
 ]
 
 _LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
-
-
-class UserError(Exception):
-    """A mistake in what was asked for; printed as one line."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, flag: bool = False) -> None:
