@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import autocast_dtype
-from .selective_scan import selective_scan, selective_scan_with_backward
+from .selective_scan import needs_backward, selective_scan, selective_scan_with_backward
 
 
 def project(u: Tensor, weight: Tensor, separate_inputs: bool, d_state: int) -> Tensor:
@@ -64,23 +64,24 @@ def projected_scan(
         ValueError, RuntimeError: As `selective_scan`.
     """
     tensors = (u, weight, A, D, delta_bias, delta_weight)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    if torch.compiler.is_compiling() or not needs_backward(*tensors):
         projected = project(u, weight, separate_inputs, A.shape[-1])  # compilers decide themselves what they keep
-        B, C, delta = _split(projected, A, delta_weight)
+        B, C, delta, _ = _split(projected, A, delta_weight)
         options = dict(orders=orders, delta_weight=delta_weight, backend=backend)
         return selective_scan(u, delta, A, B, C, D, delta_bias, **options)
     return _ProjectedScan.apply(*tensors, tuple(orders), separate_inputs, backend)
 
 
-def _split(projected: Tensor, A: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split(projected: Tensor, A: Tensor, delta_weight: Tensor) -> tuple[Tensor, ...]:
+    """B, C, delta, and the room after them."""
     n, rank = A.shape[-1], delta_weight.shape[-1]
-    return projected.split((n, n, rank, projected.shape[-1] - 2 * n - rank), dim=-1)[:3]
+    return projected.split((n, n, rank, projected.shape[-1] - 2 * n - rank), dim=-1)
 
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, separate_inputs, backend):
-        B, C, delta = _split(project(u, weight, separate_inputs, A.shape[-1]), A, delta_weight)
+        B, C, delta, _ = _split(project(u, weight, separate_inputs, A.shape[-1]), A, delta_weight)
         operands = (u, delta, A, B, C, D, delta_bias)
         y, starts, ctx.scan_backward = selective_scan_with_backward(*operands, orders, delta_weight, backend)
         ctx.separate_inputs, ctx.autocast = separate_inputs, autocast_dtype(u)
@@ -95,16 +96,12 @@ class _ProjectedScan(torch.autograd.Function):
         autocast = torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
         with torch.enable_grad(), autocast:
             projected = project(*inputs, ctx.separate_inputs, A.shape[-1])
-        B, C, delta = _split(projected.detach(), A, delta_weight)
-        grad_projected = torch.zeros(
-            projected.shape, dtype=projected.dtype, device=u.device
-        )  # zero where rows have room
-        grad_u, grad_A, grad_D, grad_bias, grad_delta_weight = ctx.scan_backward(
-            grad_y,
-            starts,
-            (u, delta, A, B, C, D, delta_bias, delta_weight),
-            *_split(grad_projected, A, delta_weight),
-        )
+        B, C, delta, _ = _split(projected.detach(), A, delta_weight)
+        grad_projected = torch.empty(projected.shape, dtype=projected.dtype, device=u.device)
+        *grads, room = _split(grad_projected, A, delta_weight)
+        room.zero_()
+        operands = (u, delta, A, B, C, D, delta_bias, delta_weight)
+        grad_u, grad_A, grad_D, grad_bias, grad_delta_weight = ctx.scan_backward(grad_y, starts, operands, *grads)
         grad_projected_u, grad_weight = torch.autograd.grad(projected, inputs, grad_projected)
         gradients = (grad_u + grad_projected_u, grad_weight, grad_A, grad_D, grad_bias, grad_delta_weight)
         return *gradients, None, None, None

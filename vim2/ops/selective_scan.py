@@ -70,14 +70,14 @@ def selective_scan(
             f"delta must be (batch, L, K, E) for a sequence or (batch, H, W, K, E) for a map, got {tuple(delta.shape)}."
         )
     spatial = delta.shape[1:-2]
-    height, width = spatial if len(spatial) == 2 else (1, spatial[0])
     _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
     D, delta_bias = (_optional(t, A, name) for t, name in ((D, "D"), (delta_bias, "delta_bias")))
     if delta_weight is None:
         delta_weight = A.new_empty(0)
-    u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
+    u, delta, B, C = _flat(spatial, u, delta, B, C)
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    y, _, _ = _scan(tensors, delta_softplus, orders, height, width, True, False, backend, _needs_backward(tensors))
+    size = _height_and_width(spatial)
+    y, _, _ = _scan(tensors, delta_softplus, orders, *size, True, False, backend, needs_backward(*tensors))
     return y.unflatten(1, spatial)
 
 
@@ -101,25 +101,22 @@ def selective_scan_with_backward(
         delta_weight.
     """
     spatial = delta.shape[1:-2]
-    height, width = spatial if len(spatial) == 2 else (1, spatial[0])
     _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
+    size = _height_and_width(spatial)
     backend = resolve_backend(backend, u, delta, A, B, C, D, delta_bias, delta_weight, scan=True)
-
-    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
 
     def backward(grad_y, starts, tensors, grad_B, grad_C, grad_delta):
         u, delta, A, B, C, *others = tensors
-        grad_y, u, delta, B, C, *grads = flat(grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
-        options = (True, [ORDERS.index(order) for order in orders], height, width, backend)
+        grad_y, u, delta, B, C, *grads = _flat(spatial, grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
+        options = (True, [ORDERS.index(order) for order in orders], *size, backend)
         grad_u, *others = torch.ops.vim2.selective_scan_backward(
             grad_y, starts.new_empty(0), starts, u, delta, A, B, C, *others, *options, *grads
         )
         return grad_u.unflatten(1, spatial), *others
 
-    u, delta, B, C = flat(u, delta, B, C)
+    u, delta, B, C = _flat(spatial, u, delta, B, C)
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    y, _, starts = _scan(tensors, True, orders, height, width, True, False, backend, True)
+    y, _, starts = _scan(tensors, True, orders, *size, True, False, backend, True)
     return y.unflatten(1, spatial), starts, backward
 
 
@@ -190,7 +187,7 @@ def selective_scan_fn(
     B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     orders = FORWARD * groups
     tensors = (u, delta, A, B, C, D, delta_bias, A.new_empty(0))
-    keeps = _needs_backward(tensors)
+    keeps = needs_backward(*tensors)
     y, last_state, _ = _scan(tensors, delta_softplus, orders, 1, length, False, return_last_state, backend, keeps)
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
@@ -234,7 +231,18 @@ def _optional(t, A, name):
     return t
 
 
-def _needs_backward(tensors):
+def _height_and_width(spatial):
+    """Of a map, or of the one row that a sequence is."""
+    return spatial if len(spatial) == 2 else (1, *spatial)
+
+
+def _flat(spatial, *tensors):
+    """(batch, *spatial, ...) -> (batch, L, ...)."""
+    return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
+
+
+def needs_backward(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

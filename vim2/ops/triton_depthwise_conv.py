@@ -14,26 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+from .triton_math import INTERPRETED, sigmoid
 
 MIN_ROWS, MAX_ROWS = 10, 42  # of a strip
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more images than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048
 FORWARD_REGISTERS, BACKWARD_REGISTERS = 128, 168  # for half precision: a few spills, twice the warps
-
-
-@triton.jit
-def sigmoid(x, FAST: tl.constexpr):
-    # by base 2: -log2(e) x
-    if FAST:  # two instructions beside the sums; exp and division guard against denormals with many more
-        e = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_depthwise_conv import INTERPRETED, sigmoid
+from .triton_math import INTERPRETED, sigmoid
 
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048

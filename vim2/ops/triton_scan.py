@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .reference import ORDERS
 from .selective_scan import TRITON_CHUNK as CHUNK
-from .triton_step_size import INTERPRETED, LN2, LOG2E, exp2, power_of_2, step_sizes, sum_blocks, sum_lanes
+from .triton_math import INTERPRETED, LN2, LOG2E, exp2
+from .triton_step_size import step_sizes, sum_blocks, sum_lanes
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
@@ -418,10 +419,10 @@ def _backward_kernel(
 
 def _tile_shape(states: int, channels: int, n: int, features: int, batch: int) -> dict[str, int]:
     """S, G, N, C of a tile of about `states` states whose last axis is `channels` wide."""
-    N = power_of_2(n)
-    C = min(channels, power_of_2(features))
-    G = min(max(states // (N * C), 1), power_of_2(-(-features // C)), 8)
-    S = min(max(states // (N * G * C), 1), power_of_2(batch), 8)
+    N = triton.next_power_of_2(n)
+    C = min(channels, triton.next_power_of_2(features))
+    G = min(max(states // (N * C), 1), triton.next_power_of_2(-(-features // C)), 8)
+    S = min(max(states // (N * G * C), 1), triton.next_power_of_2(batch), 8)
     return dict(S=S, G=G, N=N, C=C)
 
 
@@ -533,7 +534,7 @@ def selective_scan_triton_backward(
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
     chunks = starts.shape[2] + 1
-    tile = _tile_shape(512, 8 if n >= 4 else 32 // power_of_2(n), n, features, batch)
+    tile = _tile_shape(512, 8 if n >= 4 else 32 // triton.next_power_of_2(n), n, features, batch)
     blocks = -(-features // (tile["G"] * tile["C"]))
     tiles = -(-batch // tile["S"])
     split = chunks > 1 and tiles * blocks * lanes < _programs_to_fill(u.device)

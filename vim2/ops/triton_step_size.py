@@ -5,21 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def exp2(x, FAST: tl.constexpr):
-    # one instruction; without ftz three more guard it against denormals
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
+from .triton_math import INTERPRETED, LN2, LOG2E, exp2
 
 
 @triton.jit
@@ -129,11 +115,6 @@ def _sum_kernel(
     tl.store(out_ptr + row * out_row + e, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def power_of_2(n: int) -> int:
-    """The smallest that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _block(features: int) -> int:
     """A power of 2 from 16 to 256 that leaves as little as possible of the last block empty."""
     return min(max(features & -features, 16), 256)
@@ -143,7 +124,7 @@ def _sum(x: Tensor, out: Tensor, parts: int, rows: int, E: int, part_stride: int
     block = _block(E)
     rows_a_program = 2048 // block
     with torch.cuda.device_of(x):
-        _sum_kernel[(-(-rows // rows_a_program), -(-E // block))](
+        _sum_kernel[(triton.cdiv(rows, rows_a_program), triton.cdiv(E, block))](
             x, out, parts, rows, E, part_stride, row_stride, out_row, ROWS=rows_a_program, BLOCK=block, num_warps=4
         )
 
@@ -171,7 +152,7 @@ def _as_rows(factor: Tensor) -> Tensor:
 
 def _room(rank: int) -> int:
     """The width of a block for factors of this rank: products want 16 at least."""
-    return rank if rank < 2 else max(power_of_2(rank), 16)
+    return rank if rank < 2 else max(triton.next_power_of_2(rank), 16)
 
 
 def _precision(t: Tensor) -> str | None:
@@ -197,7 +178,7 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     block = _block(features)
     rows = 4096 // block
     with torch.cuda.device_of(delta):
-        _step_size_kernel[(-(-batch * length // rows), lanes, -(-features // block))](
+        _step_size_kernel[(triton.cdiv(batch * length, rows), lanes, triton.cdiv(features, block))](
             delta, weight.contiguous(), bias, dt, batch * length, lanes, features, rank,
             delta.stride(1), delta.stride(2), SOFTPLUS=softplus, PRECISION=_precision(delta),
             FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
@@ -214,12 +195,12 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     rows = batch * length
     block = min(_block(features), 64)
     options = dict(PRECISION=_precision(grad), ROWS=64, BLOCK=block, R=_room(rank), num_warps=4)
-    blocks = -(-features // block)
+    blocks = triton.cdiv(features, block)
     parts = max(min(2048 // (blocks * lanes), rows // 256), 1)  # enough programs to fill a GPU
-    rows_a_part = -(-rows // parts // 64) * 64
+    rows_a_part = triton.cdiv(rows, parts * 64) * 64
     grad_weight = torch.empty(parts, lanes, features, rank, dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
-        _factor_gradient_kernel[(-(-rows // 64), lanes)](
+        _factor_gradient_kernel[(triton.cdiv(rows, 64), lanes)](
             grad, weight, grad_factor, rows, lanes, features, rank, grad_factor.stride(-2), **options
         )
         _weight_gradient_kernel[(blocks, lanes, parts)](
