@@ -17,3 +17,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def failing(capsys):
+    """Of a program's main: runs a command that must fail as user errors do, and returns its one line."""
+
+    def of(main, program):
+        def run(*argv) -> str:
+            capsys.readouterr()
+            assert main([str(a) for a in argv]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"{program}: error: ") and error.count("\n") == 1, error
+            return error
+
+        return run
+
+    return of

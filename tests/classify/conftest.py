@@ -19,14 +19,5 @@ def trained(tmp_path_factory, data):
 
 
 @pytest.fixture
-def fails(capsys):
-    """Run a command that must fail as user errors do, and return its one line."""
-
-    def run(*argv) -> str:
-        capsys.readouterr()
-        assert main([str(a) for a in argv]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("classify.py: error: ") and error.count("\n") == 1, error
-        return error
-
-    return run
+def fails(failing):
+    return failing(main, "classify.py")

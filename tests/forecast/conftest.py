@@ -22,15 +22,7 @@ def trained(tmp_path_factory, data):
 
 
 @pytest.fixture
-def fails(capsys):
-    """Run a command that must fail as user errors do, and return its one line."""
+def fails(failing):
     from vim2.forecast.cli import main
 
-    def run(*argv) -> str:
-        capsys.readouterr()
-        assert main([str(a) for a in argv]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("forecast.py: error: ") and error.count("\n") == 1, error
-        return error
-
-    return run
+    return failing(main, "forecast.py")
