@@ -17,7 +17,7 @@ from scan_cases import (
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("triton")
-from vim2.ops import triton_scan
+from vim2.ops import triton_scan, triton_scan_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poison")
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.fixture(params=[False, True], ids=["whole", "split"])
 def split(request, monkeypatch):
     """Whether sequences are split into chunks that run side by side, as they are where little else fills the GPU."""
-    monkeypatch.setattr(triton_scan, "_programs_to_fill", lambda device: 10**9 if request.param else 0)
+    for module in (triton_scan, triton_scan_backward):
+        monkeypatch.setattr(module, "programs_to_fill", lambda device: 10**9 if request.param else 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -35,12 +36,12 @@ def test_matches_recurrence(case, split):
 
 
 def test_programs_that_take_several_sequences(monkeypatch):
-    monkeypatch.setattr(triton_scan, "_tiles_a_program", lambda programs, device: 2)
+    monkeypatch.setattr(triton_scan_backward, "tiles_a_program", lambda programs, device: 2)
     assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
 
 
 def test_inference_splits_no_finer_than_it_must(monkeypatch):
-    monkeypatch.setattr(triton_scan, "_programs_to_fill", lambda device: 2)  # chunks of twice the length kept otherwise
+    monkeypatch.setattr(triton_scan, "programs_to_fill", lambda device: 2)  # chunks of twice the length kept otherwise
     inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 800), FORWARD, dtype=torch.float32)]
     y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("triton", "torch"))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

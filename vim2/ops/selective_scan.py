@@ -361,7 +361,7 @@ def _selective_scan_backward(
     options = (delta_softplus, [ORDERS[i] for i in orders], height, width)
     with autocast_off(u):
         if backend == "triton":
-            from .triton_scan import selective_scan_triton_backward
+            from .triton_scan_backward import selective_scan_triton_backward
             from .triton_step_size import step_sizes_backward
 
             grad_u, grad_steps, grad_A, grad_D, grad_bias = selective_scan_triton_backward(

@@ -27,14 +27,12 @@ from .triton_step_size import step_sizes, sum_blocks, sum_lanes
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
-UNROLL = 3  # steps whose states the backward pass holds in registers at once
-
 # Twelve warps a multiprocessor instead of nine: 2.1 ms instead of 2.6 at vim2_tiny's first stage on an H100.
 FORWARD_REGISTERS = None if INTERPRETED else 168
 
 
 @triton.jit
-def _start_walk(t, order, L, H, W, LARGE: tl.constexpr):
+def start_walk(t, order, L, H, W, LARGE: tl.constexpr):
     """A walk at step t: the flat position, the inner steps left before a turn, the stride of a step and of a turn.
 
     Orders are 0 rows, 1 columns; 2 and 3 are the same from their ends.
@@ -54,7 +52,7 @@ def _start_walk(t, order, L, H, W, LARGE: tl.constexpr):
 
 
 @triton.jit
-def _next(p, left, inner, step, turn):
+def next_position(p, left, inner, step, turn):
     turning = left == 0
     return p + tl.where(turning, turn, step), tl.where(turning, inner - 1, left - 1)
 
@@ -92,7 +90,7 @@ def _masks(seq, s, batch, n, N_STATES, channels_in, parameters_in):
 
 
 @triton.jit
-def _load(at, p, mask, FULL: tl.constexpr):
+def load(at, p, mask, FULL: tl.constexpr):
     """At position p of a tensor, given as the address of its first, offsets from there and the stride of positions."""
     address = at[0] + p * at[2] + at[1]
     if FULL:
@@ -151,11 +149,11 @@ def _forward_kernel(
         if not LOCAL:
             h = _load_unless_first(starts_at, first_chunk, N_STATES * E, in_tile, tile_in)
 
-    p, left, inner, step, turn = _start_walk(first_chunk * chunk, order, L, H, W, LARGE)
-    dt = _load(dt_at, p, vector_in, FULL)
-    u = _load(u_at, p, vector_in, FULL)
-    b = _load(B_at, p, states_in, FULL)
-    c = b if LOCAL else _load(C_at, p, states_in, FULL)
+    p, left, inner, step, turn = start_walk(first_chunk * chunk, order, L, H, W, LARGE)
+    dt = load(dt_at, p, vector_in, FULL)
+    u = load(u_at, p, vector_in, FULL)
+    b = load(B_at, p, states_in, FULL)
+    c = b if LOCAL else load(C_at, p, states_in, FULL)
     for j in range(num_chunks):
         if not SPLIT and j > 0:
             tl.store(starts_at + in_tile, h, mask=tile_in)
@@ -163,12 +161,12 @@ def _forward_kernel(
         t = (first_chunk + j) * chunk
         for i in range(t, tl.minimum(t + chunk, L)):
             # the next step's loads are under way while this one computes
-            p_next, left = _next(p, left, inner, step, turn)
+            p_next, left = next_position(p, left, inner, step, turn)
             p_next = tl.where(i + 1 < L, p_next, p)
-            dt_next = _load(dt_at, p_next, vector_in, FULL)
-            u_next = _load(u_at, p_next, vector_in, FULL)
-            b_next = _load(B_at, p_next, states_in, FULL)
-            c_next = b_next if LOCAL else _load(C_at, p_next, states_in, FULL)
+            dt_next = load(dt_at, p_next, vector_in, FULL)
+            u_next = load(u_at, p_next, vector_in, FULL)
+            b_next = load(B_at, p_next, states_in, FULL)
+            c_next = b_next if LOCAL else load(C_at, p_next, states_in, FULL)
             size = dt.to(tl.float32)
             uf = u.to(tl.float32)
             bu = (size * uf)[None, :, :, :] * b.to(tl.float32)[:, :, None, None]
@@ -190,8 +188,9 @@ def _forward_kernel(
 
 @triton.jit
 def _combine_kernel(
-    state_ptr, decay_ptr, end_ptr, count, size, REVERSE: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr
-):
+    state_ptr, decay_ptr, end_ptr, count, size,
+    REVERSE: tl.constexpr, END: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """In place, from chunks' own end states and decays (lane, count, size) to the true states at their ends.
 
     With REVERSE, of adjoints and from the other end, starting from end (lane, size) if END.
@@ -201,220 +200,19 @@ def _combine_kernel(
     h = tl.zeros([BLOCK], dtype=tl.float32)
     if END:
         h = tl.load(end_ptr + lane * size + i, mask=i < size, other=0.0)
-    for j in range(count):
-        at = (lane * count + (count - 1 - j if REVERSE else j)) * size + i
-        local = tl.load(state_ptr + at, mask=i < size, other=0.0)
-        decay = tl.load(decay_ptr + at, mask=i < size, other=0.0)
-        h = decay * h + local
-        tl.store(state_ptr + at, h, mask=i < size)
-
-
-@triton.jit
-def _load_steps(
-    t, p, left, inner, step, turn, L, at, vector_in, states_in,
-    REVERSE: tl.constexpr, UNROLL: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """The operands of UNROLL steps of a walk from step t on, or with REVERSE from t down, and where the walk then is.
-
-    Of each step: its position, whether it exists, dt, u, gy, B, and with REVERSE C. A step beyond the sequence's end
-    stands on the last position; its dt and gy are zero, so that it moves nothing.
-    """
-    dt_at, u_at, gy_at, B_at, C_at = at
-    steps = ()
-    for _ in tl.static_range(UNROLL):
-        live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
-        mask = live[None, None, :] if FULL else vector_in & live[None, None, :]
-        dt = _load(dt_at, p, mask, False)
-        u = _load(u_at, p, vector_in, FULL)
-        gy = _load(gy_at, p, mask, False)
-        b = _load(B_at, p, states_in, FULL)
-        c = _load(C_at, p, states_in, FULL) if REVERSE else b
-        steps = steps + ((p, live, dt, u, gy, b, c),)
-        p_next, left_next = _next(p, left, inner, step, turn)
-        moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
-        p = tl.where(moves, p_next, p)
-        left = tl.where(moves, left_next, left)
-        t += -1 if REVERSE else 1
-    return steps, p, left
-
-
-@triton.jit
-def _in_float32(steps, UNROLL: tl.constexpr):
-    converted = ()
-    for r in tl.static_range(UNROLL):
-        p, live, dt, u, gy, b, c = steps[r]
-        dt = dt.to(tl.float32)
-        u = u.to(tl.float32)
-        gy = gy.to(tl.float32)
-        b = b.to(tl.float32)
-        c = c.to(tl.float32)
-        converted = converted + ((p, live, dt, u, gy, b, c),)
-    return converted
-
-
-@triton.jit(do_not_specialize=["zero"])
-def _backward_kernel(
-    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,
-    starts_ptr, ends_ptr, decay_ptr, end_ptr, scratch_ptr,
-    gu_ptr, gdelta_ptr, gA_ptr, gB_ptr, gC_ptr, gD_ptr, gbias_ptr,
-    orders, batch, repeats, L, H, W, E, N_STATES, K, part_row, chunks, zero,
-    u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k, gy_b, gy_l, gy_k,
-    CHUNK: tl.constexpr, UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr, LOCAL: tl.constexpr,
-    LAST: tl.constexpr, FAST: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
-    S: tl.constexpr, G: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Walks chunk by chunk from the end. In a chunk, a first pass recomputes the states, keeps those before every
-    UNROLL steps in scratch and writes C's gradients; a second, from the chunk's end, recomputes the states between
-    them and passes the adjoint over UNROLL steps at a time.
-
-    With SPLIT a program has one chunk, and the adjoint after it in ends; with LOCAL too, it walks from a zero adjoint
-    and writes only the adjoint before its chunk (to ends) and the chunk's decay.
-    """
-    k = tl.program_id(1)
-    order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
-    blocks = tl.cdiv(E, G * C)
-    block = tl.program_id(0) % blocks
-    group = (tl.program_id(0) // blocks).to(tl.int64)
-    s, e, n, channels_in, parameters_in = _channels(block, E, N_STATES, zero, S, G, N, C)
-    A, D = _parameters(A_ptr, D_ptr, k, e, n, E, N_STATES, channels_in, parameters_in)
-    in_lanes = s[:, None, None] * (L * K * E) + e[None, :, :]
-    in_part = s[None, :] * (L * K * part_row) + n[:, None]
-    in_tile = (
-        s[None, :, None, None] * (K * (chunks - 1) * N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
-    )
-    TILE: tl.constexpr = S * G * N * C
-    program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    scratch_at = scratch_ptr + program * (CHUNK // UNROLL) * TILE + zero
-    in_scratch = tl.arange(0, N)[:, None, None, None] * (S * G * C) + tl.arange(0, S)[None, :, None, None] * (G * C)
-    in_scratch = in_scratch + tl.arange(0, G)[None, None, :, None] * C + tl.arange(0, C)[None, None, None, :]
-
-    gA = tl.zeros([N, S, G, C], dtype=tl.float32)
-    gD = tl.zeros([S, G, C], dtype=tl.float32)
-    gbias = tl.zeros([S, G, C], dtype=tl.float32)
-    for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
-        seq = (group * repeats + repeat) * S
-        vector_in, states_in, tile_in = _masks(seq, s, batch, n, N_STATES, channels_in, parameters_in)
-        lanes = (seq * L * K + k) * E  # of dt and the gradients of u and delta, which lie as (batch, L, K, E)
-        dt_at = (dt_ptr + lanes, in_lanes, K * E)
-        u_at = (u_ptr + seq * u_b + k * u_k, s[:, None, None] * u_b + e[None, :, :], u_l)
-        gy_at = (gy_ptr + seq * gy_b + k * gy_k, s[:, None, None] * gy_b + e[None, :, :], gy_l)
-        B_at = (B_ptr + seq * B_b + k * B_k, s[None, :] * B_b + n[:, None], B_l)
-        C_at = (C_ptr + seq * C_b + k * C_k, s[None, :] * C_b + n[:, None], C_l)
-        at = (dt_at, u_at, gy_at, B_at, C_at)
-        part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
-        lane = seq * K + k
-        starts_at = starts_ptr + lane * (chunks - 1) * (N_STATES * E)
-        ends_at = ends_ptr + lane * (chunks - 1) * (N_STATES * E)
-
-        g = tl.zeros([N, S, G, C], dtype=tl.float32)
-        total = tl.zeros([S, G, C], dtype=tl.float32)
-        last_chunk = chunks - 1
-        num_chunks = chunks
-        if SPLIT:
-            last_chunk = tl.program_id(2) + (1 if LOCAL else 0)  # the first chunk has none before it to tell
-            num_chunks = 1
-        if not LOCAL:
-            is_last = (last_chunk + tl.arange(0, 1) == chunks - 1)[:, None, None, None]
-            if SPLIT:
-                g_at = ends_at + last_chunk * (N_STATES * E) + in_tile
-                g = tl.load(g_at, mask=tile_in & (is_last == 0), other=0.0)
-            if LAST:
-                end_at = s[None, :, None, None] * (K * N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
-                g += tl.load(end_ptr + lane * (N_STATES * E) + end_at, mask=tile_in & is_last, other=0.0)
-
-        for j in range(num_chunks):
-            chunk = last_chunk - j
-            first = chunk * CHUNK
-            subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
-            if not LOCAL:
-                h = _load_unless_first(starts_at, chunk, N_STATES * E, in_tile, tile_in)
-                p, left, inner, step, turn = _start_walk(first, order, L, H, W, LARGE)
-                steps, p, left = _load_steps(
-                    first, p, left, inner, step, turn, L, at, vector_in, states_in, False, UNROLL, FULL
-                )
-                for i in range(subs):
-                    tl.store(scratch_at + i * TILE + in_scratch, h)
-                    # here and below, the next operands are under way while these are used
-                    t = first + (i + 1) * UNROLL
-                    current = _in_float32(steps, UNROLL)
-                    steps, p, left = _load_steps(
-                        t, p, left, inner, step, turn, L, at, vector_in, states_in, False, UNROLL, FULL
-                    )
-                    for r in tl.static_range(UNROLL):
-                        position, live, dt, u, gy, b, _ = current[r]
-                        bu = (dt * u)[None, :, :, :] * b[:, :, None, None]
-                        h = exp2(dt[None, :, :, :] * A, FAST) * h + bu
-                        gC = tl.sum(tl.sum(gy[None, :, :, :] * h, axis=2), axis=2).to(gC_ptr.dtype.element_ty)
-                        gC_at = gC_ptr + (part + position * (K * part_row)) + in_part
-                        tl.store(gC_at, gC, mask=states_in & live[None, :])
-                tl.debug_barrier()  # where a tile has fewer states than a warp threads, one may read what another wrote
-
-            last = first + subs * UNROLL - 1
-            p, left, inner, step, turn = _start_walk(tl.maximum(L - 1 - last, 0), order ^ 2, L, H, W, LARGE)
-            steps, p, left = _load_steps(
-                last, p, left, inner, step, turn, L, at, vector_in, states_in, True, UNROLL, FULL
-            )
-            for i in range(subs):
-                if not LOCAL:
-                    state = tl.load(scratch_at + (subs - 1 - i) * TILE + in_scratch)
-                t = last - (i + 1) * UNROLL
-                current = _in_float32(steps, UNROLL)
-                steps, p, left = _load_steps(
-                    t, p, left, inner, step, turn, L, at, vector_in, states_in, True, UNROLL, FULL
-                )
-                decays = ()
-                states = ()
-                for r in tl.static_range(UNROLL - 1, -1, -1):  # in the walk's order
-                    _, _, dt, u, _, b, _ = current[r]
-                    decay = exp2(dt[None, :, :, :] * A, FAST)
-                    decays = (decay,) + decays
-                    if not LOCAL:
-                        states = (state,) + states
-                        bu = (dt * u)[None, :, :, :] * b[:, :, None, None]
-                        state = decay * state + bu
-                for r in tl.static_range(UNROLL):  # against it
-                    # g: the gradient of the state after the step, then of the state before it
-                    position, live, dt, u, gy, b, c = current[r]
-                    g += gy[None, :, :, :] * c[:, :, None, None]
-                    if LOCAL:
-                        g *= decays[r]
-                        total += dt
-                    else:
-                        gB = tl.sum(tl.sum((dt * u)[None, :, :, :] * g, axis=2), axis=2).to(gB_ptr.dtype.element_ty)
-                        ginput = tl.sum(g * b[:, :, None, None], axis=0)
-                        g *= decays[r]
-                        gexponent = g * states[r]
-                        gdt = u * ginput + tl.sum(gexponent * A, axis=0) * LN2
-                        gA += gexponent * dt[None, :, :, :]
-                        gD += gy * u
-                        if SOFTPLUS:
-                            # d softplus(x) = sigmoid(x) = 1 - exp(-softplus(x)); its series where that would cancel
-                            gdt *= tl.where(
-                                dt < 0.01, dt * (1.0 - dt * (0.5 - dt * 0.16666667)), 1.0 - exp2(-dt * LOG2E, FAST)
-                            )
-                        gbias += gdt
-                        gu = dt * ginput + D * gy
-                        row = (lanes + position * (K * E)) + in_lanes
-                        mask = vector_in & live[None, None, :]
-                        tl.store(gu_ptr + row, gu.to(gu_ptr.dtype.element_ty), mask=mask)
-                        tl.store(gdelta_ptr + row, gdt.to(gdelta_ptr.dtype.element_ty), mask=mask)
-                        gB_at = gB_ptr + (part + position * (K * part_row)) + in_part
-                        tl.store(gB_at, gB, mask=states_in & live[None, :])
-
-        if LOCAL:
-            tl.store(ends_at + (last_chunk - 1) * (N_STATES * E) + in_tile, g, mask=tile_in)
-            decay_at = decay_ptr + (lane * (chunks - 1) + last_chunk - 1) * (N_STATES * E)
-            tl.store(decay_at + in_tile, exp2(total[None, :, :, :] * A, FAST), mask=tile_in)
-
-    if not LOCAL:
-        # sums over steps and repeats: a part for each group of sequences, sequence of a tile and chunk; those of
-        # sequences that do not exist are zero
-        sums = (((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S) * K + k) * E
-        in_sums = s[:, None, None] * (K * E) + e[None, :, :]
-        gA_at = s[None, :, None, None] * (K * N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
-        tl.store(gA_ptr + sums * N_STATES + gA_at, gA, mask=parameters_in)
-        tl.store(gD_ptr + sums + in_sums, gD, mask=channels_in)
-        tl.store(gbias_ptr + sums + in_sums, gbias, mask=channels_in)
+    for first in range(0, count, AHEAD):
+        # loads that wait for nothing come before the sums that wait for each other
+        ahead = ()
+        for r in tl.static_range(AHEAD):
+            j = first + r
+            at = (lane * count + (count - 1 - j if REVERSE else j)) * size + i
+            mask = (i < size) & (j + tl.arange(0, 1) < count)  # a block of one: the interpreter takes no scalar masks
+            local = tl.load(state_ptr + at, mask=mask, other=0.0)
+            ahead = ahead + ((at, mask, local, tl.load(decay_ptr + at, mask=mask, other=0.0)),)
+        for r in tl.static_range(AHEAD):
+            at, mask, local, decay = ahead[r]
+            h = decay * h + local
+            tl.store(state_ptr + at, h, mask=mask)
 
 
 def _tile_shape(states: int, channels: int, n: int, features: int, batch: int) -> dict[str, int]:
@@ -432,35 +230,35 @@ def _is_full(tile: dict[str, int], n: int, features: int, batch: int) -> bool:
 
 
 @functools.lru_cache(None)
-def _programs_to_fill(device: torch.device) -> int:
+def programs_to_fill(device: torch.device) -> int:
     """Programs (of one warp) below which sequences are split: eight a multiprocessor."""
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _tiles_a_program(programs: int, device: torch.device) -> int:
+def tiles_a_program(programs: int, device: torch.device) -> int:
     """How many tiles of sequences one program of the backward pass takes, one after the other, so that the sums over
     sequences are long and few: sixteen rounds of programs fill a GPU evenly enough."""
-    return max(programs // (16 * max(_programs_to_fill(device), 1)), 1)
+    return max(programs // (16 * max(programs_to_fill(device), 1)), 1)
 
 
-def _strides(t: Tensor, lanes: bool) -> tuple[int, int, int]:
+def strides(t: Tensor, lanes: bool) -> tuple[int, int, int]:
     """Strides of batch, length and direction; 0 where all directions share the tensor."""
     return (t.stride(0), t.stride(1), t.stride(2) if lanes else 0)
 
 
-def _pack_orders(orders) -> int:
+def pack_orders(orders) -> int:
     """Two bits a direction. Directions from the 15th on must all have its order, as the groups of mamba's layout do."""
     if len(set(orders[MAX_ORDERS.value - 1 :])) > 1:
         raise ValueError(f"The Triton scan takes at most {MAX_ORDERS.value} different directions, got {len(orders)}.")
     return sum(ORDERS.index(order) << (2 * k) for k, order in enumerate(orders[: MAX_ORDERS.value]))
 
 
-def _is_large(*tensors: Tensor) -> bool:
-    """Whether offsets within one sequence need 64 bits; those between sequences always have them."""
-    return any(t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
+def is_large(sequences: int, *tensors: Tensor) -> bool:
+    """Whether offsets within the sequences of one tile need 64 bits; those between tiles always have them."""
+    return any(sequences * t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
 
 
-def _last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
+def last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
 
 
@@ -473,16 +271,16 @@ def selective_scan_triton(
         delta_weight: (K, E, R) where delta is (batch, L, K, R), else empty.
         chunk: Steps between kept states: CHUNK, or the whole length where no backward pass will follow.
     """
-    u, B, C = _last_axis_contiguous(u, B, C)
+    u, B, C = last_axis_contiguous(u, B, C)
     At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
     tile = _tile_shape(1024, 32, n, features, batch)
     programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
-    split = length > CHUNK and programs * lanes < _programs_to_fill(u.device)
+    split = length > CHUNK and programs * lanes < programs_to_fill(u.device)
     steps = chunk  # of a chunk
     if split:
-        fill = 4 * max(_programs_to_fill(u.device), 1)
+        fill = 4 * max(programs_to_fill(u.device), 1)
         steps = max(-(-length * programs * lanes // fill // CHUNK), 1) * CHUNK if chunk == length else CHUNK
     chunks = -(-length // steps)
     y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
@@ -493,10 +291,10 @@ def selective_scan_triton(
     def launch(grid_chunks, **options):
         _forward_kernel[(programs, lanes, grid_chunks)](
             u, dt, At, B, C, D, y, starts, decay, last,
-            _pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
-            *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True),
+            pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
+            *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True),
             LAST=with_last, FAST=not INTERPRETED,
-            LARGE=_is_large(u, B, C, y), FULL=_is_full(tile, n, features, batch), num_warps=1,
+            LARGE=is_large(1, u, B, C, y), FULL=_is_full(tile, n, features, batch), num_warps=1,
             maxnreg=FORWARD_REGISTERS, **tile, **options,
         )  # fmt: skip
 
@@ -504,83 +302,17 @@ def selective_scan_triton(
         dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
         if split:
             launch(chunks - 1, SPLIT=True, LOCAL=True)
-            _combine(starts, decay, None)
+            combine(starts, decay, None)
         launch(chunks if split else 1, SPLIT=split, LOCAL=False)
     return y, last.transpose(-1, -2).contiguous() if with_last else last, starts if chunk == CHUNK else starts[:, :, :0]
 
 
-def _combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
+def combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
     """In place: (batch, K, chunks - 1, N, E) from chunks' own end states to the true states at their ends; given
     `end`, from chunks' own adjoints to the true ones, after `end` (batch, K, N, E) if that is not empty."""
     batch, lanes, count, n, features = states.shape
     size = n * features
     _combine_kernel[(-(-size // 128), batch * lanes)](
         states, decay, states if end is None else end, count, size,
-        REVERSE=end is not None, END=end is not None and end.numel() > 0, BLOCK=128, num_warps=1,
+        REVERSE=end is not None, END=end is not None and end.numel() > 0, AHEAD=8, BLOCK=128, num_warps=1,
     )  # fmt: skip
-
-
-def selective_scan_triton_backward(
-    grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width,
-    grad_B, grad_C,
-):  # fmt: skip
-    """As `reference.selective_scan_chunked_backward`, for states kept every CHUNK steps; delta's gradient is
-    (batch, L, K, E) even where delta is (batch, L, K, R).
-
-    B's and C's gradients are written to grad_B and grad_C, (batch, L, K, N), which may have room between their rows.
-    """
-    u, B, C, grad_y = _last_axis_contiguous(u, B, C, grad_y)
-    At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
-    batch, length, lanes = delta.shape[:3]
-    features, n = A.shape[1:]
-    chunks = starts.shape[2] + 1
-    tile = _tile_shape(512, 8 if n >= 4 else 32 // triton.next_power_of_2(n), n, features, batch)
-    blocks = -(-features // (tile["G"] * tile["C"]))
-    tiles = -(-batch // tile["S"])
-    split = chunks > 1 and tiles * blocks * lanes < _programs_to_fill(u.device)
-    parts = chunks if split else 1
-    repeats = _tiles_a_program(tiles * blocks * lanes, u.device)
-    groups = -(-tiles // repeats)
-    programs = groups * blocks
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device=u.device)
-
-    end = grad_last.transpose(-1, -2).float().contiguous() if grad_last.numel() else grad_last
-    ends = empty(starts.shape) if split else starts
-    decay = empty(starts.shape) if split else starts
-    scratch = empty(parts, lanes, programs, CHUNK // UNROLL, tile["S"] * tile["G"] * tile["N"] * tile["C"])
-    grad_u, grad_delta = (empty(batch, length, lanes, features, dtype=t.dtype) for t in (u, delta))
-    grad_A = empty(parts * groups * tile["S"], lanes, n, features)
-    grad_D, grad_bias = (empty(parts * groups * tile["S"], lanes, features) for _ in range(2))
-    # added up over the blocks of channels, unless there is but one
-    part_B, part_C = (grad_B, grad_C) if blocks == 1 else (empty(blocks, batch, length, lanes, n) for _ in range(2))
-
-    def launch(grid_chunks, **options):
-        _backward_kernel[(programs, lanes, grid_chunks)](
-            u, dt, At, B, C, D, grad_y, starts, ends, decay, end, scratch,
-            grad_u, grad_delta, grad_A, part_B, part_C, grad_D, grad_bias,
-            _pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, part_B.stride(-2), chunks,
-            0,
-            *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True), *_strides(grad_y, grad_y.dim() == 4),
-            CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
-            LARGE=_is_large(u, B, C, grad_u, grad_y, grad_B),
-            FULL=_is_full(tile, n, features, batch), num_warps=1, **tile, **options,
-        )  # fmt: skip
-
-    with torch.cuda.device_of(u):
-        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
-        if split:
-            launch(chunks - 1, SPLIT=True, LOCAL=True)
-            _combine(ends, decay, end)
-        launch(parts, SPLIT=split, LOCAL=False)
-    if blocks > 1:
-        sum_blocks(part_B, grad_B)
-        sum_blocks(part_C, grad_C)
-    return (
-        grad_u if u.dim() == 4 else sum_lanes(grad_u),
-        grad_delta,
-        grad_A.sum(0).transpose(1, 2).contiguous().to(A.dtype),
-        grad_D.sum(0).to(D.dtype),
-        grad_bias.sum(0).to(delta_bias.dtype),
-    )

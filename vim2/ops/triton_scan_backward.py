@@ -1,0 +1,594 @@
+"""The backward pass of the selective scan in Triton; `triton_scan.py` has the forward pass.
+
+A program is one warp. It walks a tile of states from the sequence's end: in every thread's registers NR states of each of
+CR neighbouring channels, and its 32 lanes spread over NL groups of states, S sequences and CE groups of channels. All
+values are vectors of 32 lanes, one element a thread, and a tile is a tuple of them. So a sum over a thread's own states or
+channels adds vectors, and one over lanes exchanges halves of what is to be summed (`_sum_over_lanes`), which takes a
+third of the shuffles of Triton's own sums and leaves each result in one lane: what follows is computed once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_math import INTERPRETED, LN2, LOG2E, exp2
+from .triton_scan import (
+    CHUNK,
+    MAX_ORDERS,
+    combine,
+    is_large,
+    last_axis_contiguous,
+    next_position,
+    pack_orders,
+    programs_to_fill,
+    start_walk,
+    strides,
+    tiles_a_program,
+)
+from .triton_step_size import step_sizes, sum_blocks, sum_lanes
+
+LANES = tl.constexpr(32)
+
+UNROLL = 3  # steps whose states are held in registers at once
+
+
+@triton.jit
+def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """COUNT neighbours at position p of a tensor, given as the address of its first, offsets from there and the stride
+    of positions; zero beyond the `existing` ones, and with LIVE where not `live`.
+
+    With WIDE all exist and come as one word of 64 bits: unpacked only where they are used, they take half of the
+    registers meanwhile.
+    """
+    address = at[0] + p * at[2] + at[1]
+    if WIDE:
+        address = address.to(tl.pointer_type(tl.int64))
+        if LIVE:
+            return (tl.load(address, mask=live, other=0),)
+        else:
+            return (tl.load(address),)
+    else:
+        row = ()
+        for i in tl.static_range(COUNT):
+            mask = (i < existing) & live if LIVE else i < existing
+            row = row + (tl.load(address + i, mask=mask, other=0.0),)
+        return row
+
+
+@triton.jit
+def _unpack(row, at, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """In float32. A word holds four elements of 16 bits; bfloat16 is the upper half of a float32."""
+    values = ()
+    if WIDE:
+        for i in tl.static_range(2):
+            word = (row[0] >> (32 * i)).to(tl.int32)
+            if at[0].dtype.element_ty == tl.bfloat16:
+                low = (word << 16).to(tl.float32, bitcast=True)
+                high = (word & -65536).to(tl.float32, bitcast=True)
+            else:
+                low = word.to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
+                high = (word >> 16).to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
+            values = values + (low, high)
+    else:
+        for i in tl.static_range(COUNT):
+            values = values + (row[i].to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _exchange(values, lane, BIT: tl.constexpr, HALF: tl.constexpr):
+    """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper lane the upper half."""
+    sums = ()
+    if HALF > 0:
+        upper = (lane & BIT) != 0
+        for i in tl.static_range(HALF):
+            kept = tl.where(upper, values[i + HALF], values[i])
+            given = tl.where(upper, values[i], values[i + HALF])
+            sums = sums + (kept + tl.gather(given, lane ^ BIT, 0),)
+    else:  # a single value is left: both lanes have its sum
+        sums = (values[0] + tl.gather(values[0], lane ^ BIT, 0),)
+    return sums
+
+
+@triton.jit
+def _sum_over_lanes(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Sums of COUNT values over an axis of SIZE lanes, STRIDE apart; `_share` says which of them a lane then holds."""
+    for i in tl.static_range(5):
+        if (SIZE >> i) > 1:
+            values = _exchange(values, lane, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1))
+    return values
+
+
+@triton.jit
+def _own(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Of COUNT values that all lanes of an axis have, those whose sums `_sum_over_lanes` would leave in this lane."""
+    for i in tl.static_range(5):
+        if (SIZE >> i) > 1 and (COUNT >> (i + 1)) > 0:
+            values = _half(values, (lane & (STRIDE * (SIZE >> (i + 1)))) != 0, COUNT >> (i + 1))
+    return values
+
+
+@triton.jit
+def _half(values, upper, HALF: tl.constexpr):
+    half = ()
+    for i in tl.static_range(HALF):
+        half = half + (tl.where(upper, values[i + HALF], values[i]),)
+    return half
+
+
+@triton.jit
+def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """After `_sum_over_lanes`: the first value that the lane at this place of the axis holds, and whether it is the
+    first lane that does."""
+    if COUNT >= SIZE:
+        return place * (COUNT // SIZE), place >= 0
+    else:
+        return place // (SIZE // COUNT), place % (SIZE // COUNT) == 0
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros([LANES], dtype=tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _exists(i, j, inside):
+    """Whether states i, channels j of the lanes' own exist."""
+    n, e, n_states, features, sequence_in = inside
+    return (n + i < n_states) & (e + j < features) & sequence_in
+
+
+@triton.jit
+def _load_tile(at, row, inside, mask, NR: tl.constexpr, CR: tl.constexpr):
+    """Rows of states, `row` apart; zero where there is nothing or the mask says so."""
+    tile = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            tile = tile + (tl.load(at + (i * row + j), mask=_exists(i, j, inside) & mask, other=0.0),)
+    return tile
+
+
+@triton.jit
+def _store_tile(at, row, tile, inside, NR: tl.constexpr, CR: tl.constexpr):
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            tl.store(at + (i * row + j), tile[i * CR + j], mask=_exists(i, j, inside))
+
+
+@triton.jit
+def _decays(size, A, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+    decays = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            decays = decays + (exp2(size[j] * A[i * CR + j], FAST),)
+    return decays
+
+
+@triton.jit
+def _multiply_add(a, b, c, COUNT: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (a[i] * b[i] + c[i],)
+    return sums
+
+
+@triton.jit
+def _multiply(a, b, COUNT: tl.constexpr):
+    products = ()
+    for i in tl.static_range(COUNT):
+        products = products + (a[i] * b[i],)
+    return products
+
+
+@triton.jit
+def _add(a, b, COUNT: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (a[i] + b[i],)
+    return sums
+
+
+@triton.jit
+def _outer(states, channels, NR: tl.constexpr, CR: tl.constexpr):
+    products = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            products = products + (states[i] * channels[j],)
+    return products
+
+
+@triton.jit
+def _add_outer(tile, states, channels, NR: tl.constexpr, CR: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            sums = sums + (tile[i * CR + j] + states[i] * channels[j],)
+    return sums
+
+
+@triton.jit
+def _add_scaled(tile, other, channels, NR: tl.constexpr, CR: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            sums = sums + (tile[i * CR + j] + other[i * CR + j] * channels[j],)
+    return sums
+
+
+@triton.jit
+def _sum_channels(tile, channels, NR: tl.constexpr, CR: tl.constexpr):
+    """Of the thread's own channels, each times its weight."""
+    sums = ()
+    for i in tl.static_range(NR):
+        total = tile[i * CR] * channels[0]
+        for j in tl.static_range(1, CR):
+            total += tile[i * CR + j] * channels[j]
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _sum_states(tile, states, NR: tl.constexpr, CR: tl.constexpr):
+    """Of the thread's own states, each times its weight."""
+    sums = ()
+    for j in tl.static_range(CR):
+        total = tile[j] * states[0]
+        for i in tl.static_range(1, NR):
+            total += tile[i * CR + j] * states[i]
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _sum_products(tile, other, NR: tl.constexpr, CR: tl.constexpr):
+    """Of two tiles' products, over the thread's own states."""
+    sums = ()
+    for j in tl.static_range(CR):
+        total = tile[j] * other[j]
+        for i in tl.static_range(1, NR):
+            total += tile[i * CR + j] * other[i * CR + j]
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _load_steps(
+    t, p, left, inner, step, turn, L, at, channels, states,
+    REVERSE: tl.constexpr, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The operands of UNROLL steps of a walk from step t on, or with REVERSE from t down, and where the walk then is.
+
+    Of each step: its position, whether it exists, dt, u, gy, B, and with REVERSE C. A step beyond the sequence's end
+    stands on the last position; its dt and gy are zero, so that it moves nothing.
+    """
+    dt_at, u_at, gy_at, B_at, C_at = at
+    steps = ()
+    for _ in tl.static_range(UNROLL):
+        live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
+        dt = _load_row(dt_at, p, channels, live, True, CR, WIDE)
+        u = _load_row(u_at, p, channels, live, False, CR, WIDE)
+        gy = _load_row(gy_at, p, channels, live, True, CR, WIDE)
+        b = _load_row(B_at, p, states, live, False, NR, WIDE)
+        c = _load_row(C_at, p, states, live, False, NR, WIDE) if REVERSE else b
+        steps = steps + ((p, live, dt, u, gy, b, c),)
+        p_next, left_next = next_position(p, left, inner, step, turn)
+        moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
+        p = tl.where(moves, p_next, p)
+        left = tl.where(moves, left_next, left)
+        t += -1 if REVERSE else 1
+    return steps, p, left
+
+
+@triton.jit
+def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr):
+    dt_at, u_at, gy_at, B_at, C_at = at
+    converted = ()
+    for r in tl.static_range(UNROLL):
+        p, live, dt, u, gy, b, c = steps[r]
+        dt = _unpack(dt, dt_at, CR, WIDE)
+        u = _unpack(u, u_at, CR, WIDE)
+        gy = _unpack(gy, gy_at, CR, WIDE)
+        b = _unpack(b, B_at, NR, WIDE)
+        c = _unpack(c, C_at, NR, WIDE)
+        converted = converted + ((p, live, dt, u, gy, b, c),)
+    return converted
+
+
+@triton.jit
+def _backward_kernel(
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,
+    starts_ptr, ends_ptr, decay_ptr, end_ptr, scratch_ptr,
+    gu_ptr, gdelta_ptr, gA_ptr, gB_ptr, gC_ptr, gD_ptr, gbias_ptr,
+    orders, batch, repeats, L, H, W, E, N_STATES, K, part_row, chunks,
+    u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k, gy_b, gy_l, gy_k,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr, LOCAL: tl.constexpr,
+    LAST: tl.constexpr, FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,
+):  # fmt: skip
+    """Walks chunk by chunk from the end. In a chunk, a first pass recomputes the states, keeps those before every
+    UNROLL steps in scratch and writes C's gradients; a second, from the chunk's end, recomputes the states between
+    them and passes the adjoint over UNROLL steps at a time.
+
+    With SPLIT a program has one chunk, and the adjoint after it in ends; with LOCAL too, it walks from a zero adjoint
+    and writes only the adjoint before its chunk (to ends) and the chunk's decay.
+    """
+    TILE: tl.constexpr = NR * CR
+    STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
+    OWN_STATES: tl.constexpr = NR // CE if NR > CE else 1  # values in a lane after sums over channels
+    OWN_CHANNELS: tl.constexpr = CR // NL if CR > NL else 1  # and after sums over states
+    k = tl.program_id(1)
+    order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
+    blocks = tl.cdiv(E, CE * CR)
+    block = tl.program_id(0) % blocks
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+
+    lane = tl.arange(0, LANES)
+    s = (lane // CE) % S
+    n = lane // STATES_STRIDE * NR
+    e = block * (CE * CR) + lane % CE * CR
+    own_n, first_n = _share(lane % CE, CE, NR)
+    own_e, first_e = _share(lane // STATES_STRIDE, NL, CR)
+    own_n += n
+    own_e += e
+
+    # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
+    OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
+    sw = s.to(OFFSET)
+    in_lanes = sw * (L * K * E) + e.to(OFFSET)
+    own_in_lanes = sw * (L * K * E) + own_e.to(OFFSET)
+    own_in_part = sw * (L * K * part_row) + own_n.to(OFFSET)
+    in_u = sw * u_b + e.to(OFFSET)
+    in_gy = sw * gy_b + e.to(OFFSET)
+    in_B = sw * B_b + n.to(OFFSET)
+    in_C = sw * C_b + n.to(OFFSET)
+    in_tile = sw * (K * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
+
+    program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    scratch_at = scratch_ptr + program * ((CHUNK // UNROLL) * TILE * LANES) + lane
+
+    inside = (n, e, N_STATES, E, lane >= 0)
+    A = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, inside, lane >= 0, NR, CR)
+    scaled = ()
+    for v in tl.static_range(TILE):
+        scaled = scaled + (A[v].to(tl.float32) * LOG2E,)
+    A = scaled  # for exp2
+    D = ()
+    for v in tl.static_range(OWN_CHANNELS):
+        D = D + (tl.load(D_ptr + k * E + own_e + v, mask=own_e + v < E, other=0.0).to(tl.float32),)
+
+    gA = _zeros(TILE)
+    gD = _zeros(OWN_CHANNELS)
+    gbias = _zeros(OWN_CHANNELS)
+    for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
+        seq = (group * repeats + repeat) * S
+        s_in = seq + s < batch
+        channels = tl.where(s_in, E - e, 0)  # how many of the lane's own exist
+        states = tl.where(s_in, N_STATES - n, 0)
+        inside = (n, e, N_STATES, E, s_in)
+        lanes = (seq * L * K + k) * E  # of dt and the gradients of u and delta, which lie as (batch, L, K, E)
+        dt_at = (dt_ptr + lanes, in_lanes, K * E)
+        u_at = (u_ptr + seq * u_b + k * u_k, in_u, u_l)
+        gy_at = (gy_ptr + seq * gy_b + k * gy_k, in_gy, gy_l)
+        B_at = (B_ptr + seq * B_b + k * B_k, in_B, B_l)
+        C_at = (C_ptr + seq * C_b + k * C_k, in_C, C_l)
+        at = (dt_at, u_at, gy_at, B_at, C_at)
+        part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
+        state_row = (seq * K + k) * (chunks - 1) * (N_STATES * E)
+
+        g = _zeros(TILE)
+        total = _zeros(CR)
+        last_chunk = chunks - 1
+        num_chunks = chunks
+        if SPLIT:
+            last_chunk = tl.program_id(2) + (1 if LOCAL else 0)  # the first chunk has none before it to tell
+            num_chunks = 1
+        if not LOCAL:
+            is_last = last_chunk + tl.arange(0, 1) == chunks - 1
+            if SPLIT:
+                g_at = ends_ptr + state_row + last_chunk * (N_STATES * E) + in_tile
+                g = _load_tile(g_at, E, inside, is_last == 0, NR, CR)
+            if LAST:
+                end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
+                end = _load_tile(end_at, E, inside, is_last, NR, CR)
+                g = _add(g, end, TILE)
+
+        for j in range(num_chunks):
+            chunk = last_chunk - j
+            first = chunk * CHUNK
+            subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
+            if not LOCAL:
+                # the first chunk's states are zero and not stored
+                not_first = chunk + tl.arange(0, 1) > 0
+                start_at = starts_ptr + state_row + (chunk - 1) * (N_STATES * E) + in_tile
+                h = _load_tile(start_at, E, inside, not_first, NR, CR)
+                p, left, inner, step, turn = start_walk(first, order, L, H, W, LARGE)
+                steps, p, left = _load_steps(
+                    first, p, left, inner, step, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE
+                )
+                for i in range(subs):
+                    for v in tl.static_range(TILE):
+                        tl.store(scratch_at + (i * TILE + v) * LANES, h[v])
+                    # here and below, the next operands are under way while these are used
+                    t = first + (i + 1) * UNROLL
+                    current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                    steps, p, left = _load_steps(
+                        t, p, left, inner, step, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE
+                    )
+                    for r in tl.static_range(UNROLL):
+                        position, live, dt, u, gy, b, _ = current[r]
+                        inputs = _outer(b, _multiply(dt, u, CR), NR, CR)
+                        h = _multiply_add(_decays(dt, A, NR, CR, FAST), h, inputs, TILE)
+                        gC = _sum_over_lanes(_sum_channels(h, gy, NR, CR), lane, 1, CE, NR)
+                        gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
+                        for v in tl.static_range(OWN_STATES):
+                            mask = first_n & (own_n + v < N_STATES) & s_in & live
+                            tl.store(gC_at + v, gC[v].to(gC_ptr.dtype.element_ty), mask=mask)
+
+            last = first + subs * UNROLL - 1
+            p, left, inner, step, turn = start_walk(tl.maximum(L - 1 - last, 0), order ^ 2, L, H, W, LARGE)
+            steps, p, left = _load_steps(
+                last, p, left, inner, step, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE
+            )
+            for i in range(subs):
+                if not LOCAL:
+                    state = ()
+                    for v in tl.static_range(TILE):  # each thread reads what it wrote
+                        state = state + (tl.load(scratch_at + ((subs - 1 - i) * TILE + v) * LANES),)
+                t = last - (i + 1) * UNROLL
+                current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                steps, p, left = _load_steps(
+                    t, p, left, inner, step, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE
+                )
+                decays = ()
+                before = ()
+                for r in tl.static_range(UNROLL - 1, -1, -1):  # in the walk's order
+                    _, _, dt, u, _, b, _ = current[r]
+                    decay = _decays(dt, A, NR, CR, FAST)
+                    decays = (decay,) + decays
+                    if not LOCAL:
+                        before = (state,) + before
+                        if r > 0:
+                            state = _multiply_add(decay, state, _outer(b, _multiply(dt, u, CR), NR, CR), TILE)
+                for r in tl.static_range(UNROLL):  # against it
+                    # g: the gradient of the state after the step, then of the state before it
+                    position, live, dt, u, gy, b, c = current[r]
+                    g = _add_outer(g, c, gy, NR, CR)
+                    if LOCAL:
+                        g = _multiply(g, decays[r], TILE)
+                        total = _add(total, dt, CR)
+                    else:
+                        gB = _sum_over_lanes(_sum_channels(g, _multiply(dt, u, CR), NR, CR), lane, 1, CE, NR)
+                        gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
+                        for v in tl.static_range(OWN_STATES):
+                            mask = first_n & (own_n + v < N_STATES) & s_in & live
+                            tl.store(gB_at + v, gB[v].to(gB_ptr.dtype.element_ty), mask=mask)
+                        ginput = _sum_over_lanes(_sum_states(g, b, NR, CR), lane, STATES_STRIDE, NL, CR)
+                        g = _multiply(g, decays[r], TILE)
+                        gexponent = _multiply(g, before[r], TILE)
+                        gdecay = _sum_over_lanes(_sum_products(gexponent, A, NR, CR), lane, STATES_STRIDE, NL, CR)
+                        gA = _add_scaled(gA, gexponent, dt, NR, CR)
+                        dt = _own(dt, lane, STATES_STRIDE, NL, CR)
+                        u = _own(u, lane, STATES_STRIDE, NL, CR)
+                        gy = _own(gy, lane, STATES_STRIDE, NL, CR)
+                        row = (lanes + position * (K * E)) + own_in_lanes
+                        gD = _multiply_add(gy, u, gD, OWN_CHANNELS)
+                        biases = ()
+                        for v in tl.static_range(OWN_CHANNELS):
+                            gdt = u[v] * ginput[v] + gdecay[v] * LN2
+                            if SOFTPLUS:
+                                # d softplus(x) = sigmoid(x) = 1 - exp(-softplus(x)); its series where that cancels
+                                size = dt[v]
+                                gdt *= tl.where(
+                                    size < 0.01,
+                                    size * (1.0 - size * (0.5 - size * 0.16666667)),
+                                    1.0 - exp2(-size * LOG2E, FAST),
+                                )
+                            biases = biases + (gbias[v] + gdt,)
+                            gu = dt[v] * ginput[v] + D[v] * gy[v]
+                            mask = first_e & (own_e + v < E) & s_in & live
+                            tl.store(gu_ptr + row + v, gu.to(gu_ptr.dtype.element_ty), mask=mask)
+                            tl.store(gdelta_ptr + row + v, gdt.to(gdelta_ptr.dtype.element_ty), mask=mask)
+                        gbias = biases
+
+        if LOCAL:
+            at_chunk = state_row + (last_chunk - 1) * (N_STATES * E)
+            _store_tile(ends_ptr + at_chunk + in_tile, E, g, inside, NR, CR)
+            _store_tile(decay_ptr + at_chunk + in_tile, E, _decays(total, A, NR, CR, FAST), inside, NR, CR)
+
+    if not LOCAL:
+        # sums over steps and repeats: a part for each group of sequences, sequence of a tile and chunk; those of
+        # sequences that do not exist are zero
+        sums = (((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S) * K + k) * E
+        gA_at = gA_ptr + sums * N_STATES + (s * (K * N_STATES * E) + n * E + e)
+        _store_tile(gA_at, E, gA, (n, e, N_STATES, E, lane >= 0), NR, CR)
+        for v in tl.static_range(OWN_CHANNELS):
+            at_own = sums + (s * (K * E) + own_e + v)
+            tl.store(gD_ptr + at_own, gD[v], mask=first_e & (own_e + v < E))
+            tl.store(gbias_ptr + at_own, gbias[v], mask=first_e & (own_e + v < E))
+
+
+def _tile_shape(n: int, features: int, batch: int) -> dict[str, int]:
+    """Registers and lanes of a tile, see this file's head: 16 states a thread where there are as many."""
+    states = triton.next_power_of_2(n)
+    NR = min(states, 4)
+    NL = states // NR
+    CR = min(triton.next_power_of_2(features), 4)
+    CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
+    return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=LANES.value // (NL * CE))
+
+
+def _in_words(t: Tensor) -> bool:
+    """Whether four neighbours are an aligned word of 64 bits."""
+    return t.element_size() == 2 and t.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in t.stride()[:-1])
+
+
+def selective_scan_triton_backward(
+    grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width,
+    grad_B, grad_C,
+):  # fmt: skip
+    """As `reference.selective_scan_chunked_backward`, for states kept every CHUNK steps; delta's gradient is
+    (batch, L, K, E) even where delta is (batch, L, K, R).
+
+    B's and C's gradients are written to grad_B and grad_C, (batch, L, K, N), which may have room between their rows.
+    """
+    u, B, C, grad_y = last_axis_contiguous(u, B, C, grad_y)
+    At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
+    batch, length, lanes = delta.shape[:3]
+    features, n = A.shape[1:]
+    chunks = starts.shape[2] + 1
+    tile = _tile_shape(n, features, batch)
+    block = tile["CE"] * tile["CR"]
+    blocks = -(-features // block)
+    tiles = -(-batch // tile["S"])
+    split = chunks > 1 and tiles * blocks * lanes < programs_to_fill(u.device)
+    parts = chunks if split else 1
+    repeats = tiles_a_program(tiles * blocks * lanes, u.device)
+    groups = -(-tiles // repeats)
+    programs = groups * blocks
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=u.device)
+
+    end = grad_last.transpose(-1, -2).float().contiguous() if grad_last.numel() else grad_last
+    ends = empty(starts.shape) if split else starts
+    decay = empty(starts.shape) if split else starts
+    scratch = empty(parts, lanes, programs, CHUNK // UNROLL, tile["NR"] * tile["CR"] * LANES.value)
+    grad_u, grad_delta = (empty(batch, length, lanes, features, dtype=t.dtype) for t in (u, delta))
+    grad_A = empty(parts * groups * tile["S"], lanes, n, features)
+    grad_D, grad_bias = (empty(parts * groups * tile["S"], lanes, features) for _ in range(2))
+    # added up over the blocks of channels, unless there is but one
+    part_B, part_C = (grad_B, grad_C) if blocks == 1 else (empty(blocks, batch, length, lanes, n) for _ in range(2))
+
+    def launch(grid_chunks, **options):
+        _backward_kernel[(programs, lanes, grid_chunks)](
+            u, dt, At, B, C, D, grad_y, starts, ends, decay, end, scratch,
+            grad_u, grad_delta, grad_A, part_B, part_C, grad_D, grad_bias,
+            pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, part_B.stride(-2), chunks,
+            *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True), *strides(grad_y, grad_y.dim() == 4),
+            CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
+            LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B),
+            WIDE=wide, num_warps=1, **tile, **options,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(u):
+        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+        full = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
+        wide = full and tile["NR"] == tile["CR"] == 4 and all(map(_in_words, (u, dt, B, C, grad_y)))
+        if split:
+            launch(chunks - 1, SPLIT=True, LOCAL=True)
+            combine(ends, decay, end)
+        launch(parts, SPLIT=split, LOCAL=False)
+    if blocks > 1:
+        sum_blocks(part_B, grad_B)
+        sum_blocks(part_C, grad_C)
+    return (
+        grad_u if u.dim() == 4 else sum_lanes(grad_u),
+        grad_delta,
+        grad_A.sum(0).transpose(1, 2).contiguous().to(A.dtype),
+        grad_D.sum(0).to(D.dtype),
+        grad_bias.sum(0).to(delta_bias.dtype),
+    )
