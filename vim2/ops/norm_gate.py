@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import autocast_dtype, resolve_backend
+from .operator import operator
 from .reference import compute_dtype
 
 
@@ -60,7 +61,7 @@ def check_norm(weight: Tensor | None, bias: Tensor | None, width: int) -> None:
             raise ValueError(f"norm_weight and norm_bias must both be {(width,)} or both None; {name} is {shape}.")
 
 
-@torch.library.custom_op("vim2::norm_gate", mutates_args=())
+@operator("vim2::norm_gate")
 def _norm_gate(
     y: Tensor, gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +71,7 @@ def _norm_gate(
     return norm_gate_triton(y, gate, norm_weight, norm_bias, eps, dtype)
 
 
-@_norm_gate.register_fake
+@torch.library.register_fake("vim2::norm_gate")
 def _(y, gate, norm_weight, norm_bias, eps, dtype):
     return y.new_empty(y.shape, dtype=dtype), *fake_statistics(y, norm_weight)
 
@@ -119,4 +120,4 @@ def _backward(ctx, grad, *_):
     return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None
 
 
-_norm_gate.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::norm_gate", _backward, setup_context=_setup_context)

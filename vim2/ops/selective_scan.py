@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_off, resolve_backend
+from .operator import operator
 from .reference import ORDERS, compute_dtype, selective_scan_chunked, selective_scan_chunked_backward
 
 FORWARD = ("forward",)
@@ -267,7 +268,7 @@ def _step_sizes(delta, delta_weight):
     return torch.einsum("blkr,ker->blke", delta, weight)
 
 
-@torch.library.custom_op("vim2::selective_scan", mutates_args=())
+@operator("vim2::selective_scan")
 def _selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -292,35 +293,32 @@ def _selective_scan(
         y, summed over directions with merge; the last states, or (0,) without with_last; the kernels' states before
         every `chunk` steps but the first, from which their backward pass recomputes the others.
     """
-    names = [ORDERS[i] for i in orders]
+    options = (delta_softplus, [ORDERS[i] for i in orders], height, width)
+    if backend == "triton":
+        from .triton_scan import selective_scan_triton
+        from .triton_step_size import sum_lanes
+
+        inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+        y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
+        return sum_lanes(y) if merge else y, last, starts
     with autocast_off(u):
-        options = (delta_softplus, names, height, width)
-        if backend == "triton":
-            from .triton_scan import selective_scan_triton
-            from .triton_step_size import sum_lanes
+        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+        if backend == "mamba_ssm":
+            from .mamba_ssm_scan import selective_scan_mamba
 
-            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
-            y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
-            y = sum_lanes(y) if merge else y
+            y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
         else:
-            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
-            if backend == "mamba_ssm":
-                from .mamba_ssm_scan import selective_scan_mamba
+            if backend == "numba":
+                from .numba_scan import selective_scan_numba
 
-                y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
+                y, last = selective_scan_numba(*inputs, with_last)
             else:
-                if backend == "numba":
-                    from .numba_scan import selective_scan_numba
-
-                    y, last = selective_scan_numba(*inputs, with_last)
-                else:
-                    y, last = selective_scan_chunked(*inputs, with_last)
-                starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
-            y = y.sum(2) if merge else y
-        return y.to(u.dtype), last, starts
+                y, last = selective_scan_chunked(*inputs, with_last)
+            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
+        return (y.sum(2) if merge else y).to(u.dtype), last, starts
 
 
-@_selective_scan.register_fake
+@torch.library.register_fake("vim2::selective_scan")
 def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
     with_last, chunk, _ = options
     batch, length = delta.shape[:2]
@@ -413,7 +411,7 @@ def _backward(ctx, grad_y, grad_last, _):
     return grad_u, grad_delta, grad_A, grad_B, grad_C, *others, *(None,) * 8
 
 
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::selective_scan", _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vim2.selective_scan)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backend import autocast_dtype, resolve_backend
 from .norm_gate import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+from .operator import operator
 from .reference import compute_dtype
 
 
@@ -98,7 +99,7 @@ def _sum(features: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
-@torch.library.custom_op("vim2::weighted_average", mutates_args=())
+@operator("vim2::weighted_average")
 def _weighted_average(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -113,7 +114,7 @@ def _weighted_average(
     return weighted_average_triton(list(features), weight, norm_weight, norm_bias, eps, dtype)
 
 
-@_weighted_average.register_fake
+@torch.library.register_fake("vim2::weighted_average")
 def _(features, weight, norm_weight, norm_bias, eps, dtype):
     x = features[0]
     return x.new_empty(x.shape, dtype=dtype), *fake_statistics(x, norm_weight)
@@ -155,4 +156,4 @@ def _backward(ctx, grad, *_):
     return grads, grad_weight, *split_norm_gradient(grad_norm, *norm), None, None
 
 
-_weighted_average.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::weighted_average", _backward, setup_context=_setup_context)
