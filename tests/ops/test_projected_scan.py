@@ -5,7 +5,7 @@ import torch
 from comparison import gradients
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, projected_scan, selective_scan
-from vim2.ops.projected_scan import project
+from vim2.ops.projected_scan import project, scan_parameters
 
 N, R = 3, 2
 
@@ -22,13 +22,14 @@ def make_inputs(orders, separate, features=6, dtype=torch.float64):
         (lanes, features, R),
     )
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    tensors[2] = -tensors[2].abs() - 0.1
     return [t.requires_grad_() for t in tensors]
 
 
 def kept_through_autograd(inputs, orders, separate):
-    u, weight, A, D, bias, delta_weight = inputs
-    B, C, delta = project(u, weight, separate, N).split((N, N, R), dim=-1)
+    u, weight, A_log, D, bias, delta_weight = inputs
+    weight, A = scan_parameters(weight, A_log, separate)
+    projected = project(u.flatten(1, 2), weight, len(orders)).unflatten(1, u.shape[1:3])
+    B, C, delta = projected.split((N, N, R), dim=-1)
     return selective_scan(u, delta, A, B, C, D, bias, orders=orders, delta_weight=delta_weight)
 
 

@@ -5,7 +5,7 @@ checkpointing, and carries its own fake, autograd and FLOP rules.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,17 +72,18 @@ def selective_scan(
         )
     spatial = delta.shape[1:-2]
     _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
-    D, delta_bias = (_optional(t, A, name) for t, name in ((D, "D"), (delta_bias, "delta_bias")))
+    D, delta_bias = (A.new_zeros(A.shape[:2]) if t is None else t for t in (D, delta_bias))
+    _check_vectors(D, delta_bias, A)
     if delta_weight is None:
         delta_weight = A.new_empty(0)
-    u, delta, B, C = _flat(spatial, u, delta, B, C)
+    u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
     size = _height_and_width(spatial)
     y, _, _ = _scan(tensors, delta_softplus, orders, *size, True, False, backend, needs_backward(*tensors))
     return y.unflatten(1, spatial)
 
 
-def selective_scan_with_backward(
+def scan_flat(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -90,35 +91,35 @@ def selective_scan_with_backward(
     C: Tensor,
     D: Tensor,
     delta_bias: Tensor,
-    orders: Sequence[str],
     delta_weight: Tensor,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Callable]:
-    """For autograd functions that compute operands again: `selective_scan`, what its backward pass needs, and that.
-
-    Returns:
-        y; the kept states; a function of y's gradient, these states, a tuple of u, delta, A, B, C, D, delta_bias and
-        delta_weight, and room for the gradients of B, C and delta, that returns those of u, A, D, delta_bias and
-        delta_weight.
-    """
-    spatial = delta.shape[1:-2]
-    _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
-    size = _height_and_width(spatial)
-    backend = resolve_backend(backend, u, delta, A, B, C, D, delta_bias, delta_weight, scan=True)
-
-    def backward(grad_y, starts, tensors, grad_B, grad_C, grad_delta):
-        u, delta, A, B, C, *others = tensors
-        grad_y, u, delta, B, C, *grads = _flat(spatial, grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
-        options = (True, [ORDERS.index(order) for order in orders], *size, backend)
-        grad_u, *others = torch.ops.vim2.selective_scan_backward(
-            grad_y, starts.new_empty(0), starts, u, delta, A, B, C, *others, *options, *grads
-        )
-        return grad_u.unflatten(1, spatial), *others
-
-    u, delta, B, C = _flat(spatial, u, delta, B, C)
+    orders: Sequence[str],
+    spatial: Sequence[int],
+    backend: str | None,
+    keeps: bool,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` on tensors (batch, L, ...) that are sequences or maps of size `spatial`, and the states that it
+    keeps if a backward pass follows."""
+    _check_arguments(u, delta, A, B, C, orders, delta.shape[1:2], delta_weight)
+    _check_vectors(D, delta_bias, A)
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    y, _, starts = _scan(tensors, True, orders, *size, True, False, backend, True)
-    return y.unflatten(1, spatial), starts, backward
+    y, _, starts = _scan(tensors, True, orders, *_height_and_width(spatial), True, False, backend, keeps)
+    return y, starts
+
+
+def scan_flat_backward(
+    grad_y: Tensor,
+    starts: Tensor,
+    tensors: Sequence[Tensor],
+    orders: Sequence[str],
+    spatial: Sequence[int],
+    backend: str | None,
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Of `scan_flat`, for tensors u, delta, A, B, C, D, delta_bias and delta_weight: gradients for u, A, D, delta_bias
+    and delta_weight; those for B, C and delta are written to `grads`."""
+    backend = resolve_backend(backend, *tensors, scan=True)
+    options = (True, [ORDERS.index(order) for order in orders], *_height_and_width(spatial), backend)
+    return torch.ops.vim2.selective_scan_backward(grad_y, starts.new_empty(0), starts, *tensors, *options, *grads)
 
 
 def selective_scan_fn(
@@ -224,22 +225,17 @@ def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
         raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
 
 
-def _optional(t, A, name):
-    if t is None:
-        return A.new_zeros(A.shape[:2])
-    if t.shape != A.shape[:2]:
-        raise ValueError(f"{name} must be (K, E) = {tuple(A.shape[:2])}, got {tuple(t.shape)}.")
-    return t
+def _check_vectors(D, delta_bias, A):
+    if D.shape != A.shape[:2] or delta_bias.shape != A.shape[:2]:
+        raise ValueError(
+            f"D and delta_bias must be (K, E) = {tuple(A.shape[:2])}, got {tuple(D.shape)} and "
+            f"{tuple(delta_bias.shape)}."
+        )
 
 
 def _height_and_width(spatial):
     """Of a map, or of the one row that a sequence is."""
     return spatial if len(spatial) == 2 else (1, *spatial)
-
-
-def _flat(spatial, *tensors):
-    """(batch, *spatial, ...) -> (batch, L, ...)."""
-    return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -293,7 +289,7 @@ def _selective_scan(
         y, summed over directions with merge; the last states, or (0,) without with_last; the kernels' states before
         every `chunk` steps but the first, from which their backward pass recomputes the others.
     """
-    options = (delta_softplus, [ORDERS[i] for i in orders], height, width)
+    options = (delta_softplus, tuple(ORDERS[i] for i in orders), height, width)
     if backend == "triton":
         from .triton_scan import selective_scan_triton
         from .triton_step_size import sum_lanes
@@ -356,7 +352,7 @@ def _selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
     which may be parts of one tensor."""
-    options = (delta_softplus, [ORDERS[i] for i in orders], height, width)
+    options = (delta_softplus, tuple(ORDERS[i] for i in orders), height, width)
     with autocast_off(u):
         if backend == "triton":
             from .triton_scan import selective_scan_triton_backward

@@ -448,7 +448,8 @@ def _strides(t: Tensor, lanes: bool) -> tuple[int, int, int]:
     return (t.stride(0), t.stride(1), t.stride(2) if lanes else 0)
 
 
-def _pack_orders(orders) -> int:
+@functools.lru_cache(None)
+def _pack_orders(orders: tuple[str, ...]) -> int:
     """Two bits a direction. Directions from the 15th on must all have its order, as the groups of mamba's layout do."""
     if len(set(orders[MAX_ORDERS.value - 1 :])) > 1:
         raise ValueError(f"The Triton scan takes at most {MAX_ORDERS.value} different directions, got {len(orders)}.")
@@ -464,6 +465,20 @@ def _last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
 
 
+@functools.lru_cache(None)
+def _forward_plan(
+    batch: int, length: int, lanes: int, features: int, n: int, chunk: int, fill: int
+) -> tuple[dict[str, int], int, bool, int]:
+    """The tile, with which programs a direction, whether sequences are split, and the steps of a chunk."""
+    tile = _tile_shape(1024, 32, n, features, batch)
+    programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
+    split = length > CHUNK and programs * lanes < fill
+    if not split:
+        return tile, programs, False, chunk
+    parts = -(-length * programs * lanes // (4 * max(fill, 1)))
+    return tile, programs, True, max(parts // CHUNK, 1) * CHUNK if chunk == length else CHUNK
+
+
 def selective_scan_triton(
     u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, chunk, with_last
 ):
@@ -477,36 +492,31 @@ def selective_scan_triton(
     At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
-    tile = _tile_shape(1024, 32, n, features, batch)
-    programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
-    split = length > CHUNK and programs * lanes < _programs_to_fill(u.device)
-    steps = chunk  # of a chunk
-    if split:
-        fill = 4 * max(_programs_to_fill(u.device), 1)
-        steps = max(-(-length * programs * lanes // fill // CHUNK), 1) * CHUNK if chunk == length else CHUNK
+    fill = _programs_to_fill(u.device)
+    tile, programs, split, steps = _forward_plan(batch, length, lanes, features, n, chunk, fill)
     chunks = -(-length // steps)
     y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
     last = torch.empty((batch, lanes, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, chunks - 1, n, features, dtype=torch.float32, device=u.device)
     decay = torch.empty_like(starts) if split else starts
-
-    def launch(grid_chunks, **options):
-        _forward_kernel[(programs, lanes, grid_chunks)](
+    with torch.cuda.device_of(u):
+        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+        arguments = (
             u, dt, At, B, C, D, y, starts, decay, last,
             _pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
             *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True),
-            LAST=with_last, FAST=not INTERPRETED,
-            LARGE=_is_large(u, B, C, y), FULL=_is_full(tile, n, features, batch), num_warps=1,
-            maxnreg=FORWARD_REGISTERS, **tile, **options,
         )  # fmt: skip
-
-    with torch.cuda.device_of(u):
-        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+        options = dict(
+            LAST=with_last, FAST=not INTERPRETED, LARGE=_is_large(u, B, C, y),
+            FULL=_is_full(tile, n, features, batch), num_warps=1, maxnreg=FORWARD_REGISTERS, **tile,
+        )  # fmt: skip
         if split:
-            launch(chunks - 1, SPLIT=True, LOCAL=True)
+            _forward_kernel[(programs, lanes, chunks - 1)](*arguments, SPLIT=True, LOCAL=True, **options)
             _combine(starts, decay, None)
-        launch(chunks if split else 1, SPLIT=split, LOCAL=False)
-    return y, last.transpose(-1, -2).contiguous() if with_last else last, starts if chunk == CHUNK else starts[:, :, :0]
+        grid = (programs, lanes, chunks if split else 1)
+        _forward_kernel[grid](*arguments, SPLIT=split, LOCAL=False, **options)
+    last = last.transpose(-1, -2).contiguous() if with_last else last
+    return y, last, starts if chunk == CHUNK or not split else starts[:, :, :0]
 
 
 def _combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:

@@ -1,5 +1,7 @@
 """Around the Triton scan: step sizes, the gradients of their low-rank factors, sums over directions or parts."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -124,7 +126,7 @@ def _sum(x: Tensor, out: Tensor, parts: int, rows: int, E: int, part_stride: int
     block = _block(E)
     rows_a_program = 2048 // block
     with torch.cuda.device_of(x):
-        _sum_kernel[(triton.cdiv(rows, rows_a_program), triton.cdiv(E, block))](
+        _sum_kernel[(-(-rows // rows_a_program), -(-E // block))](
             x, out, parts, rows, E, part_stride, row_stride, out_row, ROWS=rows_a_program, BLOCK=block, num_warps=4
         )
 
@@ -150,6 +152,7 @@ def _as_rows(factor: Tensor) -> Tensor:
     return factor if rows else factor.contiguous()
 
 
+@functools.lru_cache(None)
 def _room(rank: int) -> int:
     """The width of a block for factors of this rank: products want 16 at least."""
     return rank if rank < 2 else max(triton.next_power_of_2(rank), 16)
@@ -178,7 +181,7 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     block = _block(features)
     rows = 4096 // block
     with torch.cuda.device_of(delta):
-        _step_size_kernel[(triton.cdiv(batch * length, rows), lanes, triton.cdiv(features, block))](
+        _step_size_kernel[(-(-batch * length // rows), lanes, -(-features // block))](
             delta, weight.contiguous(), bias, dt, batch * length, lanes, features, rank,
             delta.stride(1), delta.stride(2), SOFTPLUS=softplus, PRECISION=_precision(delta),
             FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
