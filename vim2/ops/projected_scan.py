@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import autocast_dtype, resolve_backend
 from .operator import operator
-from .selective_scan import needs_backward, scan_flat, scan_flat_backward
+from .selective_scan import check_orders, needs_backward, scan_flat, scan_flat_backward
 
 
 def projected_scan(
@@ -43,24 +43,40 @@ def projected_scan(
         (batch, *spatial, E) in u's dtype.
 
     Raises:
-        ValueError, RuntimeError: As `selective_scan`.
+        ValueError: Shapes that do not fit together, an unknown order or backend, an empty batch or map.
+        RuntimeError: A backend that is not there.
     """
+    _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs)
     spatial = u.shape[1 : -2 if separate_inputs else -1]
-    if len(spatial) not in (1, 2):
-        raise ValueError(
-            f"u must be (batch, L, E) for a sequence or (batch, H, W, E) for a map, with an axis K before E where "
-            f"directions have separate inputs, got {tuple(u.shape)}."
-        )
     matrix, A = scan_parameters(weight, A_log, separate_inputs, backend)
     flat = u.flatten(1, 2) if len(spatial) == 2 else u
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     if torch.compiler.is_compiling() or not needs_backward(*tensors):
         B, C, delta, _ = _split(project(flat, matrix, A.shape[0]), A, delta_weight)  # compilers decide what they keep
         operands = (flat, delta, A, B, C, D, delta_bias, delta_weight)
-        y, _ = scan_flat(*operands, orders, spatial, backend, needs_backward(*tensors))
+        y, _ = scan_flat(operands, orders, spatial, backend, needs_backward(*tensors))
     else:
         y = _ProjectedScan.apply(*tensors, orders, spatial, backend)
     return y.unflatten(1, spatial)
+
+
+def _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs):
+    check_orders(orders)
+    lanes, features, n, rank = len(orders), u.shape[-1], A_log.shape[-1], delta_weight.shape[-1]
+    if u.dim() - separate_inputs not in (3, 4) or u.numel() == 0 or (separate_inputs and u.shape[-2] != lanes):
+        raise ValueError(
+            f"u must be (batch, L, E) for a sequence or (batch, H, W, E) for a map, not empty, with an axis K = {lanes} "
+            f"before E if directions have inputs of their own, got {tuple(u.shape)}."
+        )
+    for name, t, shape in (
+        ("weight", weight, (lanes, rank + 2 * n, features)),
+        ("A_log", A_log, (lanes, features, n)),
+        ("D", D, (lanes, features)),
+        ("delta_bias", delta_bias, (lanes, features)),
+        ("delta_weight", delta_weight, (lanes, features, rank)),
+    ):
+        if t.shape != shape:
+            raise ValueError(f"{name} must be {shape} with these orders, u and widths, got {tuple(t.shape)}.")
 
 
 def scan_parameters(
@@ -109,7 +125,7 @@ class _ProjectedScan(torch.autograd.Function):
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, spatial, backend):
         B, C, delta, _ = _split(project(u, weight, A.shape[0]), A, delta_weight)
         ctx.options = (orders, spatial, backend)
-        y, starts = scan_flat(u, delta, A, B, C, D, delta_bias, delta_weight, *ctx.options, True)
+        y, starts = scan_flat((u, delta, A, B, C, D, delta_bias, delta_weight), *ctx.options, True)
         ctx.autocast = autocast_dtype(u)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y

@@ -73,7 +73,9 @@ def selective_scan(
     spatial = delta.shape[1:-2]
     _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
     D, delta_bias = (A.new_zeros(A.shape[:2]) if t is None else t for t in (D, delta_bias))
-    _check_vectors(D, delta_bias, A)
+    for name, t in (("D", D), ("delta_bias", delta_bias)):
+        if t.shape != A.shape[:2]:
+            raise ValueError(f"{name} must be (K, E) = {tuple(A.shape[:2])}, got {tuple(t.shape)}.")
     if delta_weight is None:
         delta_weight = A.new_empty(0)
     u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
@@ -84,24 +86,10 @@ def selective_scan(
 
 
 def scan_flat(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_weight: Tensor,
-    orders: Sequence[str],
-    spatial: Sequence[int],
-    backend: str | None,
-    keeps: bool,
+    tensors: Sequence[Tensor], orders: Sequence[str], spatial: Sequence[int], backend: str | None, keeps: bool
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` on tensors (batch, L, ...) that are sequences or maps of size `spatial`, and the states that it
-    keeps if a backward pass follows."""
-    _check_arguments(u, delta, A, B, C, orders, delta.shape[1:2], delta_weight)
-    _check_vectors(D, delta_bias, A)
-    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
+    """`selective_scan` of u, delta, A, B, C, D, delta_bias and delta_weight, unchecked, where (batch, L, ...) are
+    sequences or maps of size `spatial`. Returns also the states that are kept, if a backward pass is to follow."""
     y, _, starts = _scan(tensors, True, orders, *_height_and_width(spatial), True, False, backend, keeps)
     return y, starts
 
@@ -114,9 +102,8 @@ def scan_flat_backward(
     spatial: Sequence[int],
     backend: str | None,
     grads: Sequence[Tensor],
-) -> list[Tensor]:
-    """Of `scan_flat`, for tensors u, delta, A, B, C, D, delta_bias and delta_weight: gradients for u, A, D, delta_bias
-    and delta_weight; those for B, C and delta are written to `grads`."""
+) -> tuple[Tensor, ...]:
+    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to `grads`."""
     backend = resolve_backend(backend, *tensors, scan=True)
     options = (True, [ORDERS.index(order) for order in orders], *_height_and_width(spatial), backend)
     return torch.ops.vim2.selective_scan_backward(grad_y, starts.new_empty(0), starts, *tensors, *options, *grads)
@@ -197,10 +184,14 @@ def selective_scan_fn(
     return (y, last_state.flatten(1, 2)) if return_last_state else y
 
 
-def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
-    unknown = [order for order in orders if order not in ORDERS]
-    if unknown or not orders:
+def check_orders(orders: Sequence[str]) -> None:
+    """Raise a ValueError unless all are known, and there is one."""
+    if not orders or any(order not in ORDERS for order in orders):
         raise ValueError(f"orders must name one or more of {', '.join(ORDERS)}, got {tuple(orders)}.")
+
+
+def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
+    check_orders(orders)
     batch, lanes, features = delta.shape[0], *delta.shape[-2:]
     if len(orders) != lanes:
         raise ValueError(f"delta has {lanes} directions, but orders names {len(orders)}: {tuple(orders)}.")
@@ -223,14 +214,6 @@ def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
             raise ValueError(f"{name} must be {(batch, *spatial, lanes, A.shape[-1])}, got {tuple(t.shape)}.")
     if u.numel() == 0:
         raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
-
-
-def _check_vectors(D, delta_bias, A):
-    if D.shape != A.shape[:2] or delta_bias.shape != A.shape[:2]:
-        raise ValueError(
-            f"D and delta_bias must be (K, E) = {tuple(A.shape[:2])}, got {tuple(D.shape)} and "
-            f"{tuple(delta_bias.shape)}."
-        )
 
 
 def _height_and_width(spatial):
