@@ -65,8 +65,8 @@ def _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, sepa
     lanes, features, n, rank = len(orders), u.shape[-1], A_log.shape[-1], delta_weight.shape[-1]
     if u.dim() - separate_inputs not in (3, 4) or u.numel() == 0 or (separate_inputs and u.shape[-2] != lanes):
         raise ValueError(
-            f"u must be (batch, L, E) for a sequence or (batch, H, W, E) for a map, not empty, with an axis K = {lanes} "
-            f"before E if directions have inputs of their own, got {tuple(u.shape)}."
+            f"u must be (batch, L, E) for a sequence or (batch, H, W, E) for a map, not empty, with an axis K = "
+            f"{lanes} before E if directions have inputs of their own, got {tuple(u.shape)}."
         )
     for name, t, shape in (
         ("weight", weight, (lanes, rank + 2 * n, features)),
