@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, sigmoid
+from .triton_math import INTERPRETED, launch, sigmoid
 
 MIN_ROWS, MAX_ROWS = 10, 42  # of a strip
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more images than that, a program goes on to the next
@@ -223,11 +223,9 @@ def _registers(x: Tensor, limit: int) -> int | None:
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, activate: bool) -> Tensor:
     programs, rows, strips, images, tile = _launch_shape(x, 2, FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _conv_kernel[(programs,)](
-            x, weight, bias, y, *x.shape, rows, strips, images, *x.stride()[:3],
-            ACTIVATE=activate, FAST=not INTERPRETED, maxnreg=_registers(x, FORWARD_REGISTERS), **tile,
-        )  # fmt: skip
+    arguments = (x, weight, bias, y, *x.shape, rows, strips, images, *x.stride()[:3])
+    registers = _registers(x, FORWARD_REGISTERS)
+    launch(_conv_kernel, (programs,), arguments, ACTIVATE=activate, FAST=not INTERPRETED, **tile, maxnreg=registers)
     return y
 
 
@@ -245,11 +243,9 @@ def depthwise_conv_silu_triton_backward(
     programs, rows, strips, images, tile = _launch_shape(x, 1, BACKWARD_PROGRAMS)
     grad_pre = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(programs // -(-channels // 64), 10, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            x, weight, bias, grad_y, grad_pre, sums, *x.shape, rows, strips, images, *x.stride()[:3],
-            FAST=not INTERPRETED, maxnreg=_registers(x, BACKWARD_REGISTERS), **tile,
-        )  # fmt: skip
+    arguments = (x, weight, bias, grad_y, grad_pre, sums, *x.shape, rows, strips, images, *x.stride()[:3])
+    registers = _registers(x, BACKWARD_REGISTERS)
+    launch(_backward_kernel, (programs,), arguments, FAST=not INTERPRETED, **tile, maxnreg=registers)
     grad_x = _convolve(grad_pre, weight, bias, activate=False)
     grad_weight, grad_bias = sums[:, :9].sum(0), sums[:, 9].sum(0)
     return grad_x, grad_weight.t().reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)

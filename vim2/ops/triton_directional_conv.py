@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, sigmoid
+from .triton_math import INTERPRETED, launch, sigmoid
 
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048
@@ -211,11 +211,10 @@ def directional_conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     sequences, length, features = x.shape
     programs, _, blocks, tile = _launch_shape(x, FORWARD_PROGRAMS)
     y = torch.empty(sequences, length, 2, features, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(programs,)](
-            x, weight, bias, y, sequences, length, blocks, x.stride(0), STEP=x.stride(1),
-            P=features, TAPS=weight.shape[-1], FAST=not INTERPRETED, **tile,
-        )  # fmt: skip
+    launch(
+        _forward_kernel, (programs,), (x, weight, bias, y, sequences, length, blocks, x.stride(0)),
+        STEP=x.stride(1), P=features, TAPS=weight.shape[-1], FAST=not INTERPRETED, **tile,
+    )  # fmt: skip
     return y
 
 
@@ -234,11 +233,10 @@ def directional_conv_silu_triton_backward(
     programs, parts, blocks, tile = _launch_shape(x, BACKWARD_PROGRAMS)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(parts, 2, width + 1, features, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            x, weight, bias, grad_y, grad_x, sums, sequences, length, blocks, x.stride(0), STEP=x.stride(1),
-            P=features, TAPS=width, FAST=not INTERPRETED, **tile,
-        )  # fmt: skip
+    launch(
+        _backward_kernel, (programs,), (x, weight, bias, grad_y, grad_x, sums, sequences, length, blocks, x.stride(0)),
+        STEP=x.stride(1), P=features, TAPS=width, FAST=not INTERPRETED, **tile,
+    )  # fmt: skip
     grad_weight, grad_bias = sums[:, :, :width].sum(0), sums[:, :, width].sum(0)
     grad_weight = torch.stack((grad_weight[0], grad_weight[1].flip(0)))  # from the order of steps to that of taps
     return (

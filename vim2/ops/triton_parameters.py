@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_math import launch
+
 BLOCK = 1024
 
 
@@ -44,9 +46,8 @@ def scan_parameters_triton(
     room = -rows % 8
     matrix = torch.empty(lanes * (rows + room), columns, dtype=dtype, device=weight.device)
     A = torch.empty(lanes, states, features, dtype=A_log.dtype, device=weight.device)
-    with torch.cuda.device_of(weight):
-        _parameters_kernel[(-(-max(matrix.numel(), A.numel()) // BLOCK),)](
-            weight.contiguous(), A_log.contiguous(), matrix, A, lanes, features, columns, states, rows - 2 * states,
-            room, SEPARATE=separate_inputs, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    sizes = (lanes, features, columns, states, rows - 2 * states, room)
+    arguments = (weight.contiguous(), A_log.contiguous(), matrix, A, *sizes)
+    grid = (-(-max(matrix.numel(), A.numel()) // BLOCK),)
+    launch(_parameters_kernel, grid, arguments, SEPARATE=separate_inputs, BLOCK=BLOCK, num_warps=4)
     return matrix, A.transpose(1, 2)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_math import launch
+
 # programs a multiprocessor: many of the forward kernels; of the backward ones as many as their registers let run
 FORWARD_PROGRAMS = 32
 NORM_GATE_BACKWARD_PROGRAMS = {True: 3, False: 6}  # with and without norm
@@ -250,11 +252,9 @@ def norm_gate_triton(
     statistics = _statistics(y, weight is not None)
     tile = _tile(width, 16)
     if rows:
-        with torch.cuda.device_of(y):
-            _norm_gate_kernel[(_programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, y.device),)](
-                y, gate_rows, weight, bias, out, statistics, rows, width, gate_rows.stride(0), eps,
-                NORM=weight is not None, **tile,
-            )  # fmt: skip
+        arguments = (y, gate_rows, weight, bias, out, statistics, rows, width, gate_rows.stride(0), eps)
+        programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, y.device)
+        launch(_norm_gate_kernel, (programs,), arguments, NORM=weight is not None, **tile)
     return out, statistics
 
 
@@ -271,11 +271,9 @@ def norm_gate_triton_backward(
     programs = _programs(rows, tile["BLOCK_ROWS"], NORM_GATE_BACKWARD_PROGRAMS[norm], y.device)
     parts = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=y.device)
     if rows:
-        with torch.cuda.device_of(y):
-            _norm_gate_backward_kernel[(programs,)](
-                grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts,
-                rows, width, gate_rows.stride(0), NORM=norm, **tile,
-            )  # fmt: skip
+        tensors = (grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts)
+        arguments = (*tensors, rows, width, gate_rows.stride(0))
+        launch(_norm_gate_backward_kernel, (programs,), arguments, NORM=norm, **tile)
     return grad_y, grad_gate, parts.sum(0)
 
 
@@ -304,11 +302,9 @@ def weighted_average_triton(
     pointers = _padded(features)
     tile = _tile(width, 16 if len(pointers) <= 4 else 8)
     if rows:
-        with torch.cuda.device_of(scale):
-            _average_kernel[(_programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, scale.device),)](
-                pointers, scale, weight, bias, out, statistics, rows, len(features), width, eps,
-                NORM=weight is not None, **tile,
-            )  # fmt: skip
+        arguments = (pointers, scale, weight, bias, out, statistics, rows, len(features), width, eps)
+        programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, scale.device)
+        launch(_average_kernel, (programs,), arguments, NORM=weight is not None, **tile)
     return out, statistics
 
 
@@ -322,7 +318,7 @@ def weighted_average_triton_backward(
     rows = grad.numel() // max(width, 1)
     grad_features = [torch.empty_like(f) for f in features]
 
-    def launch(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
+    def launch_part(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
         count = len(features[part])
         pointers = _padded(features[part])
         tile = _tile(width, 8)
@@ -331,24 +327,24 @@ def weighted_average_triton_backward(
         grad_scale = torch.empty(programs, len(pointers), dtype=torch.float32, device=grad.device)
         grad_norm = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=grad.device)
         if rows:
-            with torch.cuda.device_of(grad):
-                _average_backward_kernel[(programs,)](
-                    grad, pointers, scale[part], weight, statistics, _padded(grad_features[part]),
-                    grad_scale, grad_norm, grad_total, rows, count, width,
-                    NORM=norm, SPLIT=grad_total is not None,
-                    VECTOR=16 // min(f.element_size() for f in features), **tile,
-                )  # fmt: skip
+            gradients = (_padded(grad_features[part]), grad_scale, grad_norm, grad_total)
+            launch(
+                _average_backward_kernel, (programs,),
+                (grad, pointers, scale[part], weight, statistics, *gradients, rows, count, width),
+                NORM=norm, SPLIT=grad_total is not None, **tile,
+                VECTOR=16 // min(f.element_size() for f in features),
+            )  # fmt: skip
         return grad_scale.sum(0)[:count], grad_norm.sum(0)
 
     norm = weight is not None
     if n <= MAX_FEATURES:
-        grad_scale, grad_norm = launch(grad, slice(None), norm, None)
+        grad_scale, grad_norm = launch_part(grad, slice(None), norm, None)
     else:  # first the gradient of the average, then those of the features, some at a time
         grad_norm = grad.new_empty(2, 0, dtype=torch.float32)
         if norm:
             grad_total = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-            _, grad_norm = launch(grad, slice(None), True, grad_total)
+            _, grad_norm = launch_part(grad, slice(None), True, grad_total)
             grad = grad_total
         parts = [slice(i, i + MAX_FEATURES) for i in range(0, n, MAX_FEATURES)]
-        grad_scale = torch.cat([launch(grad, part, False, None)[0] for part in parts])
+        grad_scale = torch.cat([launch_part(grad, part, False, None)[0] for part in parts])
     return [*grad_features, grad_scale.to(scale.dtype), grad_norm]

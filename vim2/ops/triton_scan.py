@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .reference import ORDERS
 from .selective_scan import TRITON_CHUNK as CHUNK
-from .triton_math import INTERPRETED, LN2, LOG2E, exp2
+from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 from .triton_step_size import step_sizes, sum_blocks, sum_lanes
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
@@ -499,22 +499,21 @@ def selective_scan_triton(
     last = torch.empty((batch, lanes, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, chunks - 1, n, features, dtype=torch.float32, device=u.device)
     decay = torch.empty_like(starts) if split else starts
-    with torch.cuda.device_of(u):
-        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
-        arguments = (
-            u, dt, At, B, C, D, y, starts, decay, last,
-            _pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
-            *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True),
-        )  # fmt: skip
-        options = dict(
-            LAST=with_last, FAST=not INTERPRETED, LARGE=_is_large(u, B, C, y),
-            FULL=_is_full(tile, n, features, batch), num_warps=1, maxnreg=FORWARD_REGISTERS, **tile,
-        )  # fmt: skip
-        if split:
-            _forward_kernel[(programs, lanes, chunks - 1)](*arguments, SPLIT=True, LOCAL=True, **options)
-            _combine(starts, decay, None)
-        grid = (programs, lanes, chunks if split else 1)
-        _forward_kernel[grid](*arguments, SPLIT=split, LOCAL=False, **options)
+    dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+    arguments = (
+        u, dt, At, B, C, D, y, starts, decay, last,
+        _pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
+        *_strides(u, u.dim() == 4), *_strides(B, True), *_strides(C, True),
+    )  # fmt: skip
+    options = dict(
+        LAST=with_last, FAST=not INTERPRETED, LARGE=_is_large(u, B, C, y),
+        FULL=_is_full(tile, n, features, batch), num_warps=1, maxnreg=FORWARD_REGISTERS, **tile,
+    )  # fmt: skip
+    if split:
+        launch(_forward_kernel, (programs, lanes, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)
+        _combine(starts, decay, None)
+    grid = (programs, lanes, chunks if split else 1)
+    launch(_forward_kernel, grid, arguments, SPLIT=split, LOCAL=False, **options)
     last = last.transpose(-1, -2).contiguous() if with_last else last
     return y, last, starts if chunk == CHUNK or not split else starts[:, :, :0]
 
@@ -524,10 +523,9 @@ def _combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
     `end`, from chunks' own adjoints to the true ones, after `end` (batch, K, N, E) if that is not empty."""
     batch, lanes, count, n, features = states.shape
     size = n * features
-    _combine_kernel[(-(-size // 128), batch * lanes)](
-        states, decay, states if end is None else end, count, size,
-        REVERSE=end is not None, END=end is not None and end.numel() > 0, BLOCK=128, num_warps=1,
-    )  # fmt: skip
+    arguments = (states, decay, states if end is None else end, count, size)
+    options = dict(REVERSE=end is not None, END=end is not None and end.numel() > 0, BLOCK=128, num_warps=1)
+    launch(_combine_kernel, (-(-size // 128), batch * lanes), arguments, **options)
 
 
 def selective_scan_triton_backward(
