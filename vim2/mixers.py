@@ -88,10 +88,8 @@ class S6(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(batch, *spatial, E), or (batch, *spatial, K, E) with separate inputs, -> (batch, *spatial, E)."""
-        A = -torch.exp(self.A_log)
-        return projected_scan(
-            u, self.x_proj_weight, A, self.D, self.dt_proj_bias, self.dt_proj_weight, self.orders, self.separate_inputs
-        )
+        parameters = (self.x_proj_weight, self.A_log, self.D, self.dt_proj_bias, self.dt_proj_weight)
+        return projected_scan(u, *parameters, self.orders, self.separate_inputs)
 
 
 class SelectiveTokenMixer(nn.Module):

@@ -5,8 +5,11 @@ import torch
 from comparison import gradients
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, projected_scan, selective_scan
-from vim2.ops.projected_scan import project
+from vim2.ops.backend import HAS_TRITON
+from vim2.ops.projected_scan import project, scan_parameters
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 N, R = 3, 2
 
 
@@ -22,13 +25,14 @@ def make_inputs(orders, separate, features=6, dtype=torch.float64):
         (lanes, features, R),
     )
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    tensors[2] = -tensors[2].abs() - 0.1
     return [t.requires_grad_() for t in tensors]
 
 
 def kept_through_autograd(inputs, orders, separate):
-    u, weight, A, D, bias, delta_weight = inputs
-    B, C, delta = project(u, weight, separate, N).split((N, N, R), dim=-1)
+    u, weight, A_log, D, bias, delta_weight = inputs
+    weight, A = scan_parameters(weight, A_log, separate)
+    projected = project(u.flatten(1, 2), weight, len(orders)).unflatten(1, u.shape[1:3])
+    B, C, delta = projected.split((N, N, R), dim=-1)
     return selective_scan(u, delta, A, B, C, D, bias, orders=orders, delta_weight=delta_weight)
 
 
@@ -73,3 +77,54 @@ def test_frozen_parameters_and_input():
     inputs[1].requires_grad_()
     (gradient,) = torch.autograd.grad(projected_scan(*inputs, CROSS_SCAN).square().sum(), inputs[1])
     assert gradient.abs().sum() > 0
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("rank", [R, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("lanes", "separate"), [(4, False), (1, True), (2, True)])
+def test_parameters_in_triton(lanes, separate, dtype, rank):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(2, 5, *((lanes,) if separate else ()), 6, generator=generator).to(DEVICE, dtype)
+    shapes = ((lanes, rank + 2 * N, 6), (lanes, 6, N))
+    inputs = [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+    outputs = []
+    for backend in ("triton", "torch"):
+        weight, A = scan_parameters(*inputs, separate, backend)
+        projected = project(u, weight, lanes)
+        assert backend == "torch" or projected.shape[-1] % 8 == 0
+        assert not projected[..., rank + 2 * N :].any()
+        projected = projected[..., : rank + 2 * N]
+        loss = projected.square().sum() + A.square().sum()
+        outputs.append((projected, A, *torch.autograd.grad(loss, inputs)))
+    for actual, expected in zip(*outputs):
+        assert actual.dtype == dtype
+        tolerances = dict(rtol=3e-2, atol=3e-2) if dtype == torch.bfloat16 else {}  # gradients are rounded twice
+        torch.testing.assert_close(actual, expected, **tolerances)
+
+
+@needs_triton
+@pytest.mark.parametrize("separate", [False, True])
+def test_parameters_are_a_sound_operator(separate):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, R + 2 * N, 6), (2, 6, N))
+    inputs = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in shapes]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.vim2.scan_parameters, (*inputs, separate, dtype))
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "message"),
+    [
+        (0, (2, 6), "u must be"),
+        (1, (4, 5, 6), "weight must be"),
+        (2, (4, 3, 6), "weight|A_log"),
+        (3, (6,), "D must be"),
+    ],
+)
+def test_bad_shapes(position, shape, message):
+    inputs = make_inputs(CROSS_SCAN, False)
+    inputs[position] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        projected_scan(*inputs, CROSS_SCAN)

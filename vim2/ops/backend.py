@@ -60,7 +60,7 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
     if backend != "auto":
         return backend
     device = tensors[0].device.type
-    if device not in ("cuda", "cpu") or any(t.dtype == torch.float64 for t in tensors):
+    if device not in ("cuda", "cpu") or torch.float64 in [t.dtype for t in tensors]:
         return "torch"
     if device == "cpu":
         return "numba" if HAS_NUMBA else "torch"

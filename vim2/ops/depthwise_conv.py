@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_off, resolve_backend
+from .operator import operator
 from .reference import compute_dtype
 
 
@@ -48,14 +49,14 @@ def _depthwise_conv_silu_torch(x, weight, bias):
     return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("vim2::depthwise_conv_silu", mutates_args=())
+@operator("vim2::depthwise_conv_silu")
 def _depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from .triton_depthwise_conv import depthwise_conv_silu_triton
 
     return depthwise_conv_silu_triton(x, weight, bias)
 
 
-@_depthwise_conv_silu.register_fake
+@torch.library.register_fake("vim2::depthwise_conv_silu")
 def _(x, weight, bias):
     return x.new_empty(x.shape)
 
@@ -83,7 +84,7 @@ def _backward(ctx, grad_y):
     return torch.ops.vim2.depthwise_conv_silu_backward(grad_y, *ctx.saved_tensors)
 
 
-_depthwise_conv_silu.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::depthwise_conv_silu", _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vim2.depthwise_conv_silu)

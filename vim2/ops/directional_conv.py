@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_off, resolve_backend
+from .operator import operator
 from .reference import compute_dtype
 
 
@@ -57,14 +58,14 @@ def _directional_conv_silu_torch(x, weight, bias):
     return y.unflatten(1, (features, 2)).permute(0, 3, 2, 1).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("vim2::directional_conv_silu", mutates_args=())
+@operator("vim2::directional_conv_silu")
 def _directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from .triton_directional_conv import directional_conv_silu_triton
 
     return directional_conv_silu_triton(x, weight, bias)
 
 
-@_directional_conv_silu.register_fake
+@torch.library.register_fake("vim2::directional_conv_silu")
 def _(x, weight, bias):
     sequences, steps, features = x.shape
     return x.new_empty(sequences, steps, 2, features)
@@ -93,7 +94,7 @@ def _backward(ctx, grad_y):
     return torch.ops.vim2.directional_conv_silu_backward(grad_y, *ctx.saved_tensors)
 
 
-_directional_conv_silu.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::directional_conv_silu", _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vim2.directional_conv_silu)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import autocast_dtype, resolve_backend
+from .operator import operator
 from .reference import compute_dtype
 
 
@@ -60,24 +61,23 @@ def check_norm(weight: Tensor | None, bias: Tensor | None, width: int) -> None:
             raise ValueError(f"norm_weight and norm_bias must both be {(width,)} or both None; {name} is {shape}.")
 
 
-@torch.library.custom_op("vim2::norm_gate", mutates_args=())
+@operator("vim2::norm_gate")
 def _norm_gate(
     y: Tensor, gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In Triton. Returns also mean and reciprocal deviation of every row, (...), float32; empty without a norm."""
+) -> tuple[Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32; empty without a norm."""
     from .triton_rows import norm_gate_triton
 
     return norm_gate_triton(y, gate, norm_weight, norm_bias, eps, dtype)
 
 
-@_norm_gate.register_fake
+@torch.library.register_fake("vim2::norm_gate")
 def _(y, gate, norm_weight, norm_bias, eps, dtype):
-    return y.new_empty(y.shape, dtype=dtype), *fake_statistics(y, norm_weight)
+    return y.new_empty(y.shape, dtype=dtype), fake_statistics(y, norm_weight)
 
 
-def fake_statistics(x: Tensor, norm_weight: Tensor | None) -> list[Tensor]:
-    shape = (0,) if norm_weight is None else x.shape[:-1]
-    return [x.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+def fake_statistics(x: Tensor, norm_weight: Tensor | None) -> Tensor:
+    return x.new_empty((0,) if norm_weight is None else (2, *x.shape[:-1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("vim2::norm_gate_backward", mutates_args=())
@@ -87,22 +87,21 @@ def _norm_gate_backward(
     gate: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for y, gate, and norm_weight and norm_bias together, (2, E) in float32, (2, 0) without a norm."""
     from .triton_rows import norm_gate_triton_backward
 
-    return norm_gate_triton_backward(grad, y, gate, norm_weight, norm_bias, mean, rstd)
+    return norm_gate_triton_backward(grad, y, gate, norm_weight, norm_bias, statistics)
 
 
 @_norm_gate_backward.register_fake
-def _(grad, y, gate, norm_weight, norm_bias, mean, rstd):
-    return y.new_empty(y.shape), gate.new_empty(gate.shape), fake_norm_gradient(mean, norm_weight)
+def _(grad, y, gate, norm_weight, norm_bias, statistics):
+    return y.new_empty(y.shape), gate.new_empty(gate.shape), fake_norm_gradient(statistics, norm_weight)
 
 
-def fake_norm_gradient(mean: Tensor, norm_weight: Tensor | None) -> Tensor:
-    return mean.new_empty(2, 0 if norm_weight is None else norm_weight.shape[0])
+def fake_norm_gradient(statistics: Tensor, norm_weight: Tensor | None) -> Tensor:
+    return statistics.new_empty(2, 0 if norm_weight is None else norm_weight.shape[0])
 
 
 def split_norm_gradient(grad: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> list[Tensor | None]:
@@ -110,13 +109,13 @@ def split_norm_gradient(grad: Tensor, norm_weight: Tensor | None, norm_bias: Ten
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.save_for_backward(*inputs[:4], output[1])
 
 
-def _backward(ctx, grad, *_):
-    y, gate, *norm, mean, rstd = ctx.saved_tensors
-    grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, mean, rstd)
+def _backward(ctx, grad, _):
+    y, gate, *norm, statistics = ctx.saved_tensors
+    grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, statistics)
     return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None
 
 
-_norm_gate.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::norm_gate", _backward, setup_context=_setup_context)

@@ -1,5 +1,8 @@
 """The selective scan with B, C and delta projected from its input: S6. The projections, in the channel mixer five times
-as large as the input, are not kept for the backward pass, which computes them again."""
+as large as the input, are not kept for the backward pass, which computes them again.
+
+The operator `torch.ops.vim2.scan_parameters` is opaque to torch.compile, torch.export and activation checkpointing, and
+carries its own fake and autograd rules."""
 
 from collections.abc import Sequence
 
@@ -7,36 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import autocast_dtype
-from .selective_scan import needs_backward, selective_scan, selective_scan_with_backward
-
-
-def project(u: Tensor, weight: Tensor, separate_inputs: bool, d_state: int) -> Tensor:
-    """B, C and delta's low-rank factor for all directions, by products on the map as it lies.
-
-    Args:
-        u: (batch, *spatial, E), or (batch, *spatial, K, E) with separate_inputs.
-        weight: (K, R + 2 N, E), rows in VMamba's order: delta, B, C.
-
-    Returns:
-        (batch, *spatial, K, 2 N + R) in the order B, C, delta; on GPUs with zeros up to a multiple of 8, so that
-        kernels read whole 16-byte words.
-    """
-    lanes, rows, _ = weight.shape
-    weight = weight.roll(2 * d_state - rows, dims=1)
-    if u.is_cuda and rows % 8:
-        weight = F.pad(weight, (0, 0, 0, -rows % 8))
-    if not separate_inputs:
-        return F.linear(u, weight.flatten(0, 1)).unflatten(-1, (lanes, -1))
-    if u.is_cuda:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
-        return F.linear(u.flatten(-2), torch.block_diag(*weight)).unflatten(-1, (lanes, -1))
-    return torch.einsum("...ke,kce->...kc", u, weight)
+from .backend import autocast_dtype, resolve_backend
+from .operator import operator
+from .selective_scan import check_orders, needs_backward, scan_flat, scan_flat_backward
 
 
 def projected_scan(
     u: Tensor,
     weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     delta_bias: Tensor,
     delta_weight: Tensor,
@@ -44,12 +26,12 @@ def projected_scan(
     separate_inputs: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """`selective_scan` with B, C and delta linear in u (arXiv 2312.00752, section 3.2).
+    """`selective_scan` with B, C and delta linear in u (arXiv 2312.00752, section 3.2), and A = -exp(A_log).
 
     Args:
         u: (batch, *spatial, E), or (batch, *spatial, K, E) with separate_inputs.
-        weight: (K, R + 2 N, E), see `project`.
-        A: (K, E, N), negative.
+        weight: (K, R + 2 N, E), rows in VMamba's order: delta, B, C.
+        A_log: (K, E, N).
         D: (K, E).
         delta_bias: (K, E).
         delta_weight: (K, E, R).
@@ -61,15 +43,75 @@ def projected_scan(
         (batch, *spatial, E) in u's dtype.
 
     Raises:
-        ValueError, RuntimeError: As `selective_scan`.
+        ValueError: Shapes that do not fit together, an unknown order or backend, an empty batch or map.
+        RuntimeError: A backend that is not there.
     """
-    tensors = (u, weight, A, D, delta_bias, delta_weight)
+    _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs)
+    spatial = u.shape[1 : -2 if separate_inputs else -1]
+    matrix, A = scan_parameters(weight, A_log, separate_inputs, backend)
+    flat = u.flatten(1, 2) if len(spatial) == 2 else u
+    tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     if torch.compiler.is_compiling() or not needs_backward(*tensors):
-        projected = project(u, weight, separate_inputs, A.shape[-1])  # compilers decide themselves what they keep
-        B, C, delta, _ = _split(projected, A, delta_weight)
-        options = dict(orders=orders, delta_weight=delta_weight, backend=backend)
-        return selective_scan(u, delta, A, B, C, D, delta_bias, **options)
-    return _ProjectedScan.apply(*tensors, tuple(orders), separate_inputs, backend)
+        B, C, delta, _ = _split(project(flat, matrix, A.shape[0]), A, delta_weight)  # compilers decide what they keep
+        operands = (flat, delta, A, B, C, D, delta_bias, delta_weight)
+        y, _ = scan_flat(operands, orders, spatial, backend, needs_backward(*tensors))
+    else:
+        y = _ProjectedScan.apply(*tensors, orders, spatial, backend)
+    return y.unflatten(1, spatial)
+
+
+def _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs):
+    check_orders(orders)
+    lanes, features, n, rank = len(orders), u.shape[-1], A_log.shape[-1], delta_weight.shape[-1]
+    if u.dim() - separate_inputs not in (3, 4) or u.numel() == 0 or (separate_inputs and u.shape[-2] != lanes):
+        raise ValueError(
+            f"u must be (batch, L, E) for a sequence or (batch, H, W, E) for a map, not empty, with an axis K = "
+            f"{lanes} before E if directions have inputs of their own, got {tuple(u.shape)}."
+        )
+    for name, t, shape in (
+        ("weight", weight, (lanes, rank + 2 * n, features)),
+        ("A_log", A_log, (lanes, features, n)),
+        ("D", D, (lanes, features)),
+        ("delta_bias", delta_bias, (lanes, features)),
+        ("delta_weight", delta_weight, (lanes, features, rank)),
+    ):
+        if t.shape != shape:
+            raise ValueError(f"{name} must be {shape} with these orders, u and widths, got {tuple(t.shape)}.")
+
+
+def scan_parameters(
+    weight: Tensor, A_log: Tensor, separate_inputs: bool, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weight as `project` takes it, and A = -exp(A_log).
+
+    Returns:
+        The weight with its rows in the order B, C, delta, so that kernels read whole 16-byte words: in Triton
+        (K (R + 2 N), E), or (K (R + 2 N), K E) with zeros between directions if inputs are separate, R + 2 N rounded up
+        to a multiple of 8 by rows of zeros, and in autocast's dtype where that is on; else (K, R + 2 N, E). A is
+        (K, E, N), in A_log's dtype.
+    """
+    if resolve_backend(backend, weight, A_log) == "triton":
+        dtype = autocast_dtype(weight) or weight.dtype
+        return torch.ops.vim2.scan_parameters(weight, A_log, separate_inputs, dtype)
+    return weight.roll(2 * A_log.shape[-1] - weight.shape[1], dims=1), -torch.exp(A_log)
+
+
+def project(u: Tensor, weight: Tensor, lanes: int) -> Tensor:
+    """B, C and delta's low-rank factor for all K directions, by products on the map as it lies.
+
+    Args:
+        u: (batch, L, E), or (batch, L, K, E) with separate inputs.
+        weight: See `scan_parameters`.
+        lanes: K.
+
+    Returns:
+        (batch, L, K, 2 N + R) in the order B, C, delta, with what comes of the weight's rows of zeros behind them.
+    """
+    if u.dim() == 3:
+        return F.linear(u, weight.flatten(0, -2)).unflatten(-1, (lanes, -1))
+    if weight.dim() == 2:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
+        return F.linear(u.flatten(-2), weight).unflatten(-1, (lanes, -1))
+    return torch.einsum("...ke,kce->...kc", u, weight)
 
 
 def _split(projected: Tensor, A: Tensor, delta_weight: Tensor) -> tuple[Tensor, ...]:
@@ -80,11 +122,11 @@ def _split(projected: Tensor, A: Tensor, delta_weight: Tensor) -> tuple[Tensor, 
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, separate_inputs, backend):
-        B, C, delta, _ = _split(project(u, weight, separate_inputs, A.shape[-1]), A, delta_weight)
-        operands = (u, delta, A, B, C, D, delta_bias)
-        y, starts, ctx.scan_backward = selective_scan_with_backward(*operands, orders, delta_weight, backend)
-        ctx.separate_inputs, ctx.autocast = separate_inputs, autocast_dtype(u)
+    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, spatial, backend):
+        B, C, delta, _ = _split(project(u, weight, A.shape[0]), A, delta_weight)
+        ctx.options = (orders, spatial, backend)
+        y, starts = scan_flat((u, delta, A, B, C, D, delta_bias, delta_weight), *ctx.options, True)
+        ctx.autocast = autocast_dtype(u)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y
 
@@ -95,13 +137,44 @@ class _ProjectedScan(torch.autograd.Function):
         inputs = [t.detach().requires_grad_() for t in (u, weight)]
         autocast = torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
         with torch.enable_grad(), autocast:
-            projected = project(*inputs, ctx.separate_inputs, A.shape[-1])
+            projected = project(*inputs, A.shape[0])
         B, C, delta, _ = _split(projected.detach(), A, delta_weight)
         grad_projected = torch.empty(projected.shape, dtype=projected.dtype, device=u.device)
         *grads, room = _split(grad_projected, A, delta_weight)
         room.zero_()
         operands = (u, delta, A, B, C, D, delta_bias, delta_weight)
-        grad_u, grad_A, grad_D, grad_bias, grad_delta_weight = ctx.scan_backward(grad_y, starts, operands, *grads)
+        grad_u, *others = scan_flat_backward(grad_y, starts, operands, *ctx.options, grads)
         grad_projected_u, grad_weight = torch.autograd.grad(projected, inputs, grad_projected)
-        gradients = (grad_u + grad_projected_u, grad_weight, grad_A, grad_D, grad_bias, grad_delta_weight)
-        return *gradients, None, None, None
+        return grad_u + grad_projected_u, grad_weight, *others, None, None, None
+
+
+@operator("vim2::scan_parameters")
+def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from .triton_parameters import scan_parameters_triton
+
+    return scan_parameters_triton(weight, A_log, separate_inputs, dtype)
+
+
+@torch.library.register_fake("vim2::scan_parameters")
+def _(weight, A_log, separate_inputs, dtype):
+    lanes, rows, features = weight.shape
+    shape = (lanes * -(-rows // 8) * 8, lanes * features if separate_inputs else features)
+    return weight.new_empty(shape, dtype=dtype), A_log.new_empty(A_log.mT.shape).mT
+
+
+def _setup_context(ctx, inputs, output):
+    weight, _, ctx.separate_inputs, _ = inputs
+    ctx.shape, ctx.dtype = weight.shape, weight.dtype
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_matrix, grad_A):
+    (A,) = ctx.saved_tensors
+    lanes, rows, _ = ctx.shape
+    grad = grad_matrix.unflatten(0, (lanes, -1))[:, :rows]
+    if ctx.separate_inputs:
+        grad = grad.unflatten(-1, (lanes, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A * A, None, None
+
+
+torch.library.register_autograd("vim2::scan_parameters", _backward, setup_context=_setup_context)

@@ -5,7 +5,7 @@ checkpointing, and carries its own fake, autograd and FLOP rules.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_off, resolve_backend
+from .operator import operator
 from .reference import ORDERS, compute_dtype, selective_scan_chunked, selective_scan_chunked_backward
 
 FORWARD = ("forward",)
@@ -71,53 +72,41 @@ def selective_scan(
         )
     spatial = delta.shape[1:-2]
     _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
-    D, delta_bias = (_optional(t, A, name) for t, name in ((D, "D"), (delta_bias, "delta_bias")))
+    D, delta_bias = (A.new_zeros(A.shape[:2]) if t is None else t for t in (D, delta_bias))
+    for name, t in (("D", D), ("delta_bias", delta_bias)):
+        if t.shape != A.shape[:2]:
+            raise ValueError(f"{name} must be (K, E) = {tuple(A.shape[:2])}, got {tuple(t.shape)}.")
     if delta_weight is None:
         delta_weight = A.new_empty(0)
-    u, delta, B, C = _flat(spatial, u, delta, B, C)
+    u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
     tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
     size = _height_and_width(spatial)
     y, _, _ = _scan(tensors, delta_softplus, orders, *size, True, False, backend, needs_backward(*tensors))
     return y.unflatten(1, spatial)
 
 
-def selective_scan_with_backward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
+def scan_flat(
+    tensors: Sequence[Tensor], orders: Sequence[str], spatial: Sequence[int], backend: str | None, keeps: bool
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of u, delta, A, B, C, D, delta_bias and delta_weight, unchecked, where (batch, L, ...) are
+    sequences or maps of size `spatial`. Returns also the states that are kept, if a backward pass is to follow."""
+    y, _, starts = _scan(tensors, True, orders, *_height_and_width(spatial), True, False, backend, keeps)
+    return y, starts
+
+
+def scan_flat_backward(
+    grad_y: Tensor,
+    starts: Tensor,
+    tensors: Sequence[Tensor],
     orders: Sequence[str],
-    delta_weight: Tensor,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Callable]:
-    """For autograd functions that compute operands again: `selective_scan`, what its backward pass needs, and that.
-
-    Returns:
-        y; the kept states; a function of y's gradient, these states, a tuple of u, delta, A, B, C, D, delta_bias and
-        delta_weight, and room for the gradients of B, C and delta, that returns those of u, A, D, delta_bias and
-        delta_weight.
-    """
-    spatial = delta.shape[1:-2]
-    _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight)
-    size = _height_and_width(spatial)
-    backend = resolve_backend(backend, u, delta, A, B, C, D, delta_bias, delta_weight, scan=True)
-
-    def backward(grad_y, starts, tensors, grad_B, grad_C, grad_delta):
-        u, delta, A, B, C, *others = tensors
-        grad_y, u, delta, B, C, *grads = _flat(spatial, grad_y, u, delta, B, C, grad_B, grad_C, grad_delta)
-        options = (True, [ORDERS.index(order) for order in orders], *size, backend)
-        grad_u, *others = torch.ops.vim2.selective_scan_backward(
-            grad_y, starts.new_empty(0), starts, u, delta, A, B, C, *others, *options, *grads
-        )
-        return grad_u.unflatten(1, spatial), *others
-
-    u, delta, B, C = _flat(spatial, u, delta, B, C)
-    tensors = (u, delta, A, B, C, D, delta_bias, delta_weight)
-    y, _, starts = _scan(tensors, True, orders, *size, True, False, backend, True)
-    return y.unflatten(1, spatial), starts, backward
+    spatial: Sequence[int],
+    backend: str | None,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to `grads`."""
+    backend = resolve_backend(backend, *tensors, scan=True)
+    options = (True, [ORDERS.index(order) for order in orders], *_height_and_width(spatial), backend)
+    return torch.ops.vim2.selective_scan_backward(grad_y, starts.new_empty(0), starts, *tensors, *options, *grads)
 
 
 def selective_scan_fn(
@@ -195,10 +184,14 @@ def selective_scan_fn(
     return (y, last_state.flatten(1, 2)) if return_last_state else y
 
 
-def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
-    unknown = [order for order in orders if order not in ORDERS]
-    if unknown or not orders:
+def check_orders(orders: Sequence[str]) -> None:
+    """Raise a ValueError unless all are known, and there is one."""
+    if not orders or any(order not in ORDERS for order in orders):
         raise ValueError(f"orders must name one or more of {', '.join(ORDERS)}, got {tuple(orders)}.")
+
+
+def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
+    check_orders(orders)
     batch, lanes, features = delta.shape[0], *delta.shape[-2:]
     if len(orders) != lanes:
         raise ValueError(f"delta has {lanes} directions, but orders names {len(orders)}: {tuple(orders)}.")
@@ -223,22 +216,9 @@ def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
         raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
 
 
-def _optional(t, A, name):
-    if t is None:
-        return A.new_zeros(A.shape[:2])
-    if t.shape != A.shape[:2]:
-        raise ValueError(f"{name} must be (K, E) = {tuple(A.shape[:2])}, got {tuple(t.shape)}.")
-    return t
-
-
 def _height_and_width(spatial):
     """Of a map, or of the one row that a sequence is."""
     return spatial if len(spatial) == 2 else (1, *spatial)
-
-
-def _flat(spatial, *tensors):
-    """(batch, *spatial, ...) -> (batch, L, ...)."""
-    return tuple(t if len(spatial) == 1 else t.flatten(1, 2) for t in tensors)
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -267,7 +247,7 @@ def _step_sizes(delta, delta_weight):
     return torch.einsum("blkr,ker->blke", delta, weight)
 
 
-@torch.library.custom_op("vim2::selective_scan", mutates_args=())
+@operator("vim2::selective_scan")
 def _selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -292,35 +272,32 @@ def _selective_scan(
         y, summed over directions with merge; the last states, or (0,) without with_last; the kernels' states before
         every `chunk` steps but the first, from which their backward pass recomputes the others.
     """
-    names = [ORDERS[i] for i in orders]
+    options = (delta_softplus, tuple(ORDERS[i] for i in orders), height, width)
+    if backend == "triton":
+        from .triton_scan import selective_scan_triton
+        from .triton_step_size import sum_lanes
+
+        inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
+        y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
+        return sum_lanes(y) if merge else y, last, starts
     with autocast_off(u):
-        options = (delta_softplus, names, height, width)
-        if backend == "triton":
-            from .triton_scan import selective_scan_triton
-            from .triton_step_size import sum_lanes
+        inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
+        if backend == "mamba_ssm":
+            from .mamba_ssm_scan import selective_scan_mamba
 
-            inputs = (u, delta, A, B, C, D, delta_bias, delta_weight)
-            y, last, starts = selective_scan_triton(*inputs, *options, chunk, with_last)
-            y = sum_lanes(y) if merge else y
+            y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
         else:
-            inputs = (u, _step_sizes(delta, delta_weight), A, B, C, D, delta_bias, *options)
-            if backend == "mamba_ssm":
-                from .mamba_ssm_scan import selective_scan_mamba
+            if backend == "numba":
+                from .numba_scan import selective_scan_numba
 
-                y, last, starts = selective_scan_mamba(*inputs, chunk, with_last)
+                y, last = selective_scan_numba(*inputs, with_last)
             else:
-                if backend == "numba":
-                    from .numba_scan import selective_scan_numba
-
-                    y, last = selective_scan_numba(*inputs, with_last)
-                else:
-                    y, last = selective_scan_chunked(*inputs, with_last)
-                starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
-            y = y.sum(2) if merge else y
-        return y.to(u.dtype), last, starts
+                y, last = selective_scan_chunked(*inputs, with_last)
+            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
+        return (y.sum(2) if merge else y).to(u.dtype), last, starts
 
 
-@_selective_scan.register_fake
+@torch.library.register_fake("vim2::selective_scan")
 def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
     with_last, chunk, _ = options
     batch, length = delta.shape[:2]
@@ -358,7 +335,7 @@ def _selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
     which may be parts of one tensor."""
-    options = (delta_softplus, [ORDERS[i] for i in orders], height, width)
+    options = (delta_softplus, tuple(ORDERS[i] for i in orders), height, width)
     with autocast_off(u):
         if backend == "triton":
             from .triton_scan_backward import selective_scan_triton_backward
@@ -413,7 +390,7 @@ def _backward(ctx, grad_y, grad_last, _):
     return grad_u, grad_delta, grad_A, grad_B, grad_C, *others, *(None,) * 8
 
 
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::selective_scan", _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vim2.selective_scan)

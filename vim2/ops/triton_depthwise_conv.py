@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, sigmoid
+from .triton_math import INTERPRETED, launch, sigmoid
 
 MIN_ROWS, MAX_ROWS = 10, 42  # of a strip
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more images than that, a program goes on to the next
@@ -36,11 +36,11 @@ def _tile(strips, W, E, P: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _load_taps(weight_ptr, e, E, channel_in, FLIP: tl.constexpr):
-    """The nine taps, row by row, each a tile [P, C]: in the layout of the arithmetic, although all P rows are equal."""
+def _load_taps(weight_ptr, e, channel_in, FLIP: tl.constexpr):
+    """The nine taps of (E, 1, 3, 3), row by row, each a tile [P, C] with all P rows equal, as the sums have them."""
     taps = ()
     for i in tl.static_range(9):
-        taps = taps + (tl.load(weight_ptr + (8 - i if FLIP else i) * E + e, mask=channel_in, other=0.0),)
+        taps = taps + (tl.load(weight_ptr + e * 9 + (8 - i if FLIP else i), mask=channel_in, other=0.0).to(tl.float32),)
     return taps
 
 
@@ -87,7 +87,7 @@ def _conv_kernel(
     """y = SiLU(conv(x) + bias); without ACTIVATE, y = conv(x) with flipped taps, the convolution's adjoint."""
     _, strip, group, w, e = _tile(strips, W, E, P, T, C)
     channel_in = (w < W) & (e < E)
-    taps = _load_taps(weight_ptr, e + 0 * w, E, channel_in, not ACTIVATE)
+    taps = _load_taps(weight_ptr, e + 0 * w, channel_in, not ACTIVATE)
     bias = tl.zeros([P, C], dtype=tl.float32)
     if ACTIVATE:
         bias = tl.load(bias_ptr + e + 0 * w, mask=channel_in, other=0.0).to(tl.float32)
@@ -137,7 +137,7 @@ def _backward_kernel(
     """The gradient of what SiLU is applied to, and the program's sums (10, E) for the nine taps and the bias."""
     part, strip, group, w, e = _tile(strips, W, E, P, T, C)
     channel_in = (w < W) & (e < E)
-    taps = _load_taps(weight_ptr, e + 0 * w, E, channel_in, False)
+    taps = _load_taps(weight_ptr, e + 0 * w, channel_in, False)
     bias = tl.load(bias_ptr + e + 0 * w, mask=channel_in, other=0.0).to(tl.float32)
     start = ()
     for _t in tl.static_range(T):
@@ -216,46 +216,36 @@ def _rows_addressable(x: Tensor) -> Tensor:
     return x if contiguous and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """(E, 1, 3, 3) -> (9, E), in float32: channels side by side, as they are loaded."""
-    taps = torch.empty(9, weight.shape[0], dtype=torch.float32, device=weight.device)
-    return taps.copy_(weight.reshape(-1, 9).t())
-
-
 def _registers(x: Tensor, limit: int) -> int | None:
     return limit if x.element_size() == 2 else None
 
 
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor, activate: bool) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, activate: bool) -> Tensor:
     programs, rows, strips, images, tile = _launch_shape(x, 2, FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _conv_kernel[(programs,)](
-            x, taps, bias, y, *x.shape, rows, strips, images, *x.stride()[:3],
-            ACTIVATE=activate, FAST=not INTERPRETED, maxnreg=_registers(x, FORWARD_REGISTERS), **tile,
-        )  # fmt: skip
+    arguments = (x, weight, bias, y, *x.shape, rows, strips, images, *x.stride()[:3])
+    registers = _registers(x, FORWARD_REGISTERS)
+    launch(_conv_kernel, (programs,), arguments, ACTIVATE=activate, FAST=not INTERPRETED, **tile, maxnreg=registers)
     return y
 
 
 def depthwise_conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `depthwise_conv.depthwise_conv_silu`."""
-    return _convolve(_rows_addressable(x), _taps(weight), bias.contiguous(), activate=True)
+    return _convolve(_rows_addressable(x), weight.contiguous(), bias.contiguous(), activate=True)
 
 
 def depthwise_conv_silu_triton_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, weight and bias."""
-    x, grad_y, bias, taps = _rows_addressable(x), grad_y.contiguous(), bias.contiguous(), _taps(weight)
+    x, grad_y, weight, bias = _rows_addressable(x), grad_y.contiguous(), weight.contiguous(), bias.contiguous()
     channels = x.shape[3]
     programs, rows, strips, images, tile = _launch_shape(x, 1, BACKWARD_PROGRAMS)
     grad_pre = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(programs // -(-channels // 64), 10, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            x, taps, bias, grad_y, grad_pre, sums, *x.shape, rows, strips, images, *x.stride()[:3],
-            FAST=not INTERPRETED, maxnreg=_registers(x, BACKWARD_REGISTERS), **tile,
-        )  # fmt: skip
-    grad_x = _convolve(grad_pre, taps, bias, activate=False)
+    arguments = (x, weight, bias, grad_y, grad_pre, sums, *x.shape, rows, strips, images, *x.stride()[:3])
+    registers = _registers(x, BACKWARD_REGISTERS)
+    launch(_backward_kernel, (programs,), arguments, FAST=not INTERPRETED, **tile, maxnreg=registers)
+    grad_x = _convolve(grad_pre, weight, bias, activate=False)
     grad_weight, grad_bias = sums[:, :9].sum(0), sums[:, 9].sum(0)
     return grad_x, grad_weight.t().reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)

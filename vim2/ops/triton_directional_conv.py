@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, sigmoid
+from .triton_math import INTERPRETED, launch, sigmoid
 
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048
@@ -32,13 +32,13 @@ def _tile(P: tl.constexpr, P_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_taps(weight_ptr, bias_ptr, p, p_in, K: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr):
-    """Direction K's taps, in the order of steps in memory, and its bias: tiles [N, P] with all N rows equal, in the
-    layout of the arithmetic."""
+def _load_taps(weight_ptr, bias_ptr, p, p_in, K: tl.constexpr, TAPS: tl.constexpr):
+    """Direction K's taps of (2P, 1, TAPS), in the order of steps in memory, and its bias: tiles [N, P] with all N rows
+    equal, as the arithmetic has them."""
     taps = ()
     for j in tl.static_range(TAPS):
-        at = (K * TAPS + (TAPS - 1 - j if K else j)) * P + p
-        taps = taps + (tl.load(weight_ptr + at, mask=p_in, other=0.0),)
+        at = (2 * p + K) * TAPS + (TAPS - 1 - j if K else j)
+        taps = taps + (tl.load(weight_ptr + at, mask=p_in, other=0.0).to(tl.float32),)
     return taps, tl.load(bias_ptr + 2 * p + K, mask=p_in, other=0.0).to(tl.float32)
 
 
@@ -91,8 +91,8 @@ def _forward_kernel(
     part, n, p = _tile(P, P_BLOCK, N_BLOCK)
     p_in = (p < P) & (n >= 0)
     p_wide = p + 0 * n
-    taps0, bias0 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 0, P, TAPS)
-    taps1, bias1 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 1, P, TAPS)
+    taps0, bias0 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 0, TAPS)
+    taps1, bias1 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 1, TAPS)
     x_offset = (n * x_n + p).to(tl.uint32)
     y_offset = (n * (S * 2 * P) + p).to(tl.uint32)
     for block in range(part * blocks, tl.minimum((part + 1) * blocks, tl.cdiv(sequences, N_BLOCK))):
@@ -134,8 +134,8 @@ def _backward_kernel(
     part, n, p = _tile(P, P_BLOCK, N_BLOCK)
     p_in = (p < P) & (n >= 0)
     p_wide = p + 0 * n
-    taps0, bias0 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 0, P, TAPS)
-    taps1, bias1 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 1, P, TAPS)
+    taps0, bias0 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 0, TAPS)
+    taps1, bias1 = _load_taps(weight_ptr, bias_ptr, p_wide, p_in, 1, TAPS)
     zero = tl.zeros([N_BLOCK, P_BLOCK], dtype=tl.float32)
     gtaps0 = _zeros(TAPS, N_BLOCK, P_BLOCK)
     gtaps1 = _zeros(TAPS, N_BLOCK, P_BLOCK)
@@ -205,23 +205,16 @@ def _sequences_addressable(x: Tensor) -> Tensor:
     return x if contiguous and 512 * x.stride(0) < 2**31 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
-def _taps(weight: Tensor, features: int) -> Tensor:
-    """(2P, 1, w) -> (2, w, P), in float32."""
-    taps = torch.empty(2, weight.shape[-1], features, dtype=torch.float32, device=weight.device)
-    return taps.copy_(weight.reshape(features, 2, -1).permute(1, 2, 0))
-
-
 def directional_conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `directional_conv.directional_conv_silu`."""
-    x, bias, taps = _sequences_addressable(x), bias.contiguous(), _taps(weight, x.shape[-1])
+    x, weight, bias = _sequences_addressable(x), weight.contiguous(), bias.contiguous()
     sequences, length, features = x.shape
     programs, _, blocks, tile = _launch_shape(x, FORWARD_PROGRAMS)
     y = torch.empty(sequences, length, 2, features, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(programs,)](
-            x, taps, bias, y, sequences, length, blocks, x.stride(0), STEP=x.stride(1),
-            P=features, TAPS=weight.shape[-1], FAST=not INTERPRETED, **tile,
-        )  # fmt: skip
+    launch(
+        _forward_kernel, (programs,), (x, weight, bias, y, sequences, length, blocks, x.stride(0)),
+        STEP=x.stride(1), P=features, TAPS=weight.shape[-1], FAST=not INTERPRETED, **tile,
+    )  # fmt: skip
     return y
 
 
@@ -229,22 +222,21 @@ def directional_conv_silu_triton_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, weight and bias."""
-    x, grad_y, bias, taps = (
+    x, grad_y, weight, bias = (
         _sequences_addressable(x),
         grad_y.contiguous(),
+        weight.contiguous(),
         bias.contiguous(),
-        _taps(weight, x.shape[-1]),
     )
     sequences, length, features = x.shape
     width = weight.shape[-1]
     programs, parts, blocks, tile = _launch_shape(x, BACKWARD_PROGRAMS)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(parts, 2, width + 1, features, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            x, taps, bias, grad_y, grad_x, sums, sequences, length, blocks, x.stride(0), STEP=x.stride(1),
-            P=features, TAPS=width, FAST=not INTERPRETED, **tile,
-        )  # fmt: skip
+    launch(
+        _backward_kernel, (programs,), (x, weight, bias, grad_y, grad_x, sums, sequences, length, blocks, x.stride(0)),
+        STEP=x.stride(1), P=features, TAPS=width, FAST=not INTERPRETED, **tile,
+    )  # fmt: skip
     grad_weight, grad_bias = sums[:, :, :width].sum(0), sums[:, :, width].sum(0)
     grad_weight = torch.stack((grad_weight[0], grad_weight[1].flip(0)))  # from the order of steps to that of taps
     return (

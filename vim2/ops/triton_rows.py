@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_math import launch
+
 # programs a multiprocessor: many of the forward kernels; of the backward ones as many as their registers let run
 FORWARD_PROGRAMS = 32
 NORM_GATE_BACKWARD_PROGRAMS = {True: 3, False: 6}  # with and without norm
@@ -47,7 +49,7 @@ def _norm_gradient(grad, x_hat, rstd, weight, E):
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_kernel(
-    y_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, rows, E, gate_stride, eps,
+    y_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, rows, E, gate_stride, eps,
     NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)
@@ -66,15 +68,15 @@ def _norm_gate_kernel(
         gate = tl.load(gate_at, mask=tile_in, other=0.0).to(tl.float32)
         if NORM:
             y, mean, rstd = _norm(y, weight, bias, column_in, E, eps)
-            tl.store(mean_ptr + first + r, mean, mask=row_in)
-            tl.store(rstd_ptr + first + r, rstd, mask=row_in)
+            tl.store(statistics_ptr + first + r, mean, mask=row_in)
+            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
         out = y * (gate * _sigmoid(gate))
         tl.store(out_ptr + first * E + in_tile, out.to(out_ptr.dtype.element_ty), mask=tile_in)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_backward_kernel(
-    grad_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, gy_ptr, ggate_ptr, gnorm_ptr,
+    grad_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, statistics_ptr, gy_ptr, ggate_ptr, gnorm_ptr,
     rows, E, gate_stride,
     NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +101,8 @@ def _norm_gate_backward_kernel(
         sigmoid = _sigmoid(gate)
         gy = grad * (gate * sigmoid)
         if NORM:
-            mean = tl.load(mean_ptr + first + r, mask=row_in, other=0.0)
-            rstd = tl.load(rstd_ptr + first + r, mask=row_in, other=0.0)
+            mean = tl.load(statistics_ptr + first + r, mask=row_in, other=0.0)
+            rstd = tl.load(statistics_ptr + rows + first + r, mask=row_in, other=0.0)
             x_hat = tl.where(column_in, (y - mean[:, None]) * rstd[:, None], 0.0)
             y = x_hat * weight + bias
             gweight += gy * x_hat
@@ -118,7 +120,7 @@ def _norm_gate_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def _average_kernel(
-    features, scale_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr, rows, n, E, eps,
+    features, scale_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, rows, n, E, eps,
     NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """features: a tuple of pointers, of which the first n count. scale: (n,), the weights of the average."""
@@ -141,14 +143,14 @@ def _average_kernel(
             total += scale * x.to(tl.float32)
         if NORM:
             total, mean, rstd = _norm(total, weight, bias, column_in, E, eps)
-            tl.store(mean_ptr + first + r, mean, mask=row_in)
-            tl.store(rstd_ptr + first + r, rstd, mask=row_in)
+            tl.store(statistics_ptr + first + r, mean, mask=row_in)
+            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
         tl.store(out_ptr + first * E + in_tile, total.to(out_ptr.dtype.element_ty), mask=tile_in)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def _average_backward_kernel(
-    grad_ptr, features, scale_ptr, weight_ptr, mean_ptr, rstd_ptr, gfeatures, gscale_ptr, gnorm_ptr, gtotal_ptr,
+    grad_ptr, features, scale_ptr, weight_ptr, statistics_ptr, gfeatures, gscale_ptr, gnorm_ptr, gtotal_ptr,
     rows, n, E,
     NORM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -177,8 +179,8 @@ def _average_backward_kernel(
                 scale = tl.load(scale_ptr + tl.minimum(i, n - 1)).to(tl.float32)
                 x = tl.load(features[i] + at, mask=tile_in & (i < present), other=0.0)
                 total += scale * x.to(tl.float32)
-            mean = tl.load(mean_ptr + first + r, mask=row_in, other=0.0)
-            rstd = tl.load(rstd_ptr + first + r, mask=row_in, other=0.0)
+            mean = tl.load(statistics_ptr + first + r, mask=row_in, other=0.0)
+            rstd = tl.load(statistics_ptr + rows + first + r, mask=row_in, other=0.0)
             x_hat = tl.where(column_in, (total - mean[:, None]) * rstd[:, None], 0.0)
             gweight += grad * x_hat
             gbias += grad
@@ -207,6 +209,7 @@ def _average_backward_kernel(
         tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
 
 
+@functools.lru_cache(None)
 def _tile(width: int, elements: int) -> dict[str, int]:
     """Whole rows of about this many elements a thread, with four warps up to 128 * elements columns."""
     block = max(triton.next_power_of_2(width), 16)
@@ -215,7 +218,7 @@ def _tile(width: int, elements: int) -> dict[str, int]:
 
 
 def _programs(rows: int, block_rows: int, per_multiprocessor: int, device: torch.device) -> int:
-    return min(triton.cdiv(rows, block_rows), per_multiprocessor * _multiprocessors(device))
+    return min(-(-rows // block_rows), per_multiprocessor * _multiprocessors(device))
 
 
 @functools.lru_cache(None)
@@ -233,32 +236,30 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _statistics(x: Tensor, norm: bool) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:-1] if norm else (0,)
-    return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+def _statistics(x: Tensor, norm: bool) -> Tensor:
+    """Room for mean and reciprocal deviation of the rows; empty without a norm."""
+    return torch.empty((2, *x.shape[:-1]) if norm else (0,), dtype=torch.float32, device=x.device)
 
 
 def norm_gate_triton(
     y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns also mean and reciprocal deviation of the rows, empty without a norm."""
+) -> tuple[Tensor, Tensor]:
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm."""
     y, gate_rows = y.contiguous(), _rows(gate)
     weight, bias = _contiguous(weight, bias)
     rows, width = gate_rows.shape
     out = torch.empty(y.shape, dtype=dtype, device=y.device)
-    mean, rstd = _statistics(y, weight is not None)
+    statistics = _statistics(y, weight is not None)
     tile = _tile(width, 16)
     if rows:
-        with torch.cuda.device_of(y):
-            _norm_gate_kernel[(_programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, y.device),)](
-                y, gate_rows, weight, bias, out, mean, rstd, rows, width, gate_rows.stride(0), eps,
-                NORM=weight is not None, **tile,
-            )  # fmt: skip
-    return out, mean, rstd
+        arguments = (y, gate_rows, weight, bias, out, statistics, rows, width, gate_rows.stride(0), eps)
+        programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, y.device)
+        launch(_norm_gate_kernel, (programs,), arguments, NORM=weight is not None, **tile)
+    return out, statistics
 
 
 def norm_gate_triton_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for y, gate, and weight and bias together, (2, E) in float32, (2, 0) without a norm."""
     grad, y, gate_rows = grad.contiguous(), y.contiguous(), _rows(gate)
@@ -270,11 +271,9 @@ def norm_gate_triton_backward(
     programs = _programs(rows, tile["BLOCK_ROWS"], NORM_GATE_BACKWARD_PROGRAMS[norm], y.device)
     parts = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=y.device)
     if rows:
-        with torch.cuda.device_of(y):
-            _norm_gate_backward_kernel[(programs,)](
-                grad, y, gate_rows, weight, bias, mean, rstd, grad_y, grad_gate, parts,
-                rows, width, gate_rows.stride(0), NORM=norm, **tile,
-            )  # fmt: skip
+        tensors = (grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts)
+        arguments = (*tensors, rows, width, gate_rows.stride(0))
+        launch(_norm_gate_backward_kernel, (programs,), arguments, NORM=norm, **tile)
     return grad_y, grad_gate, parts.sum(0)
 
 
@@ -292,27 +291,25 @@ def weighted_average_triton(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns also mean and reciprocal deviation of the rows, empty without a norm."""
+) -> tuple[Tensor, Tensor]:
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm."""
     features = _contiguous(*features)
     scale, weight, bias = _contiguous(scale, weight, bias)
     width = features[0].shape[-1]
     rows = features[0].numel() // max(width, 1)
     out = torch.empty(features[0].shape, dtype=dtype, device=scale.device)
-    mean, rstd = _statistics(out, weight is not None)
+    statistics = _statistics(out, weight is not None)
     pointers = _padded(features)
     tile = _tile(width, 16 if len(pointers) <= 4 else 8)
     if rows:
-        with torch.cuda.device_of(scale):
-            _average_kernel[(_programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, scale.device),)](
-                pointers, scale, weight, bias, out, mean, rstd, rows, len(features), width, eps,
-                NORM=weight is not None, **tile,
-            )  # fmt: skip
-    return out, mean, rstd
+        arguments = (pointers, scale, weight, bias, out, statistics, rows, len(features), width, eps)
+        programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, scale.device)
+        launch(_average_kernel, (programs,), arguments, NORM=weight is not None, **tile)
+    return out, statistics
 
 
 def weighted_average_triton_backward(
-    grad: Tensor, features: list[Tensor], scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    grad: Tensor, features: list[Tensor], scale: Tensor, weight: Tensor | None, statistics: Tensor
 ) -> list[Tensor]:
     """Gradients for every feature, for scale, and for weight and bias together, (2, E) in float32, (2, 0) without."""
     grad, *features = _contiguous(grad, *features)
@@ -321,7 +318,7 @@ def weighted_average_triton_backward(
     rows = grad.numel() // max(width, 1)
     grad_features = [torch.empty_like(f) for f in features]
 
-    def launch(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
+    def launch_part(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
         count = len(features[part])
         pointers = _padded(features[part])
         tile = _tile(width, 8)
@@ -330,24 +327,24 @@ def weighted_average_triton_backward(
         grad_scale = torch.empty(programs, len(pointers), dtype=torch.float32, device=grad.device)
         grad_norm = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=grad.device)
         if rows:
-            with torch.cuda.device_of(grad):
-                _average_backward_kernel[(programs,)](
-                    grad, pointers, scale[part], weight, mean, rstd, _padded(grad_features[part]),
-                    grad_scale, grad_norm, grad_total, rows, count, width,
-                    NORM=norm, SPLIT=grad_total is not None,
-                    VECTOR=16 // min(f.element_size() for f in features), **tile,
-                )  # fmt: skip
+            gradients = (_padded(grad_features[part]), grad_scale, grad_norm, grad_total)
+            launch(
+                _average_backward_kernel, (programs,),
+                (grad, pointers, scale[part], weight, statistics, *gradients, rows, count, width),
+                NORM=norm, SPLIT=grad_total is not None, **tile,
+                VECTOR=16 // min(f.element_size() for f in features),
+            )  # fmt: skip
         return grad_scale.sum(0)[:count], grad_norm.sum(0)
 
     norm = weight is not None
     if n <= MAX_FEATURES:
-        grad_scale, grad_norm = launch(grad, slice(None), norm, None)
+        grad_scale, grad_norm = launch_part(grad, slice(None), norm, None)
     else:  # first the gradient of the average, then those of the features, some at a time
         grad_norm = grad.new_empty(2, 0, dtype=torch.float32)
         if norm:
             grad_total = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-            _, grad_norm = launch(grad, slice(None), True, grad_total)
+            _, grad_norm = launch_part(grad, slice(None), True, grad_total)
             grad = grad_total
         parts = [slice(i, i + MAX_FEATURES) for i in range(0, n, MAX_FEATURES)]
-        grad_scale = torch.cat([launch(grad, part, False, None)[0] for part in parts])
+        grad_scale = torch.cat([launch_part(grad, part, False, None)[0] for part in parts])
     return [*grad_features, grad_scale.to(scale.dtype), grad_norm]

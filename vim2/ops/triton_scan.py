@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .reference import ORDERS
 from .selective_scan import TRITON_CHUNK as CHUNK
-from .triton_math import INTERPRETED, LN2, LOG2E, exp2
-from .triton_step_size import step_sizes, sum_blocks, sum_lanes
+from .triton_math import INTERPRETED, LOG2E, exp2, launch
+from .triton_step_size import step_sizes
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
@@ -246,7 +246,8 @@ def strides(t: Tensor, lanes: bool) -> tuple[int, int, int]:
     return (t.stride(0), t.stride(1), t.stride(2) if lanes else 0)
 
 
-def pack_orders(orders) -> int:
+@functools.lru_cache(None)
+def pack_orders(orders: tuple[str, ...]) -> int:
     """Two bits a direction. Directions from the 15th on must all have its order, as the groups of mamba's layout do."""
     if len(set(orders[MAX_ORDERS.value - 1 :])) > 1:
         raise ValueError(f"The Triton scan takes at most {MAX_ORDERS.value} different directions, got {len(orders)}.")
@@ -262,6 +263,20 @@ def last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
 
 
+@functools.lru_cache(None)
+def _forward_plan(
+    batch: int, length: int, lanes: int, features: int, n: int, chunk: int, fill: int
+) -> tuple[dict[str, int], int, bool, int]:
+    """The tile, with which programs a direction, whether sequences are split, and the steps of a chunk."""
+    tile = _tile_shape(1024, 32, n, features, batch)
+    programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
+    split = length > CHUNK and programs * lanes < fill
+    if not split:
+        return tile, programs, False, chunk
+    steps = -(-length * programs * lanes // (4 * max(fill, 1)) // CHUNK) * CHUNK
+    return tile, programs, True, steps if chunk == length else CHUNK
+
+
 def selective_scan_triton(
     u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, chunk, with_last
 ):
@@ -275,36 +290,30 @@ def selective_scan_triton(
     At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
-    tile = _tile_shape(1024, 32, n, features, batch)
-    programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
-    split = length > CHUNK and programs * lanes < programs_to_fill(u.device)
-    steps = chunk  # of a chunk
-    if split:
-        fill = 4 * max(programs_to_fill(u.device), 1)
-        steps = max(-(-length * programs * lanes // fill // CHUNK), 1) * CHUNK if chunk == length else CHUNK
+    fill = programs_to_fill(u.device)
+    tile, programs, split, steps = _forward_plan(batch, length, lanes, features, n, chunk, fill)
     chunks = -(-length // steps)
     y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
     last = torch.empty((batch, lanes, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, chunks - 1, n, features, dtype=torch.float32, device=u.device)
     decay = torch.empty_like(starts) if split else starts
-
-    def launch(grid_chunks, **options):
-        _forward_kernel[(programs, lanes, grid_chunks)](
-            u, dt, At, B, C, D, y, starts, decay, last,
-            pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
-            *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True),
-            LAST=with_last, FAST=not INTERPRETED,
-            LARGE=is_large(1, u, B, C, y), FULL=_is_full(tile, n, features, batch), num_warps=1,
-            maxnreg=FORWARD_REGISTERS, **tile, **options,
-        )  # fmt: skip
-
-    with torch.cuda.device_of(u):
-        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
-        if split:
-            launch(chunks - 1, SPLIT=True, LOCAL=True)
-            combine(starts, decay, None)
-        launch(chunks if split else 1, SPLIT=split, LOCAL=False)
-    return y, last.transpose(-1, -2).contiguous() if with_last else last, starts if chunk == CHUNK else starts[:, :, :0]
+    dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+    arguments = (
+        u, dt, At, B, C, D, y, starts, decay, last,
+        pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
+        *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True),
+    )  # fmt: skip
+    options = dict(
+        LAST=with_last, FAST=not INTERPRETED, LARGE=is_large(1, u, B, C, y),
+        FULL=_is_full(tile, n, features, batch), num_warps=1, maxnreg=FORWARD_REGISTERS, **tile,
+    )  # fmt: skip
+    if split:
+        launch(_forward_kernel, (programs, lanes, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)
+        combine(starts, decay, None)
+    grid = (programs, lanes, chunks if split else 1)
+    launch(_forward_kernel, grid, arguments, SPLIT=split, LOCAL=False, **options)
+    last = last.transpose(-1, -2).contiguous() if with_last else last
+    return y, last, starts if chunk == CHUNK or not split else starts[:, :, :0]
 
 
 def combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
@@ -312,7 +321,6 @@ def combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
     `end`, from chunks' own adjoints to the true ones, after `end` (batch, K, N, E) if that is not empty."""
     batch, lanes, count, n, features = states.shape
     size = n * features
-    _combine_kernel[(-(-size // 128), batch * lanes)](
-        states, decay, states if end is None else end, count, size,
-        REVERSE=end is not None, END=end is not None and end.numel() > 0, AHEAD=8, BLOCK=128, num_warps=1,
-    )  # fmt: skip
+    arguments = (states, decay, states if end is None else end, count, size)
+    options = dict(REVERSE=end is not None, END=end is not None and end.numel() > 0, AHEAD=8, BLOCK=128, num_warps=1)
+    launch(_combine_kernel, (-(-size // 128), batch * lanes), arguments, **options)

@@ -1,10 +1,11 @@
+# ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The backward pass of the selective scan in Triton; `triton_scan.py` has the forward pass.
 
-A program is one warp. It walks a tile of states from the sequence's end: in every thread's registers NR states of each of
-CR neighbouring channels, and its 32 lanes spread over NL groups of states, S sequences and CE groups of channels. All
-values are vectors of 32 lanes, one element a thread, and a tile is a tuple of them. So a sum over a thread's own states or
-channels adds vectors, and one over lanes exchanges halves of what is to be summed (`_sum_over_lanes`), which takes a
-third of the shuffles of Triton's own sums and leaves each result in one lane: what follows is computed once.
+A program is one warp. It walks a tile of states from the sequence's end: in every thread's registers NR states of each
+of CR neighbouring channels, and its 32 lanes spread over NL groups of states, S sequences and CE groups of channels.
+All values are vectors of 32 lanes, one element a thread, and a tile is a tuple of them. So a sum over a thread's own
+states or channels adds vectors, and one over lanes exchanges halves of what is to be summed (`_sum_over_lanes`): that
+takes a third of the shuffles of Triton's own sums and leaves each result in one lane, which alone goes on with it.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, LN2, LOG2E, exp2
+from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 from .triton_scan import (
     CHUNK,
     MAX_ORDERS,
@@ -563,25 +564,24 @@ def selective_scan_triton_backward(
     # added up over the blocks of channels, unless there is but one
     part_B, part_C = (grad_B, grad_C) if blocks == 1 else (empty(blocks, batch, length, lanes, n) for _ in range(2))
 
-    def launch(grid_chunks, **options):
-        _backward_kernel[(programs, lanes, grid_chunks)](
-            u, dt, At, B, C, D, grad_y, starts, ends, decay, end, scratch,
-            grad_u, grad_delta, grad_A, part_B, part_C, grad_D, grad_bias,
-            pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, part_B.stride(-2), chunks,
-            *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True), *strides(grad_y, grad_y.dim() == 4),
-            CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
-            LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B),
-            WIDE=wide, num_warps=1, **tile, **options,
-        )  # fmt: skip
-
-    with torch.cuda.device_of(u):
-        dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
-        full = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
-        wide = full and tile["NR"] == tile["CR"] == 4 and all(map(_in_words, (u, dt, B, C, grad_y)))
-        if split:
-            launch(chunks - 1, SPLIT=True, LOCAL=True)
-            combine(ends, decay, end)
-        launch(parts, SPLIT=split, LOCAL=False)
+    dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+    full = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
+    arguments = (
+        u, dt, At, B, C, D, grad_y, starts, ends, decay, end, scratch,
+        grad_u, grad_delta, grad_A, part_B, part_C, grad_D, grad_bias,
+        pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, part_B.stride(-2), chunks,
+        *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True), *strides(grad_y, grad_y.dim() == 4),
+    )  # fmt: skip
+    options = dict(
+        CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
+        LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B),
+        WIDE=full and tile["NR"] == tile["CR"] == 4 and all(map(_in_words, (u, dt, B, C, grad_y))),
+        num_warps=1, **tile,
+    )  # fmt: skip
+    if split:
+        launch(_backward_kernel, (programs, lanes, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)
+        combine(ends, decay, end)
+    launch(_backward_kernel, (programs, lanes, parts), arguments, SPLIT=split, LOCAL=False, **options)
     if blocks > 1:
         sum_blocks(part_B, grad_B)
         sum_blocks(part_C, grad_C)

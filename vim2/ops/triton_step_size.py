@@ -1,11 +1,13 @@
 """Around the Triton scan: step sizes, the gradients of their low-rank factors, sums over directions or parts."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, LN2, LOG2E, exp2
+from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 
 
 @triton.jit
@@ -123,10 +125,9 @@ def _block(features: int) -> int:
 def _sum(x: Tensor, out: Tensor, parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int):
     block = _block(E)
     rows_a_program = 2048 // block
-    with torch.cuda.device_of(x):
-        _sum_kernel[(triton.cdiv(rows, rows_a_program), triton.cdiv(E, block))](
-            x, out, parts, rows, E, part_stride, row_stride, out_row, ROWS=rows_a_program, BLOCK=block, num_warps=4
-        )
+    grid = (-(-rows // rows_a_program), -(-E // block))
+    arguments = (x, out, parts, rows, E, part_stride, row_stride, out_row)
+    launch(_sum_kernel, grid, arguments, ROWS=rows_a_program, BLOCK=block, num_warps=4)
 
 
 def sum_lanes(x: Tensor) -> Tensor:
@@ -150,6 +151,7 @@ def _as_rows(factor: Tensor) -> Tensor:
     return factor if rows else factor.contiguous()
 
 
+@functools.lru_cache(None)
 def _room(rank: int) -> int:
     """The width of a block for factors of this rank: products want 16 at least."""
     return rank if rank < 2 else max(triton.next_power_of_2(rank), 16)
@@ -177,12 +179,12 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     dt = torch.empty(batch, length, lanes, features, dtype=dtype if half else torch.float32, device=delta.device)
     block = _block(features)
     rows = 4096 // block
-    with torch.cuda.device_of(delta):
-        _step_size_kernel[(triton.cdiv(batch * length, rows), lanes, triton.cdiv(features, block))](
-            delta, weight.contiguous(), bias, dt, batch * length, lanes, features, rank,
-            delta.stride(1), delta.stride(2), SOFTPLUS=softplus, PRECISION=_precision(delta),
-            FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
-        )  # fmt: skip
+    sizes = (batch * length, lanes, features, rank, delta.stride(1), delta.stride(2))
+    launch(
+        _step_size_kernel, (-(-batch * length // rows), lanes, -(-features // block)),
+        (delta, weight.contiguous(), bias, dt, *sizes), SOFTPLUS=softplus, PRECISION=_precision(delta),
+        FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
+    )  # fmt: skip
     return dt
 
 
@@ -199,12 +201,8 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     parts = max(min(2048 // (blocks * lanes), rows // 256), 1)  # enough programs to fill a GPU
     rows_a_part = triton.cdiv(rows, parts * 64) * 64
     grad_weight = torch.empty(parts, lanes, features, rank, dtype=torch.float32, device=grad.device)
-    with torch.cuda.device_of(grad):
-        _factor_gradient_kernel[(triton.cdiv(rows, 64), lanes)](
-            grad, weight, grad_factor, rows, lanes, features, rank, grad_factor.stride(-2), **options
-        )
-        _weight_gradient_kernel[(blocks, lanes, parts)](
-            grad, factor, grad_weight, rows, rows_a_part, lanes, features, rank, factor.stride(1), factor.stride(2),
-            **options,
-        )  # fmt: skip
+    arguments = (grad, weight, grad_factor, rows, lanes, features, rank, grad_factor.stride(-2))
+    launch(_factor_gradient_kernel, (triton.cdiv(rows, 64), lanes), arguments, **options)
+    arguments = (grad, factor, grad_weight, rows, rows_a_part, lanes, features, rank, *factor.stride()[1:3])
+    launch(_weight_gradient_kernel, (blocks, lanes, parts), arguments, **options)
     return grad_weight.sum(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backend import autocast_dtype, resolve_backend
 from .norm_gate import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+from .operator import operator
 from .reference import compute_dtype
 
 
@@ -98,7 +99,7 @@ def _sum(features: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
-@torch.library.custom_op("vim2::weighted_average", mutates_args=())
+@operator("vim2::weighted_average")
 def _weighted_average(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -106,17 +107,17 @@ def _weighted_average(
     norm_bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In Triton. Returns also mean and reciprocal deviation of every row, (...), float32; empty without a norm."""
+) -> tuple[Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32; empty without a norm."""
     from .triton_rows import weighted_average_triton
 
     return weighted_average_triton(list(features), weight, norm_weight, norm_bias, eps, dtype)
 
 
-@_weighted_average.register_fake
+@torch.library.register_fake("vim2::weighted_average")
 def _(features, weight, norm_weight, norm_bias, eps, dtype):
     x = features[0]
-    return x.new_empty(x.shape, dtype=dtype), *fake_statistics(x, norm_weight)
+    return x.new_empty(x.shape, dtype=dtype), fake_statistics(x, norm_weight)
 
 
 @torch.library.custom_op("vim2::weighted_average_backward", mutates_args=())
@@ -125,34 +126,33 @@ def _weighted_average_backward(
     features: Sequence[Tensor],
     weight: Tensor,
     norm_weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
 ) -> list[Tensor]:
     """Gradients for every feature, for weight, and for norm_weight and norm_bias together, (2, C) in float32, (2, 0)
     without a norm."""
     from .triton_rows import weighted_average_triton_backward
 
-    return weighted_average_triton_backward(grad, list(features), weight, norm_weight, mean, rstd)
+    return weighted_average_triton_backward(grad, list(features), weight, norm_weight, statistics)
 
 
 @_weighted_average_backward.register_fake
-def _(grad, features, weight, norm_weight, mean, rstd):
-    return [*(t.new_empty(t.shape) for t in (*features, weight)), fake_norm_gradient(mean, norm_weight)]
+def _(grad, features, weight, norm_weight, statistics):
+    return [*(t.new_empty(t.shape) for t in (*features, weight)), fake_norm_gradient(statistics, norm_weight)]
 
 
 def _setup_context(ctx, inputs, output):
     features, *parameters = inputs[:4]
     ctx.n = len(features)
-    ctx.save_for_backward(*features, *parameters, *output[1:])
+    ctx.save_for_backward(*features, *parameters, output[1])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, grad, _):
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
-    features, (weight, *norm, mean, rstd) = saved[: ctx.n], saved[ctx.n :]
+    features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
     *grads, grad_weight, grad_norm = torch.ops.vim2.weighted_average_backward(
-        grad, features, weight, norm[0], mean, rstd
+        grad, features, weight, norm[0], statistics
     )
     return grads, grad_weight, *split_norm_gradient(grad_norm, *norm), None, None
 
 
-_weighted_average.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("vim2::weighted_average", _backward, setup_context=_setup_context)
