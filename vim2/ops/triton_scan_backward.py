@@ -299,7 +299,8 @@ def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.conste
     return converted
 
 
-@triton.jit
+# forms of its own for numbers that 16 divides would be no faster, and this kernel takes long to compile
+@triton.jit(do_not_specialize=["orders", "batch", "repeats", "L", "H", "W", "part_row", "chunks"])
 def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,
     starts_ptr, ends_ptr, decay_ptr, end_ptr, scratch_ptr,
