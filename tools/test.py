@@ -21,7 +21,6 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
-    checkpoint_errors,
     load_config,
     run_tool,
 )
@@ -48,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         write_predictions(config, args.out)
     runner = build_runner(config, args)
-    with checkpoint_errors(args.checkpoint):
-        runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
+    runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
     build_data(runner, "test")
     runner.test()
 
