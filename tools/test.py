@@ -66,7 +66,8 @@ def draw(config: Config, args: argparse.Namespace) -> None:
 
 def augment(config: Config) -> None:
     if config.default_scope == "mmdet":
-        if config.model.get("roi_head", {}).get("mask_head"):
+        parts = {**config.model, **(config.model.get("roi_head") or {})}
+        if parts.get("mask_head") or parts.get("panoptic_head"):
             raise UserError("MMDetection has no test-time augmentation of masks, only of boxes; leave out --tta.")
         nms = dict(type="nms", iou_threshold=0.5)
         config.setdefault("tta_model", dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100)))
