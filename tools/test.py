@@ -21,7 +21,6 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
-    checkpoint_errors,
     load_config,
     run_tool,
 )
@@ -48,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         write_predictions(config, args.out)
     runner = build_runner(config, args)
-    with checkpoint_errors(args.checkpoint):
-        runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
+    runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
     build_data(runner, "test")
     runner.test()
 
@@ -68,7 +66,8 @@ def draw(config: Config, args: argparse.Namespace) -> None:
 
 def augment(config: Config) -> None:
     if config.default_scope == "mmdet":
-        if config.model.get("roi_head", {}).get("mask_head"):
+        parts = {**config.model, **(config.model.get("roi_head") or {})}
+        if parts.get("mask_head") or parts.get("panoptic_head"):
             raise UserError("MMDetection has no test-time augmentation of masks, only of boxes; leave out --tta.")
         nms = dict(type="nms", iou_threshold=0.5)
         config.setdefault("tta_model", dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100)))

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import vim2.mm
+from vim2.errors import UserError
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), d_state=4, channel_patch=8)  # test_vim2 of timm
 
@@ -164,7 +165,7 @@ class TestWeights:
 
         vmamba = vanilla_vmamba("tiny").state_dict()
         torch.save({"model": vmamba}, tmp_path / "vmamba.pth")
-        with pytest.raises(ValueError, match=r"weights of a VMamba; convert them first: tools/convert_vmamba\.py"):
+        with pytest.raises(UserError, match=r"weights of a VMamba; convert them first: tools/convert_vmamba\.py"):
             self.loaded(tmp_path / "vmamba.pth", arch="tiny_vmamba")
         name, converted = convert_vmamba(vmamba)
         torch.save({"arch": name, "state_dict": converted}, tmp_path / "vim2.pth")
@@ -198,15 +199,19 @@ class TestWeights:
     )
     def test_of_another_architecture(self, classifier, tmp_path, options, message):
         torch.save(classifier.state_dict(), tmp_path / "weights.pth")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             self.loaded(tmp_path / "weights.pth", **options)
 
     def test_no_file_and_a_damaged_one(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        with pytest.raises(UserError, match="no checkpoint at"):
             self.loaded(tmp_path / "none.pth")
         (tmp_path / "damaged.pth").write_bytes(b"PK\3\4 and then nothing")
-        with pytest.raises(ValueError, match="truncated or not a checkpoint"):
+        with pytest.raises(UserError, match="truncated or not a checkpoint"):
             self.loaded(tmp_path / "damaged.pth")
+
+    def test_nothing_at_an_address(self):
+        with pytest.raises(UserError, match=r"Nothing can be loaded from http://127\.0\.0\.1:9/weights\.pth; check"):
+            self.loaded("http://127.0.0.1:9/weights.pth")
 
 
 class TestLayerDecay:

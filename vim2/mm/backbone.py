@@ -87,7 +87,7 @@ class ViM2(BaseModule):
         """Load the checkpoint of init_cfg, if it names one; without, the constructor has already initialised.
 
         Raises:
-            FileNotFoundError, ValueError: No such file, a damaged one, or weights of another architecture.
+            UserError: No such file, a damaged one, or weights of another architecture.
         """
         if isinstance(self.init_cfg, Mapping) and self.init_cfg.get("type") == "Pretrained":
             load_backbone_weights(self, self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))

@@ -8,6 +8,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints import find_state_dict, read_checkpoint
+from ..errors import UserError
 
 __all__ = ["allow_checkpoints", "load_backbone_weights"]
 
@@ -51,15 +52,13 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
         prefix: Of the backbone's weights in the file; None takes "backbone." where names start so.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A damaged file, one without weights, or weights of another architecture.
+        UserError: No such file or nothing at the address, a damaged file, one without weights, or weights of another
+            architecture.
     """
-    allow_checkpoints()  # once more: the forks of MMEngine take these types back after each load of theirs
-    if "://" in source:
-        checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
-    else:
-        checkpoint = read_checkpoint(source)
-    given = find_state_dict(checkpoint, source)
+    try:
+        given = find_state_dict(_read(source), source)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{error} (init_cfg of the backbone)") from None
     if prefix is None:
         prefix = "backbone." if any(name.startswith("backbone.") for name in given) else ""
     prefix = f"{prefix.rstrip('.')}." if prefix else ""
@@ -70,7 +69,7 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
         if f"norm.{name}" in given:  # a classifier's final norm
             given.setdefault(f"norm{last}.{name}", given.pop(f"norm.{name}"))
     if any(name.startswith("layers.") for name in given):
-        raise ValueError(f"{source} holds weights of a VMamba; convert them first: tools/convert_vmamba.py IN OUT.")
+        raise UserError(f"{source} holds weights of a VMamba; convert them first: tools/convert_vmamba.py IN OUT.")
 
     def spare(name: str) -> bool:  # a whole classifier's weights that this backbone has no use for
         stage = name.split(".")[1] if name.startswith("stages.") else ""
@@ -89,10 +88,26 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
-        raise ValueError(f"{source} does not fit a ViM2 backbone of arch {backbone.arch!r}: {'; '.join(problems)}.")
+        raise UserError(
+            f"{source} (init_cfg of the backbone) does not fit a ViM2 backbone of arch {backbone.arch!r}: "
+            f"{'; '.join(problems)}. Set the backbone's arch to the one of the weights, or take others."
+        )
     new = sorted(wanted.keys() - given.keys())
     backbone.load_state_dict({name: given.get(name, wanted[name]) for name in wanted})
     print_log(f"Loaded {len(wanted) - len(new)} weights from {source}; new are {', '.join(new) or 'none'}.", "current")
+
+
+def _read(source: str):
+    allow_checkpoints()  # once more: the forks of MMEngine take these types back after each load of theirs
+    if "://" not in source:
+        return read_checkpoint(source)
+    try:
+        return CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    except Exception as error:  # every scheme has its own ways to fail
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"Nothing can be loaded from {source}; check the address. (The loader says: {reason})"
+        ) from None
 
 
 def _shapes(name: str, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ def _is_distribution(name: str) -> bool:
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The Runner of a config.
 
-    Beyond `Runner.from_cfg`: checkpoints are written so that a crash leaves the one before whole, and on CPUs several
-    processes work, through gloo.
+    Beyond `Runner.from_cfg`: checkpoints are written so that a crash leaves the one before whole, one that cannot be
+    loaded is a UserError, and on CPUs several processes work, through gloo.
 
     Args:
         config: Of `load_config`.
@@ -127,7 +128,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     if get_device() == "cpu":
         _prepare_for_cpu(config)
     try:
-        return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+        return RUNNERS.build(config) if "runner_type" in config else _Runner.from_cfg(config)
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         # MMEngine wraps the constructor's own message, which is what helps
         raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", str(error.args[0]))) from error
@@ -159,15 +160,29 @@ def checkpoint_errors(path: str) -> Iterator[None]:
     """Turns what goes wrong in loading the checkpoint at `path`, all weights of it, into a UserError."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint at {path}.") from None
+    except OSError as error:  # URLError is one, too
+        raise UserError(f"The checkpoint at {path} cannot be read: {_first_line(error)}.") from None
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
         text = str(error)
         if "state dict" in text or "state_dict" in text:
-            raise UserError(f"{path} is not of this config's model. {' '.join(text.split())}") from None
+            text = textwrap.shorten(text, 300, placeholder=" ...")  # of hundreds of names
+            raise UserError(
+                f"{path} is not of this config's model; give the config it was trained with. {text}"
+            ) from None
         raise UserError(
-            f"{path} is damaged, no checkpoint, or holds more than PyTorch's safe loader reads: {_first_line(error)}."
+            f"{path} is damaged (copy or download it again), no checkpoint, or holds more than PyTorch's safe loader "
+            f"reads: {_first_line(error)}."
         ) from None
+
+
+class _Runner(Runner):
+    """MMEngine's, which goes on from weights of this model only: it would leave others' at random, with a warning."""
+
+    def load_checkpoint(self, filename: str, map_location: Any = "cpu", strict: bool = False, **kwargs) -> dict:
+        with checkpoint_errors(filename):
+            return super().load_checkpoint(filename, map_location, strict or self._resume, **kwargs)
 
 
 class _AtomicBackend(LocalBackend):
