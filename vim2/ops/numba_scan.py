@@ -20,8 +20,10 @@ _LN2 = np.float32(math.log(2))
 _LOG2E = np.float32(1 / math.log(2))
 _EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 
-_jit = numba.njit(fastmath={"nsz", "arcp", "contract", "reassoc"}, error_model="numpy", inline="always")
-_kernel = numba.njit(fastmath={"nsz", "arcp", "contract", "reassoc"}, error_model="numpy", parallel=True, cache=True)
+# Without "reassoc": loops that are compiled in two forms, chosen by addresses, would round differently in each.
+_FAST = {"nsz", "arcp", "contract"}
+_jit = numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
+_kernel = numba.njit(fastmath=_FAST, error_model="numpy", parallel=True, cache=True)
 
 
 @_jit
@@ -53,6 +55,17 @@ def _softplus(x):
     p = p * s + np.float32(1 / 5)
     p = p * s + np.float32(1 / 3)
     return max(x, np.float32(0)) + np.float32(2) * z * (p * s + np.float32(1))
+
+
+@numba.njit(fastmath={*_FAST, "reassoc"}, error_model="numpy")
+def _sums(a, b, size):
+    """Of two arrays, by vectors: a loop that writes nothing has one form only."""
+    sum_a = np.float32(0)
+    sum_b = np.float32(0)
+    for e in range(size):
+        sum_a += a[e]
+        sum_b += b[e]
+    return sum_a, sum_b
 
 
 @_jit
@@ -189,13 +202,7 @@ def _backward(
                                 gdt[e] += exponent * A[k, i, first + e]
                                 ga[i, e] += exponent * dts[r, e]
                                 g[i, e] = before
-                            # Summed apart, in a loop that writes nothing: above, the compiled code chooses by the
-                            # arrays' addresses whether it goes by vectors, and with it the order of a sum.
-                            sum_b = np.float32(0)
-                            sum_c = np.float32(0)
-                            for e in range(size):
-                                sum_b += products_b[e]
-                                sum_c += products_c[e]
+                            sum_b, sum_c = _sums(products_b, products_c, size)
                             gB[b, p, k, i] += sum_b
                             gC[b, p, k, i] += sum_c
                         # One product of each sum apart, too: which of two becomes part of a fused multiply-add may
