@@ -90,7 +90,7 @@ def _masks(seq, s, batch, n, N_STATES, channels_in, parameters_in):
 
 
 @triton.jit
-def load(at, p, mask, FULL: tl.constexpr):
+def _load(at, p, mask, FULL: tl.constexpr):
     """At position p of a tensor, given as the address of its first, offsets from there and the stride of positions."""
     address = at[0] + p * at[2] + at[1]
     if FULL:
@@ -150,10 +150,10 @@ def _forward_kernel(
             h = _load_unless_first(starts_at, first_chunk, N_STATES * E, in_tile, tile_in)
 
     p, left, inner, step, turn = start_walk(first_chunk * chunk, order, L, H, W, LARGE)
-    dt = load(dt_at, p, vector_in, FULL)
-    u = load(u_at, p, vector_in, FULL)
-    b = load(B_at, p, states_in, FULL)
-    c = b if LOCAL else load(C_at, p, states_in, FULL)
+    dt = _load(dt_at, p, vector_in, FULL)
+    u = _load(u_at, p, vector_in, FULL)
+    b = _load(B_at, p, states_in, FULL)
+    c = b if LOCAL else _load(C_at, p, states_in, FULL)
     for j in range(num_chunks):
         if not SPLIT and j > 0:
             tl.store(starts_at + in_tile, h, mask=tile_in)
@@ -163,10 +163,10 @@ def _forward_kernel(
             # the next step's loads are under way while this one computes
             p_next, left = next_position(p, left, inner, step, turn)
             p_next = tl.where(i + 1 < L, p_next, p)
-            dt_next = load(dt_at, p_next, vector_in, FULL)
-            u_next = load(u_at, p_next, vector_in, FULL)
-            b_next = load(B_at, p_next, states_in, FULL)
-            c_next = b_next if LOCAL else load(C_at, p_next, states_in, FULL)
+            dt_next = _load(dt_at, p_next, vector_in, FULL)
+            u_next = _load(u_at, p_next, vector_in, FULL)
+            b_next = _load(B_at, p_next, states_in, FULL)
+            c_next = b_next if LOCAL else _load(C_at, p_next, states_in, FULL)
             size = dt.to(tl.float32)
             uf = u.to(tl.float32)
             bu = (size * uf)[None, :, :, :] * b.to(tl.float32)[:, :, None, None]
@@ -215,12 +215,12 @@ def _combine_kernel(
             tl.store(state_ptr + at, h, mask=mask)
 
 
-def _tile_shape(states: int, channels: int, n: int, features: int, batch: int) -> dict[str, int]:
-    """S, G, N, C of a tile of about `states` states whose last axis is `channels` wide."""
+def _tile_shape(n: int, features: int, batch: int) -> dict[str, int]:
+    """S, G, N, C of a tile of about 1024 states."""
     N = triton.next_power_of_2(n)
-    C = min(channels, triton.next_power_of_2(features))
-    G = min(max(states // (N * C), 1), triton.next_power_of_2(-(-features // C)), 8)
-    S = min(max(states // (N * G * C), 1), triton.next_power_of_2(batch), 8)
+    C = min(32, triton.next_power_of_2(features))
+    G = min(max(1024 // (N * C), 1), triton.next_power_of_2(-(-features // C)), 8)
+    S = min(max(1024 // (N * G * C), 1), triton.next_power_of_2(batch), 8)
     return dict(S=S, G=G, N=N, C=C)
 
 
@@ -268,7 +268,7 @@ def _forward_plan(
     batch: int, length: int, lanes: int, features: int, n: int, chunk: int, fill: int
 ) -> tuple[dict[str, int], int, bool, int]:
     """The tile, with which programs a direction, whether sequences are split, and the steps of a chunk."""
-    tile = _tile_shape(1024, 32, n, features, batch)
+    tile = _tile_shape(n, features, batch)
     programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
     split = length > CHUNK and programs * lanes < fill
     if not split:

@@ -78,15 +78,22 @@ def _unpack(row, at, COUNT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _half(values, upper, HALF: tl.constexpr):
+    half = ()
+    for i in tl.static_range(HALF):
+        half = half + (tl.where(upper, values[i + HALF], values[i]),)
+    return half
+
+
+@triton.jit
 def _exchange(values, lane, BIT: tl.constexpr, HALF: tl.constexpr):
     """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper lane the upper half."""
     sums = ()
     if HALF > 0:
-        upper = (lane & BIT) != 0
+        kept = _half(values, (lane & BIT) != 0, HALF)
+        given = _half(values, (lane & BIT) == 0, HALF)
         for i in tl.static_range(HALF):
-            kept = tl.where(upper, values[i + HALF], values[i])
-            given = tl.where(upper, values[i], values[i + HALF])
-            sums = sums + (kept + tl.gather(given, lane ^ BIT, 0),)
+            sums = sums + (kept[i] + tl.gather(given[i], lane ^ BIT, 0),)
     else:  # a single value is left: both lanes have its sum
         sums = (values[0] + tl.gather(values[0], lane ^ BIT, 0),)
     return sums
@@ -108,14 +115,6 @@ def _own(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.const
         if (SIZE >> i) > 1 and (COUNT >> (i + 1)) > 0:
             values = _half(values, (lane & (STRIDE * (SIZE >> (i + 1)))) != 0, COUNT >> (i + 1))
     return values
-
-
-@triton.jit
-def _half(values, upper, HALF: tl.constexpr):
-    half = ()
-    for i in tl.static_range(HALF):
-        half = half + (tl.where(upper, values[i + HALF], values[i]),)
-    return half
 
 
 @triton.jit
@@ -194,65 +193,47 @@ def _add(a, b, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _outer(states, channels, NR: tl.constexpr, CR: tl.constexpr):
-    products = ()
+def _of_states(states, NR: tl.constexpr, CR: tl.constexpr):
+    """As a tile, with each state's value for all channels."""
+    tile = ()
     for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            products = products + (states[i] * channels[j],)
-    return products
+        for _ in tl.static_range(CR):
+            tile = tile + (states[i],)
+    return tile
 
 
 @triton.jit
-def _add_outer(tile, states, channels, NR: tl.constexpr, CR: tl.constexpr):
+def _of_channels(channels, NR: tl.constexpr, CR: tl.constexpr):
+    """As a tile, with each channel's value for all states."""
+    tile = ()
+    for _ in tl.static_range(NR):
+        tile = tile + channels
+    return tile
+
+
+@triton.jit
+def _sum(values, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    total = values[FIRST]
+    for i in tl.static_range(1, COUNT):
+        total += values[FIRST + i * STEP]
+    return total
+
+
+@triton.jit
+def _sum_channels(tile, NR: tl.constexpr, CR: tl.constexpr):
+    """Over the thread's own channels."""
     sums = ()
     for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            sums = sums + (tile[i * CR + j] + states[i] * channels[j],)
+        sums = sums + (_sum(tile, i * CR, 1, CR),)
     return sums
 
 
 @triton.jit
-def _add_scaled(tile, other, channels, NR: tl.constexpr, CR: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            sums = sums + (tile[i * CR + j] + other[i * CR + j] * channels[j],)
-    return sums
-
-
-@triton.jit
-def _sum_channels(tile, channels, NR: tl.constexpr, CR: tl.constexpr):
-    """Of the thread's own channels, each times its weight."""
-    sums = ()
-    for i in tl.static_range(NR):
-        total = tile[i * CR] * channels[0]
-        for j in tl.static_range(1, CR):
-            total += tile[i * CR + j] * channels[j]
-        sums = sums + (total,)
-    return sums
-
-
-@triton.jit
-def _sum_states(tile, states, NR: tl.constexpr, CR: tl.constexpr):
-    """Of the thread's own states, each times its weight."""
+def _sum_states(tile, NR: tl.constexpr, CR: tl.constexpr):
+    """Over the thread's own states."""
     sums = ()
     for j in tl.static_range(CR):
-        total = tile[j] * states[0]
-        for i in tl.static_range(1, NR):
-            total += tile[i * CR + j] * states[i]
-        sums = sums + (total,)
-    return sums
-
-
-@triton.jit
-def _sum_products(tile, other, NR: tl.constexpr, CR: tl.constexpr):
-    """Of two tiles' products, over the thread's own states."""
-    sums = ()
-    for j in tl.static_range(CR):
-        total = tile[j] * other[j]
-        for i in tl.static_range(1, NR):
-            total += tile[i * CR + j] * other[i * CR + j]
-        sums = sums + (total,)
+        sums = sums + (_sum(tile, j, CR, NR),)
     return sums
 
 
@@ -352,8 +333,8 @@ def _backward_kernel(
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     scratch_at = scratch_ptr + program * ((CHUNK // UNROLL) * TILE * LANES) + lane
 
-    inside = (n, e, N_STATES, E, lane >= 0)
-    A = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, inside, lane >= 0, NR, CR)
+    everywhere = (n, e, N_STATES, E, lane >= 0)
+    A = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, everywhere, lane >= 0, NR, CR)
     scaled = ()
     for v in tl.static_range(TILE):
         scaled = scaled + (A[v].to(tl.float32) * LOG2E,)
@@ -422,9 +403,10 @@ def _backward_kernel(
                     )
                     for r in tl.static_range(UNROLL):
                         position, live, dt, u, gy, b, _ = current[r]
-                        inputs = _outer(b, _multiply(dt, u, CR), NR, CR)
+                        inputs = _multiply(_of_states(b, NR, CR), _of_channels(_multiply(dt, u, CR), NR, CR), TILE)
                         h = _multiply_add(_decays(dt, A, NR, CR, FAST), h, inputs, TILE)
-                        gC = _sum_over_lanes(_sum_channels(h, gy, NR, CR), lane, 1, CE, NR)
+                        gC = _sum_channels(_multiply(h, _of_channels(gy, NR, CR), TILE), NR, CR)
+                        gC = _sum_over_lanes(gC, lane, 1, CE, NR)
                         gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
                         for v in tl.static_range(OWN_STATES):
                             mask = first_n & (own_n + v < N_STATES) & s_in & live
@@ -454,25 +436,29 @@ def _backward_kernel(
                     if not LOCAL:
                         before = (state,) + before
                         if r > 0:
-                            state = _multiply_add(decay, state, _outer(b, _multiply(dt, u, CR), NR, CR), TILE)
+                            inputs = _of_channels(_multiply(dt, u, CR), NR, CR)
+                            state = _multiply_add(decay, state, _multiply(_of_states(b, NR, CR), inputs, TILE), TILE)
                 for r in tl.static_range(UNROLL):  # against it
                     # g: the gradient of the state after the step, then of the state before it
                     position, live, dt, u, gy, b, c = current[r]
-                    g = _add_outer(g, c, gy, NR, CR)
+                    g = _multiply_add(_of_states(c, NR, CR), _of_channels(gy, NR, CR), g, TILE)
                     if LOCAL:
                         g = _multiply(g, decays[r], TILE)
                         total = _add(total, dt, CR)
                     else:
-                        gB = _sum_over_lanes(_sum_channels(g, _multiply(dt, u, CR), NR, CR), lane, 1, CE, NR)
+                        gB = _multiply(g, _of_channels(_multiply(dt, u, CR), NR, CR), TILE)
+                        gB = _sum_over_lanes(_sum_channels(gB, NR, CR), lane, 1, CE, NR)
                         gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
                         for v in tl.static_range(OWN_STATES):
                             mask = first_n & (own_n + v < N_STATES) & s_in & live
                             tl.store(gB_at + v, gB[v].to(gB_ptr.dtype.element_ty), mask=mask)
-                        ginput = _sum_over_lanes(_sum_states(g, b, NR, CR), lane, STATES_STRIDE, NL, CR)
+                        ginput = _sum_states(_multiply(g, _of_states(b, NR, CR), TILE), NR, CR)
+                        ginput = _sum_over_lanes(ginput, lane, STATES_STRIDE, NL, CR)
                         g = _multiply(g, decays[r], TILE)
                         gexponent = _multiply(g, before[r], TILE)
-                        gdecay = _sum_over_lanes(_sum_products(gexponent, A, NR, CR), lane, STATES_STRIDE, NL, CR)
-                        gA = _add_scaled(gA, gexponent, dt, NR, CR)
+                        gdecay = _sum_states(_multiply(gexponent, A, TILE), NR, CR)
+                        gdecay = _sum_over_lanes(gdecay, lane, STATES_STRIDE, NL, CR)
+                        gA = _multiply_add(gexponent, _of_channels(dt, NR, CR), gA, TILE)
                         dt = _own(dt, lane, STATES_STRIDE, NL, CR)
                         u = _own(u, lane, STATES_STRIDE, NL, CR)
                         gy = _own(gy, lane, STATES_STRIDE, NL, CR)
@@ -506,14 +492,14 @@ def _backward_kernel(
         # sequences that do not exist are zero
         sums = (((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S) * K + k) * E
         gA_at = gA_ptr + sums * N_STATES + (s * (K * N_STATES * E) + n * E + e)
-        _store_tile(gA_at, E, gA, (n, e, N_STATES, E, lane >= 0), NR, CR)
+        _store_tile(gA_at, E, gA, everywhere, NR, CR)
         for v in tl.static_range(OWN_CHANNELS):
             at_own = sums + (s * (K * E) + own_e + v)
             tl.store(gD_ptr + at_own, gD[v], mask=first_e & (own_e + v < E))
             tl.store(gbias_ptr + at_own, gbias[v], mask=first_e & (own_e + v < E))
 
 
-def _tile_shape(n: int, features: int, batch: int) -> dict[str, int]:
+def _tile_shape(n: int, features: int) -> dict[str, int]:
     """Registers and lanes of a tile, see this file's head: 16 states a thread where there are as many."""
     states = triton.next_power_of_2(n)
     NR = min(states, 4)
@@ -542,7 +528,7 @@ def selective_scan_triton_backward(
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
     chunks = starts.shape[2] + 1
-    tile = _tile_shape(n, features, batch)
+    tile = _tile_shape(n, features)
     block = tile["CE"] * tile["CR"]
     blocks = -(-features // block)
     tiles = -(-batch // tile["S"])
