@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--search-horizons", nargs="+", type=int, choices=HORIZONS, help="default: --horizons")
     parser.add_argument("--device", default=None)
     parser.add_argument("--cuda-graph", action="store_true", help="see `fit`")
-    parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=JSON", help="further options of `fit`")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help="further options of `fit`")
     args = parser.parse_args()
     if args.command == "table":
         print(tables(read_results(args.output / "results.jsonl")))
