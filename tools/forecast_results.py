@@ -223,14 +223,14 @@ def run_all(stages: dict[str, list[tuple[int, Stage]]], args: argparse.Namespace
         go_on(name)
     end = time.monotonic() + 60 * args.minutes
     with multiprocessing.get_context("spawn").Pool(args.jobs, initializer=quiet) as pool:
-        running, longest = [], Counter()
+        running, latest = [], Counter()
         while queue or running:
             free = args.jobs - sum(jobs_of(task, args) for _, task in running)
             for item in queue[:]:
                 task = item[1]
                 if jobs_of(task, args) > free:
                     break
-                if time.monotonic() + longest[task["name"]] < end:  # or it would be cut off
+                if time.monotonic() + latest[task["name"]] < end:  # or it would be cut off, going by the last one
                     queue.remove(item)
                     running.append((pool.apply_async(run_cell, (task,)), task))
                     free -= jobs_of(task, args)
@@ -243,7 +243,7 @@ def run_all(stages: dict[str, list[tuple[int, Stage]]], args: argparse.Namespace
                 try:
                     rows.append(row := job.get())
                     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-                    longest[row["name"]] = max(longest[row["name"]], row["seconds"])
+                    latest[row["name"]] = row["seconds"]
                     test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
                     print(
                         f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
