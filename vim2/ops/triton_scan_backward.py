@@ -280,7 +280,13 @@ def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, WIDE: tl.cons
 
 
 # forms of its own for numbers that 16 divides would be no faster, and this kernel takes long to compile
-@triton.jit(do_not_specialize=["orders", "batch", "repeats", "L", "H", "W", "part_row", "chunks"])
+NOT_SPECIALIZED = [
+    *("orders", "batch", "repeats", "L", "H", "W", "K", "part_row", "chunks"),
+    *("u_b", "u_l", "u_k", "B_b", "B_l", "B_k", "C_b", "C_l", "C_k", "gy_b", "gy_l", "gy_k"),
+]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,
     starts_ptr, ends_ptr, decay_ptr, end_ptr, scratch_ptr,
@@ -397,7 +403,8 @@ def _backward_kernel(
                 )
                 for i in range(subs):
                     for v in tl.static_range(NR):
-                        tl.store(scratch_at + (i * NR + v) * (CR * LANES), h[v])
+                        kept_at = scratch_at + (i * NR + v) * (CR * LANES)
+                        tl.store(kept_at, h[v], eviction_policy="evict_last")
                     # here and below, the next operands are under way while these are used
                     t = first + (i + 1) * UNROLL
                     current = _in_float32(steps, at, UNROLL, NR, WIDE)
@@ -421,8 +428,9 @@ def _backward_kernel(
             for i in range(subs):
                 if not LOCAL:
                     state = ()
-                    for v in tl.static_range(NR):  # each thread reads what it wrote
-                        state = state + (tl.load(scratch_at + ((subs - 1 - i) * NR + v) * (CR * LANES)),)
+                    for v in tl.static_range(NR):  # each thread reads what it wrote, once
+                        kept_at = scratch_at + ((subs - 1 - i) * NR + v) * (CR * LANES)
+                        state = state + (tl.load(kept_at, eviction_policy="evict_first"),)
                 t = last - (i + 1) * UNROLL
                 current = _in_float32(steps, at, UNROLL, NR, WIDE)
                 steps, p, left = _load_steps(
