@@ -37,7 +37,8 @@ def test_matches_recurrence(case, split):
 
 
 def test_programs_that_take_several_sequences(monkeypatch):
-    monkeypatch.setattr(triton_scan_backward, "tiles_a_program", lambda programs, device: 2)
+    for module in (triton_scan, triton_scan_backward):
+        monkeypatch.setattr(module, "tiles_a_program", lambda programs, device: 2)
     assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
 
 

@@ -1,9 +1,8 @@
 # ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The selective scan in Triton. `reference.py` says what it computes; tests/ops/test_triton_scan.py compares the two.
 
-A program walks a block of channels through the steps of one direction, with states in registers as a tile
-[N states, S sequences, G channel groups, C channels]. Triton spreads a warp over the last axis first and then over the
-first, so C and N decide which sums become register adds and which warp shuffles: that is what the tile shapes are for.
+A program is one warp. It walks a tile of channels, with their states in registers (triton_tiles.py), through the steps
+of one direction.
 
 Addresses are computed, never gathered: a walk is two nested loops over the map with signed strides. Nothing is added
 with atomics: sums over programs are written apart and added by the caller, so that two runs give the same bits.
@@ -77,22 +76,20 @@ def next_position(p, left, inner, step, turn):
 
 @triton.jit
 def _load_group(
-    t, walk, bc_walk, place, bc_place, advance, L, at, channels, states,
-    LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    t, walks, places, advance, L, at, rows, LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr
+):
     """A lane's share of the operands of the steps from t on, and where its two walks then are. Of the step of its
-    place: the position, dt and u; of the step of its other place: B, and unless LOCAL, C. A step beyond the
+    first place: the position, dt and u; of that of its second place: B, and unless LOCAL, C. A step beyond the
     sequence's end has none: zeros move nothing."""
     dt_at, u_at, B_at, C_at = at
-    p, _ = walk
-    existing = tl.where(t + place < L, channels, 0)
-    dt = load_row(dt_at, p, existing, CR, WIDE)
-    u = load_row(u_at, p, existing, CR, WIDE)
-    bc_p, _ = bc_walk
-    existing = tl.where(t + bc_place < L, states, 0)
-    b = load_row(B_at, bc_p, existing, NR, WIDE)
-    c = b if LOCAL else load_row(C_at, bc_p, existing, NR, WIDE)
-    return (p, dt, u, b, c), _advance(walk, advance), _advance(bc_walk, advance)
+    channels = tl.where(t + places[0] < L, rows[0], 0)
+    states = tl.where(t + places[1] < L, rows[1], 0)
+    p = walks[0][0]
+    dt = load_row(dt_at, p, channels, CR, WIDE)
+    u = load_row(u_at, p, channels, CR, WIDE)
+    b = load_row(B_at, walks[1][0], states, NR, WIDE)
+    c = b if LOCAL else load_row(C_at, walks[1][0], states, NR, WIDE)
+    return (p, dt, u, b, c), (_advance(walks[0], advance), _advance(walks[1], advance))
 
 
 @triton.jit
@@ -133,9 +130,9 @@ def _forward_kernel(
 
     lane = tl.arange(0, LANES)
     s = (lane // CE) % S
-    place = lane // STATES_STRIDE
-    n = place * NR
-    bc_place = lane % NL
+    # which of NL steps the lane loads, of dt and u and of B and C
+    places = (lane // STATES_STRIDE, lane % NL)
+    n = places[0] * NR
     e = (tl.program_id(0) % blocks) * (CE * CR) + lane % CE * CR
 
     # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
@@ -158,8 +155,7 @@ def _forward_kernel(
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
         seq = (group * repeats + repeat) * S
         s_in = seq + s < batch
-        channels = tl.where(s_in, E - e, 0)  # how many of the lane's own exist
-        states = tl.where(s_in, N_STATES - n, 0)
+        rows = (tl.where(s_in, E - e, 0), tl.where(s_in, N_STATES - n, 0))  # how many channels, states exist
         inside = (n, e, N_STATES, E, s_in)
         lanes = (seq * L * K + k) * E  # of dt and y, which lie as (batch, L, K, E)
         at = (
@@ -184,17 +180,14 @@ def _forward_kernel(
                 h = load_tile(starts_at + (first_chunk - 1) * (N_STATES * E) + in_tile, E, inside, not_first, NR, CR)
 
         first = first_chunk * chunk
-        p, left, inner, step, turn = start_walk(first + place, order, L, H, W, LARGE)
-        walk = (p, left)
-        p, left, inner, step, turn = start_walk(first + bc_place, order, L, H, W, LARGE)
-        bc_walk = (p, left)
+        p, left, inner, step, turn = start_walk(first + places[0], order, L, H, W, LARGE)
+        bc_p, bc_left, inner, step, turn = start_walk(first + places[1], order, L, H, W, LARGE)
+        walks = ((p, left), (bc_p, bc_left))
         row = (inner - 1) * step + turn
         advance = (NL // inner * row + NL % inner * step, turn - step, NL % inner, inner)
         groups = ()
         for a in tl.static_range(AHEAD):
-            loaded, walk, bc_walk = _load_group(
-                first + a * NL, walk, bc_walk, place, bc_place, advance, L, at, channels, states, LOCAL, NR, CR, WIDE
-            )
+            loaded, walks = _load_group(first + a * NL, walks, places, advance, L, at, rows, LOCAL, NR, CR, WIDE)
             groups = groups + (loaded,)
 
         for index in range(num_chunks):
@@ -204,22 +197,8 @@ def _forward_kernel(
             first = (first_chunk + index) * chunk
             for t in range(first, tl.minimum(first + chunk, L), NL):
                 p, dt, u, b, c = groups[0]
-                loaded, walk, bc_walk = _load_group(
-                    t + AHEAD * NL,
-                    walk,
-                    bc_walk,
-                    place,
-                    bc_place,
-                    advance,
-                    L,
-                    at,
-                    channels,
-                    states,
-                    LOCAL,
-                    NR,
-                    CR,
-                    WIDE,
-                )
+                ahead = t + AHEAD * NL
+                loaded, walks = _load_group(ahead, walks, places, advance, L, at, rows, LOCAL, NR, CR, WIDE)
                 rest = ()
                 for a in tl.static_range(1, AHEAD):
                     rest = rest + (groups[a],)
@@ -232,23 +211,23 @@ def _forward_kernel(
                 dtu = multiply(dt, u, CR)
                 ys = ()
                 for r in tl.static_range(NL):
-                    from_place = lane % STATES_STRIDE + r * STATES_STRIDE
-                    from_bc_place = lane // NL * NL + r
-                    decay = decays(gather(dt, from_place, CR), A, NR, CR, FAST)
+                    dt_lane = lane % STATES_STRIDE + r * STATES_STRIDE
+                    bc_lane = lane // NL * NL + r
+                    decay = decays(gather(dt, dt_lane, CR), A, NR, CR, FAST)
                     inputs = multiply(
-                        of_states(gather(b, from_bc_place, NR), NR, CR),
-                        of_channels(gather(dtu, from_place, CR), NR, CR),
+                        of_states(gather(b, bc_lane, NR), NR, CR),
+                        of_channels(gather(dtu, dt_lane, CR), NR, CR),
                         TILE,
                     )
                     h = multiply_add(decay, h, inputs, TILE)
                     if not LOCAL:
-                        weights = of_states(gather(c, from_bc_place, NR), NR, CR)
+                        weights = of_states(gather(c, bc_lane, NR), NR, CR)
                         ys = ys + sum_states(multiply(h, weights, TILE), NR, CR)
                 if LOCAL:
                     total = add(total, dt, CR)
                 else:
                     y = multiply_add(D, u, sum_over_lanes(ys, lane, STATES_STRIDE, NL, NL * CR), CR)
-                    store_row(y_at, p, y, tl.where(t + place < L, channels, 0), CR, WIDE, FAST)
+                    store_row(y_at, p, y, tl.where(t + places[0] < L, rows[0], 0), CR, WIDE, FAST)
         if LOCAL:
             at_chunk = first_chunk * (N_STATES * E) + in_tile
             decay_at = decay_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)
@@ -306,8 +285,8 @@ def programs_to_fill(device: torch.device) -> int:
 
 
 def tiles_a_program(programs: int, device: torch.device) -> int:
-    """How many tiles of sequences one program of the backward pass takes, one after the other, so that the sums over
-    sequences are long and few: sixteen rounds of programs fill a GPU evenly enough."""
+    """How many tiles of sequences one program takes, one after the other, so that it loads its parameters rarely and
+    its sums over sequences are long and few: sixteen rounds of programs fill a GPU evenly enough."""
     return max(programs // (16 * max(programs_to_fill(device), 1)), 1)
 
 
