@@ -76,26 +76,25 @@ def next_position(p, left, inner, step, turn):
 
 @triton.jit
 def _load_group(
-    t, walks, places, advance, L, at, rows, LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr
+    t, walk, advance, L, at, rows, LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr
 ):
-    """A lane's share of the operands of the steps from t on, and where its two walks then are. Of the step of its
-    first place: the position, dt and u; of that of its second place: B, and unless LOCAL, C. A step beyond the
-    sequence's end has none: zeros move nothing."""
+    """The operands of a lane's step t: its position, dt, u, B, and unless LOCAL, C; and where the walk is a group of
+    steps later. A step beyond the sequence's end has none: zeros move nothing."""
     dt_at, u_at, B_at, C_at = at
-    channels = tl.where(t + places[0] < L, rows[0], 0)
-    states = tl.where(t + places[1] < L, rows[1], 0)
-    p = walks[0][0]
+    channels = tl.where(t < L, rows[0], 0)
+    states = tl.where(t < L, rows[1], 0)
+    p, _ = walk
     dt = load_row(dt_at, p, channels, CR, WIDE)
     u = load_row(u_at, p, channels, CR, WIDE)
-    b = load_row(B_at, walks[1][0], states, NR, WIDE)
-    c = b if LOCAL else load_row(C_at, walks[1][0], states, NR, WIDE)
-    return (p, dt, u, b, c), (_advance(walks[0], advance), _advance(walks[1], advance))
+    b = load_row(B_at, p, states, NR, WIDE)
+    c = b if LOCAL else load_row(C_at, p, states, NR, WIDE)
+    return (p, dt, u, b, c), _advance(walk, advance)
 
 
 @triton.jit
 def _advance(walk, advance):
-    """A walk, as a position and the steps left before a turn, some steps on: `jump` if all of them were inner ones but
-    for whole rows, and `bend` more if there is another turn among them."""
+    """A walk, as a position and the steps left before a turn, a group of steps later: that is whole rows and the rest,
+    by `jump`, and `bend` more if there is a turn in the rest."""
     p, left = walk
     jump, bend, rest, inner = advance
     left -= rest
@@ -119,8 +118,8 @@ def _forward_kernel(
     """A program scans whole sequences and writes the states at the starts of all chunks but the first. With SPLIT it
     scans one chunk, from its start; with LOCAL too, from zero, and writes only the chunk's end state and decay.
 
-    It takes NL steps at a time, and loads those that come AHEAD groups later. Of the lanes that share a channel, each
-    loads one step's dt and u, and writes its y; of those that share states, B and C: shuffles tell the others."""
+    It takes a group of NL steps at a time, and loads those that come AHEAD groups later. Each lane loads the operands
+    of one of the steps, and writes its y: shuffles tell the lanes that share channels or states."""
     TILE: tl.constexpr = NR * CR
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
     k = tl.program_id(1)
@@ -130,9 +129,10 @@ def _forward_kernel(
 
     lane = tl.arange(0, LANES)
     s = (lane // CE) % S
-    # which of NL steps the lane loads, of dt and u and of B and C
-    places = (lane // STATES_STRIDE, lane % NL)
-    n = places[0] * NR
+    n = lane // STATES_STRIDE * NR
+    # which of NL steps the lane loads: all of them among the lanes of a channel, and among NL lanes of a state
+    ordered = lane ^ (lane % NL * STATES_STRIDE)
+    place = ordered // STATES_STRIDE
     e = (tl.program_id(0) % blocks) * (CE * CR) + lane % CE * CR
 
     # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
@@ -180,14 +180,13 @@ def _forward_kernel(
                 h = load_tile(starts_at + (first_chunk - 1) * (N_STATES * E) + in_tile, E, inside, not_first, NR, CR)
 
         first = first_chunk * chunk
-        p, left, inner, step, turn = start_walk(first + places[0], order, L, H, W, LARGE)
-        bc_p, bc_left, inner, step, turn = start_walk(first + places[1], order, L, H, W, LARGE)
-        walks = ((p, left), (bc_p, bc_left))
+        p, left, inner, step, turn = start_walk(first + place, order, L, H, W, LARGE)
+        walk = (p, left)
         row = (inner - 1) * step + turn
         advance = (NL // inner * row + NL % inner * step, turn - step, NL % inner, inner)
         groups = ()
         for a in tl.static_range(AHEAD):
-            loaded, walks = _load_group(first + a * NL, walks, places, advance, L, at, rows, LOCAL, NR, CR, WIDE)
+            loaded, walk = _load_group(first + a * NL + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
             groups = groups + (loaded,)
 
         for index in range(num_chunks):
@@ -197,8 +196,8 @@ def _forward_kernel(
             first = (first_chunk + index) * chunk
             for t in range(first, tl.minimum(first + chunk, L), NL):
                 p, dt, u, b, c = groups[0]
-                ahead = t + AHEAD * NL
-                loaded, walks = _load_group(ahead, walks, places, advance, L, at, rows, LOCAL, NR, CR, WIDE)
+                ahead = t + AHEAD * NL + place
+                loaded, walk = _load_group(ahead, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
                 rest = ()
                 for a in tl.static_range(1, AHEAD):
                     rest = rest + (groups[a],)
@@ -211,8 +210,8 @@ def _forward_kernel(
                 dtu = multiply(dt, u, CR)
                 ys = ()
                 for r in tl.static_range(NL):
-                    dt_lane = lane % STATES_STRIDE + r * STATES_STRIDE
-                    bc_lane = lane // NL * NL + r
+                    dt_lane = lane % STATES_STRIDE + (lane % NL ^ r) * STATES_STRIDE
+                    bc_lane = lane // NL * NL + (lane // STATES_STRIDE ^ r)
                     decay = decays(gather(dt, dt_lane, CR), A, NR, CR, FAST)
                     inputs = multiply(
                         of_states(gather(b, bc_lane, NR), NR, CR),
@@ -226,14 +225,14 @@ def _forward_kernel(
                 if LOCAL:
                     total = add(total, dt, CR)
                 else:
-                    y = multiply_add(D, u, sum_over_lanes(ys, lane, STATES_STRIDE, NL, NL * CR), CR)
-                    store_row(y_at, p, y, tl.where(t + places[0] < L, rows[0], 0), CR, WIDE, FAST)
+                    y = multiply_add(D, u, sum_over_lanes(ys, lane, ordered, STATES_STRIDE, NL, NL * CR), CR)
+                    store_row(y_at, p, y, tl.where(t + place < L, rows[0], 0), CR, WIDE, FAST)
         if LOCAL:
             at_chunk = first_chunk * (N_STATES * E) + in_tile
             decay_at = decay_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)
             sums = ()
             for i in tl.static_range(CR):
-                sums = sums + sum_over_lanes((total[i],), lane, STATES_STRIDE, NL, 1)
+                sums = sums + sum_over_lanes((total[i],), lane, ordered, STATES_STRIDE, NL, 1)
             store_tile(starts_at + at_chunk, E, h, inside, NR, CR)
             store_tile(decay_at + at_chunk, E, decays(sums, A, NR, CR, FAST), inside, NR, CR)
         elif LAST and first_chunk + num_chunks == chunks:

@@ -105,12 +105,12 @@ def half(values, upper, HALF: tl.constexpr):
 
 
 @triton.jit
-def exchange(values, lane, BIT: tl.constexpr, HALF: tl.constexpr):
-    """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper lane the upper half."""
+def exchange(values, lane, upper, BIT: tl.constexpr, HALF: tl.constexpr):
+    """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper one the upper half."""
     sums = ()
     if HALF > 0:
-        kept = half(values, (lane & BIT) != 0, HALF)
-        given = half(values, (lane & BIT) == 0, HALF)
+        kept = half(values, upper, HALF)
+        given = half(values, upper == 0, HALF)
         for i in tl.static_range(HALF):
             sums = sums + (kept[i] + tl.gather(given[i], lane ^ BIT, 0),)
     else:  # a single value is left: both lanes have its sum
@@ -119,12 +119,13 @@ def exchange(values, lane, BIT: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def sum_over_lanes(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Sums of COUNT values over an axis of SIZE lanes, STRIDE apart; of COUNT >= SIZE, a lane is left with an equal
-    share, in the order of the lanes."""
+def sum_over_lanes(values, lane, ordered, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Sums of COUNT values over an axis of SIZE lanes, STRIDE apart. Of COUNT >= SIZE values, each lane is left with
+    its share: in the order of the lanes, or of these with some bits turned in all lanes of the axis."""
     for i in tl.static_range(5):
         if (SIZE >> i) > 1:
-            values = exchange(values, lane, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1))
+            upper = (ordered & (STRIDE * (SIZE >> (i + 1)))) != 0
+            values = exchange(values, lane, upper, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1))
     return values
 
 
