@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from comparison import gradients
+from comparison import gradients, relative_error
 from scan_cases import (
+    BOUNDS,
     CASES,
     EXTREME_STEPS,
     SOFTPLUS_ARGUMENTS,
@@ -36,7 +37,8 @@ def test_matches_recurrence(case, split):
 
 
 def test_programs_that_take_several_sequences(monkeypatch):
-    monkeypatch.setattr(triton_scan_backward, "tiles_a_program", lambda programs, device: 2)
+    for module in (triton_scan, triton_scan_backward):
+        monkeypatch.setattr(module, "tiles_a_program", lambda programs, device: 2)
     assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
 
 
@@ -47,9 +49,22 @@ def test_inference_splits_no_finer_than_it_must(monkeypatch):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("features", [22, 24])
+@pytest.mark.parametrize(("channels", "programs"), [(4, 6), (2, 12), (1, 18)])
+def test_fewer_channels_a_thread_where_programs_are_few(channels, programs, features, monkeypatch):
+    monkeypatch.setattr(triton_scan, "programs_to_fill", lambda device: programs)
+    tile, split, _ = triton_scan._forward_plan(3, 15, 2, features, 16, 15, programs)
+    assert (tile["CR"], split) == (channels, False)
+    inputs = make_inputs((3, 5), BIDIRECTIONAL, features, 16, batch=3, dtype=torch.bfloat16)
+    inputs = [t.detach().to(DEVICE) for t in inputs]
+    y, expected = (selective_scan(*inputs, orders=BIDIRECTIONAL, backend=backend) for backend in ("triton", "torch"))
+    assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
-    assert_matches_oracle(((3, 23), CROSS_SCAN, 3, 5, 2, False), "triton", DEVICE, dtype)
+@pytest.mark.parametrize("case", [((3, 23), CROSS_SCAN, 3, 5, 2, False), ((3, 5), BIDIRECTIONAL, 20, 16, 3, True)])
+def test_half_precision(case, dtype):
+    assert_matches_oracle(case, "triton", DEVICE, dtype)
 
 
 @pytest.mark.parametrize("step", EXTREME_STEPS)

@@ -1,9 +1,8 @@
 # ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The selective scan in Triton. `reference.py` says what it computes; tests/ops/test_triton_scan.py compares the two.
 
-A program walks a block of channels through the steps of one direction, with states in registers as a tile
-[N states, S sequences, G channel groups, C channels]. Triton spreads a warp over the last axis first and then over the
-first, so C and N decide which sums become register adds and which warp shuffles: that is what the tile shapes are for.
+A program is one warp. It walks a tile of channels, with their states in registers (triton_tiles.py), through the steps
+of one direction.
 
 Addresses are computed, never gathered: a walk is two nested loops over the map with signed strides. Nothing is added
 with atomics: sums over programs are written apart and added by the caller, so that two runs give the same bits.
@@ -22,13 +21,31 @@ from torch import Tensor
 
 from .reference import ORDERS
 from .selective_scan import TRITON_CHUNK as CHUNK
-from .triton_math import INTERPRETED, LOG2E, exp2, launch
+from .triton_math import INTERPRETED, LOG2E, launch
 from .triton_step_size import step_sizes
+from .triton_tiles import (
+    LANES,
+    add,
+    decays,
+    gather,
+    in_words,
+    load_row,
+    load_tile,
+    multiply,
+    multiply_add,
+    of_channels,
+    of_states,
+    store_row,
+    store_tile,
+    sum_over_lanes,
+    sum_states,
+    unpack,
+    zeros,
+)
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
-# Twelve warps a multiprocessor instead of nine: 2.1 ms instead of 2.6 at vim2_tiny's first stage on an H100.
-FORWARD_REGISTERS = None if INTERPRETED else 168
+AHEAD = 1  # groups of steps whose operands are on their way
 
 
 @triton.jit
@@ -58,132 +75,169 @@ def next_position(p, left, inner, step, turn):
 
 
 @triton.jit
-def _channels(block, E, N_STATES, zero, S: tl.constexpr, G: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """A tile's sequences [S], channels [G, C] and states [N], and which channels and states exist."""
-    e = block * (G * C) + tl.arange(0, G)[:, None] * C + tl.arange(0, C)[None, :]
-    n = tl.arange(0, N)
-    channels_in = (e < E)[None, :, :]
-    parameters_in = (n < N_STATES)[:, None, None, None] & channels_in[None, :, :, :]
-    # adding an unknown zero hides alignment: Triton then keeps one channel a thread, and does not carry the states
-    # twice, in the layout of the arithmetic and in that of the widest stores
-    return tl.arange(0, S).to(tl.uint32), (e + zero).to(tl.uint32), n.to(tl.uint32), channels_in, parameters_in
+def _load_group(
+    t, walk, advance, L, at, rows, LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr
+):
+    """The operands of a lane's step t: its position, dt, u, B, and unless LOCAL, C; and where the walk is a group of
+    steps later. A step beyond the sequence's end has none: zeros move nothing."""
+    dt_at, u_at, B_at, C_at = at
+    channels = tl.where(t < L, rows[0], 0)
+    states = tl.where(t < L, rows[1], 0)
+    p, _ = walk
+    dt = load_row(dt_at, p, channels, CR, WIDE)
+    u = load_row(u_at, p, channels, CR, WIDE)
+    b = load_row(B_at, p, states, NR, WIDE)
+    c = b if LOCAL else load_row(C_at, p, states, NR, WIDE)
+    return (p, dt, u, b, c), _advance(walk, advance)
 
 
 @triton.jit
-def _parameters(A_ptr, D_ptr, k, e, n, E, N_STATES, channels_in, parameters_in):
-    """A, times log2(e) for exp2, and D, in float32."""
-    A_at = A_ptr + k * (N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
-    A = tl.load(A_at, mask=parameters_in, other=0.0)
-    D = tl.load(D_ptr + k * E + e[None, :, :], mask=channels_in, other=0.0)
-    return A.to(tl.float32) * LOG2E, D.to(tl.float32)
+def _advance(walk, advance):
+    """A walk, as a position and the steps left before a turn, a group of steps later: that is whole rows and the rest,
+    by `jump`, and `bend` more if there is a turn in the rest."""
+    p, left = walk
+    jump, bend, rest, inner = advance
+    left -= rest
+    turned = left < 0
+    return p + tl.where(turned, jump + bend, jump), tl.where(turned, left + inner, left)
 
 
-@triton.jit
-def _masks(seq, s, batch, n, N_STATES, channels_in, parameters_in):
-    """Which elements of vectors [S, G, C], of B and C [N, S] and of states [N, S, G, C] exist."""
-    s_in = seq + s < batch
-    return (
-        channels_in & s_in[:, None, None],
-        (n < N_STATES)[:, None] & s_in[None, :],
-        parameters_in & s_in[None, :, None, None],
-    )
-
-
-@triton.jit
-def _load(at, p, mask, FULL: tl.constexpr):
-    """At position p of a tensor, given as the address of its first, offsets from there and the stride of positions."""
-    address = at[0] + p * at[2] + at[1]
-    if FULL:
-        return tl.load(address)
-    else:
-        return tl.load(address, mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_unless_first(starts_at, chunk, size, in_tile, tile_in):
-    """The states at a chunk's start; the first chunk's are zero and not stored. (Masks are never scalars: Triton's
-    interpreter takes none.)"""
-    is_first = (chunk + tl.arange(0, 1) == 0)[:, None, None, None]
-    return tl.load(starts_at + (chunk - 1) * size + in_tile, mask=tile_in & (is_first == 0), other=0.0)
-
-
-@triton.jit(do_not_specialize=["zero"])
+# forms of its own for numbers that are 1 or that 16 divides would be no faster
+@triton.jit(
+    do_not_specialize=["orders", "batch", "repeats", "L", "H", "W", "E", "N_STATES", "K", "chunk", "chunks"]
+    + [f"{name}_{axis}" for name in "uBC" for axis in "blk"]
+)
 def _forward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, starts_ptr, decay_ptr, last_ptr,
-    orders, batch, L, H, W, E, N_STATES, K, chunk, chunks, zero,
+    orders, batch, repeats, L, H, W, E, N_STATES, K, chunk, chunks,
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k,
     SPLIT: tl.constexpr, LOCAL: tl.constexpr, LAST: tl.constexpr,
-    FAST: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
-    S: tl.constexpr, G: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,
 ):  # fmt: skip
     """A program scans whole sequences and writes the states at the starts of all chunks but the first. With SPLIT it
-    scans one chunk, from its start; with LOCAL too, from zero, and writes only the chunk's end state and decay."""
+    scans one chunk, from its start; with LOCAL too, from zero, and writes only the chunk's end state and decay.
+
+    It takes a group of NL steps at a time, and loads those that come AHEAD groups later. Each lane loads the operands
+    of one of the steps, and writes its y: shuffles tell the lanes that share channels or states."""
+    TILE: tl.constexpr = NR * CR
+    STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
     k = tl.program_id(1)
     order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
-    blocks = tl.cdiv(E, G * C)
-    s, e, n, channels_in, parameters_in = _channels(tl.program_id(0) % blocks, E, N_STATES, zero, S, G, N, C)
-    seq = (tl.program_id(0) // blocks).to(tl.int64) * S
-    vector_in, states_in, tile_in = _masks(seq, s, batch, n, N_STATES, channels_in, parameters_in)
-    A, D = _parameters(A_ptr, D_ptr, k, e, n, E, N_STATES, channels_in, parameters_in)
+    blocks = tl.cdiv(E, CE * CR)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
 
-    # a 64-bit base for the program and 32-bit offsets in the tile: 64-bit offsets would fill the registers
-    u_at = (u_ptr + seq * u_b + k * u_k, s[:, None, None] * u_b + e[None, :, :], u_l)
-    B_at = (B_ptr + seq * B_b + k * B_k, s[None, :] * B_b + n[:, None], B_l)
-    C_at = (C_ptr + seq * C_b + k * C_k, s[None, :] * C_b + n[:, None], C_l)
-    lanes = (seq * L * K + k) * E  # of dt and y, which lie as (batch, L, K, E)
-    in_lanes = s[:, None, None] * (L * K * E) + e[None, :, :]
-    dt_at = (dt_ptr + lanes, in_lanes, K * E)
-    lane = seq * K + k
-    in_tile = (
-        s[None, :, None, None] * (K * (chunks - 1) * N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
-    )
-    starts_at = starts_ptr + lane * (chunks - 1) * (N_STATES * E)
+    lane = tl.arange(0, LANES)
+    s = (lane // CE) % S
+    n = lane // STATES_STRIDE * NR
+    # which of NL steps the lane loads: all of them among the lanes of a channel, and among NL lanes of a state
+    ordered = lane ^ (lane % NL * STATES_STRIDE)
+    place = ordered // STATES_STRIDE
+    e = (tl.program_id(0) % blocks) * (CE * CR) + lane % CE * CR
 
-    first_chunk = 0
-    num_chunks = chunks
-    h = tl.zeros([N, S, G, C], dtype=tl.float32)
-    total = tl.zeros([S, G, C], dtype=tl.float32)
-    if SPLIT:
-        first_chunk = tl.program_id(2)
-        num_chunks = 1
-        if not LOCAL:
-            h = _load_unless_first(starts_at, first_chunk, N_STATES * E, in_tile, tile_in)
+    # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
+    OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
+    sw = s.to(OFFSET)
+    in_lanes = sw * (L * K * E) + e.to(OFFSET)
+    in_u = sw * u_b + e.to(OFFSET)
+    in_B = sw * B_b + n.to(OFFSET)
+    in_C = sw * C_b + n.to(OFFSET)
+    in_tile = sw * (K * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
-    p, left, inner, step, turn = start_walk(first_chunk * chunk, order, L, H, W, LARGE)
-    dt = _load(dt_at, p, vector_in, FULL)
-    u = _load(u_at, p, vector_in, FULL)
-    b = _load(B_at, p, states_in, FULL)
-    c = b if LOCAL else _load(C_at, p, states_in, FULL)
-    for j in range(num_chunks):
-        if not SPLIT and j > 0:
-            tl.store(starts_at + in_tile, h, mask=tile_in)
-            starts_at += N_STATES * E
-        t = (first_chunk + j) * chunk
-        for i in range(t, tl.minimum(t + chunk, L)):
-            # the next step's loads are under way while this one computes
-            p_next, left = next_position(p, left, inner, step, turn)
-            p_next = tl.where(i + 1 < L, p_next, p)
-            dt_next = _load(dt_at, p_next, vector_in, FULL)
-            u_next = _load(u_at, p_next, vector_in, FULL)
-            b_next = _load(B_at, p_next, states_in, FULL)
-            c_next = b_next if LOCAL else _load(C_at, p_next, states_in, FULL)
-            size = dt.to(tl.float32)
-            uf = u.to(tl.float32)
-            bu = (size * uf)[None, :, :, :] * b.to(tl.float32)[:, :, None, None]
-            h = exp2(size[None, :, :, :] * A, FAST) * h + bu
-            if LOCAL:
-                total += size
-            else:
-                y = tl.sum(h * c.to(tl.float32)[:, :, None, None], axis=0) + D * uf
-                tl.store(y_ptr + (lanes + p * (K * E)) + in_lanes, y.to(y_ptr.dtype.element_ty), mask=vector_in)
-            p, dt, u, b, c = p_next, dt_next, u_next, b_next, c_next
-    if LOCAL:
-        tl.store(starts_at + first_chunk * (N_STATES * E) + in_tile, h, mask=tile_in)
-        decay_at = decay_ptr + (lane * (chunks - 1) + first_chunk) * (N_STATES * E)
-        tl.store(decay_at + in_tile, exp2(total[None, :, :, :] * A, FAST), mask=tile_in)
-    elif LAST and first_chunk + num_chunks == chunks:
-        last_at = s[None, :, None, None] * (K * N_STATES * E) + n[:, None, None, None] * E + e[None, None, :, :]
-        tl.store(last_ptr + lane * (N_STATES * E) + last_at, h, mask=tile_in)
+    A_in = load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, (n, e, N_STATES, E, lane >= 0), lane >= 0, NR, CR)
+    A = ()
+    for i in tl.static_range(TILE):
+        A = A + (A_in[i].to(tl.float32) * LOG2E,)  # for exp2
+    D = ()
+    for i in tl.static_range(CR):
+        D = D + (tl.load(D_ptr + k * E + e + i, mask=e + i < E, other=0.0).to(tl.float32),)
+
+    for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
+        seq = (group * repeats + repeat) * S
+        s_in = seq + s < batch
+        rows = (tl.where(s_in, E - e, 0), tl.where(s_in, N_STATES - n, 0))  # how many channels, states exist
+        inside = (n, e, N_STATES, E, s_in)
+        lanes = (seq * L * K + k) * E  # of dt and y, which lie as (batch, L, K, E)
+        at = (
+            (dt_ptr + lanes, in_lanes, K * E),
+            (u_ptr + seq * u_b + k * u_k, in_u, u_l),
+            (B_ptr + seq * B_b + k * B_k, in_B, B_l),
+            (C_ptr + seq * C_b + k * C_k, in_C, C_l),
+        )
+        y_at = (y_ptr + lanes, in_lanes, K * E)
+        starts_at = starts_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)
+
+        first_chunk = 0
+        num_chunks = chunks
+        h = zeros(TILE)
+        total = zeros(CR)
+        if SPLIT:
+            first_chunk = tl.program_id(2)
+            num_chunks = 1
+            if not LOCAL:
+                # the first chunk's states are zero and not stored
+                not_first = first_chunk + tl.arange(0, 1) > 0
+                h = load_tile(starts_at + (first_chunk - 1) * (N_STATES * E) + in_tile, E, inside, not_first, NR, CR)
+
+        first = first_chunk * chunk
+        p, left, inner, step, turn = start_walk(first + place, order, L, H, W, LARGE)
+        walk = (p, left)
+        row = (inner - 1) * step + turn
+        advance = (NL // inner * row + NL % inner * step, turn - step, NL % inner, inner)
+        groups = ()
+        for a in tl.static_range(AHEAD):
+            loaded, walk = _load_group(first + a * NL + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
+            groups = groups + (loaded,)
+
+        for index in range(num_chunks):
+            if not SPLIT and index > 0:
+                store_tile(starts_at + in_tile, E, h, inside, NR, CR)
+                starts_at += N_STATES * E
+            first = (first_chunk + index) * chunk
+            for t in range(first, tl.minimum(first + chunk, L), NL):
+                p, dt, u, b, c = groups[0]
+                ahead = t + AHEAD * NL + place
+                loaded, walk = _load_group(ahead, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
+                rest = ()
+                for a in tl.static_range(1, AHEAD):
+                    rest = rest + (groups[a],)
+                groups = rest + (loaded,)
+
+                dt = unpack(dt, dt_ptr, CR, WIDE)
+                u = unpack(u, u_ptr, CR, WIDE)
+                b = unpack(b, B_ptr, NR, WIDE)
+                c = unpack(c, C_ptr, NR, WIDE)
+                dtu = multiply(dt, u, CR)
+                ys = ()
+                for r in tl.static_range(NL):
+                    dt_lane = lane % STATES_STRIDE + (lane % NL ^ r) * STATES_STRIDE
+                    bc_lane = lane // NL * NL + (lane // STATES_STRIDE ^ r)
+                    decay = decays(gather(dt, dt_lane, CR), A, NR, CR, FAST)
+                    inputs = multiply(
+                        of_states(gather(b, bc_lane, NR), NR, CR),
+                        of_channels(gather(dtu, dt_lane, CR), NR, CR),
+                        TILE,
+                    )
+                    h = multiply_add(decay, h, inputs, TILE)
+                    if not LOCAL:
+                        weights = of_states(gather(c, bc_lane, NR), NR, CR)
+                        ys = ys + sum_states(multiply(h, weights, TILE), NR, CR)
+                if LOCAL:
+                    total = add(total, dt, CR)
+                else:
+                    y = multiply_add(D, u, sum_over_lanes(ys, lane, ordered, STATES_STRIDE, NL, NL * CR), CR)
+                    store_row(y_at, p, y, tl.where(t + place < L, rows[0], 0), CR, WIDE, FAST)
+        if LOCAL:
+            at_chunk = first_chunk * (N_STATES * E) + in_tile
+            decay_at = decay_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)
+            sums = ()
+            for i in tl.static_range(CR):
+                sums = sums + sum_over_lanes((total[i],), lane, ordered, STATES_STRIDE, NL, 1)
+            store_tile(starts_at + at_chunk, E, h, inside, NR, CR)
+            store_tile(decay_at + at_chunk, E, decays(sums, A, NR, CR, FAST), inside, NR, CR)
+        elif LAST and first_chunk + num_chunks == chunks:
+            last_at = last_ptr + (seq * K + k) * (N_STATES * E) + sw * (K * N_STATES * E) + (n * E + e)
+            store_tile(last_at, E, h, inside, NR, CR)
 
 
 @triton.jit
@@ -215,18 +269,12 @@ def _combine_kernel(
             tl.store(state_ptr + at, h, mask=mask)
 
 
-def _tile_shape(n: int, features: int, batch: int) -> dict[str, int]:
-    """S, G, N, C of a tile of about 1024 states."""
-    N = triton.next_power_of_2(n)
-    C = min(32, triton.next_power_of_2(features))
-    G = min(max(1024 // (N * C), 1), triton.next_power_of_2(-(-features // C)), 8)
-    S = min(max(1024 // (N * G * C), 1), triton.next_power_of_2(batch), 8)
-    return dict(S=S, G=G, N=N, C=C)
-
-
-def _is_full(tile: dict[str, int], n: int, features: int, batch: int) -> bool:
-    """Whether all elements of all tiles exist, so that loads need no masks."""
-    return n == tile["N"] and features % (tile["G"] * tile["C"]) == 0 and batch % tile["S"] == 0
+def _tile_shape(n: int, features: int, channels: int) -> dict[str, int]:
+    """Registers and lanes of a tile with that many channels a thread, see triton_tiles.py."""
+    states = triton.next_power_of_2(n)
+    NL = min(states, 4)
+    CE = min(LANES.value // NL, max(NL, triton.next_power_of_2(-(-features // channels))))
+    return dict(NR=states // NL, NL=NL, S=LANES.value // (NL * CE), CE=CE, CR=channels)
 
 
 @functools.lru_cache(None)
@@ -236,8 +284,8 @@ def programs_to_fill(device: torch.device) -> int:
 
 
 def tiles_a_program(programs: int, device: torch.device) -> int:
-    """How many tiles of sequences one program of the backward pass takes, one after the other, so that the sums over
-    sequences are long and few: sixteen rounds of programs fill a GPU evenly enough."""
+    """How many tiles of sequences one program takes, one after the other, so that it loads its parameters rarely and
+    its sums over sequences are long and few: sixteen rounds of programs fill a GPU evenly enough."""
     return max(programs // (16 * max(programs_to_fill(device), 1)), 1)
 
 
@@ -266,15 +314,28 @@ def last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
 @functools.lru_cache(None)
 def _forward_plan(
     batch: int, length: int, lanes: int, features: int, n: int, chunk: int, fill: int
-) -> tuple[dict[str, int], int, bool, int]:
-    """The tile, with which programs a direction, whether sequences are split, and the steps of a chunk."""
-    tile = _tile_shape(n, features, batch)
-    programs = -(-batch // tile["S"]) * -(-features // (tile["G"] * tile["C"]))
-    split = length > CHUNK and programs * lanes < fill
-    if not split:
-        return tile, programs, False, chunk
-    steps = -(-length * programs * lanes // (4 * max(fill, 1)) // CHUNK) * CHUNK
-    return tile, programs, True, steps if chunk == length else CHUNK
+) -> tuple[dict[str, int], bool, int]:
+    """The tile, whether sequences are split, and the steps of a chunk."""
+    most = min(4, triton.next_power_of_2(features), max(64 // triton.next_power_of_2(n), 1))
+    tiles = [_tile_shape(n, features, channels) for channels in (4, 2, 1) if channels <= most]
+    # many channels a thread take fewer instructions each, few leave more programs
+    programs = [_blocks(features, tile) * -(-batch // tile["S"]) * lanes for tile in tiles]
+    for tile, count in zip(tiles, programs):
+        if count >= fill:
+            return tile, False, chunk
+    if length <= CHUNK:
+        return tiles[-1], False, chunk
+    steps = -(-length * programs[0] // (4 * max(fill, 1)) // CHUNK) * CHUNK
+    return tiles[0], True, steps if chunk == length else CHUNK
+
+
+def forward_registers(tile: dict[str, int]) -> int | None:
+    """So that sixteen warps of many states fit on a multiprocessor, or twenty-four of few."""
+    return None if INTERPRETED else 128 if tile["NR"] * tile["CR"] > 8 else 80
+
+
+def _blocks(features: int, tile: dict[str, int]) -> int:
+    return -(-features // (tile["CE"] * tile["CR"]))
 
 
 def selective_scan_triton(
@@ -291,8 +352,11 @@ def selective_scan_triton(
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
     fill = programs_to_fill(u.device)
-    tile, programs, split, steps = _forward_plan(batch, length, lanes, features, n, chunk, fill)
+    tile, split, steps = _forward_plan(batch, length, lanes, features, n, chunk, fill)
     chunks = -(-length // steps)
+    blocks, tiles = _blocks(features, tile), -(-batch // tile["S"])
+    repeats = 1 if split else tiles_a_program(tiles * blocks * lanes, u.device)
+    programs = blocks * -(-tiles // repeats)
     y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
     last = torch.empty((batch, lanes, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, chunks - 1, n, features, dtype=torch.float32, device=u.device)
@@ -300,18 +364,18 @@ def selective_scan_triton(
     dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
     arguments = (
         u, dt, At, B, C, D, y, starts, decay, last,
-        pack_orders(orders), batch, length, height, width, features, n, lanes, steps, chunks, 0,
+        pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, steps, chunks,
         *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True),
     )  # fmt: skip
     options = dict(
-        LAST=with_last, FAST=not INTERPRETED, LARGE=is_large(1, u, B, C, y),
-        FULL=_is_full(tile, n, features, batch), num_warps=1, maxnreg=FORWARD_REGISTERS, **tile,
+        LAST=with_last, FAST=not INTERPRETED, LARGE=is_large(tile["S"], u, B, C, y),
+        WIDE=n % tile["NR"] == 0 and features % tile["CR"] == 0 and all(map(in_words, (u, dt, B, C, y))),
+        AHEAD=AHEAD, num_warps=1, maxnreg=forward_registers(tile), **tile,
     )  # fmt: skip
     if split:
         launch(_forward_kernel, (programs, lanes, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)
         combine(starts, decay, None)
-    grid = (programs, lanes, chunks if split else 1)
-    launch(_forward_kernel, grid, arguments, SPLIT=split, LOCAL=False, **options)
+    launch(_forward_kernel, (programs, lanes, chunks if split else 1), arguments, SPLIT=split, LOCAL=False, **options)
     last = last.transpose(-1, -2).contiguous() if with_last else last
     return y, last, starts if chunk == CHUNK or not split else starts[:, :, :0]
 
