@@ -25,7 +25,7 @@ from torch import nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.errors import UserError
-from vim2.mm.runner import add_config_arguments, checkpoint_errors, load_config, run_tool
+from vim2.mm.runner import add_config_arguments, check_device, checkpoint_errors, load_config, run_tool
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--score-thr", type=float, default=0.3, help="least score of a box that is drawn; default 0.3")
     parser.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
+    check_device(args.device)
     images = find_images(args.images)
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)

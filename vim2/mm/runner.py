@@ -34,6 +34,7 @@ __all__ = [
     "add_launcher_arguments",
     "build_data",
     "build_runner",
+    "check_device",
     "checkpoint_errors",
     "load_config",
     "run_tool",
@@ -155,6 +156,14 @@ def build_data(runner: Runner, split: str) -> None:
             raise
         name = "training" if split == "train" else "testing"
         raise UserError(f"no image for {name} is left: none has annotations, or none is large enough.") from error
+
+
+def check_device(device: str) -> None:
+    """Raises UserError where PyTorch has no such device ("cpu", "cuda:1", ...) here."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # a PyTorch without CUDA asserts
+        raise UserError(f"--device {device} cannot be used here: {_first_line(error)}.") from None
 
 
 @contextlib.contextmanager
