@@ -87,8 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         visualizer.draw_texts = lambda *args, **kwargs: visualizer
     for i, path in enumerate(track_iter_progress(images)):
         data = pipeline(dict(img_path=str(path), img_id=i))
-        with torch.no_grad():
-            sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
+        try:
+            with torch.no_grad():
+                sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
+        except ValueError as error:  # too small for the backbone, say
+            raise UserError(f"{path} is no image for this model: {error}") from error
         options = dict(pred_score_thr=args.score_thr) if is_detector else dict(with_labels=False)
         image = load_rgb(path)
         visualizer.line_width = max(1, min(image.shape[:2]) // 250)  # of boxes

@@ -94,6 +94,15 @@ class TestOneProcess:
         if kind == "mmdet":
             assert re.search(r"0\.png: [1-9]\d* objects", capsys.readouterr().out)
 
+    def test_draws_no_image_that_is_too_small(self, kind, trained, configs, tmp_path):
+        Image.new("RGB", (16, 12)).save(tmp_path / "small.png")
+        argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path / "out"]
+        if kind == "mmdet":  # whose images are resized first
+            call(demo, tmp_path / "small.png", *argv)
+        else:
+            with pytest.raises(UserError, match=r"small\.png is no image for this model: .*at least 32 x 32"):
+                call(demo, tmp_path / "small.png", *argv)
+
     def test_a_checkpoint_of_another_model(self, kind, trained, configs, tmp_path):
         other = KINDS[1 - KINDS.index(kind)]
         with pytest.raises(UserError, match="is not of this config's model"):
