@@ -18,6 +18,7 @@ import torch
 from vim2 import TSM2, TSM2Config
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import model_forecast, score
+from vim2.forecast.training import record
 
 EPOCHS = {  # windows to train on and to validate on, variates, batch, model
     "ETTh1, d_model 16, 1 block": (8033, 2785, 7, 64, dict(d_model=16, depth=1)),
@@ -30,15 +31,19 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_step(config: TSM2Config, device: torch.device, amp: bool):
-    """A training step on a batch, as the training loop makes it."""
+def make_step(config: TSM2Config, device: torch.device, amp: bool, example: torch.Tensor | None = None):
+    """A training step on a batch, as the training loop makes it; with CUDA graphs for batches like the example."""
     torch.manual_seed(0)
     model = TSM2(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    graphed = None if example is None else record(model, (example,), amp)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def step(x, y):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = (model(x).float() - y).square().mean()
+        if graphed is not None and x.shape == example.shape:
+            loss = (graphed(x).float() - y).square().mean()
+        else:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = (model(x).float() - y).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -49,11 +54,13 @@ def make_step(config: TSM2Config, device: torch.device, amp: bool):
 
 def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
     rows = []
-    for name, (train, val, variates, batch, options) in EPOCHS.items():
+    cases = [(n, graph) for n in EPOCHS for graph in ((False, True) if device.type == "cuda" else (False,))]
+    for name, graph in cases:
+        train, val, variates, batch, options = EPOCHS[name]
         config = TSM2Config(lookback=512, horizon=96, **options)
         values = torch.randn(train + 607, variates, device=device)
         windows, validation = (Windows(values, 512, 96, 0, n + 607) for n in (train, val))
-        model, step = make_step(config, device, amp)
+        model, step = make_step(config, device, amp, windows[:batch][0].contiguous() if graph else None)
         for _ in range(3):
             step(*windows[:batch][:2])
         order = torch.randperm(len(windows), device=device)[: max(int(share * train), batch)]
@@ -70,7 +77,7 @@ def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
         synchronise(device)
         rows.append(
             dict(
-                name=name,
+                name=name + (", CUDA graphs" if graph else ""),
                 batch=batch,
                 train_seconds=round(seconds, 2),
                 validation_seconds=round((time.perf_counter() - start) * len(validation) / len(some), 2),

@@ -4,6 +4,7 @@
     forecast_results.py ridge   the ridge baseline's test errors, which show that the protocol is the field's
     forecast_results.py search  validates candidate settings of each data set, seed 0, and names the best
     forecast_results.py run     trains and tests the frozen recipes, a cell for data set, horizon and seed
+    forecast_results.py all     search, and run with what it found, data sets side by side
     forecast_results.py table   prints what was run, beside the paper's and published figures
 
 Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there already is not run again.
@@ -11,16 +12,21 @@ Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there alre
 
 import argparse
 import io
-import itertools
 import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from vim2.checkpoints import write_atomically
+
+Stage = Callable[[list[dict]], list[dict]]
 
 FILES = {
     "ETTh1": "ETTh1.csv",
@@ -40,40 +46,60 @@ PAPER = {  # arXiv 2403.19888, MSE at the four horizons
     "Weather": (0.161, 0.208, 0.252, 0.337),
 }
 DUET = {"ETTh1": 0.398, "ETTh2": 0.334, "ETTm1": 0.338, "ETTm2": 0.248, "Exchange": 0.280, "Weather": 0.218}  # averages
-# Settings that `search` tries: what differs from the recipe, by name. Those that docs/results.md names are complete, so
-# that they stay what they were when the recipe becomes another.
+# Settings that `search` tries: what differs from the recipe, by name. They are complete, so that they stay what they
+# were when the recipe becomes another.
 _SMALL = {
-    "recipe": {},
     "gentle": dict(lr=1e-4, head_dropout=0.5),
     "eager": dict(lr=5e-4, head_dropout=0.7),
     "sam": dict(lr=5e-4, head_dropout=0.7, sam=0.3),
-    "fine": dict(patch=16, stride=8, d_state=16),
     "path-trained": dict(lr=5e-4, head_dropout=0.7, linear_path_lr=0.05),
-    "plain-sam": dict(linear_path=False, head_dropout=0.3, sam=0.3, epochs=10, patience=3),
+    "mae": dict(lr=5e-4, head_dropout=0.7, loss="mae"),
+    "gentle-mae": dict(lr=1e-4, head_dropout=0.5, loss="mae"),
+    "plain-sam": dict(linear_path=False, lr=5e-4, head_dropout=0.3, sam=0.3, epochs=10, patience=3),
 }
-_LARGE = {
-    "recipe": {},
-    "fast": dict(lr=1e-3),
-    "head-dropout": dict(head_dropout=0.6),
-    "path-trained": dict(linear_path_lr=0.05),
-    "plain": dict(linear_path=False),
-    "plain-2d": dict(linear_path=False, norm="2d"),
-}
+_LARGE = dict(lr=5e-4, head_dropout=0.3, dropout=0.2, d_state=8, depth=2, epochs=6, patience=2)
+
+
+def _large(d_model: int, patch: int) -> dict[str, dict]:
+    base = dict(_LARGE, d_model=d_model, patch=patch, stride=patch // 2)
+    path, plain = dict(base, linear_path=True), dict(base, linear_path=False)
+    return {
+        "path": dict(path, loss="mse"),
+        "path-mae": dict(path, loss="mae"),
+        "path-mae-gentle": dict(path, loss="mae", lr=2e-4, head_dropout=0.5),
+        "path-mae-trained": dict(path, loss="mae", linear_path_lr=0.05),
+        "path-mae-coarse": dict(path, loss="mae", lr=2e-4, head_dropout=0.5, depth=1, patch=64, stride=32),
+        "plain": dict(plain, loss="mse"),
+        "plain-mae": dict(plain, loss="mae"),
+    }
+
+
 CANDIDATES = {
     "ETTh1": _SMALL,
     "ETTh2": _SMALL,
-    "Exchange": {**_SMALL, "mean": dict(instance_norm="mean")},
-    "ETTm1": _LARGE,
-    "ETTm2": _LARGE,
-    "Weather": _LARGE,
+    "Exchange": _SMALL,
+    "ETTm1": _large(32, 16),
+    "ETTm2": _large(32, 16),
+    "Weather": {k: v for k, v in _large(64, 32).items() if k not in ("path-mae-trained", "path-mae-coarse")},
 }
-# Without the linear path, which would hide what the mixers do.
-ABLATIONS = {
-    "TSM2 without linear path": dict(linear_path=False),
-    "TSM2-MLP": dict(linear_path=False, variate_mixer="mlp"),
-    "Mamba + linear time": dict(linear_path=False, time_mixer="linear"),
-    "no variate mixer": dict(linear_path=False, variate_mixer="none"),
+# Comparisons, at the first horizon: without the linear path, which would hide what the mixers do, and with the same
+# settings everywhere, which no search chose.
+_ALONE = dict(linear_path=False, instance_norm="mean", loss="mse", patch=16, stride=8, d_model=32, depth=1, d_state=8)
+_ALONE |= dict(dropout=0.2, head_dropout=0.2, lr=5e-4, epochs=8, patience=3)
+COMPARISONS = {
+    "ablations": {
+        "TSM2 without linear path": _ALONE,
+        "TSM2-MLP": dict(_ALONE, variate_mixer="mlp"),
+        "Mamba + linear time": dict(_ALONE, time_mixer="linear"),
+        "no variate mixer": dict(_ALONE, variate_mixer="none"),
+        "2-D norm, no instance norm": dict(_ALONE, norm="2d", instance_norm="none"),
+    },
+    "calendar": {
+        "history alone": _ALONE,
+        "with calendar features": dict(_ALONE, calendar=True),
+    },
 }
+COMPARED = {"ablations": ("ETTh1", "ETTm1", "Exchange"), "calendar": ("ETTh1", "ETTh2", "Weather")}
 
 
 def data_file(folder: Path, name: str) -> Path:
@@ -94,6 +120,7 @@ def run_cell(task: dict) -> dict:
     options = dict(
         data=task["data"], recipe=task["name"], horizon=task["horizon"], seed=task["seed"], device=task["device"]
     )
+    options["cuda_graph"] = task["cuda_graph"]
     start = time.perf_counter()
     run = fit(**options, **task["changes"], output=task["output"], experiment=key, resume=True)
     result = {k: task[k] for k in ("name", "horizon", "seed", "label", "changes")}
@@ -102,6 +129,8 @@ def run_cell(task: dict) -> dict:
         val_mse=best["val_mse"],
         val_mae=best["val_mae"],
         epoch=best["epoch"],
+        gain=best.get("gain"),
+        gain_error=best.get("gain_error"),
         epochs=len(run["history"]),
         epoch_seconds=sorted(row["seconds"] for row in run["history"])[len(run["history"]) // 2],
         ridge_val_mse=run["baselines"]["ridge"]["val_mse"],
@@ -158,78 +187,113 @@ def key_of(row: dict) -> tuple:
     return row["name"], row["horizon"], row["seed"], row["label"]
 
 
-def run_all(tasks: list[dict], args: argparse.Namespace) -> tuple[list[dict], int]:
-    """Run the tasks that have no result yet, several at a time, until the time is over; all results, and how many are
-    left."""
+def run_all(stages: dict[str, list[tuple[int, Stage]]], args: argparse.Namespace) -> tuple[list[dict], int]:
+    """Run the cells that have no result yet, several at a time, until the time is over.
+
+    Args:
+        stages: For each data set, what is to be done one after the other: a priority, the lowest first, and a function
+            from all results so far to tasks.
+        args: Of the command line.
+
+    Returns:
+        All results, and how many cells are left.
+    """
     path = args.output / "results.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {key_of(row): row["changes"] for row in read_results(path)}
-    for task in tasks:  # or the table would take other settings for another seed
-        if done.get(key_of(task), task["changes"]) != task["changes"]:
-            raise SystemExit(
-                f"{path} holds {task['name']} {task['horizon']} {task['label']!r} with {done[key_of(task)]}, "
-                f"not {task['changes']}: choose another --output."
-            )
-    tasks = [task for task in tasks if key_of(task) not in done]
-    print(f"{len(tasks)} cells to run, {len(done)} done before", flush=True)
+    rows, queue, left, failed = read_results(path), [], Counter(), []
+
+    def go_on(name: str) -> None:
+        while stages[name] and not left[name]:
+            priority, stage = stages[name].pop(0)
+            done = {key_of(row): row["changes"] for row in rows}
+            tasks = stage(rows)
+            for task in tasks:  # or the table would take other settings for another seed
+                if done.get(key_of(task), task["changes"]) != task["changes"]:
+                    raise SystemExit(
+                        f"{path} holds {name} {task['horizon']} {task['label']!r} with {done[key_of(task)]}, "
+                        f"not {task['changes']}: choose another --output."
+                    )
+            tasks = [task for task in tasks if key_of(task) not in done]
+            print(f"{name}: {len(tasks)} cells to run, {len(done)} done before", flush=True)
+            left[name] += len(tasks)
+            queue.extend((priority, task) for task in tasks)
+            queue.sort(key=lambda item: item[0])
+
+    for name in stages:
+        go_on(name)
     end = time.monotonic() + 60 * args.minutes
     with multiprocessing.get_context("spawn").Pool(args.jobs, initializer=quiet) as pool:
-        running, failed = [], []
-        while tasks or running:
-            while tasks and len(running) < args.jobs and time.monotonic() < end:
-                running.append(pool.apply_async(run_cell, (tasks.pop(0),)))
-            if (not running and time.monotonic() > end) or time.monotonic() > end + 60 * args.grace:
+        running, latest = [], Counter()
+        while queue or running:
+            free = args.jobs - sum(jobs_of(task, args) for _, task in running)
+            for item in queue[:]:
+                task = item[1]
+                if jobs_of(task, args) > free:
+                    break
+                if time.monotonic() + latest[task["name"]] < end:  # or it would be cut off, going by the last one
+                    queue.remove(item)
+                    running.append((pool.apply_async(run_cell, (task,)), task))
+                    free -= jobs_of(task, args)
+            if not running or time.monotonic() > end:
                 pool.terminate()
                 break
-            for job in [job for job in running if job.ready()]:
-                running.remove(job)
+            for job, task in [item for item in running if item[0].ready()]:
+                running.remove((job, task))
+                left[task["name"]] -= 1
                 try:
-                    row = job.get()
+                    rows.append(row := job.get())
+                    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+                    latest[row["name"]] = row["seconds"]
+                    test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
+                    print(
+                        f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
+                        f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  epoch {row['epoch']} of "
+                        f"{row['epochs']}, {row['seconds']} s",
+                        flush=True,
+                    )
                 except Exception as error:  # one cell's failure is no reason to lose the others
-                    failed.append(f"{type(error).__name__}: {error}")
-                    print(f"A cell failed: {failed[-1]}", flush=True)
-                    continue
-                with open(path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
-                print(
-                    f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
-                    f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  {row['seconds']} s",
-                    flush=True,
-                )
-            time.sleep(0.2)
-    left = len(tasks) + len(running)
-    print(f"{left} cells are left, {len(failed)} failed." if left or failed else "All cells are done.", flush=True)
-    return read_results(path), left + len(failed)
+                    failed.append(task)
+                    print(f"A cell failed: {type(error).__name__}: {error}", flush=True)
+                go_on(task["name"])
+            time.sleep(0.1)
+    unfinished = len(queue) + len(running)
+    if unfinished or failed:
+        print(f"{unfinished} cells are left, {len(failed)} failed.", flush=True)
+    else:
+        print("All cells are done.", flush=True)
+    return rows, unfinished + len(failed)
+
+
+def jobs_of(task: dict, args: argparse.Namespace) -> int:
+    """Weather, the largest, takes the place of two: a GPU would be busy with it."""
+    return min(1 + (task["name"] == "Weather"), args.jobs)
 
 
 def quiet() -> None:
     sys.stdout = io.StringIO()  # the cells' own lines would be mixed up
 
 
-def chosen_labels(rows: list[dict]) -> dict[str, str]:
-    """For each data set, the candidate with the lowest validation error over the horizons, each relative to ridge's."""
-    best = {}
-    for name in FILES:
-        totals = {}
-        for row in rows:
-            if row["name"] == name and row["label"] in CANDIDATES[name] and row["seed"] == 0:
-                totals.setdefault(row["label"], []).append(row["val_mse"] / row["ridge_val_mse"])
-        complete = max(map(len, totals.values()), default=0)
-        means = {label: sum(v) / len(v) for label, v in totals.items() if len(v) == complete}
-        if means:
-            best[name] = min(means, key=means.get)
-            print(
-                f"{name}, validation over ridge's: "
-                + ", ".join(f"{k} {v:.4f}" for k, v in sorted(means.items(), key=lambda kv: kv[1]))
-            )
-    return best
+def chosen_label(name: str, rows: list[dict]) -> str | None:
+    """The candidate with the lowest validation error over the horizons, each relative to ridge's."""
+    totals = {}
+    for row in rows:
+        if row["name"] == name and row["label"] in CANDIDATES[name] and row["seed"] == 0:
+            totals.setdefault(row["label"], []).append(row["val_mse"] / row["ridge_val_mse"])
+    complete = max(map(len, totals.values()), default=0)
+    means = {label: sum(v) / len(v) for label, v in totals.items() if len(v) == complete}
+    if not means:
+        return None
+    listed = ", ".join(f"{k} {v:.4f}" for k, v in sorted(means.items(), key=lambda kv: kv[1]))
+    print(f"{name}, validation over ridge's: {listed}", flush=True)
+    return min(means, key=means.get)
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: errors of every cell with at least one seed, beside the baselines' and the paper's, and averages.
+    """Markdown: errors of every cell with at least one seed, mean ± deviation over the seeds, beside the baselines' and
+    published ones, and averages.
 
-    `epoch` has the chosen epoch of every seed. A mean in bold is below ridge's, one with a "p" below the paper's.
+    `epoch` has the chosen epoch of every seed. An MSE in bold is below ridge's; "p" is below the paper's, "d" below
+    DUET's, which is known to us as an average.
     """
     lines, by_cell = [], {}
     for row in rows:
@@ -238,42 +302,46 @@ def tables(rows: list[dict]) -> str:
     for label in dict.fromkeys(label for label, _, _ in by_cell):
         lines += [
             f"\n{label}\n",
-            "| data set | H | epoch | MSE | MAE | ridge, MSE | ridge, MAE | last value, MSE | paper, MSE |",
+            "| data set | H | epoch | MSE | MAE | ridge, MSE | ridge, MAE | last value, MSE | paper, MSE | DUET, MSE |",
         ]
-        lines.append("|---" * 9 + "|")
+        lines.append("|---" * 10 + "|")
         for name in FILES:
             cells = {h: by_cell[label, name, h] for h in HORIZONS if (label, name, h) in by_cell}
-            means = []
             for h, group in cells.items():
-                values = {k: [r[k] for r in group] for k in ("mse", "mae", "ridge_mse", "ridge_mae", "last_value_mse")}
-                paper = PAPER[name][HORIZONS.index(h)]
-                means.append([sum(v) / len(v) for v in values.values()] + [paper])
-                epochs = ", ".join(str(r["epoch"]) for r in group)
-                lines.append(line(f"{name} | {h} | {epochs}", means[-1], f"{paper:.3f}", deviations(values)))
-            if len(means) == len(HORIZONS):
-                average = [sum(column) / len(means) for column in zip(*means)]
-                lines.append(line(f"{name} | average |", average, f"{average[-1]:.4f}", ("", "")))
+                group.sort(key=lambda row: row["seed"])
+                epochs = ", ".join(str(row["epoch"]) for row in group)
+                lines.append(line(f"{name} | {h} | {epochs}", group, PAPER[name][HORIZONS.index(h)]))
+            seeds = set.intersection(*({row["seed"] for row in group} for group in cells.values())) if cells else ()
+            if len(cells) == len(HORIZONS) and seeds:
+                averages = []
+                for seed in sorted(seeds):
+                    of_seed = [next(row for row in group if row["seed"] == seed) for group in cells.values()]
+                    averages.append({k: sum(row[k] for row in of_seed) / len(of_seed) for k in COLUMNS})
+                paper = sum(PAPER[name]) / len(HORIZONS)
+                lines.append(line(f"{name} | average | ", averages, paper, DUET[name], len(seeds)))
     return "\n".join(lines)
 
 
-def line(start: str, means: list[float], paper: str, deviations: tuple[str, str]) -> str:
-    """Means of mse, mae, ridge's mse and mae, the last value's mse, the paper's mse."""
-    mse = f"**{means[0]:.4f}**" if means[0] < means[2] else f"{means[0]:.4f}"
-    mark = " p" if means[0] < means[5] else ""
-    baselines = " | ".join(f"{v:.4f}" for v in means[2:5])
-    return f"| {start} | {mse}{deviations[0]}{mark} | {means[1]:.4f}{deviations[1]} | {baselines} | {paper} |"
+COLUMNS = ("mse", "mae", "ridge_mse", "ridge_mae", "last_value_mse")
 
 
-def deviations(values: dict[str, list[float]]) -> tuple[str, str]:
-    """Of mse and mae over the seeds; nothing of one seed."""
-    if len(values["mse"]) == 1:
-        return "", ""
-    return tuple(f" ± {statistics.stdev(values[k]):.4f}" for k in ("mse", "mae"))
+def line(start: str, group: list[dict], paper: float, duet: float | None = None, seeds: int = 0) -> str:
+    """A row of the table from the rows of its seeds."""
+    means = {k: statistics.fmean(row[k] for row in group) for k in COLUMNS}
+    cells = [f"{means[k]:.4f}" for k in COLUMNS]
+    if len(group) > 1:
+        for i in range(2):
+            cells[i] += f" ± {statistics.stdev(row[COLUMNS[i]] for row in group):.4f}"
+    if round(means["mse"], 4) < round(means["ridge_mse"], 4):  # where the start was kept, it is ridge but for rounding
+        cells[0] = f"**{cells[0]}**"
+    marks = [mark for mark, other in (("p", paper), ("d", duet)) if other is not None and means["mse"] < other]
+    cells[0] += "".join(f" {mark}" for mark in marks)
+    return f"| {start} | {' | '.join(cells)} | {paper:.{4 if seeds else 3}f} | {'' if duet is None else duet} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("ridge", "search", "run", "table"))
+    parser.add_argument("command", choices=("ridge", "search", "run", "all", "table"))
     parser.add_argument("--data-dir", type=Path, help="folder with ETTh1.csv, ..., exchange_rate.csv, weather.csv")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-results"), help="folder of the results")
     parser.add_argument("--names", nargs="+", choices=tuple(FILES), default=list(FILES))
@@ -282,15 +350,22 @@ def main() -> None:
         "--center", choices=("mean", "last"), default="mean", help="what `ridge` subtracts from a window"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--ablations", action="store_true", help="of the frozen recipes, instead of these")
-    parser.add_argument("--candidates", nargs="+", metavar="LABEL", help="of `search`; default: all")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        choices=tuple(COMPARISONS),
+        default=[],
+        help="with `run`: this instead of the recipes; with `all`: this, too",
+    )
+    parser.add_argument("--candidates", nargs="+", metavar="LABEL", help="of `search` and `all`; default: all")
     parser.add_argument("--chosen", action="store_true", help="run what `search` found best, not the frozen recipes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a cell")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start no cell after these")
-    parser.add_argument("--grace", type=float, default=1e6, help="minutes after which running cells are cut off, too")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after these")
+    parser.add_argument("--search-horizons", nargs="+", type=int, choices=HORIZONS, help="default: --horizons")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=JSON", help="further options of `fit`")
+    parser.add_argument("--cuda-graph", action="store_true", help="see `fit`")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help="further options of `fit`")
     args = parser.parse_args()
     if args.command == "table":
         print(tables(read_results(args.output / "results.jsonl")))
@@ -300,28 +375,49 @@ def main() -> None:
     if args.command == "ridge":
         print_ridge(args)
         return
-    extra = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
-    common = dict(device=args.device, output=str(args.output / "runs"), threads=args.threads)
-    chosen = chosen_labels(read_results(args.output / "results.jsonl")) if args.chosen else {}
-    tasks = []
-    for horizon, name in itertools.product(args.horizons, args.names):
-        cell = dict(name=name, horizon=horizon, data=str(data_file(args.data_dir, name)), **common)
-        if args.command == "search":
-            for label, changes in CANDIDATES[name].items():
-                if args.candidates is None or label in args.candidates:
-                    tasks.append(dict(cell, label=label, seed=0, changes={**changes, **extra}, test=False))
-            continue
-        base = CANDIDATES[name][chosen[name]] if name in chosen else {}
-        settings = {k: {**base, **v} for k, v in ABLATIONS.items()} if args.ablations else {"TSM2": base}
-        for seed, (label, changes) in itertools.product(args.seeds, settings.items()):
-            tasks.append(dict(cell, label=label, seed=seed, changes={**changes, **extra}, test=True))
-    rows, left = run_all(tasks, args)
+    rows, left = run_all({name: plan(name, args) for name in args.names}, args)
     if args.command == "search":
-        for name, label in chosen_labels(rows).items():
-            print(f"{name}: {label} {CANDIDATES[name][label]}")
+        for name in args.names:
+            if label := chosen_label(name, rows):
+                print(f"{name}: {label} {CANDIDATES[name][label]}")
     else:
         print(tables(rows))
     sys.exit(left > 0)
+
+
+def plan(name: str, args: argparse.Namespace) -> list[tuple[int, Stage]]:
+    """What the command does with a data set, and with which priority: what is nearly done comes first."""
+    extra = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    common = dict(name=name, data=str(data_file(args.data_dir, name)), output=str(args.output / "runs"))
+    common.update(device=args.device, cuda_graph=args.cuda_graph, threads=args.threads)
+
+    def task(horizon: int, label: str, changes: dict, seed: int, test: bool) -> dict:
+        changes = {**changes, **extra}
+        return dict(common, horizon=horizon, label=label, changes=changes, seed=seed, test=test)
+
+    def search(rows: list[dict]) -> list[dict]:
+        candidates = {k: v for k, v in CANDIDATES[name].items() if args.candidates is None or k in args.candidates}
+        horizons = args.search_horizons or args.horizons
+        return [task(h, label, changes, 0, False) for h in horizons for label, changes in candidates.items()]
+
+    def run(rows: list[dict]) -> list[dict]:
+        label = chosen_label(name, rows) if args.chosen or args.command == "all" else None
+        changes = CANDIDATES[name][label] if label else {}
+        return [task(h, "TSM2", changes, seed, True) for seed in args.seeds for h in args.horizons]
+
+    def compare(rows: list[dict]) -> list[dict]:
+        settings = {}
+        for comparison in args.compare:
+            if name in COMPARED[comparison]:
+                settings.update(COMPARISONS[comparison])
+        horizon = args.horizons[0]
+        return [task(horizon, label, c, seed, True) for seed in args.seeds for label, c in settings.items()]
+
+    if args.command == "search":
+        return [(1, search)]
+    if args.command == "all":
+        return [(1, search), (0, run), (2, compare)]
+    return [(2, compare)] if args.compare else [(0, run)]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, Mlp
+from timm.models import swin_transformer
 from torch import Tensor, nn
 
 from .ops import (
@@ -15,7 +16,9 @@ from .ops import (
     CROSS_SCAN,
     depthwise_conv_silu,
     directional_conv_silu,
+    layer_norm,
     norm_gate,
+    patch_merging_norm,
     projected_scan,
     weighted_average,
     weighted_average_norm,
@@ -24,12 +27,30 @@ from .ops import (
 # Leaves of torch.fx graphs: their argument checks look at shapes, which a symbolic trace does not have.
 torch.fx.wrap("depthwise_conv_silu")
 torch.fx.wrap("directional_conv_silu")
+torch.fx.wrap("layer_norm")
 torch.fx.wrap("norm_gate")
+torch.fx.wrap("patch_merging_norm")
 torch.fx.wrap("projected_scan")
 torch.fx.wrap("weighted_average")
 torch.fx.wrap("weighted_average_norm")
 
 CHANNEL_MIXERS = ("s6", "mlp", "none")
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose result is in autocast's dtype, see `vim2.ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class PatchMerging(swin_transformer.PatchMerging):
+    """Swin's: a Linear of the LayerNorm of 2 x 2 patches. See `vim2.ops.patch_merging_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, H, W, dim) -> (batch, H / 2, W / 2, out_dim), halves rounded up."""
+        norm = self.norm
+        return self.reduction(patch_merging_norm(x, norm.weight, norm.bias, norm.eps))
 
 
 class S6(nn.Module):

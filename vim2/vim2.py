@@ -13,10 +13,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, PatchEmbed, to_ntuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from .mixers import MambaMixerBlock, WeightedAverage
+from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage
 
 __all__ = ["ViM2"]  # register_model adds the models
 
@@ -129,7 +128,7 @@ class ViM2(nn.Module):
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=dims[0],
-            norm_layer=nn.LayerNorm,
+            norm_layer=LayerNorm,
             output_fmt="NHWC",
             **dd,
         )
@@ -166,7 +165,7 @@ class ViM2(nn.Module):
             self.feature_info += [dict(num_chs=dims[i], reduction=patch_size * 2**i, module=f"stages.{i}")]
         self.stages = nn.Sequential(*stages)
 
-        self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.norm = LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )

@@ -7,7 +7,7 @@ from forecast_helpers import shared_data
 
 from vim2.forecast.baselines import PENALTIES, Ridge, last_value, seasonal_naive
 from vim2.forecast.data import Scaler, Windows, make_split, read_table
-from vim2.forecast.scores import pinball, score
+from vim2.forecast.scores import gain, pinball, score
 
 
 def test_naive_forecasts():
@@ -65,3 +65,14 @@ def test_the_protocol_gives_ridge_its_known_error_on_etth1():
     assert [len(w) for w in windows.values()] == [8033, 2785, 2785]
     ridge = Ridge.fit(windows["train"], windows["val"])
     assert score(lambda x, _: ridge(x), windows["test"])["mse"] == pytest.approx(0.367, abs=1e-3)
+
+
+def test_the_error_of_a_gain_counts_what_windows_have_in_common():
+    noise = torch.randn(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    after = torch.zeros_like(noise)
+    mean, error = gain(noise + 0.5, after, 1)
+    assert mean == pytest.approx(0.5, abs=0.03) and error == pytest.approx(20000**-0.5, rel=0.03)
+    overlapping = noise.unfold(0, 24, 1).mean(-1)  # every value is in 24 windows; the mean's error stays what it is
+    assert gain(overlapping, after[:19977], 1)[1] < 0.3 * error
+    assert gain(overlapping, after[:19977], 200)[1] == pytest.approx(error, rel=0.25)
+    assert gain(after, after, 24) == (0, 0)

@@ -150,6 +150,38 @@ def test_where_training_only_does_harm_the_start_is_kept(tmp_path, data):
     assert kept.metrics == run["start"] and not kept.model.head.weight.any()
 
 
+def test_an_epoch_must_be_better_than_the_start_by_more_than_chance(tmp_path, data):
+    saved = start(data, tmp_path, linear_path=True, epochs=1, experiment="r")
+    assert saved["history"][0]["gain_error"] > 0
+    assert saved["history"][0]["gain"] == pytest.approx(
+        saved["start"]["val_mse"] - saved["history"][0]["val_mse"], abs=1e-5
+    )
+    run = Run({**saved["options"], "patience": 2, "epochs": 9})
+    run.start = {"epoch": 0, "val_loss": 1.0}
+    run.history = [{"epoch": 1, "val_loss": 0.9, "gain": 0.1, "gain_error": 0.2}]
+    assert run.best["epoch"] == 0 and not run.is_finished
+    run.history.append({"epoch": 2, "val_loss": 0.95, "gain": 0.05, "gain_error": 0.04})
+    assert run.best["epoch"] == 2 and not run.is_finished
+    run.history.append({"epoch": 3, "val_loss": 0.91, "gain": 0.09, "gain_error": 0.2})
+    assert run.best["epoch"] == 2 and run.is_finished  # two epochs without a lower loss than the first's
+
+
+@pytest.mark.parametrize("loss", ["mae", "huber"])
+def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path, data, loss):
+    run = start(data, tmp_path, epochs=2, loss=loss, experiment="r")
+    other = start(data, tmp_path, epochs=2, experiment="other")
+    assert run["history"][0]["train_loss"] != other["history"][0]["train_loss"]
+    assert run["best"]["val_loss"] == run["best"]["val_mse"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_cuda_graphs_train_the_same(tmp_path, data):
+    options = dict(device="cuda", epochs=2, dropout=0.0, norm="2d")
+    plain, graph = (start(data, tmp_path, cuda_graph=g, experiment=str(g), **options) for g in (False, True))
+    for a, b in zip(plain["history"], graph["history"]):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+
+
 def test_a_loss_that_is_not_finite_is_told_and_nothing_is_lost(tmp_path, data, monkeypatch):
     start(data, tmp_path, epochs=2, epoch_steps=1, patience=9, experiment="r")
     before = (tmp_path / "r" / "last.pth").read_bytes()

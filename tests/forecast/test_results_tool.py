@@ -31,10 +31,10 @@ def results_tool(*argv) -> str:
 def test_search_then_run_then_table_cell_by_cell(folder, tmp_path):
     common = ["--data-dir", folder, "--output", tmp_path, "--names", "ETTh1", "--horizons", "96", "--device", "cpu"]
     small = ["--set", "epochs=1", "epoch_steps=2", "patch=64", "stride=64", "d_state=2"]
-    out = results_tool("search", *common, *small, "--candidates", "recipe", "plain-sam")
-    assert "All cells are done." in out and "ETTh1: recipe" in out
+    out = results_tool("search", *common, *small, "--candidates", "mae", "plain-sam")
+    assert "All cells are done." in out and ("ETTh1: mae {" in out or "ETTh1: plain-sam {" in out)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert {row["label"] for row in rows} == {"recipe", "plain-sam"}
+    assert {row["label"] for row in rows} == {"mae", "plain-sam"}
     assert not any("mse" in row for row in rows)  # the search sees no test rows
     out = results_tool("run", *common, *small, "--chosen", "--seeds", "0")
     assert "1 cells to run, 2 done before" in out and "| ETTh1 | 96 | " in out
@@ -45,3 +45,32 @@ def test_search_then_run_then_table_cell_by_cell(folder, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as error:  # other settings are not taken for another seed
         results_tool("run", *common, "--set", "epochs=2", "--seeds", "0")
     assert "choose another --output" in error.value.stderr
+
+
+def test_all_searches_runs_what_it_chose_and_compares_until_the_time_is_over(folder, tmp_path):
+    argv = [
+        "all",
+        "--data-dir",
+        folder,
+        "--output",
+        tmp_path,
+        "--names",
+        "ETTh1",
+        "--horizons",
+        "96",
+        "--device",
+        "cpu",
+    ]
+    argv += ["--candidates", "mae", "eager", "--seeds", "0", "1", "--compare", "calendar"]
+    argv += ["--set", "epochs=1", "epoch_steps=2", "patch=64", "stride=64", "d_state=2", "d_model=4"]
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        results_tool(*argv, "--minutes", "0")
+    assert "2 cells are left" in error.value.stdout
+    out = results_tool(*argv, "--jobs", "2")
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows[2:4]] == ["TSM2", "TSM2"] and len(rows) == 8
+    searched = {row["label"]: row for row in rows[:2]}
+    best = min(searched.values(), key=lambda row: row["val_mse"])
+    assert rows[2]["changes"] == rows[3]["changes"] == best["changes"]
+    assert {row["label"] for row in rows[4:]} == {"history alone", "with calendar features"}
+    assert "All cells are done." in out and "| ETTh1 | 96 | " in out and " ± " in out

@@ -96,6 +96,9 @@ def fit_parser(prog: str = "forecast.py fit") -> Parser:
     group.add_argument("--epochs", type=positive, default=10, metavar="N", help="at most")
     group.add_argument("-b", "--batch-size", type=positive, default=64, metavar="N", help="windows an update")
     group.add_argument("--epoch-steps", type=positive, metavar="N", help="updates an epoch; default: all windows")
+    group.add_argument(
+        "--loss", choices=("mse", "mae", "huber"), default="mse", help="to train with; epochs are chosen by the MSE"
+    )
     group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of AdamW, cosine to zero")
     group.add_argument(
         "--linear-path-lr", type=float, default=0.0, metavar="F", help="factor on it for the linear path; 0: fixed"
@@ -108,6 +111,9 @@ def fit_parser(prog: str = "forecast.py fit") -> Parser:
         "--patience", type=positive, default=3, metavar="N", help="epochs without progress to stop after"
     )
     group.add_argument("--seed", type=count, default=0, help="of weights, order and dropout")
+    group.add_argument(
+        "--cuda-graph", action=BooleanOptionalAction, default=False, help="record the model's passes as CUDA graphs"
+    )
     add_device_options(parser)
 
     group = parser.add_argument_group("files")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .baselines import Ridge, last_value, seasonal_naive
 from .data import Windows
 
-__all__ = ["baseline_scores", "model_forecast", "pinball", "quantile_scores", "score"]
+__all__ = ["baseline_scores", "gain", "model_forecast", "pinball", "quantile_scores", "score", "window_losses"]
 
 Forecast = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -85,3 +85,40 @@ def quantile_scores(model: nn.Module, windows: Windows, batch: int = 256) -> dic
             total += pinball(forecast, y, levels).item() * len(x)
             inside += ((forecast[..., 0] <= y) & (y <= forecast[..., -1])).float().mean().item() * len(x)
     return {"pinball": total / len(windows), "coverage": inside / len(windows)}
+
+
+def window_losses(model: nn.Module, windows: Windows, amp: bool = False, batch: int = 256) -> Tensor:
+    """The loss of every window, (n,), float64 on the CPU: its squared error, with quantiles its pinball loss."""
+    levels, losses = model.config.quantiles, []
+    with torch.no_grad():
+        for x, y, future in windows.batches(batch):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                forecast = model(x, future=future).float()
+            if levels:
+                losses.append(torch.stack([pinball(f, t, levels) for f, t in zip(forecast, y)]))
+            else:
+                losses.append((forecast - y).square().mean((1, 2)))
+    return torch.cat(losses).double().cpu()
+
+
+def gain(before: Tensor, after: Tensor, horizon: int) -> tuple[float, float]:
+    """By how much losses fell, and the standard error of that.
+
+    Windows at stride 1 overlap, so their differences are correlated: the error is Diebold and Mariano's (Journal of
+    Business & Economic Statistics, 1995), of the autocovariances up to the horizon, which Bartlett's weights keep from
+    adding up to less than nothing.
+
+    Args:
+        before, after: Losses of the same windows in order of time, (n,), float64.
+        horizon: Steps by which windows must lie apart to forecast nothing in common.
+
+    Returns:
+        Mean of before - after, and its standard error.
+    """
+    difference = before - after
+    n, mean = len(difference), difference.mean()
+    spectrum = torch.fft.rfft(difference - mean, 2 * n)  # padded, or the end would be next to the beginning
+    covariance = torch.fft.irfft(spectrum.abs().square(), 2 * n)[: min(horizon, n)] / n
+    weights = 1 - torch.arange(len(covariance), dtype=torch.float64) / len(covariance)
+    variance = (2 * (weights * covariance).sum() - covariance[0]) / n
+    return mean.item(), variance.clamp_min(0).sqrt().item()

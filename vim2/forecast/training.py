@@ -33,9 +33,11 @@ from .data import Scaler, Windows, is_constant, make_split, read_table
 from .forecaster import Forecaster
 from .options import fit_parser, model_config, reading_options, resume_options
 from .recipes import RECIPES
-from .scores import baseline_scores, model_forecast, pinball, quantile_scores, score
+from .scores import baseline_scores, gain, model_forecast, pinball, quantile_scores, score, window_losses
 
 __all__ = ["fit"]
+
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def recall(options: dict[str, Any], explicit: set[str]) -> tuple[dict[str, Any],
         saved = read_checkpoint(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not (isinstance(saved, dict) and "optimizer" in saved and "options" in saved):
+    if not (isinstance(saved, dict) and {"optimizer", "options", "start_losses"} <= saved.keys()):
         raise UserError(f"{path} cannot be resumed: it is not the last.pth of a forecasting run.")
     return resume_options(options, explicit, saved["options"], path), saved
 
@@ -107,6 +109,34 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+class Positional(nn.Module):
+    """A TSM2 whose arguments have no names, as CUDA graphs want it: history, and future features if there are some."""
+
+    def __init__(self, model: TSM2):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, future: Tensor | None = None) -> Tensor:
+        return self.model(x, future=future)
+
+
+def record(model: TSM2, inputs: tuple[Tensor, ...], amp: bool) -> nn.Module:
+    """A model's forward and backward pass in training as CUDA graphs, which are launched as a whole.
+
+    Args:
+        model: On a GPU; shares its weights with what is returned.
+        inputs: History, and future features if there are some, contiguous and of the shapes that are to come.
+        amp: Whether to run in bfloat16, as under autocast.
+    """
+    averages = [buffer.clone() for buffer in model.buffers()]
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(Positional(model).train(), inputs)
+    with torch.no_grad():
+        for buffer, average in zip(model.buffers(), averages):  # recording ran the model
+            buffer.copy_(average)
+    return graphed
+
+
 class Run:
     """One training run.
 
@@ -122,8 +152,11 @@ class Run:
         self.options = o = options
         self.folder = run_folder(options)
         self.device = choose_device(o["device"])
+        self.amp = o["amp"] and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
         self.start: dict[str, Any] | None = saved["start"] if saved else None
+        self.start_losses: Tensor | None = saved["start_losses"] if saved else None
+        self.graphed: nn.Module | None = None
         if o["lr"] <= 0:
             raise UserError(f"--lr must be positive, got {o['lr']}.")
         self.open_data()
@@ -219,13 +252,15 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the lowest validation loss; epoch 0 is the start, which counts where the linear path is one."""
-        rows = [self.start, *self.history] if self.start else self.history
-        return min(rows, key=lambda row: row["val_loss"], default=None)
+        """The row of the lowest validation loss. Where the linear path is a start, that is epoch 0, which stays the
+        best until an epoch's loss is lower by more than a standard error."""
+        rows = [row for row in self.history if not self.start or row["gain"] > row["gain_error"]]
+        return min(rows, key=lambda row: row["val_loss"], default=self.start)
 
     @property
     def is_finished(self) -> bool:
-        waited = len(self.history) - self.best["epoch"] if self.best else 0
+        rows = [self.start, *self.history] if self.start else self.history
+        waited = len(self.history) - min(rows, key=lambda row: row["val_loss"])["epoch"] if rows else 0
         return len(self.history) >= self.options["epochs"] or waited >= self.options["patience"]
 
     def fit(self) -> None:
@@ -256,11 +291,17 @@ class Run:
             ) from None
         if self.model.linear_path is not None and self.start is None:
             self.start = {"epoch": 0, **self.validate()}
+            self.start_losses = window_losses(self.model, self.windows["val"], self.amp)
             self.save_best(self.start)
+        if o["cuda_graph"] and self.device.type == "cuda" and not self.is_finished:
+            self.capture()
         while not self.is_finished:
             epoch = len(self.history)
             row = self.train_epoch(epoch)
             row.update(self.validate())
+            if self.start:
+                losses = window_losses(self.model, self.windows["val"], self.amp)
+                row["gain"], row["gain_error"] = gain(self.start_losses, losses, o["horizon"])
             self.require_finite(epoch, row["train_loss"], row["val_loss"])
             self.history.append(row)
             self.write()
@@ -312,18 +353,24 @@ class Run:
         return loss.detach()
 
     def loss(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """Squared error, with quantiles the pinball loss, on standardised values."""
-        amp = self.options["amp"] and self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if amp else nullcontext():
-            forecast = self.model(x, future=future)
+        """The loss that was asked for, with quantiles the pinball loss, on standardised values."""
+        if self.graphed is not None and len(x) == self.batch_size:
+            forecast = self.graphed(x) if future is None else self.graphed(x, future)
+        else:
+            with torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
+                forecast = self.model(x, future=future)
         levels = self.model.config.quantiles
-        return pinball(forecast.float(), y, levels) if levels else F.mse_loss(forecast.float(), y)
+        return pinball(forecast.float(), y, levels) if levels else LOSSES[self.options["loss"]](forecast.float(), y)
+
+    def capture(self) -> None:
+        """From here on, batches run as CUDA graphs; the last of an epoch, if it is smaller, goes without."""
+        x, _, future = self.windows["train"][: self.batch_size]
+        self.graphed = record(self.model, tuple(t.contiguous() for t in (x, future) if t is not None), self.amp)
 
     def validate(self) -> dict[str, Any]:
         self.model.eval()
-        amp = self.options["amp"] and self.device.type == "cuda"
         windows = self.windows["val"]
-        scores = score(model_forecast(self.model, amp=amp), windows)
+        scores = score(model_forecast(self.model, amp=self.amp), windows)
         row = {"val_loss": scores["mse"], "val_mse": scores["mse"], "val_mae": scores["mae"]}
         if self.model.config.quantiles:
             row["val_loss"] = row["val_pinball"] = quantile_scores(self.model, windows)["pinball"]
@@ -348,6 +395,7 @@ class Run:
             "options": self.options,
             "forecaster": plain_forecaster(self.forecaster),
             "start": self.start,
+            "start_losses": self.start_losses,
             "history": self.history,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import vim2
 
+from ..mixers import LayerNorm
 from ..vim2 import check_image
 from .loading import load_backbone_weights
 
@@ -79,7 +80,7 @@ class ViM2(BaseModule):
         self.patch_embed = model.patch_embed
         self.stages = nn.ModuleList(model.stages[: self.out_indices[-1] + 1])  # stages behind the last are not needed
         for i in self.out_indices:
-            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))
+            self.add_module(f"norm{i}", LayerNorm(self.feature_info[i]["num_chs"]))
         for stage in self.stages:
             stage.grad_checkpointing = with_cp
         self._freeze_stages()

@@ -2,6 +2,7 @@
 
 from .depthwise_conv import depthwise_conv_silu
 from .directional_conv import directional_conv_silu
+from .layer_norm import layer_norm, patch_merging_norm
 from .norm_gate import norm_gate
 from .projected_scan import projected_scan
 from .selective_scan import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
@@ -13,7 +14,9 @@ __all__ = [
     "FORWARD",
     "depthwise_conv_silu",
     "directional_conv_silu",
+    "layer_norm",
     "norm_gate",
+    "patch_merging_norm",
     "projected_scan",
     "selective_scan",
     "selective_scan_fn",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import autocast_dtype, resolve_backend
+from .backend import autocast_dtype, autocast_off, resolve_backend
 from .operator import operator
 from .selective_scan import check_orders, needs_backward, scan_flat, scan_flat_backward
 
@@ -52,8 +52,8 @@ def projected_scan(
     flat = u.flatten(1, 2) if len(spatial) == 2 else u
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     if torch.compiler.is_compiling() or not needs_backward(*tensors):
-        B, C, delta, _ = _split(project(flat, matrix, A.shape[0]), A, delta_weight)  # compilers decide what they keep
-        operands = (flat, delta, A, B, C, D, delta_bias, delta_weight)
+        B, C, delta = _split(project(flat, matrix, A.shape[0]), A)  # compilers decide what they keep
+        operands = (flat, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
         y, _ = scan_flat(operands, orders, spatial, backend, needs_backward(*tensors))
     else:
         y = _ProjectedScan.apply(*tensors, orders, spatial, backend)
@@ -114,19 +114,38 @@ def project(u: Tensor, weight: Tensor, lanes: int) -> Tensor:
     return torch.einsum("...ke,kce->...kc", u, weight)
 
 
-def _split(projected: Tensor, A: Tensor, delta_weight: Tensor) -> tuple[Tensor, ...]:
-    """B, C, delta, and the room after them."""
-    n, rank = A.shape[-1], delta_weight.shape[-1]
-    return projected.split((n, n, rank, projected.shape[-1] - 2 * n - rank), dim=-1)
+def project_backward(grad: Tensor, u: Tensor, weight: Tensor, grad_u: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of `project`'s result, in its dtype, grad_u with that of u added to it, and that of weight."""
+    if u.dim() == 4 and weight.dim() == 3:
+        grad_weight = torch.einsum("...kc,...ke->kce", grad, u.to(grad.dtype))
+        return grad_u + torch.einsum("...kc,kce->...ke", grad, weight.to(grad.dtype)), grad_weight.to(weight.dtype)
+
+    def rows(t: Tensor) -> Tensor:
+        return t.flatten(2).flatten(0, 1)
+
+    grad, matrix = rows(grad), weight.flatten(0, -2).to(grad.dtype)
+    grad_weight = (grad.t() @ rows(u).to(grad.dtype)).view(weight.shape)
+    if grad_u.dtype == grad.dtype:
+        rows(grad_u).addmm_(grad, matrix)
+    else:
+        rows(grad_u).add_(grad @ matrix)
+    return grad_u, grad_weight.to(weight.dtype)
+
+
+def _split(projected: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """B, C, and delta with what stands behind it."""
+    n = A.shape[-1]
+    return projected.split((n, n, projected.shape[-1] - 2 * n), dim=-1)
 
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, spatial, backend):
-        B, C, delta, _ = _split(project(u, weight, A.shape[0]), A, delta_weight)
-        ctx.options = (orders, spatial, backend)
-        y, starts = scan_flat((u, delta, A, B, C, D, delta_bias, delta_weight), *ctx.options, True)
         ctx.autocast = autocast_dtype(u)
+        ctx.options = (orders, spatial, backend)
+        B, C, delta = _split(project(u, weight, A.shape[0]), A)
+        operands = (u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
+        y, starts = scan_flat(operands, *ctx.options, True)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y
 
@@ -134,18 +153,15 @@ class _ProjectedScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         u, weight, A, D, delta_bias, delta_weight, starts = ctx.saved_tensors
-        inputs = [t.detach().requires_grad_() for t in (u, weight)]
-        autocast = torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
-        with torch.enable_grad(), autocast:
-            projected = project(*inputs, A.shape[0])
-        B, C, delta, _ = _split(projected.detach(), A, delta_weight)
-        grad_projected = torch.empty(projected.shape, dtype=projected.dtype, device=u.device)
-        *grads, room = _split(grad_projected, A, delta_weight)
-        room.zero_()
-        operands = (u, delta, A, B, C, D, delta_bias, delta_weight)
-        grad_u, *others = scan_flat_backward(grad_y, starts, operands, *ctx.options, grads)
-        grad_projected_u, grad_weight = torch.autograd.grad(projected, inputs, grad_projected)
-        return grad_u + grad_projected_u, grad_weight, *others, None, None, None
+        with torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
+            projected = project(u, weight, A.shape[0])
+        B, C, delta = _split(projected, A)
+        operands = (u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
+        grad_projected = torch.empty_like(projected)
+        grad_u, *others = scan_flat_backward(grad_y, starts, operands, *ctx.options, _split(grad_projected, A))
+        with autocast_off(u):
+            grad_u, grad_weight = project_backward(grad_projected, u, weight, grad_u)
+        return grad_u, grad_weight, *others, None, None, None
 
 
 @operator("vim2::scan_parameters")

@@ -103,7 +103,8 @@ def scan_flat_backward(
     backend: str | None,
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to `grads`."""
+    """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to `grads`, of which the
+    last may be wider than delta: the rest is zeroed."""
     backend = resolve_backend(backend, *tensors, scan=True)
     options = (True, [ORDERS.index(order) for order in orders], *_height_and_width(spatial), backend)
     return torch.ops.vim2.selective_scan_backward(grad_y, starts.new_empty(0), starts, *tensors, *options, *grads)
@@ -334,7 +335,7 @@ def _selective_scan_backward(
     grad_delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
-    which may be parts of one tensor."""
+    which may be parts of one tensor. With a delta_weight grad_delta may be wider than delta: the rest is zeroed."""
     options = (delta_softplus, tuple(ORDERS[i] for i in orders), height, width)
     with autocast_off(u):
         if backend == "triton":
@@ -366,7 +367,9 @@ def _selective_scan_backward(
             grad_weight = step_sizes_backward(grad_steps, delta, delta_weight, grad_delta)
         else:
             grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
-            grad_delta.copy_(torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype)))
+            rank = delta.shape[-1]
+            grad_delta[..., :rank] = torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype))
+            grad_delta[..., rank:] = 0
         return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
 
 

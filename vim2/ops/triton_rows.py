@@ -1,5 +1,5 @@
-"""Row-wise operators in Triton: the gate behind a scan, and the weighted average in front of a mixer, each with its
-LayerNorm. `norm_gate.py` and `weighted_average.py` say what they compute; their tests compare the two.
+"""Row-wise operators in Triton: LayerNorm, the gate behind a scan, and the weighted average in front of a mixer, with
+theirs. `layer_norm.py`, `norm_gate.py` and `weighted_average.py` say what they compute; their tests compare the two.
 
 All are bound by memory: a program holds whole rows in registers, a tile [BLOCK_ROWS, BLOCK_E], and reads and writes
 everything once. Arithmetic is float32. A fixed number of programs walk over the tiles, so that weights are loaded once;
@@ -18,6 +18,7 @@ from .triton_math import launch
 
 # programs a multiprocessor: many of the forward kernels; of the backward ones as many as their registers let run
 FORWARD_PROGRAMS = 32
+LAYER_NORM_BACKWARD_PROGRAMS = 4
 NORM_GATE_BACKWARD_PROGRAMS = {True: 3, False: 6}  # with and without norm
 NORM_GATE_BACKWARD_ELEMENTS = 16  # a thread
 AVERAGE_BACKWARD_PROGRAMS = {True: 4, False: 2}  # up to 8 features, and more
@@ -45,6 +46,79 @@ def _norm_gradient(grad, x_hat, rstd, weight, E):
     grad *= weight
     along = tl.sum(grad * x_hat, 1) / E
     return rstd[:, None] * (grad - (tl.sum(grad, 1) / E)[:, None] - x_hat * along[:, None])
+
+
+@triton.jit
+def _in_patches(row, e, H, W, C, PATCH: tl.constexpr):
+    """Where the elements e [1, BLOCK_E] of rows [BLOCK_ROWS] lie in x, and whether they do.
+
+    Rows are patches of PATCH x PATCH positions of maps (batch, H, W, C), read column by column, as Swin does; those
+    that stick out at the bottom or right are zero there. With PATCH 1, x lies as the rows do.
+    """
+    if PATCH == 1:
+        return row.to(tl.int64)[:, None] * C + e, (row >= 0)[:, None]
+    else:
+        columns = tl.cdiv(W, PATCH)
+        patch_row = row // columns
+        w = (row % columns * PATCH)[:, None] + e // C // PATCH
+        image = patch_row // tl.cdiv(H, PATCH)
+        h = (patch_row % tl.cdiv(H, PATCH) * PATCH)[:, None] + e // C % PATCH
+        at = ((image.to(tl.int64) * H)[:, None] + h) * W + w
+        return at * C + e % C, (h < H) & (w < W)
+
+
+@triton.jit(do_not_specialize=["rows", "H", "W"])
+def _layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, rows, H, W, C, E, eps,
+    PATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, BLOCK_ROWS)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    column_in = e < E
+    weight = tl.load(weight_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = first + r
+        tile_in = (row < rows)[:, None] & column_in
+        at, inside = _in_patches(row, e, H, W, C, PATCH)
+        x = tl.load(x_ptr + at, mask=tile_in & inside, other=0.0).to(tl.float32)
+        out, mean, rstd = _norm(x, weight, bias, column_in, E, eps)
+        tl.store(statistics_ptr + row, mean, mask=row < rows)
+        tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
+        out_at = out_ptr + (row.to(tl.int64)[:, None] * E + e)
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=tile_in)
+
+
+@triton.jit(do_not_specialize=["rows", "H", "W"])
+def _layer_norm_backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, statistics_ptr, gx_ptr, gnorm_ptr, rows, H, W, C, E,
+    PATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """gnorm: (programs, 2, E), parts of the gradients of weight and bias."""
+    r = tl.arange(0, BLOCK_ROWS)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    column_in = e < E
+    weight = tl.load(weight_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+    gweight = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    gbias = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = first + r
+        tile_in = (row < rows)[:, None] & column_in
+        at, inside = _in_patches(row, e, H, W, C, PATCH)
+        x = tl.load(x_ptr + at, mask=tile_in & inside, other=0.0).to(tl.float32)
+        grad_at = grad_ptr + (row.to(tl.int64)[:, None] * E + e)
+        grad = tl.load(grad_at, mask=tile_in, other=0.0).to(tl.float32)
+        mean = tl.load(statistics_ptr + row, mask=row < rows, other=0.0)
+        rstd = tl.load(statistics_ptr + rows + row, mask=row < rows, other=0.0)
+        x_hat = tl.where(column_in, (x - mean[:, None]) * rstd[:, None], 0.0)
+        gweight += grad * x_hat
+        gbias += grad
+        gx = _norm_gradient(grad, x_hat, rstd, weight, E)
+        tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=tile_in & inside)
+    e = tl.arange(0, BLOCK_E)
+    part = gnorm_ptr + tl.program_id(0) * 2 * E
+    tl.store(part + e, tl.sum(gweight, 0), mask=e < E)
+    tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -239,6 +313,46 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def _statistics(x: Tensor, norm: bool) -> Tensor:
     """Room for mean and reciprocal deviation of the rows; empty without a norm."""
     return torch.empty((2, *x.shape[:-1]) if norm else (0,), dtype=torch.float32, device=x.device)
+
+
+def _patches(x: Tensor, patch: int) -> tuple[int, int, int, int, int]:
+    """Rows, H, W and C of x (H and W are of no meaning with patches of one), and the rows' width."""
+    if patch == 1:
+        return x.numel() // max(x.shape[-1], 1), 1, 1, x.shape[-1], x.shape[-1]
+    batch, height, width, channels = x.shape
+    return batch * -(-height // patch) * -(-width // patch), height, width, channels, patch * patch * channels
+
+
+def layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int, shape: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The result, of this shape. Returns also mean and reciprocal deviation of the rows, (2, ...)."""
+    x, weight, bias = _contiguous(x, weight, bias)
+    rows, *sizes, width = _patches(x, patch)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    statistics = _statistics(out, True)
+    tile = _tile(width, 16)
+    if rows:
+        programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, x.device)
+        arguments = (x, weight, bias, out, statistics, rows, *sizes, width, eps)
+        launch(_layer_norm_kernel, (programs,), arguments, PATCH=patch, **tile)
+    return out, statistics
+
+
+def layer_norm_triton_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, patch: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients for x, and for weight and bias together, (2, E) in float32."""
+    grad, x, weight = _contiguous(grad, x, weight)
+    rows, *sizes, width = _patches(x, patch)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = _tile(width, 8)
+    programs = _programs(rows, tile["BLOCK_ROWS"], LAYER_NORM_BACKWARD_PROGRAMS, x.device)
+    parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+    if rows:
+        arguments = (grad, x, weight, statistics, grad_x, parts, rows, *sizes, width)
+        launch(_layer_norm_backward_kernel, (programs,), arguments, PATCH=patch, **tile)
+    return grad_x, parts.sum(0)
 
 
 def norm_gate_triton(

@@ -37,44 +37,53 @@ UNROLL = 3  # steps whose states are held in registers at once
 @triton.jit
 def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
     """COUNT neighbours at position p of a tensor, given as the address of its first, offsets from there and the stride
-    of positions; zero beyond the `existing` ones, and with LIVE where not `live`.
+    of positions: [LANES, COUNT]; zero beyond the `existing` ones, and with LIVE where not `live`.
 
-    With WIDE all exist and come as one word of 64 bits: unpacked only where they are used, they take half of the
-    registers meanwhile.
+    With WIDE all exist and come as one word of 64 bits [LANES]: unpacked only where they are used, they take half of
+    the registers meanwhile.
     """
     address = at[0] + p * at[2] + at[1]
     if WIDE:
         address = address.to(tl.pointer_type(tl.int64))
         if LIVE:
-            return (tl.load(address, mask=live, other=0),)
+            return tl.load(address, mask=live, other=0)
         else:
-            return (tl.load(address),)
+            return tl.load(address)
     else:
-        row = ()
-        for i in tl.static_range(COUNT):
-            mask = (i < existing) & live if LIVE else i < existing
-            row = row + (tl.load(address + i, mask=mask, other=0.0),)
-        return row
+        i = tl.arange(0, COUNT)[None, :]
+        mask = (i < existing[:, None]) & live if LIVE else i < existing[:, None]
+        return tl.load(address[:, None] + i, mask=mask, other=0.0)
 
 
 @triton.jit
-def _unpack(row, at, COUNT: tl.constexpr, WIDE: tl.constexpr):
-    """In float32. A word holds four elements of 16 bits; bfloat16 is the upper half of a float32."""
-    values = ()
+def _unpack(row, at, WIDE: tl.constexpr):
+    """A row in float32. A word holds four elements of 16 bits; bfloat16 is the upper half of a float32."""
     if WIDE:
-        for i in tl.static_range(2):
-            word = (row[0] >> (32 * i)).to(tl.int32)
-            if at[0].dtype.element_ty == tl.bfloat16:
-                low = (word << 16).to(tl.float32, bitcast=True)
-                high = (word & -65536).to(tl.float32, bitcast=True)
-            else:
-                low = word.to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
-                high = (word >> 16).to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
-            values = values + (low, high)
+        low, high = row.to(tl.int32), (row >> 32).to(tl.int32)
+        if at[0].dtype.element_ty == tl.bfloat16:
+            even = tl.join(low << 16, high << 16).to(tl.float32, bitcast=True)
+            odd = tl.join(low & -65536, high & -65536).to(tl.float32, bitcast=True)
+        else:
+            even = tl.join(low, high).to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
+            odd = tl.join(low >> 16, high >> 16).to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
+        return tl.reshape(tl.join(even, odd), [LANES, 4])
     else:
-        for i in tl.static_range(COUNT):
-            values = values + (row[i].to(tl.float32),)
-    return values
+        return row.to(tl.float32)
+
+
+@triton.jit
+def _split(row, COUNT: tl.constexpr):
+    """A row [LANES, COUNT] as COUNT vectors."""
+    if COUNT == 1:
+        return (tl.reshape(row, [LANES]),)
+    elif COUNT == 2:
+        first, second = tl.split(row)
+        return (first, second)
+    else:
+        even, odd = tl.split(tl.reshape(row, [LANES, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return (first, second, third, fourth)
 
 
 @triton.jit
@@ -128,52 +137,40 @@ def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr):
+def _zeros(COUNT: tl.constexpr, CR: tl.constexpr):
+    """COUNT rows [LANES, CR], or vectors if CR is 0."""
     zeros = ()
     for _ in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros([LANES], dtype=tl.float32),)
+        if CR > 0:
+            zeros = zeros + (tl.zeros([LANES, CR], dtype=tl.float32),)
+        else:
+            zeros = zeros + (tl.zeros([LANES], dtype=tl.float32),)
     return zeros
 
 
 @triton.jit
-def _exists(i, j, inside):
-    """Whether states i, channels j of the lanes' own exist."""
-    n, e, n_states, features, sequence_in = inside
-    return (n + i < n_states) & (e + j < features) & sequence_in
-
-
-@triton.jit
-def _load_tile(at, row, inside, mask, NR: tl.constexpr, CR: tl.constexpr):
-    """Rows of states, `row` apart; zero where there is nothing or the mask says so."""
+def _load_tile(at, row, exists, mask, NR: tl.constexpr, CR: tl.constexpr):
+    """Rows of channels, `row` apart; zero where one does not exist or the mask says so."""
+    at = at[:, None] + tl.arange(0, CR)[None, :]
     tile = ()
     for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            tile = tile + (tl.load(at + (i * row + j), mask=_exists(i, j, inside) & mask, other=0.0),)
+        tile = tile + (tl.load(at + i * row, mask=exists[i] & mask, other=0.0),)
     return tile
 
 
 @triton.jit
-def _store_tile(at, row, tile, inside, NR: tl.constexpr, CR: tl.constexpr):
+def _store_tile(at, row, tile, exists, NR: tl.constexpr, CR: tl.constexpr):
+    at = at[:, None] + tl.arange(0, CR)[None, :]
     for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            tl.store(at + (i * row + j), tile[i * CR + j], mask=_exists(i, j, inside))
+        tl.store(at + i * row, tile[i], mask=exists[i])
 
 
 @triton.jit
-def _decays(size, A, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+def _decays(size, A, NR: tl.constexpr, FAST: tl.constexpr):
     decays = ()
     for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            decays = decays + (exp2(size[j] * A[i * CR + j], FAST),)
+        decays = decays + (exp2(size * A[i], FAST),)
     return decays
-
-
-@triton.jit
-def _multiply_add(a, b, c, COUNT: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(COUNT):
-        sums = sums + (a[i] * b[i] + c[i],)
-    return sums
 
 
 @triton.jit
@@ -193,48 +190,38 @@ def _add(a, b, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _of_states(states, NR: tl.constexpr, CR: tl.constexpr):
-    """As a tile, with each state's value for all channels."""
-    tile = ()
-    for i in tl.static_range(NR):
-        for _ in tl.static_range(CR):
-            tile = tile + (states[i],)
-    return tile
-
-
-@triton.jit
-def _of_channels(channels, NR: tl.constexpr, CR: tl.constexpr):
-    """As a tile, with each channel's value for all states."""
-    tile = ()
-    for _ in tl.static_range(NR):
-        tile = tile + channels
-    return tile
-
-
-@triton.jit
-def _sum(values, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    total = values[FIRST]
-    for i in tl.static_range(1, COUNT):
-        total += values[FIRST + i * STEP]
-    return total
-
-
-@triton.jit
-def _sum_channels(tile, NR: tl.constexpr, CR: tl.constexpr):
-    """Over the thread's own channels."""
+def _accumulate(total, a, row, COUNT: tl.constexpr):
     sums = ()
-    for i in tl.static_range(NR):
-        sums = sums + (_sum(tile, i * CR, 1, CR),)
+    for i in tl.static_range(COUNT):
+        sums = sums + (total[i] + a[i] * row,)
     return sums
 
 
 @triton.jit
-def _sum_states(tile, NR: tl.constexpr, CR: tl.constexpr):
-    """Over the thread's own states."""
+def _next(decay, h, b, channels, NR: tl.constexpr):
+    """decay h + b channels, with a decay and an h for each state and channel."""
+    states = ()
+    for i in tl.static_range(NR):
+        states = states + (decay[i] * h[i] + b[i] * channels,)
+    return states
+
+
+@triton.jit
+def _sum_channels(tile, channels, NR: tl.constexpr):
+    """Of a tile times channels, over the thread's own channels."""
     sums = ()
-    for j in tl.static_range(CR):
-        sums = sums + (_sum(tile, j, CR, NR),)
+    for i in tl.static_range(NR):
+        sums = sums + (tl.sum(tile[i] * channels, axis=1),)
     return sums
+
+
+@triton.jit
+def _sum_states(a, b, NR: tl.constexpr, CR: tl.constexpr):
+    """Of a times b, over the thread's own states: CR vectors."""
+    total = a[0] * b[0]
+    for i in tl.static_range(1, NR):
+        total += a[i] * b[i]
+    return _split(total, CR)
 
 
 @triton.jit
@@ -251,11 +238,12 @@ def _load_steps(
     steps = ()
     for _ in tl.static_range(UNROLL):
         live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
-        dt = _load_row(dt_at, p, channels, live, True, CR, WIDE)
-        u = _load_row(u_at, p, channels, live, False, CR, WIDE)
-        gy = _load_row(gy_at, p, channels, live, True, CR, WIDE)
-        b = _load_row(B_at, p, states, live, False, NR, WIDE)
-        c = _load_row(C_at, p, states, live, False, NR, WIDE) if REVERSE else b
+        row_live = live if WIDE else live[:, None]
+        dt = _load_row(dt_at, p, channels, row_live, True, CR, WIDE)
+        u = _load_row(u_at, p, channels, row_live, False, CR, WIDE)
+        gy = _load_row(gy_at, p, channels, row_live, True, CR, WIDE)
+        b = _load_row(B_at, p, states, row_live, False, NR, WIDE)
+        c = _load_row(C_at, p, states, row_live, False, NR, WIDE) if REVERSE else b
         steps = steps + ((p, live, dt, u, gy, b, c),)
         p_next, left_next = next_position(p, left, inner, step, turn)
         moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
@@ -266,16 +254,27 @@ def _load_steps(
 
 
 @triton.jit
-def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr):
+def _columns(row, COUNT: tl.constexpr):
+    """A row [LANES, COUNT] as COUNT columns [LANES, 1]."""
+    vectors = _split(row, COUNT)
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + (vectors[i][:, None],)
+    return columns
+
+
+@triton.jit
+def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, WIDE: tl.constexpr):
+    """dt, u and gy as rows [LANES, CR], B and C as NR columns [LANES, 1]."""
     dt_at, u_at, gy_at, B_at, C_at = at
     converted = ()
     for r in tl.static_range(UNROLL):
         p, live, dt, u, gy, b, c = steps[r]
-        dt = _unpack(dt, dt_at, CR, WIDE)
-        u = _unpack(u, u_at, CR, WIDE)
-        gy = _unpack(gy, gy_at, CR, WIDE)
-        b = _unpack(b, B_at, NR, WIDE)
-        c = _unpack(c, C_at, NR, WIDE)
+        dt = _unpack(dt, dt_at, WIDE)
+        u = _unpack(u, u_at, WIDE)
+        gy = _unpack(gy, gy_at, WIDE)
+        b = _columns(_unpack(b, B_at, WIDE), NR)
+        c = _columns(_unpack(c, C_at, WIDE), NR)
         converted = converted + ((p, live, dt, u, gy, b, c),)
     return converted
 
@@ -299,7 +298,6 @@ def _backward_kernel(
     With SPLIT a program has one chunk, and the adjoint after it in ends; with LOCAL too, it walks from a zero adjoint
     and writes only the adjoint before its chunk (to ends) and the chunk's decay.
     """
-    TILE: tl.constexpr = NR * CR
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
     OWN_STATES: tl.constexpr = NR // CE if NR > CE else 1  # values in a lane after sums over channels
     OWN_CHANNELS: tl.constexpr = CR // NL if CR > NL else 1  # and after sums over states
@@ -331,27 +329,32 @@ def _backward_kernel(
     in_tile = sw * (K * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    scratch_at = scratch_ptr + program * ((CHUNK // UNROLL) * TILE * LANES) + lane
+    scratch_at = scratch_ptr + program * ((CHUNK // UNROLL) * NR * CR * LANES)
+    scratch_at += lane[:, None] * CR + tl.arange(0, CR)[None, :]
 
-    everywhere = (n, e, N_STATES, E, lane >= 0)
-    A = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, everywhere, lane >= 0, NR, CR)
+    existing = ()  # channels of the lanes' states
+    for v in tl.static_range(NR):
+        existing = existing + ((n[:, None] + v < N_STATES) & (e[:, None] + tl.arange(0, CR)[None, :] < E),)
+    A = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, existing, lane[:, None] >= 0, NR, CR)
     scaled = ()
-    for v in tl.static_range(TILE):
+    for v in tl.static_range(NR):
         scaled = scaled + (A[v].to(tl.float32) * LOG2E,)
     A = scaled  # for exp2
     D = ()
     for v in tl.static_range(OWN_CHANNELS):
         D = D + (tl.load(D_ptr + k * E + own_e + v, mask=own_e + v < E, other=0.0).to(tl.float32),)
 
-    gA = _zeros(TILE)
-    gD = _zeros(OWN_CHANNELS)
-    gbias = _zeros(OWN_CHANNELS)
+    gA = _zeros(NR, CR)
+    gD = _zeros(OWN_CHANNELS, 0)
+    gbias = _zeros(OWN_CHANNELS, 0)
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
         seq = (group * repeats + repeat) * S
         s_in = seq + s < batch
         channels = tl.where(s_in, E - e, 0)  # how many of the lane's own exist
         states = tl.where(s_in, N_STATES - n, 0)
-        inside = (n, e, N_STATES, E, s_in)
+        inside = ()
+        for v in tl.static_range(NR):
+            inside = inside + (existing[v] & s_in[:, None],)
         lanes = (seq * L * K + k) * E  # of dt and the gradients of u and delta, which lie as (batch, L, K, E)
         dt_at = (dt_ptr + lanes, in_lanes, K * E)
         u_at = (u_ptr + seq * u_b + k * u_k, in_u, u_l)
@@ -362,8 +365,8 @@ def _backward_kernel(
         part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
         state_row = (seq * K + k) * (chunks - 1) * (N_STATES * E)
 
-        g = _zeros(TILE)
-        total = _zeros(CR)
+        g = _zeros(NR, CR)
+        total = tl.zeros([LANES, CR], dtype=tl.float32)
         last_chunk = chunks - 1
         num_chunks = chunks
         if SPLIT:
@@ -373,11 +376,11 @@ def _backward_kernel(
             is_last = last_chunk + tl.arange(0, 1) == chunks - 1
             if SPLIT:
                 g_at = ends_ptr + state_row + last_chunk * (N_STATES * E) + in_tile
-                g = _load_tile(g_at, E, inside, is_last == 0, NR, CR)
+                g = _load_tile(g_at, E, inside, is_last[:, None] == 0, NR, CR)
             if LAST:
                 end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
-                end = _load_tile(end_at, E, inside, is_last, NR, CR)
-                g = _add(g, end, TILE)
+                end = _load_tile(end_at, E, inside, is_last[:, None], NR, CR)
+                g = _add(g, end, NR)
 
         for j in range(num_chunks):
             chunk = last_chunk - j
@@ -387,26 +390,24 @@ def _backward_kernel(
                 # the first chunk's states are zero and not stored
                 not_first = chunk + tl.arange(0, 1) > 0
                 start_at = starts_ptr + state_row + (chunk - 1) * (N_STATES * E) + in_tile
-                h = _load_tile(start_at, E, inside, not_first, NR, CR)
+                h = _load_tile(start_at, E, inside, not_first[:, None], NR, CR)
                 p, left, inner, step, turn = start_walk(first, order, L, H, W, LARGE)
                 steps, p, left = _load_steps(
                     first, p, left, inner, step, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE
                 )
                 for i in range(subs):
-                    for v in tl.static_range(TILE):
-                        tl.store(scratch_at + (i * TILE + v) * LANES, h[v])
+                    for v in tl.static_range(NR):
+                        tl.store(scratch_at + (i * NR + v) * (CR * LANES), h[v])
                     # here and below, the next operands are under way while these are used
                     t = first + (i + 1) * UNROLL
-                    current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                    current = _in_float32(steps, at, UNROLL, NR, WIDE)
                     steps, p, left = _load_steps(
                         t, p, left, inner, step, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE
                     )
                     for r in tl.static_range(UNROLL):
                         position, live, dt, u, gy, b, _ = current[r]
-                        inputs = _multiply(_of_states(b, NR, CR), _of_channels(_multiply(dt, u, CR), NR, CR), TILE)
-                        h = _multiply_add(_decays(dt, A, NR, CR, FAST), h, inputs, TILE)
-                        gC = _sum_channels(_multiply(h, _of_channels(gy, NR, CR), TILE), NR, CR)
-                        gC = _sum_over_lanes(gC, lane, 1, CE, NR)
+                        h = _next(_decays(dt, A, NR, FAST), h, b, dt * u, NR)
+                        gC = _sum_over_lanes(_sum_channels(h, gy, NR), lane, 1, CE, NR)
                         gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
                         for v in tl.static_range(OWN_STATES):
                             mask = first_n & (own_n + v < N_STATES) & s_in & live
@@ -420,10 +421,10 @@ def _backward_kernel(
             for i in range(subs):
                 if not LOCAL:
                     state = ()
-                    for v in tl.static_range(TILE):  # each thread reads what it wrote
-                        state = state + (tl.load(scratch_at + ((subs - 1 - i) * TILE + v) * LANES),)
+                    for v in tl.static_range(NR):  # each thread reads what it wrote
+                        state = state + (tl.load(scratch_at + ((subs - 1 - i) * NR + v) * (CR * LANES)),)
                 t = last - (i + 1) * UNROLL
-                current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                current = _in_float32(steps, at, UNROLL, NR, WIDE)
                 steps, p, left = _load_steps(
                     t, p, left, inner, step, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE
                 )
@@ -431,39 +432,35 @@ def _backward_kernel(
                 before = ()
                 for r in tl.static_range(UNROLL - 1, -1, -1):  # in the walk's order
                     _, _, dt, u, _, b, _ = current[r]
-                    decay = _decays(dt, A, NR, CR, FAST)
+                    decay = _decays(dt, A, NR, FAST)
                     decays = (decay,) + decays
                     if not LOCAL:
                         before = (state,) + before
                         if r > 0:
-                            inputs = _of_channels(_multiply(dt, u, CR), NR, CR)
-                            state = _multiply_add(decay, state, _multiply(_of_states(b, NR, CR), inputs, TILE), TILE)
+                            state = _next(decay, state, b, dt * u, NR)
                 for r in tl.static_range(UNROLL):  # against it
                     # g: the gradient of the state after the step, then of the state before it
                     position, live, dt, u, gy, b, c = current[r]
-                    g = _multiply_add(_of_states(c, NR, CR), _of_channels(gy, NR, CR), g, TILE)
+                    g = _accumulate(g, c, gy, NR)
                     if LOCAL:
-                        g = _multiply(g, decays[r], TILE)
-                        total = _add(total, dt, CR)
+                        g = _multiply(g, decays[r], NR)
+                        total += dt
                     else:
-                        gB = _multiply(g, _of_channels(_multiply(dt, u, CR), NR, CR), TILE)
-                        gB = _sum_over_lanes(_sum_channels(gB, NR, CR), lane, 1, CE, NR)
+                        gB = _sum_over_lanes(_sum_channels(g, dt * u, NR), lane, 1, CE, NR)
                         gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
                         for v in tl.static_range(OWN_STATES):
                             mask = first_n & (own_n + v < N_STATES) & s_in & live
                             tl.store(gB_at + v, gB[v].to(gB_ptr.dtype.element_ty), mask=mask)
-                        ginput = _sum_states(_multiply(g, _of_states(b, NR, CR), TILE), NR, CR)
-                        ginput = _sum_over_lanes(ginput, lane, STATES_STRIDE, NL, CR)
-                        g = _multiply(g, decays[r], TILE)
-                        gexponent = _multiply(g, before[r], TILE)
-                        gdecay = _sum_states(_multiply(gexponent, A, TILE), NR, CR)
-                        gdecay = _sum_over_lanes(gdecay, lane, STATES_STRIDE, NL, CR)
-                        gA = _multiply_add(gexponent, _of_channels(dt, NR, CR), gA, TILE)
-                        dt = _own(dt, lane, STATES_STRIDE, NL, CR)
-                        u = _own(u, lane, STATES_STRIDE, NL, CR)
-                        gy = _own(gy, lane, STATES_STRIDE, NL, CR)
+                        ginput = _sum_over_lanes(_sum_states(g, b, NR, CR), lane, STATES_STRIDE, NL, CR)
+                        g = _multiply(g, decays[r], NR)
+                        gexponent = _multiply(g, before[r], NR)
+                        gdecay = _sum_over_lanes(_sum_states(gexponent, A, NR, CR), lane, STATES_STRIDE, NL, CR)
+                        gA = _accumulate(gA, gexponent, dt, NR)
+                        dt = _own(_split(dt, CR), lane, STATES_STRIDE, NL, CR)
+                        u = _own(_split(u, CR), lane, STATES_STRIDE, NL, CR)
+                        gy = _own(_split(gy, CR), lane, STATES_STRIDE, NL, CR)
                         row = (lanes + position * (K * E)) + own_in_lanes
-                        gD = _multiply_add(gy, u, gD, OWN_CHANNELS)
+                        gD = _add(gD, _multiply(gy, u, OWN_CHANNELS), OWN_CHANNELS)
                         biases = ()
                         for v in tl.static_range(OWN_CHANNELS):
                             gdt = u[v] * ginput[v] + gdecay[v] * LN2
@@ -485,14 +482,14 @@ def _backward_kernel(
         if LOCAL:
             at_chunk = state_row + (last_chunk - 1) * (N_STATES * E)
             _store_tile(ends_ptr + at_chunk + in_tile, E, g, inside, NR, CR)
-            _store_tile(decay_ptr + at_chunk + in_tile, E, _decays(total, A, NR, CR, FAST), inside, NR, CR)
+            _store_tile(decay_ptr + at_chunk + in_tile, E, _decays(total, A, NR, FAST), inside, NR, CR)
 
     if not LOCAL:
         # sums over steps and repeats: a part for each group of sequences, sequence of a tile and chunk; those of
         # sequences that do not exist are zero
         sums = (((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S) * K + k) * E
         gA_at = gA_ptr + sums * N_STATES + (s * (K * N_STATES * E) + n * E + e)
-        _store_tile(gA_at, E, gA, everywhere, NR, CR)
+        _store_tile(gA_at, E, gA, existing, NR, CR)
         for v in tl.static_range(OWN_CHANNELS):
             at_own = sums + (s * (K * E) + own_e + v)
             tl.store(gD_ptr + at_own, gD[v], mask=first_e & (own_e + v < E))
@@ -549,7 +546,9 @@ def selective_scan_triton_backward(
     grad_A = empty(parts * groups * tile["S"], lanes, n, features)
     grad_D, grad_bias = (empty(parts * groups * tile["S"], lanes, features) for _ in range(2))
     # added up over the blocks of channels, unless there is but one
-    part_B, part_C = (grad_B, grad_C) if blocks == 1 else (empty(blocks, batch, length, lanes, n) for _ in range(2))
+    part_B, part_C = (
+        t if blocks == 1 else empty(blocks, batch, length, lanes, n, dtype=t.dtype) for t in (grad_B, grad_C)
+    )
 
     dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
     full = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 
+MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
+FACTOR_ROWS = 256
+
 
 @triton.jit
 def _softplus(x, FAST: tl.constexpr):
@@ -24,57 +27,66 @@ def _softplus(x, FAST: tl.constexpr):
     return tl.where(x > 20.0, x, tl.where(ex < 0.03, small, large))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _step_size_kernel(
-    delta_ptr, weight_ptr, bias_ptr, dt_ptr, rows, K, E, RANK, delta_row, delta_k,
+    delta_ptr, weight_ptr, bias_ptr, dt_ptr, rows, tiles, K, E, RANK, delta_row, delta_k,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """dt (rows, K, E) = softplus(delta weight^T + bias); R is 0 where delta is full, or RANK's room in a product."""
-    k = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    e = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (e < E)
-    delta_at = delta_ptr + row * delta_row + k * delta_k
-    if R == 0:
-        x = tl.load(delta_at + e, mask=inside, other=0.0).to(tl.float32)
-    elif R == 1:
-        weight = tl.load(weight_ptr + k * E + e, mask=e < E, other=0.0).to(tl.float32)
-        x = tl.load(delta_at, mask=row < rows, other=0.0).to(tl.float32) * weight
-    else:
-        r = tl.arange(0, R)
-        factor = tl.load(delta_at + r[None, :], mask=(row < rows) & (r[None, :] < RANK), other=0.0)
+    """dt (rows, K, E) = softplus(delta weight^T + bias), for some tiles of rows, with one block of the weight.
+
+    R is 0 where delta is full, or RANK's room in a product.
+    """
+    blocks = tl.cdiv(E, BLOCK)
+    k = tl.program_id(0) % (K * blocks) // blocks
+    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    bias = tl.load(bias_ptr + k * E + e, mask=e < E, other=0.0).to(tl.float32)
+    r = tl.arange(0, R) if R > 1 else tl.arange(0, 1)
+    if R > 0:
         weight_at = weight_ptr + (k * E + e) * RANK + r[:, None]
-        weight = tl.load(weight_at, mask=(e < E) & (r[:, None] < RANK), other=0.0).to(factor.dtype)
-        x = tl.dot(factor, weight, input_precision=PRECISION)
-    x += tl.load(bias_ptr + k * E + e, mask=e < E, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        x = _softplus(x, FAST)
-    tl.store(dt_ptr + (row * K + k) * E + e, x.to(dt_ptr.dtype.element_ty), mask=inside)
+        weight = tl.load(weight_at, mask=(e < E) & (r[:, None] < RANK), other=0.0)
+    start = (tl.program_id(0) // (K * blocks)).to(tl.int64) * (tiles * ROWS)
+    for first in range(start, tl.minimum(start + tiles * ROWS, rows), ROWS):
+        row_in = first + row < rows
+        delta_at = delta_ptr + (first * delta_row + k * delta_k)
+        if R == 0:
+            x = tl.load(delta_at + (row * delta_row + e), mask=row_in & (e < E), other=0.0).to(tl.float32)
+        else:
+            factor = tl.load(delta_at + (row * delta_row + r[None, :]), mask=row_in & (r[None, :] < RANK), other=0.0)
+            if R == 1:
+                x = factor.to(tl.float32) * weight.to(tl.float32)
+            else:
+                x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
+        x += bias
+        if SOFTPLUS:
+            x = _softplus(x, FAST)
+        dt_at = dt_ptr + (first * K + k) * E + (row * (K * E) + e)
+        tl.store(dt_at, x.to(dt_ptr.dtype.element_ty), mask=row_in & (e < E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _factor_gradient_kernel(
-    grad_ptr, weight_ptr, out_ptr, rows, K, E, RANK, out_row,
+    grad_ptr, weight_ptr, out_ptr, rows, K, E, RANK, out_width, out_row,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, K, RANK), in memory out_row apart, = grad (rows, K, E) weight (K, E, RANK)."""
-    k = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    """out (rows, K, RANK), in memory out_row apart, = grad (rows, K, E) weight (K, E, RANK), and zero from RANK to
+    out_width."""
+    k = tl.program_id(0) % K
+    first = (tl.program_id(0) // K).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    row_in = first + row < rows
     r = tl.arange(0, R)[None, :]
     total = tl.zeros([ROWS, R], dtype=tl.float32)
-    for first in range(0, E, BLOCK):
-        e = first + tl.arange(0, BLOCK)
-        grad_at = grad_ptr + (row * K + k) * E + e[None, :]
-        grad = tl.load(grad_at, mask=(row < rows) & (e < E)[None, :], other=0.0)
+    grad_at = grad_ptr + (first * K + k) * E + row * (K * E)
+    for start in range(0, E, BLOCK):
+        e = start + tl.arange(0, BLOCK)
+        grad = tl.load(grad_at + e[None, :], mask=row_in & (e < E)[None, :], other=0.0)
         weight_at = weight_ptr + (k * E + e[:, None]) * RANK + r
         weight = tl.load(weight_at, mask=(e < E)[:, None] & (r < RANK), other=0.0)
-        if R == 1:
-            total += tl.sum(grad.to(tl.float32) * tl.trans(weight.to(tl.float32)), axis=1)[:, None]
-        else:
-            total += tl.dot(grad, weight.to(grad.dtype), input_precision=PRECISION)
-    inside = (row < rows) & (r < RANK)
-    tl.store(out_ptr + (row * K + k) * out_row + r, total.to(out_ptr.dtype.element_ty), mask=inside)
+        total += tl.dot(grad, weight.to(grad.dtype), input_precision=PRECISION)
+    out_at = out_ptr + (first * K + k) * out_row + row * (K * out_row) + r
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=row_in & (r < out_width))
 
 
 @triton.jit
@@ -148,7 +160,8 @@ def _as_rows(factor: Tensor) -> Tensor:
     """(batch, L, K, R), copied only where batch and L do not make one dimension of rows."""
     batch, length = factor.shape[:2]
     rows = factor.stride(-1) == 1 and (batch == 1 or factor.stride(0) == length * factor.stride(1))
-    return factor if rows else factor.contiguous()
+    near = factor.stride(1) < 2**22  # offsets in a tile of rows have 32 bits
+    return factor if rows and near else factor.contiguous()
 
 
 @functools.lru_cache(None)
@@ -178,10 +191,12 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     half = dtype == torch.bfloat16
     dt = torch.empty(batch, length, lanes, features, dtype=dtype if half else torch.float32, device=delta.device)
     block = _block(features)
-    rows = 4096 // block
-    sizes = (batch * length, lanes, features, rank, delta.stride(1), delta.stride(2))
+    rows = max(2048 // block, 16)
+    programs = lanes * -(-features // block) * -(-batch * length // rows)
+    tiles = min(max(programs // MIN_PROGRAMS, 1), MAX_TILES)
+    sizes = (batch * length, tiles, lanes, features, rank, delta.stride(1), delta.stride(2))
     launch(
-        _step_size_kernel, (-(-batch * length // rows), lanes, -(-features // block)),
+        _step_size_kernel, (lanes * -(-features // block) * -(-batch * length // (rows * tiles)),),
         (delta, weight.contiguous(), bias, dt, *sizes), SOFTPLUS=softplus, PRECISION=_precision(delta),
         FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
     )  # fmt: skip
@@ -190,19 +205,27 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
 
 def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_factor: Tensor) -> Tensor:
     """From the gradient (batch, L, K, E), contiguous, of factor weight^T those of factor (batch, L, K, R), written to
-    grad_factor, which may have room between its rows, and of weight (K, E, R), returned in float32."""
+    grad_factor, which may be wider than R (the rest is zeroed) and have room between its rows, and of weight (K, E, R),
+    returned in float32."""
     factor, weight = _as_rows(factor), weight.contiguous()
     batch, length, lanes, rank = factor.shape
     features = weight.shape[1]
     rows = batch * length
     block = min(_block(features), 64)
-    options = dict(PRECISION=_precision(grad), ROWS=64, BLOCK=block, R=_room(rank), num_warps=4)
+    width = grad_factor.shape[-1]
     blocks = triton.cdiv(features, block)
     parts = max(min(2048 // (blocks * lanes), rows // 256), 1)  # enough programs to fill a GPU
     rows_a_part = triton.cdiv(rows, parts * 64) * 64
     grad_weight = torch.empty(parts, lanes, features, rank, dtype=torch.float32, device=grad.device)
-    arguments = (grad, weight, grad_factor, rows, lanes, features, rank, grad_factor.stride(-2))
-    launch(_factor_gradient_kernel, (triton.cdiv(rows, 64), lanes), arguments, **options)
-    arguments = (grad, factor, grad_weight, rows, rows_a_part, lanes, features, rank, *factor.stride()[1:3])
-    launch(_weight_gradient_kernel, (blocks, lanes, parts), arguments, **options)
+    launch(
+        _factor_gradient_kernel, (lanes * triton.cdiv(rows, FACTOR_ROWS),),
+        (grad, weight, grad_factor, rows, lanes, features, rank, width, grad_factor.stride(-2)),
+        PRECISION=_precision(grad), ROWS=FACTOR_ROWS, BLOCK=block, R=max(triton.next_power_of_2(width), 16),
+        num_warps=8,
+    )  # fmt: skip
+    launch(
+        _weight_gradient_kernel, (blocks, lanes, parts),
+        (grad, factor, grad_weight, rows, rows_a_part, lanes, features, rank, *factor.stride()[1:3]),
+        PRECISION=_precision(grad), ROWS=64, BLOCK=block, R=_room(rank), num_warps=4,
+    )  # fmt: skip
     return grad_weight.sum(0)
