@@ -25,7 +25,7 @@ from torch import nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.errors import UserError
-from vim2.mm.runner import add_config_arguments, checkpoint_errors, load_config, run_tool
+from vim2.mm.runner import add_config_arguments, check_device, checkpoint_errors, load_config, run_tool
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--score-thr", type=float, default=0.3, help="least score of a box that is drawn; default 0.3")
     parser.add_argument("--device", default=get_device(), help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
+    check_device(args.device)
     images = find_images(args.images)
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)
@@ -86,8 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         visualizer.draw_texts = lambda *args, **kwargs: visualizer
     for i, path in enumerate(track_iter_progress(images)):
         data = pipeline(dict(img_path=str(path), img_id=i))
-        with torch.no_grad():
-            sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
+        try:
+            with torch.no_grad():
+                sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
+        except ValueError as error:  # too small for the backbone, say
+            raise UserError(f"{path} is no image for this model: {error}") from error
         options = dict(pred_score_thr=args.score_thr) if is_detector else dict(with_labels=False)
         image = load_rgb(path)
         visualizer.line_width = max(1, min(image.shape[:2]) // 250)  # of boxes

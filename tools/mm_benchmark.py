@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.checkpoints import write_atomically
 from vim2.errors import UserError
-from vim2.mm.runner import load_config, run_tool
+from vim2.mm.runner import check_device, load_config, run_tool
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 OBJECTS = 10  # an image
@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=positive, default=10, metavar="N", help="timed steps; default 10")
     add("--output", type=Path, metavar="DIR", help="also write mm_benchmark.md and mm_benchmark.json there")
     args = parser.parse_args(argv)
+    check_device(args.device)
     args.device_type = args.device.partition(":")[0]
     args.torchcompile = args.channels_last = args.compilations = False  # what tools/benchmark.py asks for
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}

@@ -172,6 +172,16 @@ class TestWeights:
         backbone = self.loaded(tmp_path / "vim2.pth", arch="tiny_vmamba")
         assert torch.equal(backbone.stages[3].blocks[0].layers[0].norm.weight, vmamba["layers.3.blocks.0.norm.weight"])
 
+    def test_after_other_initialisations(self, classifier, tmp_path):
+        torch.save(classifier.state_dict(), tmp_path / "weights.pth")
+        others = dict(type="Constant", layer=["Linear", "LayerNorm"], val=7.0)
+        backbone = build(init_cfg=[dict(type="Pretrained", checkpoint=str(tmp_path / "weights.pth")), others])
+        backbone.init_weights()
+        assert (backbone.norm0.weight == 7).all()  # which the classifier has not
+        torch.testing.assert_close(backbone.norm3.weight, classifier.norm.weight)
+        for name in ("stages.0.blocks.0.layers.0.mixer.in_proj.weight", "patch_embed.norm.weight"):
+            torch.testing.assert_close(backbone.state_dict()[name], classifier.state_dict()[name])
+
     def test_fewer_stages_and_other_channels(self, classifier, tmp_path):
         torch.save(classifier.state_dict(), tmp_path / "weights.pth")
         backbone = self.loaded(tmp_path / "weights.pth", out_indices=(0, 1), in_chans=1)

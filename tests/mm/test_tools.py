@@ -174,3 +174,9 @@ def test_no_images_to_draw(images, message, configs, tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(UserError, match=message):
         demo([*images, "--config", str(configs["mmdet"]), "--checkpoint", "none.pth"])
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_no_such_device(device, configs):
+    with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
+        demo(["0.png", "--config", str(configs["mmdet"]), "--checkpoint", "none.pth", "--device", device])

@@ -94,6 +94,15 @@ class TestOneProcess:
         if kind == "mmdet":
             assert re.search(r"0\.png: [1-9]\d* objects", capsys.readouterr().out)
 
+    def test_draws_no_image_that_is_too_small(self, kind, trained, configs, tmp_path):
+        Image.new("RGB", (16, 12)).save(tmp_path / "small.png")
+        argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path / "out"]
+        if kind == "mmdet":  # whose images are resized first
+            call(demo, tmp_path / "small.png", *argv)
+        else:
+            with pytest.raises(UserError, match=r"small\.png is no image for this model: .*at least 32 x 32"):
+                call(demo, tmp_path / "small.png", *argv)
+
     def test_a_checkpoint_of_another_model(self, kind, trained, configs, tmp_path):
         other = KINDS[1 - KINDS.index(kind)]
         with pytest.raises(UserError, match="is not of this config's model"):
@@ -169,6 +178,24 @@ def test_initial_weights_are_in_the_first_step(trained, configs, tmp_path):
     with pytest.raises(UserError, match="does not fit a ViM2 backbone"):
         options = [*options, "model.backbone.depths=[1,1,2,1]"]
         call(train, configs["mmdet"], "--work-dir", tmp_path / "other", "--cfg-options", *options)
+
+
+def test_starting_from_a_whole_model(trained, configs, tmp_path):
+    """Its heads may be others, its backbone may not."""
+    last = trained["mmseg"] / "iter_2.pth"
+    start = ["--work-dir", tmp_path, "--cfg-options", "train_cfg.val_interval=10"]
+    call(train, configs["mmdet"], *start, f"load_from={last}", "optim_wrapper.optimizer.lr=0.0")
+    name = "backbone.stages.0.blocks.0.layers.0.mixer.in_proj.weight"
+    weights = [torch.load(path, map_location="cpu")["state_dict"][name] for path in (last, tmp_path / "epoch_1.pth")]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-7)  # the schedule ends at 1e-6, not quite at 0
+    torch.save({"stages.0.weight": torch.ones(1)}, tmp_path / "alone.pth")
+    for path, options in ((last, ["model.backbone.depths=[1,1,2,1]"]), (tmp_path / "alone.pth", [])):
+        with pytest.raises(UserError, match=r"does not fit the model's backbone: of its \d+ weights, \d+ are missing"):
+            call(train, configs["mmdet"], *start, f"load_from={path}", *options)
+    (tmp_path / "damaged.pth").write_bytes(last.read_bytes()[:1000])
+    for path, message in (("none.pth", "no checkpoint at none"), (tmp_path / "damaged.pth", "is damaged")):
+        with pytest.raises(UserError, match=message):
+            call(train, configs["mmdet"], *start, "model.init_cfg.type=Pretrained", f"model.init_cfg.checkpoint={path}")
 
 
 def test_layer_decay_in_a_config(configs, tmp_path):

@@ -42,7 +42,8 @@ class ViM2(BaseModule):
             have no such mode; it serves subclasses that bring others.
         init_cfg: `dict(type="Pretrained", checkpoint=PATH_OR_URL)` loads weights of a ViM2: of tools/classify.py,
             tools/convert_vmamba.py, timm, or of a whole detector or segmenter, whose backbone is taken. The final norm
-            of a classifier becomes the last stage's output norm. Other kinds are MMEngine's.
+            of a classifier becomes the last stage's output norm. Other kinds are MMEngine's; in a list, as there, the
+            checkpoint comes last.
         options: Further constructor arguments of `vim2.ViM2`: in_chans, patch_size, depths, dims, token_mixers,
             channel_mixer, d_state, token_expand, channel_expand, channel_patch, mlp_ratio.
 
@@ -90,11 +91,14 @@ class ViM2(BaseModule):
         Raises:
             UserError: No such file, a damaged one, or weights of another architecture.
         """
-        if isinstance(self.init_cfg, Mapping) and self.init_cfg.get("type") == "Pretrained":
-            load_backbone_weights(self, self.init_cfg["checkpoint"], self.init_cfg.get("prefix"))
-            self._is_init = True
-        else:
-            super().init_weights()
+        given = self.init_cfg
+        cfgs = [given] if isinstance(given, Mapping) else list(given or ())
+        self.init_cfg = [cfg for cfg in cfgs if cfg.get("type") != "Pretrained"]
+        super().init_weights()
+        self.init_cfg = given
+        for cfg in cfgs:
+            if cfg.get("type") == "Pretrained":
+                load_backbone_weights(self, cfg["checkpoint"], cfg.get("prefix"))
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Which layer a parameter belongs to, for layer-wise learning rates; MMPreTrain's interface.

@@ -20,9 +20,11 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.dist import init_dist
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.registry import RUNNERS
+from mmengine.model import PretrainedInit, is_model_wrapper
+from mmengine.registry import RUNNERS, WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
+from torch import Tensor, nn
 
 from ..checkpoints import write_atomically
 from ..errors import UserError
@@ -32,6 +34,7 @@ __all__ = [
     "add_launcher_arguments",
     "build_data",
     "build_runner",
+    "check_device",
     "checkpoint_errors",
     "load_config",
     "run_tool",
@@ -155,6 +158,14 @@ def build_data(runner: Runner, split: str) -> None:
         raise UserError(f"no image for {name} is left: none has annotations, or none is large enough.") from error
 
 
+def check_device(device: str) -> None:
+    """Raises UserError where PyTorch has no such device ("cpu", "cuda:1", ...) here."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # a PyTorch without CUDA asserts
+        raise UserError(f"--device {device} cannot be used here: {_first_line(error)}.") from None
+
+
 @contextlib.contextmanager
 def checkpoint_errors(path: str) -> Iterator[None]:
     """Turns what goes wrong in loading the checkpoint at `path`, all weights of it, into a UserError."""
@@ -178,11 +189,37 @@ def checkpoint_errors(path: str) -> Iterator[None]:
 
 
 class _Runner(Runner):
-    """MMEngine's, which goes on from weights of this model only: it would leave others' at random, with a warning."""
+    """MMEngine's, which goes on from weights of this model only, and starts (load_from) from those of one with the same
+    backbone: it would leave what does not fit at random, with a warning."""
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", strict: bool = False, **kwargs) -> dict:
         with checkpoint_errors(filename):
-            return super().load_checkpoint(filename, map_location, strict or self._resume, **kwargs)
+            checkpoint = super().load_checkpoint(filename, map_location, strict or self._resume, **kwargs)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        _check_backbone(model, checkpoint.get("state_dict", checkpoint), filename)
+        return checkpoint
+
+
+@WEIGHT_INITIALIZERS.register_module(name="Pretrained", force=True)
+class _PretrainedInit(PretrainedInit):
+    """MMEngine's, of the init_cfg of whole models and of other backbones than ViM2."""
+
+    def __call__(self, module: nn.Module) -> None:
+        with checkpoint_errors(self.checkpoint):
+            super().__call__(module)
+
+
+def _check_backbone(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Heads may be new, for other classes; a backbone that is in part at random is a mistake."""
+    shapes = {name.removeprefix("module."): value.shape for name, value in weights.items()}
+    wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith("backbone.")}
+    wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape and "num_batches" not in name]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit the model's backbone: of its {len(wanted)} weights, {len(wrong)} are missing or of "
+            f"another shape, such as {wrong[0]}. Take a checkpoint of a model with this backbone; a backbone's alone "
+            "goes into model.backbone.init_cfg."
+        )
 
 
 class _AtomicBackend(LocalBackend):
