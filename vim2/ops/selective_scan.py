@@ -20,7 +20,7 @@ FORWARD = ("forward",)
 BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
 
-TRITON_CHUNK = 48  # steps between the states that the Triton kernels keep for the backward pass
+TRITON_CHUNK = 36  # steps between the states that the Triton kernels keep for the backward pass
 MAMBA_CHUNK = 2048  # the same of mamba-ssm's kernels
 
 

@@ -45,8 +45,6 @@ from .triton_tiles import (
 
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
-AHEAD = 1  # groups of steps whose operands are on their way
-
 
 @triton.jit
 def start_walk(t, order, L, H, W, LARGE: tl.constexpr):
@@ -112,13 +110,13 @@ def _forward_kernel(
     orders, batch, repeats, L, H, W, E, N_STATES, K, chunk, chunks,
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k,
     SPLIT: tl.constexpr, LOCAL: tl.constexpr, LAST: tl.constexpr,
-    FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,
 ):  # fmt: skip
     """A program scans whole sequences and writes the states at the starts of all chunks but the first. With SPLIT it
     scans one chunk, from its start; with LOCAL too, from zero, and writes only the chunk's end state and decay.
 
-    It takes a group of NL steps at a time, and loads those that come AHEAD groups later. Each lane loads the operands
+    It takes a group of NL steps at a time, with the next one under way. Each lane loads the operands
     of one of the steps, and writes its y: shuffles tell the lanes that share channels or states."""
     TILE: tl.constexpr = NR * CR
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
@@ -184,25 +182,15 @@ def _forward_kernel(
         walk = (p, left)
         row = (inner - 1) * step + turn
         advance = (NL // inner * row + NL % inner * step, turn - step, NL % inner, inner)
-        groups = ()
-        for a in tl.static_range(AHEAD):
-            loaded, walk = _load_group(first + a * NL + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
-            groups = groups + (loaded,)
-
+        group_ahead, walk = _load_group(first + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
         for index in range(num_chunks):
             if not SPLIT and index > 0:
                 store_tile(starts_at + in_tile, E, h, inside, NR, CR)
                 starts_at += N_STATES * E
             first = (first_chunk + index) * chunk
             for t in range(first, tl.minimum(first + chunk, L), NL):
-                p, dt, u, b, c = groups[0]
-                ahead = t + AHEAD * NL + place
-                loaded, walk = _load_group(ahead, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
-                rest = ()
-                for a in tl.static_range(1, AHEAD):
-                    rest = rest + (groups[a],)
-                groups = rest + (loaded,)
-
+                p, dt, u, b, c = group_ahead
+                group_ahead, walk = _load_group(t + NL + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
                 dt = unpack(dt, dt_ptr, CR, WIDE)
                 u = unpack(u, u_ptr, CR, WIDE)
                 b = unpack(b, B_ptr, NR, WIDE)
@@ -318,10 +306,10 @@ def _forward_plan(
     """The tile, whether sequences are split, and the steps of a chunk."""
     most = min(4, triton.next_power_of_2(features), max(64 // triton.next_power_of_2(n), 1))
     tiles = [_tile_shape(n, features, channels) for channels in (4, 2, 1) if channels <= most]
-    # many channels a thread take fewer instructions each, few leave more programs
+    # many channels a thread take fewer instructions each, few leave more programs: four a multiprocessor are enough
     programs = [_blocks(features, tile) * -(-batch // tile["S"]) * lanes for tile in tiles]
-    for tile, count in zip(tiles, programs):
-        if count >= fill:
+    for tile, count in zip(tiles[:2], programs):
+        if 2 * count >= fill:
             return tile, False, chunk
     if length <= CHUNK:
         return tiles[-1], False, chunk
@@ -370,7 +358,7 @@ def selective_scan_triton(
     options = dict(
         LAST=with_last, FAST=not INTERPRETED, LARGE=is_large(tile["S"], u, B, C, y),
         WIDE=n % tile["NR"] == 0 and features % tile["CR"] == 0 and all(map(in_words, (u, dt, B, C, y))),
-        AHEAD=AHEAD, num_warps=1, maxnreg=forward_registers(tile), **tile,
+        num_warps=1, maxnreg=forward_registers(tile), **tile,
     )  # fmt: skip
     if split:
         launch(_forward_kernel, (programs, lanes, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)

@@ -1,17 +1,14 @@
 # ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The backward pass of the selective scan in Triton; `triton_scan.py` has the forward pass.
 
-A program is one warp. It walks a tile of states from the sequence's end: in every thread's registers NR states of each
-of CR neighbouring channels, and its 32 lanes spread over NL groups of states, S sequences and CE groups of channels.
-All values are vectors of 32 lanes, one element a thread, and a tile is a tuple of them. So a sum over a thread's own
-states or channels adds vectors, and one over lanes exchanges halves of what is to be summed (`_sum_over_lanes`): that
-takes a third of the shuffles of Triton's own sums and leaves each result in one lane, which alone goes on with it.
+A program is one warp. It walks a tile of states from the sequence's end, spread over the lanes as triton_tiles.py says.
+The CR channels of a thread are a row [LANES, CR] here, and a tile is a tuple of NR rows: that is the same to the GPU as
+vectors, and less to compile for Triton, which takes a time quadratic in a kernel's operations.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 from .triton_scan import (
@@ -28,8 +25,7 @@ from .triton_scan import (
     tiles_a_program,
 )
 from .triton_step_size import step_sizes, sum_blocks, sum_lanes
-
-LANES = tl.constexpr(32)
+from .triton_tiles import LANES, add, half, in_words, multiply, sum_over_lanes
 
 UNROLL = 3  # steps whose states are held in registers at once
 
@@ -87,48 +83,17 @@ def _split(row, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _half(values, upper, HALF: tl.constexpr):
-    half = ()
-    for i in tl.static_range(HALF):
-        half = half + (tl.where(upper, values[i + HALF], values[i]),)
-    return half
-
-
-@triton.jit
-def _exchange(values, lane, BIT: tl.constexpr, HALF: tl.constexpr):
-    """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper lane the upper half."""
-    sums = ()
-    if HALF > 0:
-        kept = _half(values, (lane & BIT) != 0, HALF)
-        given = _half(values, (lane & BIT) == 0, HALF)
-        for i in tl.static_range(HALF):
-            sums = sums + (kept[i] + tl.gather(given[i], lane ^ BIT, 0),)
-    else:  # a single value is left: both lanes have its sum
-        sums = (values[0] + tl.gather(values[0], lane ^ BIT, 0),)
-    return sums
-
-
-@triton.jit
-def _sum_over_lanes(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Sums of COUNT values over an axis of SIZE lanes, STRIDE apart; `_share` says which of them a lane then holds."""
-    for i in tl.static_range(5):
-        if (SIZE >> i) > 1:
-            values = _exchange(values, lane, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1))
-    return values
-
-
-@triton.jit
 def _own(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Of COUNT values that all lanes of an axis have, those whose sums `_sum_over_lanes` would leave in this lane."""
+    """Of COUNT values that all lanes of an axis have, those whose sums `sum_over_lanes` would leave in this lane."""
     for i in tl.static_range(5):
         if (SIZE >> i) > 1 and (COUNT >> (i + 1)) > 0:
-            values = _half(values, (lane & (STRIDE * (SIZE >> (i + 1)))) != 0, COUNT >> (i + 1))
+            values = half(values, (lane & (STRIDE * (SIZE >> (i + 1)))) != 0, COUNT >> (i + 1))
     return values
 
 
 @triton.jit
 def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """After `_sum_over_lanes`: the first value that the lane at this place of the axis holds, and whether it is the
+    """After `sum_over_lanes`: the first value that the lane at this place of the axis holds, and whether it is the
     first lane that does."""
     if COUNT >= SIZE:
         return place * (COUNT // SIZE), place >= 0
@@ -171,22 +136,6 @@ def _decays(size, A, NR: tl.constexpr, FAST: tl.constexpr):
     for i in tl.static_range(NR):
         decays = decays + (exp2(size * A[i], FAST),)
     return decays
-
-
-@triton.jit
-def _multiply(a, b, COUNT: tl.constexpr):
-    products = ()
-    for i in tl.static_range(COUNT):
-        products = products + (a[i] * b[i],)
-    return products
-
-
-@triton.jit
-def _add(a, b, COUNT: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(COUNT):
-        sums = sums + (a[i] + b[i],)
-    return sums
 
 
 @triton.jit
@@ -386,7 +335,7 @@ def _backward_kernel(
             if LAST:
                 end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
                 end = _load_tile(end_at, E, inside, is_last[:, None], NR, CR)
-                g = _add(g, end, NR)
+                g = add(g, end, NR)
 
         for j in range(num_chunks):
             chunk = last_chunk - j
@@ -414,7 +363,7 @@ def _backward_kernel(
                     for r in tl.static_range(UNROLL):
                         position, live, dt, u, gy, b, _ = current[r]
                         h = _next(_decays(dt, A, NR, FAST), h, b, dt * u, NR)
-                        gC = _sum_over_lanes(_sum_channels(h, gy, NR), lane, 1, CE, NR)
+                        gC = sum_over_lanes(_sum_channels(h, gy, NR), lane, lane, 1, CE, NR)
                         gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
                         for v in tl.static_range(OWN_STATES):
                             mask = first_n & (own_n + v < N_STATES) & s_in & live
@@ -451,24 +400,24 @@ def _backward_kernel(
                     position, live, dt, u, gy, b, c = current[r]
                     g = _accumulate(g, c, gy, NR)
                     if LOCAL:
-                        g = _multiply(g, decays[r], NR)
+                        g = multiply(g, decays[r], NR)
                         total += dt
                     else:
-                        gB = _sum_over_lanes(_sum_channels(g, dt * u, NR), lane, 1, CE, NR)
+                        gB = sum_over_lanes(_sum_channels(g, dt * u, NR), lane, lane, 1, CE, NR)
                         gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
                         for v in tl.static_range(OWN_STATES):
                             mask = first_n & (own_n + v < N_STATES) & s_in & live
                             tl.store(gB_at + v, gB[v].to(gB_ptr.dtype.element_ty), mask=mask)
-                        ginput = _sum_over_lanes(_sum_states(g, b, NR, CR), lane, STATES_STRIDE, NL, CR)
-                        g = _multiply(g, decays[r], NR)
-                        gexponent = _multiply(g, before[r], NR)
-                        gdecay = _sum_over_lanes(_sum_states(gexponent, A, NR, CR), lane, STATES_STRIDE, NL, CR)
+                        ginput = sum_over_lanes(_sum_states(g, b, NR, CR), lane, lane, STATES_STRIDE, NL, CR)
+                        g = multiply(g, decays[r], NR)
+                        gexponent = multiply(g, before[r], NR)
+                        gdecay = sum_over_lanes(_sum_states(gexponent, A, NR, CR), lane, lane, STATES_STRIDE, NL, CR)
                         gA = _accumulate(gA, gexponent, dt, NR)
                         dt = _own(_split(dt, CR), lane, STATES_STRIDE, NL, CR)
                         u = _own(_split(u, CR), lane, STATES_STRIDE, NL, CR)
                         gy = _own(_split(gy, CR), lane, STATES_STRIDE, NL, CR)
                         row = (lanes + position * (K * E)) + own_in_lanes
-                        gD = _add(gD, _multiply(gy, u, OWN_CHANNELS), OWN_CHANNELS)
+                        gD = add(gD, multiply(gy, u, OWN_CHANNELS), OWN_CHANNELS)
                         biases = ()
                         for v in tl.static_range(OWN_CHANNELS):
                             gdt = u[v] * ginput[v] + gdecay[v] * LN2
@@ -512,11 +461,6 @@ def _tile_shape(n: int, features: int) -> dict[str, int]:
     CR = min(triton.next_power_of_2(features), 4)
     CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
     return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=LANES.value // (NL * CE))
-
-
-def _in_words(t: Tensor) -> bool:
-    """Whether four neighbours are an aligned word of 64 bits."""
-    return t.element_size() == 2 and t.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in t.stride()[:-1])
 
 
 def selective_scan_triton_backward(
@@ -569,7 +513,7 @@ def selective_scan_triton_backward(
     options = dict(
         CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
         LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B),
-        WIDE=full and tile["NR"] == tile["CR"] == 4 and all(map(_in_words, (u, dt, B, C, grad_y))),
+        WIDE=full and tile["NR"] == tile["CR"] == 4 and all(map(in_words, (u, dt, B, C, grad_y))),
         num_warps=1, **tile,
     )  # fmt: skip
     if split:
