@@ -123,6 +123,7 @@ def project_backward(grad: Tensor, u: Tensor, weight: Tensor, grad_u: Tensor) ->
     def rows(t: Tensor) -> Tensor:
         return t.flatten(2).flatten(0, 1)
 
+    grad_u = grad_u.contiguous()  # so that its rows are no copy
     grad, matrix = rows(grad), weight.flatten(0, -2).to(grad.dtype)
     grad_weight = (grad.t() @ rows(u).to(grad.dtype)).view(weight.shape)
     if grad_u.dtype == grad.dtype:

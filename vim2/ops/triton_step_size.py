@@ -10,7 +10,6 @@ from torch import Tensor
 from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
-FACTOR_ROWS = 256
 
 
 @triton.jit
@@ -213,15 +212,16 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     rows = batch * length
     block = min(_block(features), 64)
     width = grad_factor.shape[-1]
+    tile_rows = 512 // grad.element_size()  # two stages of them fit in the shared memory of any GPU
     blocks = triton.cdiv(features, block)
     parts = max(min(2048 // (blocks * lanes), rows // 256), 1)  # enough programs to fill a GPU
     rows_a_part = triton.cdiv(rows, parts * 64) * 64
     grad_weight = torch.empty(parts, lanes, features, rank, dtype=torch.float32, device=grad.device)
     launch(
-        _factor_gradient_kernel, (lanes * triton.cdiv(rows, FACTOR_ROWS),),
+        _factor_gradient_kernel, (lanes * triton.cdiv(rows, tile_rows),),
         (grad, weight, grad_factor, rows, lanes, features, rank, width, grad_factor.stride(-2)),
-        PRECISION=_precision(grad), ROWS=FACTOR_ROWS, BLOCK=block, R=max(triton.next_power_of_2(width), 16),
-        num_warps=8,
+        PRECISION=_precision(grad), ROWS=tile_rows, BLOCK=block, R=max(triton.next_power_of_2(width), 16),
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     launch(
         _weight_gradient_kernel, (blocks, lanes, parts),
