@@ -42,6 +42,19 @@ def test_programs_that_take_several_sequences(monkeypatch):
     assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
 
 
+def test_offsets_of_64_bits(monkeypatch, split):
+    for module in (triton_scan, triton_scan_backward):
+        monkeypatch.setattr(module, "is_large", lambda sequences, *tensors: True)
+    assert_matches_oracle(((1, 43), BIDIRECTIONAL, 3, 4, 5, True), "triton", DEVICE)
+
+
+def test_strides_that_need_64_bits():
+    sequences = torch.empty_strided((32, 5, 4), (2**27, 4, 1), device="meta")
+    assert triton_scan.is_large(32, sequences) and not triton_scan.is_large(8, sequences)
+    steps = torch.empty_strided((2, 2**15, 4), (4, 2**16, 1), device="meta")
+    assert triton_scan.is_large(2, steps) and not triton_scan.is_large(2, steps[:, :5])
+
+
 def test_inference_splits_no_finer_than_it_must(monkeypatch):
     monkeypatch.setattr(triton_scan, "programs_to_fill", lambda device: 2)  # chunks of twice the length kept otherwise
     inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 800), FORWARD, dtype=torch.float32)]

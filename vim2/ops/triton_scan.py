@@ -122,6 +122,7 @@ def _forward_kernel(
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
     k = tl.program_id(1)
     order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
+    k = k.to(tl.int64)
     blocks = tl.cdiv(E, CE * CR)
     group = (tl.program_id(0) // blocks).to(tl.int64)
 
@@ -136,11 +137,12 @@ def _forward_kernel(
     # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
     OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
     sw = s.to(OFFSET)
-    in_lanes = sw * (L * K * E) + e.to(OFFSET)
+    sequence = tl.cast(L, OFFSET) * K * E
+    in_lanes = sw * sequence + e.to(OFFSET)
     in_u = sw * u_b + e.to(OFFSET)
     in_B = sw * B_b + n.to(OFFSET)
     in_C = sw * C_b + n.to(OFFSET)
-    in_tile = sw * (K * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
+    in_tile = sw * (tl.cast(K, OFFSET) * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     A_in = load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, (n, e, N_STATES, E, lane >= 0), lane >= 0, NR, CR)
     A = ()
@@ -175,7 +177,8 @@ def _forward_kernel(
             if not LOCAL:
                 # the first chunk's states are zero and not stored
                 not_first = first_chunk + tl.arange(0, 1) > 0
-                h = load_tile(starts_at + (first_chunk - 1) * (N_STATES * E) + in_tile, E, inside, not_first, NR, CR)
+                start_at = starts_at + tl.cast(first_chunk - 1, tl.int64) * (N_STATES * E) + in_tile
+                h = load_tile(start_at, E, inside, not_first, NR, CR)
 
         first = first_chunk * chunk
         p, left, inner, step, turn = start_walk(first + place, order, L, H, W, LARGE)
@@ -216,7 +219,7 @@ def _forward_kernel(
                     y = multiply_add(D, u, sum_over_lanes(ys, lane, ordered, STATES_STRIDE, NL, NL * CR), CR)
                     store_row(y_at, p, y, tl.where(t + place < L, rows[0], 0), CR, WIDE, FAST)
         if LOCAL:
-            at_chunk = first_chunk * (N_STATES * E) + in_tile
+            at_chunk = tl.cast(first_chunk, tl.int64) * (N_STATES * E) + in_tile
             decay_at = decay_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)
             sums = ()
             for i in tl.static_range(CR):
@@ -291,8 +294,12 @@ def pack_orders(orders: tuple[str, ...]) -> int:
 
 
 def is_large(sequences: int, *tensors: Tensor) -> bool:
-    """Whether offsets within the sequences of one tile need 64 bits; those between tiles always have them."""
-    return any(sequences * t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
+    """Whether offsets within the sequences of one tile need 64 bits; those between tiles always have them.
+
+    Args:
+        sequences: Of a tile, along the tensors' first axis.
+    """
+    return any((sequences - 1) * t.stride(0) + t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
 
 
 def last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -356,7 +363,7 @@ def selective_scan_triton(
         *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True),
     )  # fmt: skip
     options = dict(
-        LAST=with_last, FAST=not INTERPRETED, LARGE=is_large(tile["S"], u, B, C, y),
+        LAST=with_last, FAST=not INTERPRETED, LARGE=is_large(tile["S"], u, B, C, y, starts),
         WIDE=n % tile["NR"] == 0 and features % tile["CR"] == 0 and all(map(in_words, (u, dt, B, C, y))),
         num_warps=1, maxnreg=forward_registers(tile), **tile,
     )  # fmt: skip

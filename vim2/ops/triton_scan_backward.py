@@ -258,6 +258,7 @@ def _backward_kernel(
     OWN_CHANNELS: tl.constexpr = CR // NL if CR > NL else 1  # and after sums over states
     k = tl.program_id(1)
     order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
+    k = k.to(tl.int64)
     blocks = tl.cdiv(E, CE * CR)
     block = tl.program_id(0) % blocks
     group = (tl.program_id(0) // blocks).to(tl.int64)
@@ -274,14 +275,15 @@ def _backward_kernel(
     # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
     OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
     sw = s.to(OFFSET)
-    in_lanes = sw * (L * K * E) + e.to(OFFSET)
-    own_in_lanes = sw * (L * K * E) + own_e.to(OFFSET)
-    own_in_part = sw * (L * K * part_row) + own_n.to(OFFSET)
+    sequence = tl.cast(L, OFFSET) * K * E
+    in_lanes = sw * sequence + e.to(OFFSET)
+    own_in_lanes = sw * sequence + own_e.to(OFFSET)
+    own_in_part = sw * (tl.cast(L, OFFSET) * K * part_row) + own_n.to(OFFSET)
     in_u = sw * u_b + e.to(OFFSET)
     in_gy = sw * gy_b + e.to(OFFSET)
     in_B = sw * B_b + n.to(OFFSET)
     in_C = sw * C_b + n.to(OFFSET)
-    in_tile = sw * (K * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
+    in_tile = sw * (tl.cast(K, OFFSET) * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     scratch_at = scratch_ptr + program * ((CHUNK // UNROLL) * NR * CR * LANES)
@@ -330,7 +332,7 @@ def _backward_kernel(
         if not LOCAL:
             is_last = last_chunk + tl.arange(0, 1) == chunks - 1
             if SPLIT:
-                g_at = ends_ptr + state_row + last_chunk * (N_STATES * E) + in_tile
+                g_at = ends_ptr + state_row + tl.cast(last_chunk, tl.int64) * (N_STATES * E) + in_tile
                 g = _load_tile(g_at, E, inside, is_last[:, None] == 0, NR, CR)
             if LAST:
                 end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
@@ -344,7 +346,7 @@ def _backward_kernel(
             if not LOCAL:
                 # the first chunk's states are zero and not stored
                 not_first = chunk + tl.arange(0, 1) > 0
-                start_at = starts_ptr + state_row + (chunk - 1) * (N_STATES * E) + in_tile
+                start_at = starts_ptr + state_row + tl.cast(chunk - 1, tl.int64) * (N_STATES * E) + in_tile
                 h = _load_tile(start_at, E, inside, not_first[:, None], NR, CR)
                 p, left, inner, step, turn = start_walk(first, order, L, H, W, LARGE)
                 steps, p, left = _load_steps(
@@ -437,7 +439,7 @@ def _backward_kernel(
                         gbias = biases
 
         if LOCAL:
-            at_chunk = state_row + (last_chunk - 1) * (N_STATES * E)
+            at_chunk = state_row + tl.cast(last_chunk - 1, tl.int64) * (N_STATES * E)
             _store_tile(ends_ptr + at_chunk + in_tile, E, g, inside, NR, CR)
             _store_tile(decay_ptr + at_chunk + in_tile, E, _decays(total, A, NR, FAST), inside, NR, CR)
 
@@ -512,7 +514,7 @@ def selective_scan_triton_backward(
     )  # fmt: skip
     options = dict(
         CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
-        LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B),
+        LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B, grad_C, starts),
         WIDE=full and tile["NR"] == tile["CR"] == 4 and all(map(in_words, (u, dt, B, C, grad_y))),
         num_warps=1, **tile,
     )  # fmt: skip
