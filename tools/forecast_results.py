@@ -119,12 +119,9 @@ def run_cell(task: dict) -> dict:
 
     torch.set_num_threads(task["threads"])
     key = f"{task['name']}-{task['horizon']}-{task['label'].replace(' ', '_')}-{task['seed']}"
-    options = dict(
-        data=task["data"], recipe=task["name"], horizon=task["horizon"], seed=task["seed"], device=task["device"]
-    )
-    options["cuda_graph"] = task["cuda_graph"]
+    options = {k: task[k] for k in ("data", "horizon", "seed", "device", "cuda_graph")}
     start = time.perf_counter()
-    run = fit(**options, **task["changes"], output=task["output"], experiment=key, resume=True)
+    run = fit(recipe=task["name"], **options, **task["changes"], output=task["output"], experiment=key, resume=True)
     result = {k: task[k] for k in ("name", "horizon", "seed", "label", "changes")}
     best = run["best"]
     result.update(

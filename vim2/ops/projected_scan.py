@@ -52,8 +52,8 @@ def projected_scan(
     flat = u.flatten(1, 2) if len(spatial) == 2 else u
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     if torch.compiler.is_compiling() or not needs_backward(*tensors):
-        B, C, delta = _split(project(flat, matrix, A.shape[0]), A)  # compilers decide what they keep
-        operands = (flat, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
+        projected = project(flat, matrix, A.shape[0])  # compilers decide what they keep
+        operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
         y, _ = scan_flat(operands, orders, spatial, backend, needs_backward(*tensors))
     else:
         y = _ProjectedScan.apply(*tensors, orders, spatial, backend)
@@ -139,13 +139,20 @@ def _split(projected: Tensor, A: Tensor) -> tuple[Tensor, ...]:
     return projected.split((n, n, projected.shape[-1] - 2 * n), dim=-1)
 
 
+def _operands(
+    u: Tensor, projected: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor, delta_weight: Tensor
+) -> tuple[Tensor, ...]:
+    """Of the scan."""
+    B, C, delta = _split(projected, A)
+    return u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight
+
+
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, spatial, backend):
         ctx.autocast = autocast_dtype(u)
         ctx.options = (orders, spatial, backend)
-        B, C, delta = _split(project(u, weight, A.shape[0]), A)
-        operands = (u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
+        operands = _operands(u, project(u, weight, A.shape[0]), A, D, delta_bias, delta_weight)
         y, starts = scan_flat(operands, *ctx.options, True)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y
@@ -156,8 +163,7 @@ class _ProjectedScan(torch.autograd.Function):
         u, weight, A, D, delta_bias, delta_weight, starts = ctx.saved_tensors
         with torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
             projected = project(u, weight, A.shape[0])
-        B, C, delta = _split(projected, A)
-        operands = (u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
+        operands = _operands(u, projected, A, D, delta_bias, delta_weight)
         grad_projected = torch.empty_like(projected)
         grad_u, *others = scan_flat_backward(grad_y, starts, operands, *ctx.options, _split(grad_projected, A))
         with autocast_off(u):

@@ -20,7 +20,9 @@ FORWARD = ("forward",)
 BIDIRECTIONAL = ("forward", "backward")
 CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
 
-TRITON_CHUNK = 36  # steps between the states that the Triton kernels keep for the backward pass
+# Steps between the states that the Triton kernels keep for the backward pass: a multiple of those that they take at
+# once, 4 forward and 3 backward.
+TRITON_CHUNK = 36
 MAMBA_CHUNK = 2048  # the same of mamba-ssm's kernels
 
 

@@ -49,6 +49,15 @@ def _norm_gradient(grad, x_hat, rstd, weight, E):
 
 
 @triton.jit
+def _store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E: tl.constexpr):
+    """A program's part (2, E) of the gradients of a norm's weight and bias, from its sums [BLOCK_ROWS, BLOCK_E]."""
+    e = tl.arange(0, BLOCK_E)
+    part = gnorm_ptr + tl.program_id(0) * 2 * E
+    tl.store(part + e, tl.sum(gweight, 0), mask=e < E)
+    tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
+
+
+@triton.jit
 def _in_patches(row, e, H, W, C, PATCH: tl.constexpr):
     """Where the elements e [1, BLOCK_E] of rows [BLOCK_ROWS] lie in x, and whether they do.
 
@@ -115,10 +124,7 @@ def _layer_norm_backward_kernel(
         gbias += grad
         gx = _norm_gradient(grad, x_hat, rstd, weight, E)
         tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=tile_in & inside)
-    e = tl.arange(0, BLOCK_E)
-    part = gnorm_ptr + tl.program_id(0) * 2 * E
-    tl.store(part + e, tl.sum(gweight, 0), mask=e < E)
-    tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
+    _store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -186,10 +192,7 @@ def _norm_gate_backward_kernel(
         tl.store(gy_ptr + first * E + in_tile, gy.to(gy_ptr.dtype.element_ty), mask=tile_in)
         tl.store(ggate_ptr + first * E + in_tile, ggate.to(ggate_ptr.dtype.element_ty), mask=tile_in)
     if NORM:
-        e = tl.arange(0, BLOCK_E)
-        part = gnorm_ptr + tl.program_id(0) * 2 * E
-        tl.store(part + e, tl.sum(gweight, 0), mask=e < E)
-        tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
+        _store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
@@ -277,10 +280,7 @@ def _average_backward_kernel(
         for i in tl.static_range(len(features)):
             tl.store(gscale_ptr + tl.program_id(0) * len(features) + i, tl.sum(tl.sum(gscales[i], 1), 0))
     if NORM:
-        e = tl.arange(0, BLOCK_E)
-        part = gnorm_ptr + tl.program_id(0) * 2 * E
-        tl.store(part + e, tl.sum(gweight, 0), mask=e < E)
-        tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
+        _store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E)
 
 
 @functools.lru_cache(None)
@@ -315,12 +315,9 @@ def _statistics(x: Tensor, norm: bool) -> Tensor:
     return torch.empty((2, *x.shape[:-1]) if norm else (0,), dtype=torch.float32, device=x.device)
 
 
-def _patches(x: Tensor, patch: int) -> tuple[int, int, int, int, int]:
-    """Rows, H, W and C of x (H and W are of no meaning with patches of one), and the rows' width."""
-    if patch == 1:
-        return x.numel() // max(x.shape[-1], 1), 1, 1, x.shape[-1], x.shape[-1]
-    batch, height, width, channels = x.shape
-    return batch * -(-height // patch) * -(-width // patch), height, width, channels, patch * patch * channels
+def _map_sizes(x: Tensor, patch: int) -> tuple[int, int, int]:
+    """H, W and C of maps; with patches of one, of the rows, for which H and W have no meaning."""
+    return x.shape[1:] if patch > 1 else (1, 1, x.shape[-1])
 
 
 def layer_norm_triton(
@@ -328,13 +325,13 @@ def layer_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     """The result, of this shape. Returns also mean and reciprocal deviation of the rows, (2, ...)."""
     x, weight, bias = _contiguous(x, weight, bias)
-    rows, *sizes, width = _patches(x, patch)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     statistics = _statistics(out, True)
+    rows, width = statistics[0].numel(), shape[-1]
     tile = _tile(width, 16)
     if rows:
         programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, x.device)
-        arguments = (x, weight, bias, out, statistics, rows, *sizes, width, eps)
+        arguments = (x, weight, bias, out, statistics, rows, *_map_sizes(x, patch), width, eps)
         launch(_layer_norm_kernel, (programs,), arguments, PATCH=patch, **tile)
     return out, statistics
 
@@ -344,13 +341,13 @@ def layer_norm_triton_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for x, and for weight and bias together, (2, E) in float32."""
     grad, x, weight = _contiguous(grad, x, weight)
-    rows, *sizes, width = _patches(x, patch)
+    rows, width = statistics[0].numel(), grad.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = _tile(width, 8)
     programs = _programs(rows, tile["BLOCK_ROWS"], LAYER_NORM_BACKWARD_PROGRAMS, x.device)
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     if rows:
-        arguments = (grad, x, weight, statistics, grad_x, parts, rows, *sizes, width)
+        arguments = (grad, x, weight, statistics, grad_x, parts, rows, *_map_sizes(x, patch), width)
         launch(_layer_norm_backward_kernel, (programs,), arguments, PATCH=patch, **tile)
     return grad_x, parts.sum(0)
 

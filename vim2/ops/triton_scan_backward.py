@@ -25,7 +25,7 @@ from .triton_scan import (
     tiles_a_program,
 )
 from .triton_step_size import step_sizes, sum_blocks, sum_lanes
-from .triton_tiles import LANES, add, half, in_words, multiply, sum_over_lanes
+from .triton_tiles import LANES, add, half, in_words, multiply, sum_over_lanes, zeros
 
 UNROLL = 3  # steps whose states are held in registers at once
 
@@ -102,15 +102,11 @@ def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, CR: tl.constexpr):
-    """COUNT rows [LANES, CR], or vectors if CR is 0."""
-    zeros = ()
-    for _ in tl.static_range(COUNT):
-        if CR > 0:
-            zeros = zeros + (tl.zeros([LANES, CR], dtype=tl.float32),)
-        else:
-            zeros = zeros + (tl.zeros([LANES], dtype=tl.float32),)
-    return zeros
+def _zero_tile(NR: tl.constexpr, CR: tl.constexpr):
+    tile = ()
+    for _ in tl.static_range(NR):
+        tile = tile + (tl.zeros([LANES, CR], dtype=tl.float32),)
+    return tile
 
 
 @triton.jit
@@ -301,9 +297,9 @@ def _backward_kernel(
     for v in tl.static_range(OWN_CHANNELS):
         D = D + (tl.load(D_ptr + k * E + own_e + v, mask=own_e + v < E, other=0.0).to(tl.float32),)
 
-    gA = _zeros(NR, CR)
-    gD = _zeros(OWN_CHANNELS, 0)
-    gbias = _zeros(OWN_CHANNELS, 0)
+    gA = _zero_tile(NR, CR)
+    gD = zeros(OWN_CHANNELS)
+    gbias = zeros(OWN_CHANNELS)
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
         seq = (group * repeats + repeat) * S
         s_in = seq + s < batch
@@ -322,7 +318,7 @@ def _backward_kernel(
         part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
         state_row = (seq * K + k) * (chunks - 1) * (N_STATES * E)
 
-        g = _zeros(NR, CR)
+        g = _zero_tile(NR, CR)
         total = tl.zeros([LANES, CR], dtype=tl.float32)
         last_chunk = chunks - 1
         num_chunks = chunks
@@ -456,7 +452,7 @@ def _backward_kernel(
 
 
 def _tile_shape(n: int, features: int) -> dict[str, int]:
-    """Registers and lanes of a tile, see this file's head: 16 states a thread where there are as many."""
+    """Registers and lanes of a tile, see triton_tiles.py: 16 states a thread where there are as many."""
     states = triton.next_power_of_2(n)
     NR = min(states, 4)
     NL = states // NR

@@ -191,11 +191,11 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     dt = torch.empty(batch, length, lanes, features, dtype=dtype if half else torch.float32, device=delta.device)
     block = _block(features)
     rows = max(2048 // block, 16)
-    programs = lanes * -(-features // block) * -(-batch * length // rows)
-    tiles = min(max(programs // MIN_PROGRAMS, 1), MAX_TILES)
+    blocks = lanes * triton.cdiv(features, block)
+    tiles = min(max(blocks * triton.cdiv(batch * length, rows) // MIN_PROGRAMS, 1), MAX_TILES)
     sizes = (batch * length, tiles, lanes, features, rank, delta.stride(1), delta.stride(2))
     launch(
-        _step_size_kernel, (lanes * -(-features // block) * -(-batch * length // (rows * tiles)),),
+        _step_size_kernel, (blocks * triton.cdiv(batch * length, rows * tiles),),
         (delta, weight.contiguous(), bias, dt, *sizes), SOFTPLUS=softplus, PRECISION=_precision(delta),
         FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
     )  # fmt: skip

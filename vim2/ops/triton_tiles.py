@@ -5,7 +5,8 @@ In every thread's registers lie NR states of each of CR neighbouring channels; t
 channels, fastest, then S sequences, then NL groups of states. All values are vectors of 32 lanes, one element a thread,
 and a tile is a tuple of them, states first. So a sum over a thread's own states or channels adds vectors, and one over
 lanes exchanges halves of what is to be summed (`sum_over_lanes`): that takes a third of the shuffles of Triton's own
-sums and leaves each result in one lane, which alone goes on with it.
+sums and leaves each result in one lane, which alone goes on with it. (The backward pass holds a thread's channels in
+rows of blocks, see there.)
 """
 
 import triton
@@ -66,25 +67,26 @@ def unpack(row, pointer, COUNT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def store_row(at, p, row, existing, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """COUNT neighbours at position p, but those beyond the `existing` ones. With WIDE all exist or none."""
+    """COUNT neighbours at position p, but those beyond the `existing` ones. With WIDE all exist or none, and are
+    bfloat16."""
     address = at[0] + (p * at[2] + at[1])
-    ELEMENT: tl.constexpr = address.dtype.element_ty
     if WIDE and FAST and COUNT > 1:
         for i in tl.static_range(COUNT // 4 if COUNT > 2 else 1):
-            word = _pack(row[i * 4], row[i * 4 + 1], ELEMENT)
+            word = _pack(row[i * 4], row[i * 4 + 1])
             if COUNT > 2:
-                word = word.to(tl.int64) | (_pack(row[i * 4 + 2], row[i * 4 + 3], ELEMENT).to(tl.int64) << 32)
+                word = word.to(tl.int64) | (_pack(row[i * 4 + 2], row[i * 4 + 3]).to(tl.int64) << 32)
             tl.store(address.to(tl.pointer_type(word.dtype)) + i, word, mask=existing > 0)
     else:
         for i in tl.static_range(COUNT):
-            tl.store(address + i, row[i].to(ELEMENT), mask=i < existing)
+            tl.store(address + i, row[i].to(address.dtype.element_ty), mask=i < existing)
 
 
 @triton.jit
-def _pack(low, high, ELEMENT: tl.constexpr):
-    """Two elements of 16 bits in one instruction."""
-    PACK: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if ELEMENT.is_bf16() else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return tl.inline_asm_elementwise(PACK, "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1)
+def _pack(low, high):
+    """Two elements as bfloat16 in one instruction."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
