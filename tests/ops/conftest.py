@@ -4,11 +4,14 @@ import torch
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Memory that torch.empty hands out is poisoned with NaN: what a kernel fails to write shows."""
-    empty = torch.empty
+    """Memory that torch.empty and empty_like hand out is poisoned with NaN: what a kernel fails to write shows."""
 
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(empty):
+        def function(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return function
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

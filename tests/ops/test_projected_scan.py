@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import gradients
+from comparison import gradients, relative_error
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, projected_scan, selective_scan
 from vim2.ops.backend import HAS_TRITON
@@ -44,6 +44,24 @@ def test_output_and_gradients(orders, separate):
     torch.testing.assert_close(y, expected)
     for a, e in zip(gradients(y, inputs), gradients(expected, inputs)):
         torch.testing.assert_close(a, e)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("orders", "separate"), [(CROSS_SCAN, False), (BIDIRECTIONAL, True)])
+def test_output_and_gradients_in_triton(orders, separate, monkeypatch):
+    """Of a width that the kernels pad, with several tiles of rows a program."""
+    from vim2.ops import triton_step_size
+
+    monkeypatch.setattr(triton_step_size, "MIN_PROGRAMS", 1)
+    monkeypatch.setattr(triton_step_size, "_block", lambda features: 128)  # and with it tiles of 16 rows
+    inputs = [t.detach().to(DEVICE).requires_grad_() for t in make_inputs(orders, separate, 20, torch.float32)]
+    y = projected_scan(*inputs, orders, separate, backend="triton")
+    doubles = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    expected = kept_through_autograd(doubles, orders, separate)
+    assert relative_error(y.cpu(), expected) < 2e-6
+    for a, e in zip(gradients(y, inputs), gradients(expected, doubles, y.dtype)):
+        assert relative_error(a.cpu(), e) < 5e-6
 
 
 def test_autocast_computes_the_projections_again_in_the_same_type():
