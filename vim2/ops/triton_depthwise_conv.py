@@ -248,4 +248,5 @@ def depthwise_conv_silu_triton_backward(
     launch(_backward_kernel, (programs,), arguments, FAST=not INTERPRETED, **tile, maxnreg=registers)
     grad_x = _convolve(grad_pre, weight, bias, activate=False)
     grad_weight, grad_bias = sums[:, :9].sum(0), sums[:, 9].sum(0)
-    return grad_x, grad_weight.t().reshape(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
+    grad_weight = grad_weight.t().contiguous().view(weight.shape)  # contiguous, as compilers have been told
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
