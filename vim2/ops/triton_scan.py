@@ -192,12 +192,14 @@ def _forward_kernel(
                 starts_at += N_STATES * E
             first = (first_chunk + index) * chunk
             for t in range(first, tl.minimum(first + chunk, L), NL):
+                # unpacked before the next loads, which then take the same registers: moved at the end of the loop, they
+                # would be waited for there
                 p, dt, u, b, c = group_ahead
-                group_ahead, walk = _load_group(t + NL + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
                 dt = unpack(dt, dt_ptr, CR, WIDE)
                 u = unpack(u, u_ptr, CR, WIDE)
                 b = unpack(b, B_ptr, NR, WIDE)
                 c = unpack(c, C_ptr, NR, WIDE)
+                group_ahead, walk = _load_group(t + NL + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
                 dtu = multiply(dt, u, CR)
                 ys = ()
                 for r in tl.static_range(NL):
@@ -313,14 +315,14 @@ def _forward_plan(
     """The tile, whether sequences are split, and the steps of a chunk."""
     most = min(4, triton.next_power_of_2(features), max(64 // triton.next_power_of_2(n), 1))
     tiles = [_tile_shape(n, features, channels) for channels in (4, 2, 1) if channels <= most]
-    # many channels a thread take fewer instructions each, few leave more programs: four a multiprocessor are enough
+    # many channels a thread take fewer instructions each, few leave more programs
     programs = [_blocks(features, tile) * -(-batch // tile["S"]) * lanes for tile in tiles]
     for tile, count in zip(tiles[:2], programs):
-        if 2 * count >= fill:
+        if count >= fill:
             return tile, False, chunk
     if length <= CHUNK:
         return tiles[-1], False, chunk
-    steps = -(-length * programs[0] // (4 * max(fill, 1)) // CHUNK) * CHUNK
+    steps = -(-length * programs[0] // (8 * max(fill, 1)) // CHUNK) * CHUNK
     return tiles[0], True, steps if chunk == length else CHUNK
 
 
