@@ -8,7 +8,16 @@ import torch
 from forecast_helpers import make_frame, shared_data, write_csv
 
 from vim2.forecast import UserError
-from vim2.forecast.data import Scaler, Windows, calendar_features, find_step, make_split, read_table, season_length
+from vim2.forecast.data import (
+    Scaler,
+    Windows,
+    calendar_cycles,
+    calendar_features,
+    find_step,
+    make_split,
+    read_table,
+    season_length,
+)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.xz", ".csv.gz", ".parquet"])
@@ -235,10 +244,26 @@ def test_scaler_knows_the_rows_it_was_fitted_to_and_leaves_constants():
 
 
 def test_calendar_features_repeat_with_the_day():
-    features, names = calendar_features(pd.date_range("2024-01-01", periods=49, freq="h"))
-    assert features.shape == (49, len(names)) and np.abs(features).max() <= 1
+    features = calendar_features(pd.date_range("2024-01-01", periods=49, freq="h"), ["day", "week"])
+    assert features.shape == (49, 4) and np.abs(features).max() <= 1
     np.testing.assert_allclose(features[0, :2], features[24, :2], atol=1e-12)
-    assert names[0] == "sin_day" and abs(features[6, 0] - 1) < 1e-12
+    assert abs(features[6, 0] - 1) < 1e-12 and (features[24, 2:] != features[0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("freq", "rows", "cycles"),
+    [
+        ("h", 40, []),
+        ("h", 14 * 24, ["day"]),
+        ("h", 14 * 24 + 1, ["day", "week"]),
+        ("h", 731 * 24, ["day", "week", "year"]),
+        ("D", 400, ["week"]),
+        ("W", 106, ["year"]),
+        ("YS", 20, []),
+    ],
+)
+def test_only_cycles_that_come_again_are_features(freq, rows, cycles):
+    assert calendar_cycles(pd.date_range("2024-01-01", periods=rows, freq=freq)) == cycles
 
 
 def test_weather_needs_its_oddities_named():

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..classify.options import did_you_mean
 from ..errors import UserError
 
-__all__ = ["Scaler", "Split", "Table", "Windows", "calendar_features", "make_split", "read_table"]
+__all__ = ["Scaler", "Split", "Table", "Windows", "calendar_cycles", "calendar_features", "make_split", "read_table"]
 
 TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
 SENTINELS = (-9999.0, -999.0, -99999.0, -999.9, -9999.9, 9999.0, 99999.0, 999999.0)
@@ -316,14 +316,22 @@ def repair_missing(numbers: pd.DataFrame, how: str, path: Path) -> tuple[np.ndar
     return filled.to_numpy(dtype=np.float64), [f"{int(counts.sum())} missing values were {verb}: {listed}."]
 
 
-def calendar_features(times: pd.DatetimeIndex) -> tuple[np.ndarray, list[str]]:
-    """Sine and cosine of the time of day, of week and of year, (rows, 6), which are known for any future time."""
+CYCLES = {"day": pd.Timedelta(days=1), "week": pd.Timedelta(days=7), "year": pd.Timedelta(days=365)}
+
+
+def calendar_cycles(times: pd.DatetimeIndex) -> list[str]:
+    """Of day, week and year those of more than one step that the rows hold at least twice: nothing can be learned of
+    another but what does not come again."""
+    step, span = usual_gap(times), times.max() - times.min()
+    return [name for name, length in CYCLES.items() if step is not None and step < length and 2 * length <= span]
+
+
+def calendar_features(times: pd.DatetimeIndex, cycles: Sequence[str]) -> np.ndarray:
+    """Sine and cosine of the time of day, of week or of year, (rows, 2 cycles), which are known for any future time."""
     day = (times.hour * 3600 + times.minute * 60 + times.second) / 86400
-    week = (times.day_of_week + day) / 7
-    year = (times.day_of_year - 1 + day) / 366
-    angles = 2 * np.pi * np.stack([day, week, year], axis=1)
-    names = [f"{wave}_{period}" for period in ("day", "week", "year") for wave in ("sin", "cos")]
-    return np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(len(times), 6), names
+    phases = {"day": day, "week": (times.day_of_week + day) / 7, "year": (times.day_of_year - 1 + day) / 366}
+    angles = 2 * np.pi * np.stack([phases[name] for name in cycles], axis=1)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(len(times), -1)
 
 
 def season_length(step: pd.offsets.BaseOffset | None) -> int:

@@ -34,7 +34,7 @@ class Forecaster:
         scaler: Of the variates.
         future_columns: Names of the known-future features that the file brings.
         future_scaler: Of those.
-        calendar: Whether the time stamps' `calendar_features` follow them.
+        calendar: Cycles whose `calendar_features` follow them.
         step: pandas' name of the time step, such as "h" or "15min"; None if rows were not a constant step apart.
         season: Steps of a season, for the seasonal naive forecast.
         split: Rows that it was trained, validated and is to be tested on.
@@ -47,7 +47,7 @@ class Forecaster:
     scaler: Scaler
     future_columns: list[str] = field(default_factory=list)
     future_scaler: Scaler | None = None
-    calendar: bool = False
+    calendar: list[str] = field(default_factory=list)
     step: str | None = None
     season: int = 1
     split: Split | None = None
@@ -85,7 +85,7 @@ class Forecaster:
     def future_features(self, future: np.ndarray, times: pd.DatetimeIndex) -> np.ndarray | None:
         parts = [self.future_scaler.transform(future)] if self.future_columns else []
         if self.calendar:
-            parts.append(calendar_features(times)[0])
+            parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
 
     def predict(self, table: Table) -> tuple[pd.DatetimeIndex, np.ndarray]:

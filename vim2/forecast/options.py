@@ -56,7 +56,10 @@ def fit_parser(prog: str = "forecast.py fit") -> Parser:
         "--future-columns", nargs="+", default=[], metavar="NAME", help="columns known for the time to forecast"
     )
     group.add_argument(
-        "--calendar", action=BooleanOptionalAction, default=False, help="time of day, week and year as known features"
+        "--calendar",
+        action=BooleanOptionalAction,
+        default=False,
+        help="time of day, week and year as known features, where the training rows hold two of them",
     )
     group.add_argument(
         "--split",

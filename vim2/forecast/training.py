@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
@@ -29,7 +30,7 @@ from ..classify.progress import progress, say
 from ..errors import UserError
 from ..tsm2 import TSM2
 from .baselines import Ridge
-from .data import Scaler, Windows, is_constant, make_split, read_table
+from .data import Scaler, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
 from .options import fit_parser, model_config, reading_options, resume_options
 from .recipes import RECIPES
@@ -181,7 +182,8 @@ class Run:
         if unused := len(self.table) - split.train - split.val - split.test:
             self.notes.append(f"The last {unused} rows are not used: the split ends before them.")
         future_scaler = Scaler.fit(self.table.future[: split.train]) if futures else None
-        config = model_config(o, len(futures) + 6 * o["calendar"])
+        cycles = self.find_cycles(self.table.times[: split.train]) if o["calendar"] else []
+        config = model_config(o, len(futures) + 2 * len(cycles))
         step = self.table.step
         self.forecaster = Forecaster(
             TSM2(config, device="meta"),
@@ -189,7 +191,7 @@ class Run:
             scaler,
             self.table.future_columns,
             future_scaler,
-            o["calendar"],
+            cycles,
             step.freqstr if step else None,
             self.table.season,
             split,
@@ -200,6 +202,14 @@ class Run:
             part: Windows(values, o["lookback"], o["horizon"], *split.borders(part, o["lookback"]), future)
             for part in ("train", "val")
         }
+
+    def find_cycles(self, times: pd.DatetimeIndex) -> list[str]:
+        if not (cycles := calendar_cycles(times)):
+            raise UserError(
+                "The rows to train on hold no cycle of the calendar (day, week, year) twice: leave out --calendar."
+            )
+        self.notes.append(f"Calendar features: {', '.join(f'time of {name}' for name in cycles)}.")
+        return cycles
 
     def create_model(self) -> None:
         o = self.options
