@@ -62,6 +62,20 @@ def test_inference_splits_no_finer_than_it_must(monkeypatch):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_sequences_of_more_chunks_than_a_grid_has_room_for_are_not_split(monkeypatch):
+    for module in (triton_scan, triton_scan_backward):
+        monkeypatch.setattr(module, "programs_to_fill", lambda device: 10**9)
+        monkeypatch.setattr(module, "MAX_CHUNKS", 2)
+        monkeypatch.setattr(module, "combine", None)
+    assert_matches_oracle(((1, 80), FORWARD, 3, 4, 1, False), "triton", DEVICE)
+
+
+def test_too_many_states():
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 4), FORWARD, n=129, dtype=torch.float32)]
+    with pytest.raises(ValueError, match="at most 128 states, got 129"):
+        selective_scan(*inputs, orders=FORWARD, backend="triton")
+
+
 @pytest.mark.parametrize("features", [22, 24])
 @pytest.mark.parametrize(("channels", "programs"), [(4, 6), (2, 12), (1, 18)])
 def test_fewer_channels_a_thread_where_programs_are_few(channels, programs, features, monkeypatch):

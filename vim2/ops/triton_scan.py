@@ -43,6 +43,8 @@ from .triton_tiles import (
     zeros,
 )
 
+MAX_CHUNKS = 65535  # that run side by side: the limit of a grid's third axis
+MAX_STATES = 128  # that the lanes of a warp can hold in the backward pass
 MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
 
 
@@ -320,7 +322,7 @@ def _forward_plan(
     for tile, count in zip(tiles[:2], programs):
         if count >= fill:
             return tile, False, chunk
-    if length <= CHUNK:
+    if length <= CHUNK or (chunk == CHUNK and length > CHUNK * MAX_CHUNKS):
         return tiles[-1], False, chunk
     steps = -(-length * programs[0] // (8 * max(fill, 1)) // CHUNK) * CHUNK
     return tiles[0], True, steps if chunk == length else CHUNK
@@ -343,7 +345,14 @@ def selective_scan_triton(
     Args:
         delta_weight: (K, E, R) where delta is (batch, L, K, R), else empty.
         chunk: Steps between kept states: CHUNK, or the whole length where no backward pass will follow.
+
+    Raises:
+        ValueError: More than MAX_STATES states.
     """
+    if A.shape[-1] > MAX_STATES:
+        raise ValueError(
+            f"The Triton scan takes at most {MAX_STATES} states, got {A.shape[-1]}: use the backend 'torch'."
+        )
     u, B, C = last_axis_contiguous(u, B, C)
     At, D, delta_bias = (t.contiguous() for t in (A.transpose(1, 2), D, delta_bias))
     batch, length, lanes = delta.shape[:3]

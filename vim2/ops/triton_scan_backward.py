@@ -13,6 +13,7 @@ import triton.language as tl
 from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 from .triton_scan import (
     CHUNK,
+    MAX_CHUNKS,
     MAX_ORDERS,
     combine,
     is_large,
@@ -479,7 +480,7 @@ def selective_scan_triton_backward(
     block = tile["CE"] * tile["CR"]
     blocks = -(-features // block)
     tiles = -(-batch // tile["S"])
-    split = chunks > 1 and tiles * blocks * lanes < programs_to_fill(u.device)
+    split = 1 < chunks <= MAX_CHUNKS and tiles * blocks * lanes < programs_to_fill(u.device)
     parts = chunks if split else 1
     repeats = tiles_a_program(tiles * blocks * lanes, u.device)
     groups = -(-tiles // repeats)
