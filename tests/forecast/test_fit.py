@@ -237,6 +237,12 @@ def test_bad_commands_and_files_are_one_line(tmp_path, fails):
     assert "choose another --output" in fails("fit", data, *TINY, "--output", tmp_path / "file")
 
 
+def test_a_day_of_rows_has_no_calendar(tmp_path, fails):
+    data = write_csv(tmp_path / "a.csv", make_frame(130, step="15min"))
+    argv = ["fit", data, *TINY, "--calendar", "--output", tmp_path / "runs"]
+    assert "no cycle of the calendar (day, week, year) twice: leave out --calendar" in fails(*argv)
+
+
 def test_constant_columns_and_unused_rows_are_told(tmp_path, capsys):
     data = write_csv(tmp_path / "a.csv", make_frame().assign(flat=3.0))
     start(data, tmp_path, split=[280.0, 40.0, 60.0], epochs=1, epoch_steps=2)
