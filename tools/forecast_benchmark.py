@@ -61,9 +61,10 @@ def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
         values = torch.randn(train + 607, variates, device=device)
         windows, validation = (Windows(values, 512, 96, 0, n + 607) for n in (train, val))
         model, step = make_step(config, device, amp, windows[:batch][0].contiguous() if graph else None)
-        for _ in range(3):
-            step(*windows[:batch][:2])
-        order = torch.randperm(len(windows), device=device)[: max(int(share * train), batch)]
+        count = len(windows) if share == 1 else max(int(share * train) // batch, 1) * batch
+        order = torch.randperm(len(windows), device=device)[:count]
+        for size in (batch, batch, batch, len(order) % batch or batch):  # kernels may be compiled for the last batch
+            step(*windows[:size][:2])
         synchronise(device)
         start = time.perf_counter()
         for index in order.split(batch):
@@ -71,10 +72,12 @@ def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
         synchronise(device)
         seconds = (time.perf_counter() - start) * train / len(order)
         model.eval()
-        start = time.perf_counter()
         some = Windows(values, 512, 96, 0, 607 + max(int(share * val), 1))
-        score(model_forecast(model, amp=amp), some)
-        synchronise(device)
+        for _ in range(2):  # the first warms up
+            synchronise(device)
+            start = time.perf_counter()
+            score(model_forecast(model, amp=amp), some)
+            synchronise(device)
         rows.append(
             dict(
                 name=name + (", CUDA graphs" if graph else ""),
@@ -137,7 +140,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-benchmark"))
     parser.add_argument("--share", type=float, default=1.0, help="of an epoch that is run, and scaled up")
-    parser.add_argument("--repeats", type=int, default=5, help="of a step")
+    parser.add_argument("--repeats", type=int, default=30, help="of a step")
     parser.add_argument("--variates", type=int, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
     parser.add_argument("--lookbacks", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
     args = parser.parse_args()

@@ -254,8 +254,8 @@ def test_calendar_features_repeat_with_the_day():
     ("freq", "rows", "cycles"),
     [
         ("h", 40, []),
-        ("h", 14 * 24, ["day"]),
-        ("h", 14 * 24 + 1, ["day", "week"]),
+        ("h", 14 * 24 - 1, ["day"]),
+        ("h", 14 * 24, ["day", "week"]),
         ("h", 731 * 24, ["day", "week", "year"]),
         ("D", 400, ["week"]),
         ("W", 106, ["year"]),
@@ -263,7 +263,13 @@ def test_calendar_features_repeat_with_the_day():
     ],
 )
 def test_only_cycles_that_come_again_are_features(freq, rows, cycles):
-    assert calendar_cycles(pd.date_range("2024-01-01", periods=rows, freq=freq)) == cycles
+    times = pd.date_range("2024-01-01", periods=rows, freq=freq)
+    assert calendar_cycles(times) == calendar_cycles(times[::-1]) == cycles
+
+
+def test_a_gap_is_no_cycle():
+    times = pd.date_range("2020-01-01", periods=72, freq="h")
+    assert calendar_cycles(times.append(times + pd.Timedelta(days=1461))) == ["day"]
 
 
 def test_weather_needs_its_oddities_named():

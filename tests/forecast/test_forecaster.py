@@ -30,6 +30,7 @@ def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, cap
     for name, row in result["scores"].items():
         assert f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
     assert 0 <= result["quantiles"]["coverage"] <= 1
+    assert result["config"]["horizon"] == 12 and result["chosen"]["seed"] == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["TSM2"] == result["scores"]["TSM2"]
     for name in ("forecast.png", "errors.png"):
         assert Image.open(tmp_path / name).size[0] > 500
@@ -114,9 +115,10 @@ def test_damaged_folders(trained, tmp_path):
     config.write_text(json.dumps({**saved, "model": {**saved["model"], "dropuot": 2}}))
     with pytest.raises(UserError, match="unknown option dropuot; did you mean dropout"):
         Forecaster.from_pretrained(tmp_path / "f")
-    config.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        Forecaster.from_pretrained(tmp_path / "f")
+    for text in ("{", json.dumps({**saved, "calendar": True}), json.dumps({**saved, "calendar": ["month"]})):
+        config.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            Forecaster.from_pretrained(tmp_path / "f")
 
 
 def test_files_that_do_not_fit_the_model(trained, tmp_path, fails):
@@ -135,17 +137,19 @@ def test_files_that_do_not_fit_the_model(trained, tmp_path, fails):
 
 def test_months_and_irregular_rows_are_continued(tmp_path):
     options = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1)
-    for name, frame, kept, ends in (
-        ("months", make_frame(120, step="MS"), {}, ["2034-01-01", "2034-02-01", "2034-03-01"]),
+    for name, frame, kept, cycle, ends in (
+        ("months", make_frame(120, step="MS"), {}, "year", ["2034-01-01", "2034-02-01", "2034-03-01"]),
         (
             "gap",
             make_frame(121, step="D").drop(index=60),
             {"times": "keep"},
+            "week",
             ["2024-05-01", "2024-05-02", "2024-05-03"],
         ),
     ):
         data = write_csv(tmp_path / f"{name}.csv", frame)
-        run = fit(data=str(data), output=str(tmp_path), device="cpu", **options, **kept)
+        run = fit(data=str(data), output=str(tmp_path), device="cpu", calendar=True, **options, **kept)
+        assert run["calendar"] == [cycle]
         times = predict(data=str(data), checkpoint=run["folder"], output=str(tmp_path / name))["times"]
         assert [str(t.date()) for t in times] == ends
     newest_first = write_csv(tmp_path / "back.csv", make_frame(121, step="D")[::-1])

@@ -320,10 +320,13 @@ CYCLES = {"day": pd.Timedelta(days=1), "week": pd.Timedelta(days=7), "year": pd.
 
 
 def calendar_cycles(times: pd.DatetimeIndex) -> list[str]:
-    """Of day, week and year those of more than one step that the rows hold at least twice: nothing can be learned of
-    another but what does not come again."""
-    step, span = usual_gap(times), times.max() - times.min()
-    return [name for name, length in CYCLES.items() if step is not None and step < length and 2 * length <= span]
+    """Of day, week and year those of more than one step that the rows hold at least twice, gaps not counted: nothing
+    can be learned of another but what does not come again."""
+    step = usual_gap(times.sort_values())
+    if step is None:
+        return []
+    held = min(times.max() - times.min() + step, len(times) * step)
+    return [name for name, length in CYCLES.items() if step < length and 2 * length <= held]
 
 
 def calendar_features(times: pd.DatetimeIndex, cycles: Sequence[str]) -> np.ndarray:

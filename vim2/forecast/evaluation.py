@@ -70,6 +70,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         "scores": scores,
         "ridge_penalty": ridge.penalty,
         "chosen": forecaster.metrics,
+        "config": config.to_dict(),
         "rows": {"train": split.train, "val": split.val, "test": split.test},
         "versions": versions(),
     }

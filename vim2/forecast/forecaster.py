@@ -17,7 +17,7 @@ from ..checkpoints import write_atomically
 from ..classify.options import did_you_mean
 from ..errors import UserError
 from ..tsm2 import TSM2, TSM2Config
-from .data import Scaler, Split, Table, calendar_features, read_table, usual_gap
+from .data import CYCLES, Scaler, Split, Table, calendar_features, read_table, usual_gap
 
 __all__ = ["Forecaster"]
 
@@ -194,7 +194,7 @@ class Forecaster:
                 Scaler(np.array(saved["mean"]), np.array(saved["std"])),
                 saved["future_columns"],
                 Scaler(np.array(saved["future_mean"]), np.array(saved["future_std"])),
-                saved["calendar"],
+                list({name: CYCLES[name] for name in saved["calendar"]}),
                 saved["step"],
                 saved["season"],
                 Split(*saved["split"]) if saved["split"] else None,

@@ -393,7 +393,7 @@ class Run:
         raise UserError(f"The loss became NaN or infinite in epoch {epoch + 1}. {kept} Start again with a lower --lr.")
 
     def save_best(self, row: dict[str, Any]) -> None:
-        self.forecaster.metrics = row
+        self.forecaster.metrics = {**row, "seed": self.options["seed"]}
         try:
             self.forecaster.save_pretrained(self.folder / "best")
         except OSError as error:
@@ -434,6 +434,7 @@ class Run:
             "variates": len(self.table.columns),
             "rows": {"train": split.train, "val": split.val, "test": split.test},
             "windows": {part: len(windows) for part, windows in self.windows.items()},
+            "calendar": self.forecaster.calendar,
             "repairs": self.notes,
             "versions": versions(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
