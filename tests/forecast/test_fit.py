@@ -116,7 +116,7 @@ def test_it_stops_without_progress_and_keeps_the_best_epoch(tmp_path, data):
     run = start(data, tmp_path, lr=0.5, epochs=30, patience=2, experiment="r")
     assert len(run["history"]) == run["best"]["epoch"] + 2 < 30
     kept = Forecaster.from_pretrained(tmp_path / "r").metrics
-    assert kept == run["best"]
+    assert kept == {**run["best"], "seed": 0}
 
 
 def test_the_test_rows_are_never_looked_at(tmp_path, data):
@@ -147,7 +147,7 @@ def test_where_training_only_does_harm_the_start_is_kept(tmp_path, data):
     assert run["best"] == run["start"] and run["best"]["epoch"] == 0 and len(run["history"]) == 2
     assert run["best"]["val_mse"] == pytest.approx(run["baselines"]["ridge"]["val_mse"], rel=1e-4)
     kept = Forecaster.from_pretrained(tmp_path / "r")
-    assert kept.metrics == run["start"] and not kept.model.head.weight.any()
+    assert kept.metrics == {**run["start"], "seed": 0} and not kept.model.head.weight.any()
 
 
 def test_an_epoch_must_be_better_than_the_start_by_more_than_chance(tmp_path, data):

@@ -39,7 +39,7 @@ class Forecaster:
         season: Steps of a season, for the seasonal naive forecast.
         split: Rows that it was trained, validated and is to be tested on.
         reading: Options of `read_table` that it was trained with, but for the columns.
-        metrics: What training reported of the chosen epoch.
+        metrics: What training reported of the chosen epoch, and its seed.
     """
 
     model: TSM2
