@@ -194,7 +194,7 @@ class Forecaster:
                 Scaler(np.array(saved["mean"]), np.array(saved["std"])),
                 saved["future_columns"],
                 Scaler(np.array(saved["future_mean"]), np.array(saved["future_std"])),
-                list({name: CYCLES[name] for name in saved["calendar"]}),
+                list({name: CYCLES[name] for name in saved["calendar"]}),  # a KeyError tells unknown ones
                 saved["step"],
                 saved["season"],
                 Split(*saved["split"]) if saved["split"] else None,

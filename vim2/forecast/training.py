@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
@@ -182,7 +181,11 @@ class Run:
         if unused := len(self.table) - split.train - split.val - split.test:
             self.notes.append(f"The last {unused} rows are not used: the split ends before them.")
         future_scaler = Scaler.fit(self.table.future[: split.train]) if futures else None
-        cycles = self.find_cycles(self.table.times[: split.train]) if o["calendar"] else []
+        cycles = calendar_cycles(self.table.times[: split.train]) if o["calendar"] else []
+        if o["calendar"] and not cycles:
+            raise UserError(
+                "The rows to train on hold no cycle of the calendar (day, week, year) twice: leave out --calendar."
+            )
         config = model_config(o, len(futures) + 2 * len(cycles))
         step = self.table.step
         self.forecaster = Forecaster(
@@ -202,14 +205,6 @@ class Run:
             part: Windows(values, o["lookback"], o["horizon"], *split.borders(part, o["lookback"]), future)
             for part in ("train", "val")
         }
-
-    def find_cycles(self, times: pd.DatetimeIndex) -> list[str]:
-        if not (cycles := calendar_cycles(times)):
-            raise UserError(
-                "The rows to train on hold no cycle of the calendar (day, week, year) twice: leave out --calendar."
-            )
-        self.notes.append(f"Calendar features: {', '.join(f'time of {name}' for name in cycles)}.")
-        return cycles
 
     def create_model(self) -> None:
         o = self.options
@@ -282,6 +277,8 @@ class Run:
         o, split = self.options, self.forecaster.split
         for note in self.notes:
             say(note)
+        if cycles := self.forecaster.calendar:
+            say(f"Calendar features: {', '.join(f'time of {name}' for name in cycles)}.")
         counts = f"{len(self.windows['train']):,} to train on, {len(self.windows['val']):,} to validate on"
         parameters = sum(p.numel() for p in self.model.parameters())
         say(

@@ -322,10 +322,10 @@ def _forward_plan(
     for tile, count in zip(tiles[:2], programs):
         if count >= fill:
             return tile, False, chunk
-    if length <= CHUNK or (chunk == CHUNK and length > CHUNK * MAX_CHUNKS):
+    steps = -(-length * programs[0] // (8 * max(fill, 1)) // CHUNK) * CHUNK if chunk == length else CHUNK
+    if length <= CHUNK or length > steps * MAX_CHUNKS:
         return tiles[-1], False, chunk
-    steps = -(-length * programs[0] // (8 * max(fill, 1)) // CHUNK) * CHUNK
-    return tiles[0], True, steps if chunk == length else CHUNK
+    return tiles[0], True, steps
 
 
 def forward_registers(tile: dict[str, int]) -> int | None:
