@@ -10,6 +10,8 @@ import math
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
 
 from .reference import ORDERS
 
@@ -20,10 +22,21 @@ _LN2 = np.float32(math.log(2))
 _LOG2E = np.float32(1 / math.log(2))
 _EXP2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 
-# Without "reassoc": loops that are compiled in two forms, chosen by addresses, would round differently in each.
-_FAST = {"nsz", "arcp", "contract"}
+# Loops are compiled in two forms, by vectors and not, and addresses decide between them. To round alike in both, sums
+# of products are fused where `_fma` says so; the compiler may neither fuse others ("contract") nor reorder ("reassoc").
+_FAST = {"nsz"}
 _jit = numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
 _kernel = numba.njit(fastmath=_FAST, error_model="numpy", parallel=True, cache=True)
+
+
+@intrinsic
+def _fma(context, a, b, c):
+    """a b + c, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 @_jit
@@ -33,13 +46,13 @@ def _exp2(x):
     whole = np.floor(x + np.float32(0.5))
     f = x - whole
     p = _EXP2[7]
-    p = p * f + _EXP2[6]
-    p = p * f + _EXP2[5]
-    p = p * f + _EXP2[4]
-    p = p * f + _EXP2[3]
-    p = p * f + _EXP2[2]
-    p = p * f + _EXP2[1]
-    p = p * f + _EXP2[0]
+    p = _fma(p, f, _EXP2[6])
+    p = _fma(p, f, _EXP2[5])
+    p = _fma(p, f, _EXP2[4])
+    p = _fma(p, f, _EXP2[3])
+    p = _fma(p, f, _EXP2[2])
+    p = _fma(p, f, _EXP2[1])
+    p = _fma(p, f, _EXP2[0])
     return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
@@ -49,12 +62,12 @@ def _softplus(x):
     z = e / (np.float32(2) + e)  # log(1 + e) = 2 artanh(z), z <= 1/3
     s = z * z
     p = np.float32(1 / 13)
-    p = p * s + np.float32(1 / 11)
-    p = p * s + np.float32(1 / 9)
-    p = p * s + np.float32(1 / 7)
-    p = p * s + np.float32(1 / 5)
-    p = p * s + np.float32(1 / 3)
-    return max(x, np.float32(0)) + np.float32(2) * z * (p * s + np.float32(1))
+    p = _fma(p, s, np.float32(1 / 11))
+    p = _fma(p, s, np.float32(1 / 9))
+    p = _fma(p, s, np.float32(1 / 7))
+    p = _fma(p, s, np.float32(1 / 5))
+    p = _fma(p, s, np.float32(1 / 3))
+    return _fma(np.float32(2) * z, _fma(p, s, np.float32(1)), max(x, np.float32(0)))
 
 
 @numba.njit(fastmath={*_FAST, "reassoc"}, error_model="numpy")
@@ -104,9 +117,9 @@ def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplu
                     for i in range(n):
                         bi, ci = B[b, p, k, i], C[b, p, k, i]
                         for e in range(size):
-                            s = _exp2(dt[e] * A[k, i, first + e]) * h[i, e] + du[e] * bi
+                            s = _fma(_exp2(dt[e] * A[k, i, first + e]), h[i, e], du[e] * bi)
                             h[i, e] = s
-                            out[e] += s * ci
+                            out[e] = _fma(s, ci, out[e])
                     for e in range(size):
                         y[b, p, k, first + e] = out[e]
                 if last.shape[0] > 0:
@@ -158,7 +171,7 @@ def _backward(
                     for i in range(n):
                         bi = B[b, p, k, i]
                         for e in range(size):
-                            h[i, e] = _exp2(dts[0, e] * A[k, i, first + e]) * h[i, e] + du[e] * bi
+                            h[i, e] = _fma(_exp2(dts[0, e] * A[k, i, first + e]), h[i, e], du[e] * bi)
                 g[:] = 0
                 ga[:] = 0
                 gd[:] = 0
@@ -182,7 +195,7 @@ def _backward(
                             for e in range(size):
                                 a = _exp2(dts[r, e] * A[k, i, first + e])
                                 decays[r, i, e] = a
-                                states[r + 1, i, e] = a * states[r, i, e] + du[e] * bi
+                                states[r + 1, i, e] = _fma(a, states[r, i, e], du[e] * bi)
                     for r in range(steps - 1, -1, -1):
                         p = _position(begin + r, order, height, width)
                         for e in range(size):
@@ -193,31 +206,27 @@ def _backward(
                             bi, ci = B[b, p, k, i], C[b, p, k, i]
                             for e in range(size):
                                 y = gy[b, p, ky, first + e]
-                                after = g[i, e] + ci * y  # the adjoint of the state after this step
+                                after = _fma(ci, y, g[i, e])  # the adjoint of the state after this step
                                 products_c[e] = y * states[r + 1, i, e]
                                 products_b[e] = after * du[e]
-                                ginput[e] += after * bi
+                                ginput[e] = _fma(after, bi, ginput[e])
                                 before = after * decays[r, i, e]  # and of the state before it
                                 exponent = before * states[r, i, e]
-                                gdt[e] += exponent * A[k, i, first + e]
-                                ga[i, e] += exponent * dts[r, e]
+                                gdt[e] = _fma(exponent, A[k, i, first + e], gdt[e])
+                                ga[i, e] = _fma(exponent, dts[r, e], ga[i, e])
                                 g[i, e] = before
                             sum_b, sum_c = _sums(products_b, products_c, size)
                             gB[b, p, k, i] += sum_b
                             gC[b, p, k, i] += sum_c
-                        # One product of each sum apart, too: which of two becomes part of a fused multiply-add may
-                        # differ between the loop's forms.
-                        for e in range(size):
-                            products_b[e] = D[k, first + e] * gy[b, p, ky, first + e]
-                            products_c[e] = _LN2 * gdt[e]
                         for e in range(size):
                             v = u[b, p, ku, first + e]
-                            gu[b, p, k, first + e] = dts[r, e] * ginput[e] + products_b[e]
-                            gd[e] += gy[b, p, ky, first + e] * v
-                            x = v * ginput[e] + products_c[e]
+                            y = gy[b, p, ky, first + e]
+                            gu[b, p, k, first + e] = _fma(dts[r, e], ginput[e], D[k, first + e] * y)
+                            gd[e] = _fma(y, v, gd[e])
+                            x = _fma(v, ginput[e], _LN2 * gdt[e])
                             if softplus:
                                 d = dts[r, e]  # sigmoid = 1 - exp(-softplus), by its series where that would cancel
-                                small = d * (np.float32(1) - d * (np.float32(0.5) - d * np.float32(1 / 6)))
+                                small = d * _fma(-d, _fma(-d, np.float32(1 / 6), np.float32(0.5)), np.float32(1))
                                 x *= small if d < np.float32(0.01) else np.float32(1) - _exp2(-d * _LOG2E)
                             gdelta[b, p, k, first + e] = x
                             gb[e] += x
