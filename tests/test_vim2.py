@@ -265,6 +265,15 @@ def test_layer_decay_covers_every_parameter(model):
     assert by_name["head.fc.weight"] == 1.0
 
 
+def test_autocast_leaves_float64_as_it_is(model):
+    """As it does PyTorch's own layers."""
+    model.double()
+    x = images(2, 3, 64, 64, dtype=torch.float64)
+    plain = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_stays_close_and_finite(model, dtype):
     x = images(2, 3, 64, 64)

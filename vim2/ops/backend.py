@@ -76,8 +76,11 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to linear layers on this tensor's device, None where it is off."""
+    """The dtype in which linear layers take this tensor under autocast, None where they take it as it is: with autocast
+    off, and float64."""
     device = tensor.device.type
-    if tensor.is_meta or not torch.is_autocast_enabled(device):  # is_autocast_available breaks graphs of 2.11
+    if tensor.is_meta or tensor.dtype == torch.float64:
+        return None
+    if not torch.is_autocast_enabled(device):  # is_autocast_available breaks graphs of 2.11
         return None
     return torch.get_autocast_dtype(device)
