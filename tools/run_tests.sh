@@ -8,4 +8,6 @@ cd "$ROOT"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+# up to eight tests side by side, each on one processor
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"

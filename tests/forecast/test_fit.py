@@ -88,10 +88,11 @@ def test_a_killed_process_goes_on(tmp_path, data):
     argv = [*map(str, argv), "--epochs", "400", "--patience", "400"]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.pth").exists() and time.monotonic() < until:
+    while not (tmp_path / "run" / "last.pth").exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    _, errors = process.communicate()
+    assert (tmp_path / "run" / "last.pth").exists(), errors.decode()
     done = len(read_checkpoint(tmp_path / "run" / "last.pth")["history"])
     assert done >= 1
     with pytest.raises(UserError, match=r"run with --epochs 400, not 3"):
