@@ -11,6 +11,11 @@ TOOLS = Path(__file__).parents[2] / "tools"
 TINY = ["--horizon", "12", "--lookback", "48", "--d-model", "4", "--d-state", "2", "--device", "cpu", "--lr", "2e-3"]
 
 
+def environment() -> dict[str, str]:
+    """For a tool in a process of its own: the package of this checkout, and one thread."""
+    return {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
+
+
 def make_frame(rows: int = 400, start: str = "2024-01-01", step: str = "h", seed: int = 0) -> pd.DataFrame:
     """Three hourly series with a daily season, and a column that is known ahead."""
     t, noise = np.arange(rows), np.random.default_rng(seed).normal(size=(3, rows))

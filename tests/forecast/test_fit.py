@@ -11,7 +11,7 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 import numpy as np
 import pandas as pd
 import torch
-from forecast_helpers import TINY, TOOLS, make_frame, write_csv
+from forecast_helpers import TINY, TOOLS, environment, make_frame, write_csv
 
 import vim2.forecast.training
 from vim2.checkpoints import read_checkpoint
@@ -86,14 +86,15 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, op
 def test_a_killed_process_goes_on(tmp_path, data):
     argv = [sys.executable, TOOLS / "forecast.py", "fit", data, *TINY, "--output", tmp_path, "--experiment", "run"]
     argv = [*map(str, argv), "--epochs", "400", "--patience", "400"]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    last = tmp_path / "run" / "last.pth"
     until = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.pth").exists() and process.poll() is None and time.monotonic() < until:
+    while not last.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
-    assert (tmp_path / "run" / "last.pth").exists(), errors.decode()
-    done = len(read_checkpoint(tmp_path / "run" / "last.pth")["history"])
+    assert last.exists(), errors.decode()
+    done = len(read_checkpoint(last)["history"])
     assert done >= 1
     with pytest.raises(UserError, match=r"run with --epochs 400, not 3"):
         start(data, tmp_path, experiment="run", resume=True, epochs=3)

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 
 import numpy as np
 import pandas as pd
-from forecast_helpers import TOOLS
+from forecast_helpers import TOOLS, environment
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,8 @@ def folder(tmp_path_factory):
 
 
 def results_tool(*argv) -> str:
-    env = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOOLS / "forecast_results.py"), *map(str, argv)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def test_search_then_run_then_table_cell_by_cell(folder, tmp_path):
