@@ -79,8 +79,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype in which linear layers take this tensor under autocast, None where they take it as it is: with autocast
     off, and float64."""
     device = tensor.device.type
-    if tensor.is_meta or tensor.dtype == torch.float64:
-        return None
-    if not torch.is_autocast_enabled(device):  # is_autocast_available breaks graphs of 2.11
+    # not by is_autocast_available, which breaks graphs of 2.11
+    if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
