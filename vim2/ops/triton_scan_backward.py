@@ -6,6 +6,8 @@ The CR channels of a thread are a row [LANES, CR] here, and a tile is a tuple of
 vectors, and less to compile for Triton, which takes a time quadratic in a kernel's operations.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -128,6 +130,20 @@ def _store_tile(at, row, tile, exists, NR: tl.constexpr, CR: tl.constexpr):
 
 
 @triton.jit
+def _discard(at):
+    """Of what no lane reads again: tells the cache that the lines of 128 bytes at these addresses, one a lane, need not
+    go to memory."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; discard.global.L2 [$1], 128; bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(tl.uint64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _decays(size, A, NR: tl.constexpr, FAST: tl.constexpr):
     decays = ()
     for i in tl.static_range(NR):
@@ -240,7 +256,7 @@ def _backward_kernel(
     orders, batch, repeats, L, H, W, E, N_STATES, K, part_row, chunks,
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k, gy_b, gy_l, gy_k,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr, LOCAL: tl.constexpr,
-    LAST: tl.constexpr, FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, FAST: tl.constexpr, DISCARD: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,
 ):  # fmt: skip
     """Walks chunk by chunk from the end. In a chunk, a first pass recomputes the states, keeps those before every
@@ -283,8 +299,10 @@ def _backward_kernel(
     in_tile = sw * (tl.cast(K, OFFSET) * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    scratch_at = scratch_ptr + program * ((CHUNK // UNROLL) * NR * CR * LANES)
-    scratch_at += lane[:, None] * CR + tl.arange(0, CR)[None, :]
+    KEPT: tl.constexpr = NR * CR * LANES  # a tile: so many lines of 128 bytes as a lane has states
+    program_scratch = scratch_ptr + program * (CHUNK // UNROLL * KEPT)
+    scratch_at = program_scratch + (lane[:, None] * CR + tl.arange(0, CR)[None, :])
+    scratch_lines = program_scratch + tl.minimum(lane, NR * CR - 1) * LANES
 
     existing = ()  # channels of the lanes' states
     for v in tl.static_range(NR):
@@ -434,6 +452,8 @@ def _backward_kernel(
                             tl.store(gu_ptr + row + v, gu.to(gu_ptr.dtype.element_ty), mask=mask)
                             tl.store(gdelta_ptr + row + v, gdt.to(gdelta_ptr.dtype.element_ty), mask=mask)
                         gbias = biases
+                if DISCARD and not LOCAL:  # else all of it goes to memory, sooner or later
+                    _discard(scratch_lines + (subs - 1 - i) * KEPT)
 
         if LOCAL:
             at_chunk = state_row + tl.cast(last_chunk - 1, tl.int64) * (N_STATES * E)
@@ -460,6 +480,12 @@ def _tile_shape(n: int, features: int) -> dict[str, int]:
     CR = min(triton.next_power_of_2(features), 4)
     CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
     return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=LANES.value // (NL * CE))
+
+
+@functools.lru_cache(None)
+def _can_discard(device: torch.device) -> bool:
+    """Whether the GPU knows the instruction: from compute capability 8.0 on."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def selective_scan_triton_backward(
@@ -511,7 +537,7 @@ def selective_scan_triton_backward(
     )  # fmt: skip
     options = dict(
         CHUNK=CHUNK, UNROLL=UNROLL, SOFTPLUS=delta_softplus, LAST=end.numel() > 0, FAST=not INTERPRETED,
-        LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B, grad_C, starts),
+        DISCARD=_can_discard(u.device), LARGE=is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B, grad_C, starts),
         WIDE=full and tile["NR"] == tile["CR"] == 4 and all(map(in_words, (u, dt, B, C, grad_y))),
         num_warps=1, **tile,
     )  # fmt: skip
