@@ -107,10 +107,11 @@ class S6(nn.Module):
             self.A_log.copy_(states.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(batch, *spatial, E), or (batch, *spatial, K, E) with separate inputs, -> (batch, *spatial, E)."""
+    def forward(self, u: Tensor, merge: bool = True) -> Tensor:
+        """(batch, *spatial, E), or (batch, *spatial, K, E) with separate inputs, -> (batch, *spatial, E), or without
+        merge the K outputs before they are summed, (batch, *spatial, K, E)."""
         parameters = (self.x_proj_weight, self.A_log, self.D, self.dt_proj_bias, self.dt_proj_weight)
-        return projected_scan(u, *parameters, self.orders, self.separate_inputs)
+        return projected_scan(u, *parameters, self.orders, self.separate_inputs, merge)
 
 
 class SelectiveTokenMixer(nn.Module):
@@ -138,8 +139,9 @@ class SelectiveTokenMixer(nn.Module):
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         value = depthwise_conv_silu(value, self.conv.weight, self.conv.bias)
+        y = self.s6(value, merge=False).unsqueeze(-3)
         norm = self.out_norm
-        return self.out_proj(norm_gate(self.s6(value), gate, norm.weight, norm.bias, norm.eps))
+        return self.out_proj(norm_gate(y, gate, norm.weight, norm.bias, norm.eps))
 
 
 class SelectiveChannelMixer(nn.Module):
@@ -192,8 +194,8 @@ class SelectiveChannelMixer(nn.Module):
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         steps = value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2)
-        y = self.s6(directional_conv_silu(steps, self.conv.weight, self.conv.bias)).reshape(gate.shape)
-        return self.out_proj(norm_gate(y, gate))
+        y = self.s6(directional_conv_silu(steps, self.conv.weight, self.conv.bias), merge=False)
+        return self.out_proj(norm_gate(y.unflatten(0, gate.shape[:-1]), gate))
 
 
 class WeightedAverage(nn.Module):

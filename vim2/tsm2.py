@@ -203,8 +203,8 @@ class VariateMixer(nn.Module):
         """(batch, variates, patches, dim) -> (batch, variates, patches, dim)."""
         x = x.transpose(1, 2)
         value, gate = self.in_proj(x).flatten(0, 1).chunk(2, dim=-1)
-        y = self.s6(directional_conv_silu(value, self.conv.weight, self.conv.bias))
-        return self.out_proj(norm_gate(y, gate)).unflatten(0, x.shape[:2]).transpose(1, 2)
+        y = self.s6(directional_conv_silu(value, self.conv.weight, self.conv.bias), merge=False)
+        return self.out_proj(norm_gate(y.unsqueeze(-3), gate)).unflatten(0, x.shape[:2]).transpose(1, 2)
 
 
 class FeatureNorm(nn.BatchNorm1d):

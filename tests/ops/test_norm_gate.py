@@ -11,8 +11,9 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
-def make(width, norm=True, rows=(2, 3, 5), dtype=torch.float32, parameter_dtype=torch.float32):
-    """y, the projection whose second half is the gate, and the norm's weight and bias."""
+def make(width, norm=True, rows=(2, 3, 5), dtype=torch.float32, parameter_dtype=torch.float32, directions=None):
+    """y, the projection whose second half is the gate, and the norm's weight and bias. With directions, (G, K), y is
+    of K directions and G groups of channels."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape, dtype):
@@ -20,7 +21,8 @@ def make(width, norm=True, rows=(2, 3, 5), dtype=torch.float32, parameter_dtype=
         return t.to(DEVICE, dtype).requires_grad_()
 
     parameters = [randn(width, dtype=parameter_dtype) for _ in range(2)] if norm else []
-    return [randn(*rows, width, dtype=dtype), randn(*rows, 2 * width, dtype=dtype), *parameters]
+    of_y = (*directions, width // directions[0]) if directions else (width,)
+    return [randn(*rows, *of_y, dtype=dtype), randn(*rows, 2 * width, dtype=dtype), *parameters]
 
 
 def run(inputs, backend, **kwargs):
@@ -32,6 +34,8 @@ def expected(inputs, eps=1e-5):
     """The definition, in float64, and copies of the inputs to differentiate by."""
     y, projection, *norm = copies = [t.detach().double().requires_grad_() for t in inputs]
     gate = projection.chunk(2, dim=-1)[1]
+    if y.dim() > gate.dim():
+        y = y.sum(-2).flatten(-2)
     if norm:
         centred = y - y.mean(-1, keepdim=True)
         y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * norm[0] + norm[1]
@@ -62,6 +66,26 @@ def assert_close_to_definition(inputs, backend, bound, **kwargs):
 @pytest.mark.parametrize("width", [5, 24, 33, 192, 300])
 def test_is_the_gated_norm(width, norm, backend):
     assert_close_to_definition(make(width, norm), backend, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("width, directions", [(48, (1, 4)), (48, (3, 2)), (15, (5, 2)), (7, (1, 1))])
+def test_sums_over_directions(width, directions, norm, backend):
+    inputs = make(width, norm, directions=directions)
+    assert_close_to_definition(inputs, backend, 1e-6)
+    with torch.no_grad():  # which keeps no sum
+        assert torch.equal(run(inputs, backend), run([t.detach() for t in inputs], backend))
+        assert relative_error(run(inputs, backend), expected(inputs)[0]) < 1e-6
+
+
+@needs_triton
+def test_sums_over_directions_are_rounded_once():
+    inputs = make(48, dtype=torch.bfloat16, directions=(1, 4))
+    bound = 2**-8 if DEVICE == "cuda" else 2**-7  # Triton's interpreter truncates
+    assert relative_error(run(inputs, "triton"), expected(inputs)[0]) < bound
+    for a, e in zip(gradients(run(inputs, "triton"), inputs), gradients(*expected(inputs)), strict=True):
+        assert relative_error(a, e) < 2 * bound  # the backward pass has a sum that was rounded, too
 
 
 def test_float64_is_exact():
@@ -161,7 +185,7 @@ def test_extreme_values(backend):
 @pytest.mark.parametrize("norm", [True, False])
 def test_every_output_is_written(norm, monkeypatch):
     """Memory that torch.empty hands out is poisoned with NaN; none may survive."""
-    inputs = make(33, norm, rows=(7,))
+    inputs = make(33, norm, rows=(7,), directions=(3, 2))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     output = run(inputs, "triton")
@@ -187,17 +211,20 @@ def test_no_rows(backend):
 
 
 @needs_triton
+@pytest.mark.parametrize("directions", [None, (3, 2)])
 @pytest.mark.parametrize("norm", [True, False])
-def test_operator_is_registered_correctly(norm):
-    y, projection, *parameters = make(12, norm, rows=(2, 3))
+def test_operator_is_registered_correctly(norm, directions):
+    y, projection, *parameters = make(12, norm, rows=(2, 3), directions=directions)
     gate = projection.detach().chunk(2, dim=-1)[1].requires_grad_()
     parameters = parameters or [None, None]
-    torch.library.opcheck(torch.ops.vim2.norm_gate, (y, gate, *parameters, 1e-5, torch.float32))
+    keeps = directions is not None
+    torch.library.opcheck(torch.ops.vim2.norm_gate, (y, gate, *parameters, 1e-5, torch.float32, keeps))
 
 
+@pytest.mark.parametrize("directions", [None, (3, 2)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_graph_breaks(backend):
-    inputs = make(12, rows=(2, 3))
+def test_compiles_without_graph_breaks(backend, directions):
+    inputs = make(12, rows=(2, 3), directions=directions)
 
     def loss(*inputs):
         return run(inputs, backend).square().sum()
@@ -209,7 +236,8 @@ def test_compiles_without_graph_breaks(backend):
 
 
 BAD_INPUTS = {
-    "gate": (dict(gate=torch.zeros(2, 5)), r"must both be \(..., E\), got \(2, 4\) and \(2, 5\)"),
+    "gate": (dict(gate=torch.zeros(2, 5)), r"must both be \(..., E\), .*, got \(2, 4\) and \(2, 5\)"),
+    "directions": (dict(y=torch.zeros(2, 2, 3, 4)), r"with E = G P, got \(2, 2, 3, 4\) and \(2, 4\)"),
     "scalar": (dict(y=torch.zeros(()), gate=torch.zeros(())), r"must both be \(..., E\)"),
     "weight": (dict(norm_weight=torch.ones(5)), r"both be \(4,\) or both None; norm_weight is \(5,\)"),
     "bias": (dict(norm_bias=torch.ones(4, 1)), r"norm_bias is \(4, 1\)"),

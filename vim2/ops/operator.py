@@ -1,8 +1,14 @@
-"""How the forward operators are registered."""
+"""How the forward operators are registered, and whether what they keep will be needed."""
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+
+def needs_backward(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def operator(name: str) -> Callable:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import autocast_dtype, autocast_off, resolve_backend
-from .operator import operator
-from .selective_scan import check_orders, needs_backward, scan_flat, scan_flat_backward
+from .operator import needs_backward, operator
+from .selective_scan import check_orders, scan_flat, scan_flat_backward
 
 
 def projected_scan(
@@ -24,6 +24,7 @@ def projected_scan(
     delta_weight: Tensor,
     orders: Sequence[str],
     separate_inputs: bool = False,
+    merge: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """`selective_scan` with B, C and delta linear in u (arXiv 2312.00752, section 3.2), and A = -exp(A_log).
@@ -37,10 +38,11 @@ def projected_scan(
         delta_weight: (K, E, R).
         orders: K directions.
         separate_inputs: Whether every direction has an input of its own.
+        merge: Whether to sum over directions.
         backend: See `vim2.ops.backend.resolve_backend`.
 
     Returns:
-        (batch, *spatial, E) in u's dtype.
+        (batch, *spatial, E) in u's dtype, or without merge (batch, *spatial, K, E).
 
     Raises:
         ValueError: Shapes that do not fit together, an unknown order or backend, an empty batch or map.
@@ -54,9 +56,9 @@ def projected_scan(
     if torch.compiler.is_compiling() or not needs_backward(*tensors):
         projected = project(flat, matrix, A.shape[0])  # compilers decide what they keep
         operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
-        y, _ = scan_flat(operands, orders, spatial, backend, needs_backward(*tensors))
+        y, _ = scan_flat(operands, orders, spatial, merge, backend, needs_backward(*tensors))
     else:
-        y = _ProjectedScan.apply(*tensors, orders, spatial, backend)
+        y = _ProjectedScan.apply(*tensors, orders, spatial, merge, backend)
     return y.unflatten(1, spatial)
 
 
@@ -149,11 +151,11 @@ def _operands(
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, spatial, backend):
+    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, orders, spatial, merge, backend):
         ctx.autocast = autocast_dtype(u)
         ctx.options = (orders, spatial, backend)
         operands = _operands(u, project(u, weight, A.shape[0]), A, D, delta_bias, delta_weight)
-        y, starts = scan_flat(operands, *ctx.options, True)
+        y, starts = scan_flat(operands, orders, spatial, merge, backend, True)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y
 
@@ -168,7 +170,7 @@ class _ProjectedScan(torch.autograd.Function):
         grad_u, *others = scan_flat_backward(grad_y, starts, operands, *ctx.options, _split(grad_projected, A))
         with autocast_off(u):
             grad_u, grad_weight = project_backward(grad_projected, u, weight, grad_u)
-        return grad_u, grad_weight, *others, None, None, None
+        return grad_u, grad_weight, *others, None, None, None, None
 
 
 @operator("vim2::scan_parameters")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_off, resolve_backend
-from .operator import operator
+from .operator import needs_backward, operator
 from .reference import ORDERS, compute_dtype, selective_scan_chunked, selective_scan_chunked_backward
 
 FORWARD = ("forward",)
@@ -88,11 +88,17 @@ def selective_scan(
 
 
 def scan_flat(
-    tensors: Sequence[Tensor], orders: Sequence[str], spatial: Sequence[int], backend: str | None, keeps: bool
+    tensors: Sequence[Tensor],
+    orders: Sequence[str],
+    spatial: Sequence[int],
+    merge: bool,
+    backend: str | None,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` of u, delta, A, B, C, D, delta_bias and delta_weight, unchecked, where (batch, L, ...) are
-    sequences or maps of size `spatial`. Returns also the states that are kept, if a backward pass is to follow."""
-    y, _, starts = _scan(tensors, True, orders, *_height_and_width(spatial), True, False, backend, keeps)
+    sequences or maps of size `spatial`; without `merge`, of each direction, (batch, L, K, E). Returns also the states
+    that are kept, if a backward pass is to follow."""
+    y, _, starts = _scan(tensors, True, orders, *_height_and_width(spatial), merge, False, backend, keeps)
     return y, starts
 
 
@@ -224,11 +230,6 @@ def _height_and_width(spatial):
     return spatial if len(spatial) == 2 else (1, *spatial)
 
 
-def needs_backward(*tensors: Tensor) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def _scan(tensors, delta_softplus, orders, height, width, merge, with_last, backend, keeps):
     backend = resolve_backend(backend, *tensors, scan=True)
     # the kernels keep states inside the sequence for a backward pass only; PyTorch's and Numba's forms never do
@@ -339,6 +340,8 @@ def _selective_scan_backward(
     """Gradients for u, A, D, delta_bias and delta_weight; those for B, C and delta are written to the last arguments,
     which may be parts of one tensor. With a delta_weight grad_delta may be wider than delta: the rest is zeroed."""
     options = (delta_softplus, tuple(ORDERS[i] for i in orders), height, width)
+    if grad_y.dim() == 4 and grad_y.stride(2) == 0:  # one gradient for all directions
+        grad_y = grad_y[:, :, 0]
     with autocast_off(u):
         if backend == "triton":
             from .triton_scan_backward import selective_scan_triton_backward

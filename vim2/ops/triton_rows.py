@@ -129,21 +129,28 @@ def _layer_norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_kernel(
-    y_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, rows, E, gate_stride, eps,
-    NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    y_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, total_ptr, rows, E, gate_stride, P, eps,
+    NORM: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """Rows of y are (E / P, K, P), to be summed over K; with KEEP the sums are written, too."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E
     if NORM:
         weight = tl.load(weight_ptr + e, mask=column_in, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+    in_y = r[:, None] * (K * E) + (e if K == 1 else e // P * (K * P) + e % P)
     start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS  # rows in 64 bits, offsets in the tile in 32
     for first in range(start, rows, tl.num_programs(0) * BLOCK_ROWS):
         row_in = first + r < rows
         tile_in = row_in[:, None] & column_in
         in_tile = r[:, None] * E + e
-        y = tl.load(y_ptr + first * E + in_tile, mask=tile_in, other=0.0).to(tl.float32)
+        y_at = y_ptr + first * (K * E) + in_y
+        y = tl.load(y_at, mask=tile_in, other=0.0).to(tl.float32)
+        for k in tl.static_range(1, K):
+            y += tl.load(y_at + k * P, mask=tile_in, other=0.0).to(tl.float32)
+        if KEEP:
+            tl.store(total_ptr + first * E + in_tile, y.to(total_ptr.dtype.element_ty), mask=tile_in)
         gate_at = gate_ptr + first * gate_stride + (r[:, None] * gate_stride + e)
         gate = tl.load(gate_at, mask=tile_in, other=0.0).to(tl.float32)
         if NORM:
@@ -353,20 +360,23 @@ def layer_norm_triton_backward(
 
 
 def norm_gate_triton(
-    y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm."""
+    y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm, and y's sum over
+    directions if it `keeps` that, else (0,)."""
+    lanes, patch = y.shape[-2:] if y.dim() > gate.dim() else (1, gate.shape[-1])
     y, gate_rows = y.contiguous(), _rows(gate)
     weight, bias = _contiguous(weight, bias)
     rows, width = gate_rows.shape
-    out = torch.empty(y.shape, dtype=dtype, device=y.device)
-    statistics = _statistics(y, weight is not None)
+    out = torch.empty(gate.shape, dtype=dtype, device=y.device)
+    total = torch.empty(gate.shape if keeps else (0,), dtype=y.dtype, device=y.device)
+    statistics = _statistics(out, weight is not None)
     tile = _tile(width, 16)
     if rows:
-        arguments = (y, gate_rows, weight, bias, out, statistics, rows, width, gate_rows.stride(0), eps)
+        arguments = (y, gate_rows, weight, bias, out, statistics, total, rows, width, gate_rows.stride(0), patch, eps)
         programs = _programs(rows, tile["BLOCK_ROWS"], FORWARD_PROGRAMS, y.device)
-        launch(_norm_gate_kernel, (programs,), arguments, NORM=weight is not None, **tile)
-    return out, statistics
+        launch(_norm_gate_kernel, (programs,), arguments, NORM=weight is not None, K=lanes, KEEP=keeps, **tile)
+    return out, statistics, total
 
 
 def norm_gate_triton_backward(

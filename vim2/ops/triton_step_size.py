@@ -144,6 +144,8 @@ def _sum(x: Tensor, out: Tensor, parts: int, rows: int, E: int, part_stride: int
 def sum_lanes(x: Tensor) -> Tensor:
     """(batch, L, K, E), contiguous -> (batch, L, E), in x's dtype, added in float32."""
     batch, length, lanes, features = x.shape
+    if lanes == 1:
+        return x.squeeze(2)
     out = torch.empty(batch, length, features, dtype=x.dtype, device=x.device)
     _sum(x, out, lanes, batch * length, features, features, lanes * features, features)
     return out
