@@ -240,6 +240,7 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
         ("--profile --ops", "give one of them"),
         ("--profile --torchcompile", "eager models"),
         ("--device cpu --compilations", "give --torchcompile"),
+        ("--torchcompile-mode reduce-overhead", "wants --torchcompile"),
         ("--plot --profile --output x", "--plot draws"),
         ("--device cpu --ops mamba_ssm", "The mamba_ssm backend needs"),
     ],

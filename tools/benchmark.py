@@ -36,6 +36,8 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -122,7 +124,7 @@ def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callabl
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     if args.torchcompile:
         torch._dynamo.reset()  # else the limit on recompilations would end compiling after a few models
-    run = torch.compile(model) if args.torchcompile else model
+    run = torch.compile(model, mode=args.torchcompile_mode) if args.torchcompile else model
 
     def infer(image: Tensor) -> None:
         if model.training:
@@ -472,7 +474,9 @@ def machine(args: argparse.Namespace) -> dict[str, str]:
         versions += f", CUDA {torch.version.cuda}"
     else:
         hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    settings = f"amp {args.amp}, {'torch.compile' if args.torchcompile else 'eager'}"
+    settings = f"amp {args.amp}, {f'torch.compile ({args.torchcompile_mode})' if args.torchcompile else 'eager'}"
+    if args.torchcompile and inductor_config.freezing:
+        settings += ", weights frozen in inference"
     settings += ", channels_last" if args.channels_last else ""
     if backend := os.environ.get("VIM2_SCAN_BACKEND"):
         settings += f", VIM2_SCAN_BACKEND={backend}"
@@ -606,6 +610,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=tuple(AMP), default="off", help="autocast's type (with --ops, the activations'); default off")
     add("--channels-last", action="store_true", help="models and images in torch.channels_last")
     add("--torchcompile", action="store_true", help="compile the models")
+    modes = "torch.compile's mode; TORCHINDUCTOR_FREEZING=1 in the environment also freezes the weights in inference"
+    add("--torchcompile-mode", choices=tuple(list_mode_options()), default="default", help=modes)
     add("--infer", action="store_true", help="measure inference only")
     add("--train", action="store_true", help="measure training only")
     add("--count", action="store_true", help="parameters and FLOPs only, no times")
@@ -628,6 +634,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--ops, --profile and --compilations are measured apart: give one of them.")
     if args.profile and args.torchcompile:
         raise UserError("--profile shows the operators of eager models: leave out --torchcompile.")
+    if args.torchcompile_mode != "default" and not args.torchcompile:
+        raise UserError("--torchcompile-mode wants --torchcompile.")
     if args.compilations and args.device_type == "cpu" and not args.torchcompile:
         raise UserError("--compilations on a CPU counts torch.compile's graphs alone: give --torchcompile, too.")
     if args.plot and others:
