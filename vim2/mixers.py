@@ -38,7 +38,10 @@ CHANNEL_MIXERS = ("s6", "mlp", "none")
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose result is in autocast's dtype, see `vim2.ops.layer_norm`."""
+    """LayerNorm over channels, with weight and bias, whose result is in autocast's dtype, see `vim2.ops.layer_norm`."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, device=None, dtype=None):
+        super().__init__(normalized_shape, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
