@@ -8,9 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vim2.mixers import MixerLayer, PatchMerging, SelectiveChannelMixer, SelectiveTokenMixer
-from vim2.ops.backend import HAS_TRITON
+from vim2.ops.backend import HAS_NUMBA, HAS_TRITON
 
-BACKENDS = [pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="wants Triton")), "torch"]
+BACKENDS = [
+    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="wants Triton")),
+    pytest.param(
+        "numba", marks=pytest.mark.skipif(torch.cuda.is_available() or not HAS_NUMBA, reason="wants Numba, on a CPU")
+    ),
+    "torch",
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

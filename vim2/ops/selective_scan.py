@@ -301,15 +301,23 @@ def _selective_scan(
         return (y.sum(2) if merge else y).to(u.dtype), last, starts
 
 
+def _of_directions(t: Tensor, shape: Sequence[int], backend: str) -> Tensor:
+    """A fake (batch, L, K, ...), as the backend lays it out: Numba one direction after the other."""
+    batch, length, lanes, features = shape
+    if backend == "numba":
+        return t.new_empty(lanes, batch, length, features).permute(1, 2, 0, 3)
+    return t.new_empty(shape)
+
+
 @torch.library.register_fake("vim2::selective_scan")
 def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
-    with_last, chunk, _ = options
+    with_last, chunk, backend = options
     batch, length = delta.shape[:2]
     lanes, features, n = A.shape
     dtype = compute_dtype(u, delta, A, B, C)
     chunks = -(-length // chunk)
     return (
-        u.new_empty((batch, length, features) if merge else (batch, length, lanes, features)),
+        u.new_empty(batch, length, features) if merge else _of_directions(u, (batch, length, lanes, features), backend),
         u.new_empty((batch, lanes, features, n) if with_last else (0,), dtype=dtype),
         u.new_empty((batch, lanes, chunks - 1, n, features), dtype=dtype),
     )
@@ -379,8 +387,10 @@ def _selective_scan_backward(
 
 
 @_selective_scan_backward.register_fake
-def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *_):
-    return tuple(t.new_empty(t.shape) for t in (u, A, D, delta_bias, delta_weight))
+def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *options):
+    backend = options[4]
+    grad_u = _of_directions(u, u.shape, backend) if u.dim() == 4 else u.new_empty(u.shape)
+    return grad_u, *(t.new_empty(t.shape) for t in (A, D, delta_bias, delta_weight))
 
 
 def _setup_context(ctx, inputs, output):
