@@ -474,9 +474,8 @@ def machine(args: argparse.Namespace) -> dict[str, str]:
         versions += f", CUDA {torch.version.cuda}"
     else:
         hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    settings = f"amp {args.amp}, {f'torch.compile ({args.torchcompile_mode})' if args.torchcompile else 'eager'}"
-    if args.torchcompile and inductor_config.freezing:
-        settings += ", weights frozen in inference"
+    settings = f"amp {args.amp}, " + (f"torch.compile ({args.torchcompile_mode})" if args.torchcompile else "eager")
+    settings += ", weights frozen in inference" if args.torchcompile and inductor_config.freezing else ""
     settings += ", channels_last" if args.channels_last else ""
     if backend := os.environ.get("VIM2_SCAN_BACKEND"):
         settings += f", VIM2_SCAN_BACKEND={backend}"

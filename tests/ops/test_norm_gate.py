@@ -236,7 +236,10 @@ def test_compiles_without_graph_breaks(backend, directions):
 
 
 BAD_INPUTS = {
-    "gate": (dict(gate=torch.zeros(2, 5)), r"must both be \(..., E\), .*, got \(2, 4\) and \(2, 5\)"),
+    "gate": (
+        dict(gate=torch.zeros(2, 5)),
+        r"must both be \(..., E\), or y \(..., G, K, P\) with E = G P, got \(2, 4\) and \(2, 5\)",
+    ),
     "directions": (dict(y=torch.zeros(2, 2, 3, 4)), r"with E = G P, got \(2, 2, 3, 4\) and \(2, 4\)"),
     "scalar": (dict(y=torch.zeros(()), gate=torch.zeros(())), r"must both be \(..., E\)"),
     "weight": (dict(norm_weight=torch.ones(5)), r"both be \(4,\) or both None; norm_weight is \(5,\)"),

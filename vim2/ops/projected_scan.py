@@ -56,7 +56,7 @@ def projected_scan(
     if torch.compiler.is_compiling() or not needs_backward(*tensors):
         projected = project(flat, matrix, A.shape[0])  # compilers decide what they keep
         operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
-        y, _ = scan_flat(operands, orders, spatial, merge, backend, needs_backward(*tensors))
+        y, _ = scan_flat(operands, orders, spatial, backend, merge, needs_backward(*tensors))
     else:
         y = _ProjectedScan.apply(*tensors, orders, spatial, merge, backend)
     return y.unflatten(1, spatial)
@@ -155,7 +155,7 @@ class _ProjectedScan(torch.autograd.Function):
         ctx.autocast = autocast_dtype(u)
         ctx.options = (orders, spatial, backend)
         operands = _operands(u, project(u, weight, A.shape[0]), A, D, delta_bias, delta_weight)
-        y, starts = scan_flat(operands, orders, spatial, merge, backend, True)
+        y, starts = scan_flat(operands, *ctx.options, merge, True)
         ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
         return y
 

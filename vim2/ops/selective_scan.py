@@ -91,8 +91,8 @@ def scan_flat(
     tensors: Sequence[Tensor],
     orders: Sequence[str],
     spatial: Sequence[int],
-    merge: bool,
     backend: str | None,
+    merge: bool,
     keeps: bool,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` of u, delta, A, B, C, D, delta_bias and delta_weight, unchecked, where (batch, L, ...) are
@@ -388,7 +388,7 @@ def _selective_scan_backward(
 
 @_selective_scan_backward.register_fake
 def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *options):
-    backend = options[4]
+    _, _, _, _, backend, *_ = options
     grad_u = _of_directions(u, u.shape, backend) if u.dim() == 4 else u.new_empty(u.shape)
     return grad_u, *(t.new_empty(t.shape) for t in (A, D, delta_bias, delta_weight))
 
