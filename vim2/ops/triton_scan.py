@@ -329,8 +329,13 @@ def _forward_plan(
 
 
 def forward_registers(tile: dict[str, int]) -> int | None:
-    """So that sixteen warps of many states fit on a multiprocessor, or twenty-four of few."""
-    return None if INTERPRETED else 128 if tile["NR"] * tile["CR"] > 8 else 80
+    """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. A thread has fewer
+    channels than four where there are few warps: then room for more of a group's steps at once is worth more."""
+    if INTERPRETED:
+        return None
+    if tile["NR"] * tile["CR"] > 8:
+        return 128
+    return 80 if tile["CR"] == 4 else 100
 
 
 def _blocks(features: int, tile: dict[str, int]) -> int:
