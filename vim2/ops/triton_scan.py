@@ -329,8 +329,8 @@ def _forward_plan(
 
 
 def forward_registers(tile: dict[str, int]) -> int | None:
-    """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. A thread has fewer
-    channels than four where there are few warps: then room for more of a group's steps at once is worth more."""
+    """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. Where there are
+    few warps, and so fewer than four channels a thread, room for more of a group's steps at once is worth more."""
     if INTERPRETED:
         return None
     if tile["NR"] * tile["CR"] > 8:
