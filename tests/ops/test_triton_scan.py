@@ -20,6 +20,7 @@ from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("triton")
 from vim2.ops import triton_scan, triton_scan_backward
+from vim2.ops.triton_walk import is_large
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poison")
@@ -51,9 +52,9 @@ def test_offsets_of_64_bits(monkeypatch, split):
 
 def test_strides_that_need_64_bits():
     sequences = torch.empty_strided((32, 5, 4), (2**27, 4, 1), device="meta")
-    assert triton_scan.is_large(32, sequences) and not triton_scan.is_large(8, sequences)
+    assert is_large(32, sequences) and not is_large(8, sequences)
     steps = torch.empty_strided((2, 2**15, 4), (4, 2**16, 1), device="meta")
-    assert triton_scan.is_large(2, steps) and not triton_scan.is_large(2, steps[:, :5])
+    assert is_large(2, steps) and not is_large(2, steps[:, :5])
 
 
 def test_inference_splits_no_finer_than_it_must(monkeypatch):

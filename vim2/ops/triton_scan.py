@@ -4,8 +4,8 @@
 A program is one warp. It walks a tile of channels, with their states in registers (triton_tiles.py), through the steps
 of one direction.
 
-Addresses are computed, never gathered: a walk is two nested loops over the map with signed strides. Nothing is added
-with atomics: sums over programs are written apart and added by the caller, so that two runs give the same bits.
+Nothing is added with atomics: sums over programs are written apart and added by the caller, so that two runs give the
+same bits.
 
 Where there are too few channels and sequences to fill the GPU (a large image at batch 1), sequences are split: programs
 first scan their chunks from a zero state, a short kernel turns these into the states at the chunks' starts, and the
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import ORDERS
 from .selective_scan import TRITON_CHUNK as CHUNK
 from .triton_math import INTERPRETED, LOG2E, launch
 from .triton_step_size import step_sizes
@@ -42,36 +41,19 @@ from .triton_tiles import (
     unpack,
     zeros,
 )
+from .triton_walk import (
+    MAX_ORDERS,
+    advance_walk,
+    group_stride,
+    is_large,
+    last_axis_contiguous,
+    pack_orders,
+    start_walk,
+    strides,
+)
 
 MAX_CHUNKS = 65535  # that run side by side: the limit of a grid's third axis
 MAX_STATES = 128  # that the lanes of a warp can hold in the backward pass
-MAX_ORDERS = tl.constexpr(15)  # directions whose orders fit in one 32-bit argument, two bits each
-
-
-@triton.jit
-def start_walk(t, order, L, H, W, LARGE: tl.constexpr):
-    """A walk at step t: the flat position, the inner steps left before a turn, the stride of a step and of a turn.
-
-    Orders are 0 rows, 1 columns; 2 and 3 are the same from their ends.
-    """
-    columns = order % 2 == 1
-    inner = tl.where(columns, H, W)
-    outer_stride = tl.where(columns, 1, W)
-    inner_stride = tl.where(columns, W, 1)
-    turn = outer_stride - (inner - 1) * inner_stride
-    reverse = order >= 2
-    s = tl.where(reverse, L - 1 - t, t)
-    p = (s // inner) * outer_stride + (s % inner) * inner_stride
-    if LARGE:
-        p = p.to(tl.int64)
-    left = tl.where(reverse, s % inner, inner - 1 - s % inner)
-    return p, left, inner, tl.where(reverse, -inner_stride, inner_stride), tl.where(reverse, -turn, turn)
-
-
-@triton.jit
-def next_position(p, left, inner, step, turn):
-    turning = left == 0
-    return p + tl.where(turning, turn, step), tl.where(turning, inner - 1, left - 1)
 
 
 @triton.jit
@@ -88,18 +70,7 @@ def _load_group(
     u = load_row(u_at, p, channels, CR, WIDE)
     b = load_row(B_at, p, states, NR, WIDE)
     c = b if LOCAL else load_row(C_at, p, states, NR, WIDE)
-    return (p, dt, u, b, c), _advance(walk, advance)
-
-
-@triton.jit
-def _advance(walk, advance):
-    """A walk, as a position and the steps left before a turn, a group of steps later: that is whole rows and the rest,
-    by `jump`, and `bend` more if there is a turn in the rest."""
-    p, left = walk
-    jump, bend, rest, inner = advance
-    left -= rest
-    turned = left < 0
-    return p + tl.where(turned, jump + bend, jump), tl.where(turned, left + inner, left)
+    return (p, dt, u, b, c), advance_walk(walk, advance)
 
 
 # forms of its own for numbers that are 1 or that 16 divides would be no faster
@@ -185,8 +156,7 @@ def _forward_kernel(
         first = first_chunk * chunk
         p, left, inner, step, turn = start_walk(first + place, order, L, H, W, LARGE)
         walk = (p, left)
-        row = (inner - 1) * step + turn
-        advance = (NL // inner * row + NL % inner * step, turn - step, NL % inner, inner)
+        advance = group_stride(NL, inner, step, turn)
         group_ahead, walk = _load_group(first + place, walk, advance, L, at, rows, LOCAL, NR, CR, WIDE)
         for index in range(num_chunks):
             if not SPLIT and index > 0:
@@ -284,32 +254,6 @@ def tiles_a_program(programs: int, device: torch.device) -> int:
     return max(programs // (16 * max(programs_to_fill(device), 1)), 1)
 
 
-def strides(t: Tensor, lanes: bool) -> tuple[int, int, int]:
-    """Strides of batch, length and direction; 0 where all directions share the tensor."""
-    return (t.stride(0), t.stride(1), t.stride(2) if lanes else 0)
-
-
-@functools.lru_cache(None)
-def pack_orders(orders: tuple[str, ...]) -> int:
-    """Two bits a direction. Directions from the 15th on must all have its order, as the groups of mamba's layout do."""
-    if len(set(orders[MAX_ORDERS.value - 1 :])) > 1:
-        raise ValueError(f"The Triton scan takes at most {MAX_ORDERS.value} different directions, got {len(orders)}.")
-    return sum(ORDERS.index(order) << (2 * k) for k, order in enumerate(orders[: MAX_ORDERS.value]))
-
-
-def is_large(sequences: int, *tensors: Tensor) -> bool:
-    """Whether offsets within the sequences of one tile need 64 bits; those between tiles always have them.
-
-    Args:
-        sequences: Of a tile, along the tensors' first axis.
-    """
-    return any((sequences - 1) * t.stride(0) + t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
-
-
-def last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
-
-
 @functools.lru_cache(None)
 def _forward_plan(
     batch: int, length: int, lanes: int, features: int, n: int, chunk: int, fill: int
@@ -363,6 +307,7 @@ def selective_scan_triton(
     batch, length, lanes = delta.shape[:3]
     features, n = A.shape[1:]
     fill = programs_to_fill(u.device)
+    dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
     tile, split, steps = _forward_plan(batch, length, lanes, features, n, chunk, fill)
     chunks = -(-length // steps)
     blocks, tiles = _blocks(features, tile), -(-batch // tile["S"])
@@ -372,7 +317,6 @@ def selective_scan_triton(
     last = torch.empty((batch, lanes, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, chunks - 1, n, features, dtype=torch.float32, device=u.device)
     decay = torch.empty_like(starts) if split else starts
-    dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
     arguments = (
         u, dt, At, B, C, D, y, starts, decay, last,
         pack_orders(orders), batch, repeats, length, height, width, features, n, lanes, steps, chunks,

@@ -18,17 +18,12 @@ from .triton_scan import (
     MAX_CHUNKS,
     MAX_ORDERS,
     combine,
-    is_large,
-    last_axis_contiguous,
-    next_position,
-    pack_orders,
     programs_to_fill,
-    start_walk,
-    strides,
     tiles_a_program,
 )
 from .triton_step_size import step_sizes, sum_blocks, sum_lanes
 from .triton_tiles import LANES, add, half, in_words, multiply, sum_over_lanes, zeros
+from .triton_walk import is_large, last_axis_contiguous, next_position, pack_orders, start_walk, strides
 
 UNROLL = 3  # steps whose states are held in registers at once
 
