@@ -19,22 +19,33 @@ from scan_cases import (
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("triton")
-from vim2.ops import triton_scan, triton_scan_backward
+from vim2.ops import triton_scan, triton_scan_backward, triton_scan_ring
 from vim2.ops.triton_walk import is_large
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "split"])
-def split(request, monkeypatch):
-    """Whether sequences are split into chunks that run side by side, as they are where little else fills the GPU."""
+@pytest.fixture(params=["whole", "split", "ring"])
+def form(request, monkeypatch):
+    """Whether a program scans whole sequences, or chunks that run side by side, as where little else fills the GPU, or
+    slices by warps that take turns, as where sequences are long."""
     for module in (triton_scan, triton_scan_backward):
-        monkeypatch.setattr(module, "programs_to_fill", lambda device: 10**9 if request.param else 0)
+        monkeypatch.setattr(module, "programs_to_fill", lambda device: 10**9 if request.param == "split" else 0)
+    if request.param == "ring":
+        take_turns(monkeypatch, 1)
+    return request.param
+
+
+def take_turns(monkeypatch, groups):
+    """In slices of one round of the four warps."""
+    monkeypatch.setattr(triton_scan, "ring_plan", lambda *sizes: (groups, 16 * groups))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_recurrence(case, split):
+def test_matches_recurrence(case, form):
+    if form == "ring" and case[3] > 16:
+        pytest.skip("the ring takes at most 16 states")
     assert_matches_oracle(case, "triton", DEVICE)
 
 
@@ -44,8 +55,8 @@ def test_programs_that_take_several_sequences(monkeypatch):
     assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
 
 
-def test_offsets_of_64_bits(monkeypatch, split):
-    for module in (triton_scan, triton_scan_backward):
+def test_offsets_of_64_bits(monkeypatch, form):
+    for module in (triton_scan, triton_scan_ring, triton_scan_backward):
         monkeypatch.setattr(module, "is_large", lambda sequences, *tensors: True)
     assert_matches_oracle(((1, 43), BIDIRECTIONAL, 3, 4, 5, True), "triton", DEVICE)
 
@@ -90,6 +101,31 @@ def test_fewer_channels_a_thread_where_programs_are_few(channels, programs, feat
     assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (((43,), FORWARD, 9, 16, 1, False), torch.float32),
+        (((5, 9), BIDIRECTIONAL, 18, 11, 1, True), torch.float16),
+        (((7, 7), ("columns", "columns_backward"), 24, 16, 1, False), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_warps_that_take_turns(case, dtype, groups, monkeypatch):
+    take_turns(monkeypatch, groups)
+    assert_matches_oracle(case, "triton", DEVICE, dtype)
+
+
+def test_warps_take_turns_where_sequences_are_long_and_few():
+    fill = 8 * 132
+    for features, side in ((192, 256), (384, 128), (768, 64)):  # vim2_tiny at 1024²
+        groups, steps = triton_scan_ring.ring_plan(6, side**2, 4, features, 16, fill)
+        assert steps % (16 * groups) == 0 and steps < side**2
+        assert triton_scan_ring.ring_plan(1, side**2, 4, features, 16, fill) is None
+    assert triton_scan_ring.ring_plan(128, 56**2, 4, 192, 16, fill) is None
+    assert triton_scan_ring.ring_plan(6, 256**2, 4, 192, 32, fill) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [((3, 23), CROSS_SCAN, 3, 5, 2, False), ((3, 5), BIDIRECTIONAL, 20, 16, 3, True)])
 def test_half_precision(case, dtype):
@@ -127,12 +163,12 @@ def test_low_rank_steps_agree_with_full_ones(dtype):
         assert relative_error(a.cpu(), e) < BOUNDS[dtype]
 
 
-def test_mamba_signature_with_last_state(split):
+def test_mamba_signature_with_last_state(form):
     assert_last_state_matches_torch("triton", DEVICE)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
-def test_two_runs_give_the_same_bits(split):
+def test_two_runs_give_the_same_bits(form):
     inputs = [t.to(DEVICE).detach().requires_grad_() for t in make_inputs((3, 43), CROSS_SCAN, 20, dtype=torch.float32)]
     runs = []
     for _ in range(2):

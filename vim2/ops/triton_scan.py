@@ -9,7 +9,8 @@ same bits.
 
 Where there are too few channels and sequences to fill the GPU (a large image at batch 1), sequences are split: programs
 first scan their chunks from a zero state, a short kernel turns these into the states at the chunks' starts, and the
-chunks then run side by side. The backward pass does the same from the other end.
+chunks then run side by side. The backward pass does the same from the other end. Between few and many, warps take turns
+with one sequence (triton_scan_ring.py).
 """
 
 import functools
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .selective_scan import TRITON_CHUNK as CHUNK
 from .triton_math import INTERPRETED, LOG2E, launch
+from .triton_scan_ring import ring_plan, scan_in_rings
 from .triton_step_size import step_sizes
 from .triton_tiles import (
     LANES,
@@ -308,6 +310,10 @@ def selective_scan_triton(
     features, n = A.shape[1:]
     fill = programs_to_fill(u.device)
     dt = step_sizes(delta, delta_weight, delta_bias, delta_softplus, u.dtype)
+    plan = ring_plan(batch, length, lanes, features, n, fill)
+    if plan and B.dtype == C.dtype:
+        y, last, starts = scan_in_rings(u, dt, At, B, C, D, orders, height, width, chunk, plan)
+        return y, last.transpose(-1, -2).contiguous() if with_last else last.new_empty(0), starts
     tile, split, steps = _forward_plan(batch, length, lanes, features, n, chunk, fill)
     chunks = -(-length // steps)
     blocks, tiles = _blocks(features, tile), -(-batch // tile["S"])

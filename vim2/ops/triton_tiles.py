@@ -107,17 +107,28 @@ def half(values, upper, HALF: tl.constexpr):
 
 
 @triton.jit
-def exchange(values, lane, upper, BIT: tl.constexpr, HALF: tl.constexpr):
+def exchange(values, lane, upper, BIT: tl.constexpr, HALF: tl.constexpr, SHUFFLE: tl.constexpr = False):
     """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper one the upper half."""
     sums = ()
     if HALF > 0:
         kept = half(values, upper, HALF)
         given = half(values, upper == 0, HALF)
         for i in tl.static_range(HALF):
-            sums = sums + (kept[i] + tl.gather(given[i], lane ^ BIT, 0),)
+            sums = sums + (kept[i] + of_lane(given[i], lane ^ BIT, SHUFFLE),)
     else:  # a single value is left: both lanes have its sum
-        sums = (values[0] + tl.gather(values[0], lane ^ BIT, 0),)
+        sums = (values[0] + of_lane(values[0], lane ^ BIT, SHUFFLE),)
     return sums
+
+
+@triton.jit
+def of_lane(x, lane, SHUFFLE: tl.constexpr):
+    """Where vectors are of several warps, Triton does not see that lanes stay within theirs: SHUFFLE says it."""
+    if SHUFFLE:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.gather(x, lane, 0)
 
 
 @triton.jit

@@ -1,0 +1,416 @@
+# ruff: noqa: RUF005  (Triton knows no starred tuples)
+"""The forward scan where sequences are long and few, yet enough for every multiprocessor: four warps take turns.
+
+Each warp of a program, a ring of four, prepares segments of one sequence by itself: their decays, which are most of the
+work. Then it waits for the state that the warp before it leaves at the segment's start, walks, hands the state on, and
+only after that computes y. So four warps work on one sequence and nothing is computed twice, as it is where chunks are
+first scanned from a zero state (triton_scan.py).
+
+A program scans a slice of a sequence, and the next slice's program finds the state in global memory. Programs draw
+tickets in the order of slices, so that none waits for one that has not begun; with many slices all multiprocessors are
+done at about the same time, also where some have a sequence more than others.
+
+A tile is 16 channels of a sequence with their states, in every lane four states of each of two channels. A lane loads
+what is needed of one step; the others read it from shared memory, in fewer instructions than shuffles would take. For
+shared memory and barriers between two warps Triton has no words, so they are written in PTX. The interpreter, which
+runs none, gathers from lanes and takes one warp after the other.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_math import INTERPRETED, LOG2E, launch
+from .triton_tiles import (
+    decays,
+    exchange,
+    gather,
+    in_words,
+    load_row,
+    load_tile,
+    multiply,
+    multiply_add,
+    of_channels,
+    of_states,
+    store_row,
+    store_tile,
+    sum_states,
+    unpack,
+)
+from .triton_walk import MAX_ORDERS, advance_walk, group_stride, is_large, pack_orders, start_walk, strides
+
+WARPS = tl.constexpr(4)
+NL = tl.constexpr(4)  # groups of states, each in a lane of its own; so many steps are loaded at once
+NR = tl.constexpr(4)  # states of a group
+CE = tl.constexpr(8)  # groups of channels
+CR = tl.constexpr(2)  # channels of a group
+TILE = tl.constexpr(8)  # NR * CR: a lane's states
+CHANNELS = 16  # of a tile: CE * CR
+SLICE_OVERHEAD = 48  # what beginning a slice costs, in steps
+MIN_LENGTH = 512  # of sequences that are worth it
+
+# Shared memory, in bytes: every warp's state that it hands on; then every warp's operands of a group of NL steps, four
+# floats a time: of each step dt and dt u of the CE pairs of channels, then of each B of the NL groups of states, then C
+ROW = tl.constexpr(16)
+STATE = tl.constexpr(32 * 2 * 16)
+B_OPERANDS = tl.constexpr(4 * 8 * 16)
+C_OPERANDS = tl.constexpr(4 * 8 * 16 + 4 * 4 * 16)
+OPERANDS = tl.constexpr(4 * 8 * 16 + 2 * 4 * 4 * 16)
+
+
+@triton.jit
+def _shared_memory(thread):
+    """The address of what four warps need with two groups of steps."""
+    return tl.inline_asm_elementwise(
+        "{ .shared .align 16 .b8 ring[12288]; mov.u32 $0, ring; }",
+        "=r,r", [thread], dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sync_warp(thread):
+    tl.inline_asm_elementwise(
+        "{ bar.warp.sync -1; mov.u32 $0, 0; }", "=r,r", [thread], dtype=tl.uint32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _stage(at, row):
+    """Put four floats where other lanes will fetch them."""
+    tl.inline_asm_elementwise(
+        "{ st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }",
+        "=r,r,f,f,f,f", [at, row[0], row[1], row[2], row[3]], dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fetch(at, row, owner, FAST: tl.constexpr):
+    """The four floats that were staged there: another lane's row."""
+    if FAST:  # volatile: not before a barrier that stands before it
+        return tl.inline_asm_elementwise(
+            "ld.volatile.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+            "=f,=f,=f,=f,r", [at], dtype=(tl.float32,) * 4, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return gather(row, owner, 4)
+
+
+@triton.jit
+def _receive(at, barrier, does):
+    """The state that another warp has handed on: the warps that `do` wait for it."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.u32 p, $10, 0;
+        @p bar.sync $9, 64;
+        ld.shared.v4.f32 {$0, $1, $2, $3}, [$8];
+        ld.shared.v4.f32 {$4, $5, $6, $7}, [$8+512];
+        }""",
+        "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r", [at, barrier, does], dtype=(tl.float32,) * 8, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _hand_on(at, barrier, does, h):
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.u32 p, $3, 0;
+        @p st.shared.v4.f32 [$1], {$4, $5, $6, $7};
+        @p st.shared.v4.f32 [$1+512], {$8, $9, $10, $11};
+        @p bar.arrive $2, 64;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,f,f,f,f,f,f,f,f", [at, barrier, does, h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]],
+        dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _lane_of(step, ce):
+    """Lanes spread over groups of states in bits 0 and 4, and over pairs of channels in bits 1 to 3: shared memory
+    serves half of a warp at once if each lane wants what its neighbour in bit 0 or 1 does. The lane of group i of the
+    states is also the one that loads the operands of step i of a group, and writes its y."""
+    return step % 2 + ce * 2 + step // 2 * 16
+
+
+@triton.jit
+def _load_segment(t, walks, advance, place, L, at, rows, GROUPS: tl.constexpr, WIDE: tl.constexpr):
+    """The operands of a lane's steps from t on, one a group: position, dt, u, and B or C; and the walks a round later.
+    A step beyond the sequence's end has none: zeros move nothing."""
+    dt_at, u_at, BC_at = at
+    segment = ()
+    later = ()
+    for g in tl.static_range(GROUPS):
+        inside = t + g * NL + place < L
+        channels = tl.where(inside, rows[0], 0)
+        states = tl.where(inside, rows[1], 0)
+        p, _ = walks[g]
+        dt = load_row(dt_at, p, channels, CR, WIDE)
+        u = load_row(u_at, p, channels, CR, WIDE)
+        segment = segment + ((p, dt, u, load_row(BC_at, p, states, NR, WIDE)),)
+        later = later + (advance_walk(walks[g], advance),)
+    return segment, later
+
+
+@triton.jit
+def _prepare(
+    segment, pointers, A, thread, ce, place, stage, GROUPS: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """What of a segment needs no state: decays and dt u of every step; and of the lane's own steps, one a group, the
+    position, u, and what it loaded of B or C."""
+    dt_ptr, u_ptr, B_ptr = pointers
+    put_steps, put_states, get_even, get_odd, _ = stage
+    own = ()
+    staged = ()
+    if FAST:
+        _sync_warp(thread)
+    for g in tl.static_range(GROUPS):
+        p, dt, u, bc = segment[g]
+        dt = unpack(dt, dt_ptr, CR, WIDE)
+        u = unpack(u, u_ptr, CR, WIDE)
+        bc = unpack(bc, B_ptr, NR, WIDE)
+        row = dt + multiply(dt, u, CR)
+        if FAST:
+            _stage(put_steps + g * OPERANDS, row)
+            _stage(put_states + g * OPERANDS, bc)
+        own = own + ((p, u, bc),)
+        staged = staged + (row,)
+    if FAST:
+        _sync_warp(thread)
+    steps = ()
+    for g in tl.static_range(GROUPS):
+        for r in tl.static_range(NL):
+            at = (get_odd if r % 2 else get_even) + (g * OPERANDS + r * (CE * ROW))
+            dt0, dt1, dtu0, dtu1 = _fetch(at, staged[g], thread // 32 * 32 + _lane_of(r, ce), FAST)
+            steps = steps + ((decays((dt0, dt1), A, NR, CR, FAST), (dtu0, dtu1)),)
+    return own, steps
+
+
+@triton.jit
+def _walk(h, own, steps, thread, place, get_states, GROUPS: tl.constexpr, FAST: tl.constexpr):
+    """The states after each of a segment's steps, from the one before it."""
+    states = ()
+    for g in tl.static_range(GROUPS):
+        for r in tl.static_range(NL):
+            decay, dtu = steps[g * NL + r]
+            owner = thread // 32 * 32 + _lane_of(r, place)
+            b = _fetch(get_states + (g * OPERANDS + r * (NL * ROW)), own[g][2], owner, FAST)
+            h = multiply_add(decay, h, multiply(of_states(b, NR, CR), of_channels(dtu, NR, CR), TILE), TILE)
+            states = states + (h,)
+    return states
+
+
+@triton.jit
+def _select(mask, chosen, other, COUNT: tl.constexpr):
+    """Of tiles."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tile = ()
+        for j in tl.static_range(TILE):
+            tile = tile + (tl.where(mask, chosen[i][j], other[i][j]),)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+# forms of its own for numbers that are 1 or that 16 divides would be no faster
+@triton.jit(
+    do_not_specialize=["orders", "L", "H", "W", "E", "N_STATES", "K", "tiles", "slice_steps"]
+    + [f"{name}_{axis}" for name in "uBC" for axis in "blk"]
+)
+def _ring_kernel(
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, starts_ptr, state_ptr, done_ptr,
+    orders, L, H, W, E, N_STATES, K, tiles, slice_steps,
+    u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A program scans a slice of one sequence's tile, leaves the state at its end and says that it is done. It
+    writes the states before every CHUNK steps but the first, unless CHUNK is 0."""
+    SEGMENT: tl.constexpr = GROUPS * NL
+    ROUND: tl.constexpr = WARPS * SEGMENT
+    ticket = tl.atomic_add(done_ptr + tiles, 1, sem="relaxed")
+    tile = ticket % tiles
+    slice_index = ticket // tiles
+    blocks = tl.cdiv(E, CE * CR)
+    k = (tile // blocks) % K
+    order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3
+    k = k.to(tl.int64)
+    seq = (tile // blocks // K).to(tl.int64)
+
+    thread = tl.arange(0, WARPS * 32)
+    warp = thread // 32
+    ce = thread // 2 % CE
+    place = thread % 2 + thread // 16 % 2 * 2  # among the lanes of a pair of channels, see `_lane_of`
+    n = place * NR
+    e = (tile % blocks) * (CE * CR) + ce * CR
+    loads_C = ce >= NL  # half of the lanes are enough for B
+    n_loaded = ce % NL * NR
+
+    OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
+    in_tile = n * E + e
+    A_in = load_tile(A_ptr + k * (N_STATES * E) + in_tile, E, (n, e, N_STATES, E, thread >= 0), thread >= 0, NR, CR)
+    A = ()
+    for i in tl.static_range(TILE):
+        A = A + (A_in[i].to(tl.float32) * LOG2E,)  # for exp2
+    D = ()
+    for i in tl.static_range(CR):
+        D = D + (tl.load(D_ptr + k * E + e + i, mask=e + i < E, other=0.0).to(tl.float32),)
+    inside = (n, e, N_STATES, E, thread >= 0)
+    rows = (E - e, N_STATES - n_loaded)  # how many channels, states exist
+    lanes = (seq * L * K + k) * E  # of dt and y, which lie as (batch, L, K, E)
+    B_row = B_ptr + seq * B_b + k * B_k
+    C_row = C_ptr + seq * C_b + k * C_k
+    at = (
+        (dt_ptr + lanes, e.to(OFFSET), K * E),
+        (u_ptr + seq * u_b + k * u_k, e.to(OFFSET), u_l),
+        (tl.where(loads_C, C_row, B_row), n_loaded.to(OFFSET), tl.where(loads_C, C_l, B_l)),
+    )
+    y_at = (y_ptr + lanes, e.to(OFFSET), K * E)
+    state_at = state_ptr + (seq * K + k) * (N_STATES * E) + in_tile
+    if CHUNK:
+        starts_at = starts_ptr + (seq * K + k) * (tl.cdiv(L, CHUNK) - 1) * (N_STATES * E) + in_tile
+
+    before = (warp + (WARPS - 1)) % WARPS  # in the ring
+    always = (thread >= 0).to(tl.uint32)
+    shared = thread.to(tl.uint32)
+    if FAST:
+        shared = _shared_memory(thread)
+    in_ring = shared + thread % 32 * ROW
+    mine = in_ring + warp * STATE
+    theirs = in_ring + before * STATE
+    operands = shared + (WARPS * STATE + warp * (GROUPS * OPERANDS))
+    # pairs of channels are turned in every second step, so that neighbours which stage two steps use different banks
+    stage = (
+        operands + (place * (CE * ROW) + (ce ^ place % 2 * 4) * ROW),
+        operands + (tl.where(loads_C, C_OPERANDS, B_OPERANDS) + place * (NL * ROW) + ce % NL * ROW),
+        operands + ce * ROW,
+        operands + (ce ^ 4) * ROW,
+        operands + (B_OPERANDS + place * ROW),
+    )
+
+    first = slice_index * slice_steps
+    walks = ()
+    for g in tl.static_range(GROUPS):
+        p, left, inner, step, turn = start_walk(first + warp * SEGMENT + g * NL + place, order, L, H, W, LARGE)
+        walks = walks + ((p, left),)
+    advance = group_stride(ROUND, inner, step, turn)
+    pointers = (dt_ptr, u_ptr, B_ptr)
+    segment, walks = _load_segment(first + warp * SEGMENT, walks, advance, place, L, at, rows, GROUPS, WIDE)
+    own, steps = _prepare(segment, pointers, A, thread, ce, place, stage, GROUPS, FAST, WIDE)
+    segment, walks = _load_segment(first + ROUND + warp * SEGMENT, walks, advance, place, L, at, rows, GROUPS, WIDE)
+
+    if slice_index > 0:
+        while tl.atomic_add(done_ptr + tile, 0, sem="acquire") < slice_index:
+            pass
+    not_first = slice_index + tl.arange(0, 1) > 0  # a block of one: the interpreter takes no scalar masks
+    h = load_tile(state_at, E, inside, not_first, NR, CR)
+    if FAST:
+        _hand_on(mine, 1 + warp, (warp == WARPS - 1).to(tl.uint32), h)
+
+    for t in range(first, tl.minimum(first + slice_steps, L), ROUND):
+        if FAST:
+            start = _receive(theirs, 1 + before, always)
+            states = _walk(start, own, steps, thread, place, stage[4], GROUPS, FAST)
+            _hand_on(mine, 1 + warp, always, states[SEGMENT - 1])
+        else:
+            start = gather(h, before * 32 + thread % 32, TILE)
+            states = _walk(start, own, steps, thread, place, stage[4], GROUPS, FAST)
+            for w in tl.static_range(1, WARPS):
+                handed = gather(states[SEGMENT - 1], before * 32 + thread % 32, TILE)
+                start = _select(warp == w, (handed,), (start,), 1)[0]
+                walked = _walk(start, own, steps, thread, place, stage[4], GROUPS, FAST)
+                states = _select(warp == w, walked, states, SEGMENT)
+            h = states[SEGMENT - 1]
+        t_warp = t + warp * SEGMENT
+        for g in tl.static_range(GROUPS):
+            if CHUNK:
+                t_group = t_warp + g * NL
+                kept = (n, e, N_STATES, E, (t_group > 0) & (t_group < L) & (t_group % CHUNK == 0))
+                at_start = starts_at + (t_group // CHUNK - 1).to(OFFSET) * (N_STATES * E)
+                store_tile(at_start, E, start if g == 0 else states[g * NL - 1], kept, NR, CR)
+            p, u, bc = own[g]
+            ys = ()
+            for r in tl.static_range(NL):
+                owner = thread // 32 * 32 + _lane_of(r, NL + place)
+                at_C = stage[4] + (g * OPERANDS + (C_OPERANDS - B_OPERANDS) + r * (NL * ROW))
+                c = _fetch(at_C, bc, owner, FAST)
+                ys = ys + sum_states(multiply(states[g * NL + r], of_states(c, NR, CR), TILE), NR, CR)
+            ys = exchange(ys, thread, place >= 2, 16, NL * CR // 2, FAST)
+            ys = exchange(ys, thread, place % 2 == 1, 1, NL * CR // 4, FAST)
+            y = multiply_add(D, u, ys, CR)
+            store_row(y_at, p, y, tl.where(t_warp + g * NL + place < L, rows[0], 0), CR, WIDE, FAST)
+        own, steps = _prepare(segment, pointers, A, thread, ce, place, stage, GROUPS, FAST, WIDE)
+        segment, walks = _load_segment(t_warp + 2 * ROUND, walks, advance, place, L, at, rows, GROUPS, WIDE)
+
+    if FAST:
+        end = _receive(theirs, 1 + before, (warp == 0).to(tl.uint32))
+    else:
+        end = gather(h, before * 32 + thread % 32, TILE)
+    store_tile(state_at, E, end, (n, e, N_STATES, E, warp == 0), NR, CR)
+    tl.debug_barrier()
+    tl.atomic_xchg(done_ptr + tile, slice_index + 1, sem="release")
+
+
+@functools.lru_cache(None)
+def ring_plan(batch: int, length: int, lanes: int, features: int, n: int, fill: int) -> tuple[int, int] | None:
+    """Groups of steps a segment and steps a slice, or None where another form of the scan is the better one: where
+    multiprocessors have less than two tiles each, or so many warps for whole sequences that they need no turns.
+
+    Args:
+        fill: As of `triton_scan.programs_to_fill`, eight a multiprocessor.
+    """
+    if length < MIN_LENGTH or not 8 < n <= 16 or features <= CHANNELS // 2:
+        return None
+    tiles = -(-features // CHANNELS) * batch * lanes
+    if tiles < fill // 4 or -(-features // 32) * batch * lanes >= fill:
+        return None
+    # two programs a multiprocessor with long segments, or four with short ones
+    groups, slots = (2, fill // 4) if tiles < fill // 2 else (1, fill // 2)
+    round_steps = WARPS.value * NL.value * groups
+
+    def time(slices: int) -> int:
+        return -(-tiles * slices // slots) * (slice_steps(slices) + SLICE_OVERHEAD)
+
+    def slice_steps(slices: int) -> int:
+        return -(-length // (slices * round_steps)) * round_steps
+
+    return groups, slice_steps(min(range(1, 17), key=time))
+
+
+def scan_in_rings(
+    u: Tensor, dt: Tensor, At: Tensor, B: Tensor, C: Tensor, D: Tensor, orders, height, width, chunk, plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (batch, L, K, E) in u's dtype, the last states (batch, K, N, E), and those before every `chunk` steps but the
+    first, (batch, K, chunks - 1, N, E).
+
+    Args:
+        u: (batch, L, E) or (batch, L, K, E).
+        dt: Step sizes, (batch, L, K, E), contiguous.
+        At: Decay rates, (K, N, E), contiguous.
+        B, C: (batch, L, K, N), of one dtype.
+        plan: Of `ring_plan`.
+    """
+    groups, slice_steps = plan
+    batch, length, lanes, features = dt.shape
+    n = At.shape[1]
+    tiles = -(-features // CHANNELS) * batch * lanes
+    y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
+    state = torch.empty(batch, lanes, n, features, dtype=torch.float32, device=u.device)
+    starts = torch.empty(batch, lanes, -(-length // chunk) - 1, n, features, dtype=torch.float32, device=u.device)
+    done = torch.zeros(tiles + 1, dtype=torch.int32, device=u.device)  # slices of every tile; tickets drawn
+    arguments = (
+        u, dt, At, B, C, D, y, starts, state, done,
+        pack_orders(orders), length, height, width, features, n, lanes, tiles, slice_steps,
+        *strides(u, u.dim() == 4), *strides(B, True), *strides(C, True),
+    )  # fmt: skip
+    wide = n % NR.value == 0 and features % CR.value == 0 and all(map(in_words, (u, dt, B, C, y)))
+    launch(
+        _ring_kernel, (tiles * -(-length // slice_steps),), arguments,
+        GROUPS=groups, CHUNK=chunk if chunk < length else 0, FAST=not INTERPRETED,
+        LARGE=is_large(1, u, B, C, y, starts), WIDE=wide,
+        num_warps=WARPS.value, maxnreg=None if INTERPRETED or groups == 2 else 128,
+    )  # fmt: skip
+    return y, state, starts
