@@ -142,6 +142,13 @@ def test_softplus_over_its_whole_range(x):
     assert_softplus_is_right(x, "triton", DEVICE)
 
 
+def test_a_step_that_is_not_a_number_is_not_hidden():
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 5), FORWARD, dtype=torch.float32)]
+    inputs[1][:, :, 2] = torch.nan
+    y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("triton", "torch"))
+    assert torch.equal(y.isnan(), expected.isnan()) and expected.isnan().any()
+
+
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16's bits as integers")
 
 
