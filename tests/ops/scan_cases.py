@@ -84,7 +84,7 @@ def assert_finite_at_step(step, backend, device="cpu"):
         assert gradient.isfinite().all(), name
 
 
-SOFTPLUS_ARGUMENTS = (-1e4, -18.0, -4.0, 0.0, 19.9, 1e4)
+SOFTPLUS_ARGUMENTS = (-1e4, -18.0, -4.0, -3.51, 0.0, 19.9, 1e4)
 
 
 def assert_softplus_is_right(x, backend, device="cpu"):

@@ -33,13 +33,13 @@ def form(request, monkeypatch):
     for module in (triton_scan, triton_scan_backward):
         monkeypatch.setattr(module, "programs_to_fill", lambda device: 10**9 if request.param == "split" else 0)
     if request.param == "ring":
-        take_turns(monkeypatch, 1)
+        take_turns(monkeypatch, 1, 1)
     return request.param
 
 
-def take_turns(monkeypatch, groups):
-    """In slices of one round of the four warps."""
-    monkeypatch.setattr(triton_scan, "ring_plan", lambda *sizes: (groups, 16 * groups))
+def take_turns(monkeypatch, groups, rounds):
+    """In slices of so many rounds of the four warps."""
+    monkeypatch.setattr(triton_scan, "ring_plan", lambda *sizes: (groups, 16 * groups * rounds))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,19 +101,28 @@ def test_fewer_channels_a_thread_where_programs_are_few(channels, programs, feat
     assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("groups", "rounds"), [(1, 3), (2, 2)])
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        (((43,), FORWARD, 9, 16, 1, False), torch.float32),
-        (((5, 9), BIDIRECTIONAL, 18, 11, 1, True), torch.float16),
-        (((7, 7), ("columns", "columns_backward"), 24, 16, 1, False), torch.bfloat16),
+        (((131,), FORWARD, 9, 16, 1, False), torch.float32),
+        (((8, 9), BIDIRECTIONAL, 18, 11, 1, True), torch.float16),
+        (((7, 11), ("columns", "columns_backward"), 24, 16, 1, False), torch.bfloat16),
     ],
     ids=str,
 )
-def test_warps_that_take_turns(case, dtype, groups, monkeypatch):
-    take_turns(monkeypatch, groups)
+def test_warps_that_take_turns(case, dtype, groups, rounds, monkeypatch):
+    take_turns(monkeypatch, groups, rounds)
     assert_matches_oracle(case, "triton", DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype_of_B", [torch.float32, torch.bfloat16], ids=str)
+def test_warps_that_take_turns_with_mixed_dtypes(dtype_of_B, monkeypatch):
+    take_turns(monkeypatch, 1, 2)
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((9, 5), BIDIRECTIONAL, 16, 16, 1, dtype=torch.float32)]
+    inputs[0], inputs[3] = inputs[0].bfloat16(), inputs[3].to(dtype_of_B)  # u and B; C is float32
+    y, expected = (selective_scan(*inputs, orders=BIDIRECTIONAL, backend=backend) for backend in ("triton", "torch"))
+    assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
 
 
 def test_warps_take_turns_where_sequences_are_long_and_few():
@@ -142,8 +151,9 @@ def test_softplus_over_its_whole_range(x):
     assert_softplus_is_right(x, "triton", DEVICE)
 
 
-def test_a_step_that_is_not_a_number_is_not_hidden():
-    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 5), FORWARD, dtype=torch.float32)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_that_is_not_a_number_is_not_hidden(dtype):
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 5), FORWARD, dtype=dtype)]
     inputs[1][:, :, 2] = torch.nan
     y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("triton", "torch"))
     assert torch.equal(y.isnan(), expected.isnan()) and expected.isnan().any()

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .selective_scan import TRITON_CHUNK as CHUNK
-from .triton_math import INTERPRETED, LOG2E, launch
+from .triton_math import INTERPRETED, launch
 from .triton_scan_ring import ring_plan, scan_in_rings
 from .triton_step_size import step_sizes
 from .triton_tiles import (
@@ -30,6 +30,7 @@ from .triton_tiles import (
     decays,
     gather,
     in_words,
+    load_parameters,
     load_row,
     load_tile,
     multiply,
@@ -119,13 +120,8 @@ def _forward_kernel(
     in_C = sw * C_b + n.to(OFFSET)
     in_tile = sw * (tl.cast(K, OFFSET) * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
-    A_in = load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, (n, e, N_STATES, E, lane >= 0), lane >= 0, NR, CR)
-    A = ()
-    for i in tl.static_range(TILE):
-        A = A + (A_in[i].to(tl.float32) * LOG2E,)  # for exp2
-    D = ()
-    for i in tl.static_range(CR):
-        D = D + (tl.load(D_ptr + k * E + e + i, mask=e + i < E, other=0.0).to(tl.float32),)
+    everywhere = (n, e, N_STATES, E, lane >= 0)
+    A, D = load_parameters(A_ptr + k * (N_STATES * E) + (n * E + e), D_ptr + k * E + e, E, everywhere, NR, CR)
 
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
         seq = (group * repeats + repeat) * S

@@ -16,14 +16,13 @@ from .triton_math import INTERPRETED, LN2, LOG2E, exp2, launch
 from .triton_scan import (
     CHUNK,
     MAX_CHUNKS,
-    MAX_ORDERS,
     combine,
     programs_to_fill,
     tiles_a_program,
 )
 from .triton_step_size import step_sizes, sum_blocks, sum_lanes
 from .triton_tiles import LANES, add, half, in_words, multiply, sum_over_lanes, zeros
-from .triton_walk import is_large, last_axis_contiguous, next_position, pack_orders, start_walk, strides
+from .triton_walk import MAX_ORDERS, is_large, last_axis_contiguous, next_position, pack_orders, start_walk, strides
 
 UNROLL = 3  # steps whose states are held in registers at once
 

@@ -23,12 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import INTERPRETED, LOG2E, launch
+from .triton_math import INTERPRETED, launch
 from .triton_tiles import (
     decays,
     exchange,
     gather,
     in_words,
+    load_parameters,
     load_row,
     load_tile,
     multiply,
@@ -59,11 +60,12 @@ STATE = tl.constexpr(32 * 2 * 16)
 B_OPERANDS = tl.constexpr(4 * 8 * 16)
 C_OPERANDS = tl.constexpr(4 * 8 * 16 + 4 * 4 * 16)
 OPERANDS = tl.constexpr(4 * 8 * 16 + 2 * 4 * 4 * 16)
+SHARED = tl.constexpr(4 * (1024 + 2 * 1024))  # for four warps with two groups of steps; as in the PTX below
 
 
 @triton.jit
 def _shared_memory(thread):
-    """The address of what four warps need with two groups of steps."""
+    """The address of SHARED bytes."""
     return tl.inline_asm_elementwise(
         "{ .shared .align 16 .b8 ring[12288]; mov.u32 $0, ring; }",
         "=r,r", [thread], dtype=tl.uint32, is_pure=False, pack=1,
@@ -99,8 +101,8 @@ def _fetch(at, row, owner, FAST: tl.constexpr):
 
 
 @triton.jit
-def _receive(at, barrier, does):
-    """The state that another warp has handed on: the warps that `do` wait for it."""
+def _receive(at, barrier, active):
+    """The state that another warp has handed on. Active warps wait for it; what the others get is of no use."""
     return tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -109,12 +111,13 @@ def _receive(at, barrier, does):
         ld.shared.v4.f32 {$0, $1, $2, $3}, [$8];
         ld.shared.v4.f32 {$4, $5, $6, $7}, [$8+512];
         }""",
-        "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r", [at, barrier, does], dtype=(tl.float32,) * 8, is_pure=False, pack=1,
+        "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r", [at, barrier, active], dtype=(tl.float32,) * 8, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _hand_on(at, barrier, does, h):
+def _hand_on(at, barrier, active, h):
+    """Active warps leave a state for the next warp, and go on."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -124,7 +127,7 @@ def _hand_on(at, barrier, does, h):
         @p bar.arrive $2, 64;
         mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,f,f,f,f,f,f,f,f", [at, barrier, does, h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]],
+        "=r,r,r,r,f,f,f,f,f,f,f,f", [at, barrier, active, h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]],
         dtype=tl.uint32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -158,12 +161,12 @@ def _load_segment(t, walks, advance, place, L, at, rows, GROUPS: tl.constexpr, W
 
 @triton.jit
 def _prepare(
-    segment, pointers, A, thread, ce, place, stage, GROUPS: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr
+    segment, pointers, A, thread, ce, stage, GROUPS: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """What of a segment needs no state: decays and dt u of every step; and of the lane's own steps, one a group, the
     position, u, and what it loaded of B or C."""
     dt_ptr, u_ptr, B_ptr = pointers
-    put_steps, put_states, get_even, get_odd, _ = stage
+    put_steps, put_states, get_even, get_odd = stage
     own = ()
     staged = ()
     if FAST:
@@ -231,6 +234,7 @@ def _ring_kernel(
     writes the states before every CHUNK steps but the first, unless CHUNK is 0."""
     SEGMENT: tl.constexpr = GROUPS * NL
     ROUND: tl.constexpr = WARPS * SEGMENT
+    tl.static_assert(WARPS * (STATE + GROUPS * OPERANDS) <= SHARED)
     ticket = tl.atomic_add(done_ptr + tiles, 1, sem="relaxed")
     tile = ticket % tiles
     slice_index = ticket // tiles
@@ -240,6 +244,7 @@ def _ring_kernel(
     k = k.to(tl.int64)
     seq = (tile // blocks // K).to(tl.int64)
 
+    # Triton lays a vector of as many elements as threads out in their order: element i is thread i's, as PTX needs it
     thread = tl.arange(0, WARPS * 32)
     warp = thread // 32
     ce = thread // 2 % CE
@@ -251,14 +256,8 @@ def _ring_kernel(
 
     OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
     in_tile = n * E + e
-    A_in = load_tile(A_ptr + k * (N_STATES * E) + in_tile, E, (n, e, N_STATES, E, thread >= 0), thread >= 0, NR, CR)
-    A = ()
-    for i in tl.static_range(TILE):
-        A = A + (A_in[i].to(tl.float32) * LOG2E,)  # for exp2
-    D = ()
-    for i in tl.static_range(CR):
-        D = D + (tl.load(D_ptr + k * E + e + i, mask=e + i < E, other=0.0).to(tl.float32),)
     inside = (n, e, N_STATES, E, thread >= 0)
+    A, D = load_parameters(A_ptr + k * (N_STATES * E) + in_tile, D_ptr + k * E + e, E, inside, NR, CR)
     rows = (E - e, N_STATES - n_loaded)  # how many channels, states exist
     lanes = (seq * L * K + k) * E  # of dt and y, which lie as (batch, L, K, E)
     B_row = B_ptr + seq * B_b + k * B_k
@@ -273,7 +272,9 @@ def _ring_kernel(
     if CHUNK:
         starts_at = starts_ptr + (seq * K + k) * (tl.cdiv(L, CHUNK) - 1) * (N_STATES * E) + in_tile
 
-    before = (warp + (WARPS - 1)) % WARPS  # in the ring
+    # Barrier 1 + w is between warp w, which arrives, and the next, which waits; 0 is Triton's own. A warp overwrites
+    # the state that it handed on only when it has received another, which comes from the reader by way of the others.
+    before = (warp + (WARPS - 1)) % WARPS
     always = (thread >= 0).to(tl.uint32)
     shared = thread.to(tl.uint32)
     if FAST:
@@ -288,8 +289,8 @@ def _ring_kernel(
         operands + (tl.where(loads_C, C_OPERANDS, B_OPERANDS) + place * (NL * ROW) + ce % NL * ROW),
         operands + ce * ROW,
         operands + (ce ^ 4) * ROW,
-        operands + (B_OPERANDS + place * ROW),
     )
+    get_states = operands + (B_OPERANDS + place * ROW)
 
     first = slice_index * slice_steps
     walks = ()
@@ -299,7 +300,7 @@ def _ring_kernel(
     advance = group_stride(ROUND, inner, step, turn)
     pointers = (dt_ptr, u_ptr, B_ptr)
     segment, walks = _load_segment(first + warp * SEGMENT, walks, advance, place, L, at, rows, GROUPS, WIDE)
-    own, steps = _prepare(segment, pointers, A, thread, ce, place, stage, GROUPS, FAST, WIDE)
+    own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
     segment, walks = _load_segment(first + ROUND + warp * SEGMENT, walks, advance, place, L, at, rows, GROUPS, WIDE)
 
     if slice_index > 0:
@@ -313,15 +314,15 @@ def _ring_kernel(
     for t in range(first, tl.minimum(first + slice_steps, L), ROUND):
         if FAST:
             start = _receive(theirs, 1 + before, always)
-            states = _walk(start, own, steps, thread, place, stage[4], GROUPS, FAST)
+            states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
             _hand_on(mine, 1 + warp, always, states[SEGMENT - 1])
         else:
             start = gather(h, before * 32 + thread % 32, TILE)
-            states = _walk(start, own, steps, thread, place, stage[4], GROUPS, FAST)
+            states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
             for w in tl.static_range(1, WARPS):
                 handed = gather(states[SEGMENT - 1], before * 32 + thread % 32, TILE)
                 start = _select(warp == w, (handed,), (start,), 1)[0]
-                walked = _walk(start, own, steps, thread, place, stage[4], GROUPS, FAST)
+                walked = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
                 states = _select(warp == w, walked, states, SEGMENT)
             h = states[SEGMENT - 1]
         t_warp = t + warp * SEGMENT
@@ -335,14 +336,14 @@ def _ring_kernel(
             ys = ()
             for r in tl.static_range(NL):
                 owner = thread // 32 * 32 + _lane_of(r, NL + place)
-                at_C = stage[4] + (g * OPERANDS + (C_OPERANDS - B_OPERANDS) + r * (NL * ROW))
+                at_C = get_states + (g * OPERANDS + (C_OPERANDS - B_OPERANDS) + r * (NL * ROW))
                 c = _fetch(at_C, bc, owner, FAST)
                 ys = ys + sum_states(multiply(states[g * NL + r], of_states(c, NR, CR), TILE), NR, CR)
             ys = exchange(ys, thread, place >= 2, 16, NL * CR // 2, FAST)
             ys = exchange(ys, thread, place % 2 == 1, 1, NL * CR // 4, FAST)
             y = multiply_add(D, u, ys, CR)
             store_row(y_at, p, y, tl.where(t_warp + g * NL + place < L, rows[0], 0), CR, WIDE, FAST)
-        own, steps = _prepare(segment, pointers, A, thread, ce, place, stage, GROUPS, FAST, WIDE)
+        own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
         segment, walks = _load_segment(t_warp + 2 * ROUND, walks, advance, place, L, at, rows, GROUPS, WIDE)
 
     if FAST:
@@ -356,10 +357,14 @@ def _ring_kernel(
 
 @functools.lru_cache(None)
 def ring_plan(batch: int, length: int, lanes: int, features: int, n: int, fill: int) -> tuple[int, int] | None:
-    """Groups of steps a segment and steps a slice, or None where another form of the scan is the better one: where
-    multiprocessors have less than two tiles each, or so many warps for whole sequences that they need no turns.
+    """Groups of steps a segment and steps a slice, or None where another form of the scan is better, or the only one:
+    where sequences are short, where a tile would be half empty or has no room for the states, and where multiprocessors
+    have less than two tiles each, or so many warps for whole sequences that these need no turns.
 
     Args:
+        lanes: Directions.
+        features: Channels.
+        n: States of a channel.
         fill: As of `triton_scan.programs_to_fill`, eight a multiprocessor.
     """
     if length < MIN_LENGTH or not 8 < n <= 16 or features <= CHANNELS // 2:
@@ -371,26 +376,29 @@ def ring_plan(batch: int, length: int, lanes: int, features: int, n: int, fill: 
     groups, slots = (2, fill // 4) if tiles < fill // 2 else (1, fill // 2)
     round_steps = WARPS.value * NL.value * groups
 
-    def time(slices: int) -> int:
+    def cost(slices: int) -> int:
         return -(-tiles * slices // slots) * (slice_steps(slices) + SLICE_OVERHEAD)
 
     def slice_steps(slices: int) -> int:
         return -(-length // (slices * round_steps)) * round_steps
 
-    return groups, slice_steps(min(range(1, 17), key=time))
+    return groups, slice_steps(min(range(1, 17), key=cost))
 
 
 def scan_in_rings(
     u: Tensor, dt: Tensor, At: Tensor, B: Tensor, C: Tensor, D: Tensor, orders, height, width, chunk, plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (batch, L, K, E) in u's dtype, the last states (batch, K, N, E), and those before every `chunk` steps but the
-    first, (batch, K, chunks - 1, N, E).
+    """y (batch, L, K, E) in u's dtype; in float32 the last states (batch, K, N, E), and those before every `chunk`
+    steps but the first, (batch, K, chunks - 1, N, E).
 
     Args:
         u: (batch, L, E) or (batch, L, K, E).
         dt: Step sizes, (batch, L, K, E), contiguous.
-        At: Decay rates, (K, N, E), contiguous.
+        At: Decay rates, (K, N, E), contiguous; N at most 16.
         B, C: (batch, L, K, N), of one dtype.
+        D: (K, E), contiguous.
+        orders, height, width: As of `reference.selective_scan_chunked`.
+        chunk: A multiple of 4, or the whole length, for no states.
         plan: Of `ring_plan`.
     """
     groups, slice_steps = plan

@@ -16,7 +16,8 @@ MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the wei
 def _softplus(x, FAST: tl.constexpr):
     """Of x ln 2, to float32's accuracy, or to 1e-5 with one instruction for the logarithm."""
     ex = exp2(tl.minimum(x, 100.0, propagate_nan=tl.PropagateNan.ALL), FAST)
-    small = ex * (LOG2E - ex * (LOG2E / 2 - ex * (LOG2E / 3)))  # log1p, where 1 + ex would lose ex's digits
+    last = LOG2E / 3 if FAST else LOG2E / 3 - ex * (LOG2E / 4)
+    small = ex * (LOG2E - ex * (LOG2E / 2 - ex * last))  # log1p, where 1 + ex would lose ex's digits
     if FAST:
         large = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + ex], dtype=tl.float32, is_pure=True, pack=1
@@ -61,7 +62,7 @@ def _step_size_kernel(
         else:
             x = tl.dot(delta, weight.to(delta.dtype), input_precision=PRECISION)
         if SOFTPLUS:
-            x = _softplus(x * LOG2E + bias * LOG2E, FAST)
+            x = _softplus(x * LOG2E + bias * LOG2E if FAST else (x + bias) * LOG2E, FAST)
         else:
             x += bias
         dt_at = dt_ptr + (first * K + k) * E + (row * (K * E) + e)

@@ -6,14 +6,15 @@ channels, fastest, then S sequences, then NL groups of states. All values are ve
 and a tile is a tuple of them, states first. So a sum over a thread's own states or channels adds vectors, and one over
 lanes exchanges halves of what is to be summed (`sum_over_lanes`): that takes a third of the shuffles of Triton's own
 sums and leaves each result in one lane, which alone goes on with it. (The backward pass holds a thread's channels in
-rows of blocks, see there.)
+rows of blocks, and the ring of warps, triton_scan_ring.py, has vectors of four warps and another order of lanes, see
+there.)
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import exp2
+from .triton_math import LOG2E, exp2
 
 LANES = tl.constexpr(32)
 
@@ -114,14 +115,14 @@ def exchange(values, lane, upper, BIT: tl.constexpr, HALF: tl.constexpr, SHUFFLE
         kept = half(values, upper, HALF)
         given = half(values, upper == 0, HALF)
         for i in tl.static_range(HALF):
-            sums = sums + (kept[i] + of_lane(given[i], lane ^ BIT, SHUFFLE),)
+            sums = sums + (kept[i] + _of_lane(given[i], lane ^ BIT, SHUFFLE),)
     else:  # a single value is left: both lanes have its sum
-        sums = (values[0] + of_lane(values[0], lane ^ BIT, SHUFFLE),)
+        sums = (values[0] + _of_lane(values[0], lane ^ BIT, SHUFFLE),)
     return sums
 
 
 @triton.jit
-def of_lane(x, lane, SHUFFLE: tl.constexpr):
+def _of_lane(x, lane, SHUFFLE: tl.constexpr):
     """Where vectors are of several warps, Triton does not see that lanes stay within theirs: SHUFFLE says it."""
     if SHUFFLE:
         return tl.inline_asm_elementwise(
@@ -165,6 +166,19 @@ def load_tile(at, row, inside, mask, NR: tl.constexpr, CR: tl.constexpr):
         for j in tl.static_range(CR):
             tile = tile + (tl.load(at + (i * row + j), mask=exists(i, j, inside) & mask, other=0.0),)
     return tile
+
+
+@triton.jit
+def load_parameters(A_at, D_at, row, inside, NR: tl.constexpr, CR: tl.constexpr):
+    """A's tile of rates to the base 2, for `exp2`, and D of the thread's channels."""
+    rates = load_tile(A_at, row, inside, inside[4], NR, CR)
+    A = ()
+    for i in tl.static_range(NR * CR):
+        A = A + (rates[i].to(tl.float32) * LOG2E,)
+    D = ()
+    for i in tl.static_range(CR):
+        D = D + (tl.load(D_at + i, mask=inside[1] + i < inside[3], other=0.0).to(tl.float32),)
+    return A, D
 
 
 @triton.jit
