@@ -14,17 +14,17 @@ MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the wei
 
 @triton.jit
 def _softplus(x, FAST: tl.constexpr):
-    """Of x ln 2, to float32's accuracy, or to 1e-5 with one instruction for the logarithm."""
-    ex = exp2(tl.minimum(x, 100.0, propagate_nan=tl.PropagateNan.ALL), FAST)
-    last = LOG2E / 3 if FAST else LOG2E / 3 - ex * (LOG2E / 4)
-    small = ex * (LOG2E - ex * (LOG2E / 2 - ex * last))  # log1p, where 1 + ex would lose ex's digits
+    """To float32's accuracy, or to 1e-5 with one instruction for the logarithm."""
+    ex = exp2(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E, FAST)
+    last = 0.33333334 if FAST else 0.33333334 - ex * 0.25
+    small = ex * (1.0 - ex * (0.5 - ex * last))  # log1p, where 1 + ex would lose ex's digits
     if FAST:
-        large = tl.inline_asm_elementwise(
+        large = LN2 * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + ex], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        large = tl.log2(1.0 + ex)
-    return LN2 * tl.where(ex < 0.03, small, tl.maximum(x, large, propagate_nan=tl.PropagateNan.ALL))
+        large = tl.log(1.0 + ex)
+    return tl.where(x > 20.0, x, tl.where(ex < 0.03, small, large))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -47,26 +47,22 @@ def _step_size_kernel(
         weight_at = weight_ptr + (k * E + e) * RANK + r[:, None]
         weight = tl.load(weight_at, mask=(e < E) & (r[:, None] < RANK), other=0.0)
     start = (tl.program_id(0) // (K * blocks)).to(tl.int64) * (tiles * ROWS)
-    end = tl.minimum(start + tiles * ROWS, rows)
-    column = e if R == 0 else r[None, :]
-    delta_at = delta_ptr + k * delta_k + (row * delta_row + column)
-    columns = column < (E if R == 0 else RANK)
-    ahead = tl.load(delta_at + start * delta_row, mask=(start + row < end) & columns, other=0.0)
-    for first in range(start, end, ROWS):
-        delta = ahead
-        ahead = tl.load(delta_at + (first + ROWS) * delta_row, mask=(first + ROWS + row < end) & columns, other=0.0)
-        if R < 2:
-            x = delta.to(tl.float32)
+    for first in range(start, tl.minimum(start + tiles * ROWS, rows), ROWS):
+        row_in = first + row < rows
+        delta_at = delta_ptr + (first * delta_row + k * delta_k)
+        if R == 0:
+            x = tl.load(delta_at + (row * delta_row + e), mask=row_in & (e < E), other=0.0).to(tl.float32)
+        else:
+            factor = tl.load(delta_at + (row * delta_row + r[None, :]), mask=row_in & (r[None, :] < RANK), other=0.0)
             if R == 1:
-                x *= weight.to(tl.float32)
-        else:
-            x = tl.dot(delta, weight.to(delta.dtype), input_precision=PRECISION)
+                x = factor.to(tl.float32) * weight.to(tl.float32)
+            else:
+                x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
+        x += bias
         if SOFTPLUS:
-            x = _softplus(x * LOG2E + bias * LOG2E if FAST else (x + bias) * LOG2E, FAST)
-        else:
-            x += bias
+            x = _softplus(x, FAST)
         dt_at = dt_ptr + (first * K + k) * E + (row * (K * E) + e)
-        tl.store(dt_at, x.to(dt_ptr.dtype.element_ty), mask=(first + row < end) & (e < E))
+        tl.store(dt_at, x.to(dt_ptr.dtype.element_ty), mask=row_in & (e < E))
 
 
 @triton.jit(do_not_specialize=["rows"])
