@@ -44,8 +44,8 @@ def take_turns(monkeypatch, groups, rounds):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_recurrence(case, form):
-    if form == "ring" and case[3] > 16:
-        pytest.skip("the ring takes at most 16 states")
+    if form == "ring" and (case[2] <= 8 or case[3] > 16):
+        pytest.skip("the ring is for more than 8 channels, and at most 16 states")
     assert_matches_oracle(case, "triton", DEVICE)
 
 
