@@ -146,6 +146,12 @@ def test_extreme_steps(step):
     assert_finite_at_step(step, "triton", DEVICE)
 
 
+@pytest.mark.parametrize("step", EXTREME_STEPS)
+def test_extreme_steps_where_warps_take_turns(step, monkeypatch):
+    take_turns(monkeypatch, 1, 2)
+    assert_finite_at_step(step, "triton", DEVICE)
+
+
 @pytest.mark.parametrize("x", SOFTPLUS_ARGUMENTS)
 def test_softplus_over_its_whole_range(x):
     assert_softplus_is_right(x, "triton", DEVICE)

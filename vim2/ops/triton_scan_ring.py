@@ -48,28 +48,27 @@ NL = tl.constexpr(4)  # groups of states, each in a lane of its own; so many ste
 NR = tl.constexpr(4)  # states of a group
 CE = tl.constexpr(8)  # groups of channels
 CR = tl.constexpr(2)  # channels of a group
-TILE = tl.constexpr(8)  # NR * CR: a lane's states
-CHANNELS = 16  # of a tile: CE * CR
+TILE = tl.constexpr(NR.value * CR.value)  # a lane's states
+CHANNELS = CE.value * CR.value  # of a tile
 SLICE_OVERHEAD = 48  # what beginning a slice costs, in steps
 MIN_LENGTH = 512  # of sequences that are worth it
 
 # Shared memory, in bytes: every warp's state that it hands on; then every warp's operands of a group of NL steps, four
 # floats a time: of each step dt and dt u of the CE pairs of channels, then of each B of the NL groups of states, then C
 ROW = tl.constexpr(16)
-STATE = tl.constexpr(32 * 2 * 16)
-B_OPERANDS = tl.constexpr(4 * 8 * 16)
-C_OPERANDS = tl.constexpr(4 * 8 * 16 + 4 * 4 * 16)
-OPERANDS = tl.constexpr(4 * 8 * 16 + 2 * 4 * 4 * 16)
-SHARED = tl.constexpr(4 * (1024 + 2 * 1024))  # for four warps with two groups of steps; as in the PTX below
+STATE = tl.constexpr(32 * TILE.value * 4)
+B_OPERANDS = tl.constexpr(NL.value * CE.value * ROW.value)
+C_OPERANDS = tl.constexpr(B_OPERANDS.value + NL.value * NL.value * ROW.value)
+OPERANDS = tl.constexpr(C_OPERANDS.value + NL.value * NL.value * ROW.value)
+MAX_GROUPS = tl.constexpr(2)  # of steps in a segment
+SHARED = WARPS.value * (STATE.value + MAX_GROUPS.value * OPERANDS.value)
+ALLOCATE = tl.constexpr(f"{{ .shared .align 16 .b8 ring[{SHARED}]; mov.u32 $0, ring; }}")
 
 
 @triton.jit
 def _shared_memory(thread):
     """The address of SHARED bytes."""
-    return tl.inline_asm_elementwise(
-        "{ .shared .align 16 .b8 ring[12288]; mov.u32 $0, ring; }",
-        "=r,r", [thread], dtype=tl.uint32, is_pure=False, pack=1,
-    )  # fmt: skip
+    return tl.inline_asm_elementwise(ALLOCATE, "=r,r", [thread], dtype=tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -133,11 +132,13 @@ def _hand_on(at, barrier, active, h):
 
 
 @triton.jit
-def _lane_of(step, ce):
-    """Lanes spread over groups of states in bits 0 and 4, and over pairs of channels in bits 1 to 3: shared memory
+def _owner(thread, step, ce):
+    """The thread of the same warp that has pair of channels `ce` and loads step `step` of a group.
+
+    Lanes spread over groups of states in bits 0 and 4, and over pairs of channels in bits 1 to 3: shared memory
     serves half of a warp at once if each lane wants what its neighbour in bit 0 or 1 does. The lane of group i of the
     states is also the one that loads the operands of step i of a group, and writes its y."""
-    return step % 2 + ce * 2 + step // 2 * 16
+    return thread // 32 * 32 + (step % 2 + ce * 2 + step // 2 * 16)
 
 
 @triton.jit
@@ -188,7 +189,7 @@ def _prepare(
     for g in tl.static_range(GROUPS):
         for r in tl.static_range(NL):
             at = (get_odd if r % 2 else get_even) + (g * OPERANDS + r * (CE * ROW))
-            dt0, dt1, dtu0, dtu1 = _fetch(at, staged[g], thread // 32 * 32 + _lane_of(r, ce), FAST)
+            dt0, dt1, dtu0, dtu1 = _fetch(at, staged[g], _owner(thread, r, ce), FAST)
             steps = steps + ((decays((dt0, dt1), A, NR, CR, FAST), (dtu0, dtu1)),)
     return own, steps
 
@@ -200,7 +201,7 @@ def _walk(h, own, steps, thread, place, get_states, GROUPS: tl.constexpr, FAST: 
     for g in tl.static_range(GROUPS):
         for r in tl.static_range(NL):
             decay, dtu = steps[g * NL + r]
-            owner = thread // 32 * 32 + _lane_of(r, place)
+            owner = _owner(thread, r, place)
             b = _fetch(get_states + (g * OPERANDS + r * (NL * ROW)), own[g][2], owner, FAST)
             h = multiply_add(decay, h, multiply(of_states(b, NR, CR), of_channels(dtu, NR, CR), TILE), TILE)
             states = states + (h,)
@@ -234,7 +235,7 @@ def _ring_kernel(
     writes the states before every CHUNK steps but the first, unless CHUNK is 0."""
     SEGMENT: tl.constexpr = GROUPS * NL
     ROUND: tl.constexpr = WARPS * SEGMENT
-    tl.static_assert(WARPS * (STATE + GROUPS * OPERANDS) <= SHARED)
+    tl.static_assert(GROUPS <= MAX_GROUPS)
     ticket = tl.atomic_add(done_ptr + tiles, 1, sem="relaxed")
     tile = ticket % tiles
     slice_index = ticket // tiles
@@ -248,7 +249,7 @@ def _ring_kernel(
     thread = tl.arange(0, WARPS * 32)
     warp = thread // 32
     ce = thread // 2 % CE
-    place = thread % 2 + thread // 16 % 2 * 2  # among the lanes of a pair of channels, see `_lane_of`
+    place = thread % 2 + thread // 16 % 2 * 2  # among the lanes of a pair of channels, see `_owner`
     n = place * NR
     e = (tile % blocks) * (CE * CR) + ce * CR
     loads_C = ce >= NL  # half of the lanes are enough for B
@@ -275,6 +276,7 @@ def _ring_kernel(
     # Barrier 1 + w is between warp w, which arrives, and the next, which waits; 0 is Triton's own. A warp overwrites
     # the state that it handed on only when it has received another, which comes from the reader by way of the others.
     before = (warp + (WARPS - 1)) % WARPS
+    thread_before = before * 32 + thread % 32
     always = (thread >= 0).to(tl.uint32)
     shared = thread.to(tl.uint32)
     if FAST:
@@ -317,10 +319,10 @@ def _ring_kernel(
             states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
             _hand_on(mine, 1 + warp, always, states[SEGMENT - 1])
         else:
-            start = gather(h, before * 32 + thread % 32, TILE)
+            start = gather(h, thread_before, TILE)
             states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
             for w in tl.static_range(1, WARPS):
-                handed = gather(states[SEGMENT - 1], before * 32 + thread % 32, TILE)
+                handed = gather(states[SEGMENT - 1], thread_before, TILE)
                 start = _select(warp == w, (handed,), (start,), 1)[0]
                 walked = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
                 states = _select(warp == w, walked, states, SEGMENT)
@@ -335,7 +337,7 @@ def _ring_kernel(
             p, u, bc = own[g]
             ys = ()
             for r in tl.static_range(NL):
-                owner = thread // 32 * 32 + _lane_of(r, NL + place)
+                owner = _owner(thread, r, NL + place)
                 at_C = get_states + (g * OPERANDS + (C_OPERANDS - B_OPERANDS) + r * (NL * ROW))
                 c = _fetch(at_C, bc, owner, FAST)
                 ys = ys + sum_states(multiply(states[g * NL + r], of_states(c, NR, CR), TILE), NR, CR)
@@ -346,13 +348,14 @@ def _ring_kernel(
         own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
         segment, walks = _load_segment(t_warp + 2 * ROUND, walks, advance, place, L, at, rows, GROUPS, WIDE)
 
-    if FAST:
-        end = _receive(theirs, 1 + before, (warp == 0).to(tl.uint32))
-    else:
-        end = gather(h, before * 32 + thread % 32, TILE)
+    end = _receive(theirs, 1 + before, (warp == 0).to(tl.uint32)) if FAST else gather(h, thread_before, TILE)
     store_tile(state_at, E, end, (n, e, N_STATES, E, warp == 0), NR, CR)
     tl.debug_barrier()
     tl.atomic_xchg(done_ptr + tile, slice_index + 1, sem="release")
+
+
+def _tiles(batch: int, lanes: int, features: int) -> int:
+    return -(-features // CHANNELS) * batch * lanes
 
 
 @functools.lru_cache(None)
@@ -369,7 +372,7 @@ def ring_plan(batch: int, length: int, lanes: int, features: int, n: int, fill: 
     """
     if length < MIN_LENGTH or not 8 < n <= 16 or features <= CHANNELS // 2:
         return None
-    tiles = -(-features // CHANNELS) * batch * lanes
+    tiles = _tiles(batch, lanes, features)
     if tiles < fill // 4 or -(-features // 32) * batch * lanes >= fill:
         return None
     # two programs a multiprocessor with long segments, or four with short ones
@@ -404,7 +407,7 @@ def scan_in_rings(
     groups, slice_steps = plan
     batch, length, lanes, features = dt.shape
     n = At.shape[1]
-    tiles = -(-features // CHANNELS) * batch * lanes
+    tiles = _tiles(batch, lanes, features)
     y = torch.empty(batch, length, lanes, features, dtype=u.dtype, device=u.device)
     state = torch.empty(batch, lanes, n, features, dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, lanes, -(-length // chunk) - 1, n, features, dtype=torch.float32, device=u.device)
