@@ -92,12 +92,12 @@ def test_mamba_kernels_get_the_same_work(monkeypatch):
         calls.append(states)
 
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", types.SimpleNamespace(fwd=fwd, bwd=bwd))
-    monkeypatch.delitem(sys.modules, "vim2.ops.mamba_ssm_scan", raising=False)
+    monkeypatch.delitem(sys.modules, "vim2.ops.scan.mamba_ssm_scan", raising=False)
     try:
         inputs = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
         steps = benchmark.scan_steps(benchmark.MAMBA_KERNELS, inputs)
     finally:
-        sys.modules.pop("vim2.ops.mamba_ssm_scan", None)  # it holds the stand-in
+        sys.modules.pop("vim2.ops.scan.mamba_ssm_scan", None)  # it holds the stand-in
     steps["infer"]()
     steps["train"]()
     (u, delta, A, B), _, states = calls

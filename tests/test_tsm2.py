@@ -4,7 +4,7 @@ from torch import nn
 
 import vim2
 from vim2.ops import backend, selective_scan_fn
-from vim2.tsm2 import TSM2, TimeMixer, TSM2Config, VariateMixer, instance_normalise, patches
+from vim2.tsm2 import TSM2, TimeMixer, TSM2Config, VariateMixer, cut_patches, instance_normalise
 
 SMALL = dict(lookback=32, horizon=6, patch=8, stride=4, d_model=8, d_state=3, dropout=0.0)
 
@@ -166,7 +166,7 @@ def test_linear_path_is_the_whole_forecast_at_first():
 
 
 def test_patches_cover_the_window_and_repeat_its_end():
-    cut = patches(torch.arange(10.0), 4, 2)
+    cut = cut_patches(torch.arange(10.0), 4, 2)
     assert cut.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 9, 9]]
     assert TSM2(TSM2Config()).tokens == 64  # patch 16 and stride 8 on 512 steps
 

@@ -382,7 +382,7 @@ def mamba_kernels(inputs: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
     """mamba-ssm's kernels alone at the same work: directions as groups of channels, their copies already made."""
     import selective_scan_cuda
 
-    from vim2.ops.mamba_ssm_scan import kernel_arguments
+    from vim2.ops.scan.mamba_ssm_scan import kernel_arguments
 
     side = inputs["u"].shape[1]
     inputs = {name: t.detach() for name, t in inputs.items()}

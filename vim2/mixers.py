@@ -87,16 +87,16 @@ class S6(nn.Module):
         if d_state < 1:
             raise ValueError(f"d_state must be at least 1, got {d_state}.")
         dd = {"device": device, "dtype": dtype}
-        lanes = len(orders)
+        directions = len(orders)
         self.orders = tuple(orders)
         self.d_state = d_state
         self.dt_rank = dt_rank
         self.separate_inputs = separate_inputs
-        self.x_proj_weight = nn.Parameter(torch.empty(lanes, dt_rank + 2 * d_state, features, **dd))
-        self.dt_proj_weight = nn.Parameter(torch.empty(lanes, features, dt_rank, **dd))
-        self.dt_proj_bias = nn.Parameter(torch.empty(lanes, features, **dd))
-        self.A_log = nn.Parameter(torch.empty(lanes, features, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(lanes, features, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(directions, dt_rank + 2 * d_state, features, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(directions, features, dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(directions, features, **dd))
+        self.A_log = nn.Parameter(torch.empty(directions, features, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(directions, features, **dd))
         self.reset_parameters()
 
     def reset_parameters(self, dt_min: float = 0.001, dt_max: float = 0.1) -> None:

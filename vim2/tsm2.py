@@ -215,7 +215,7 @@ class FeatureNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, 2)).view_as(x)
 
 
-class MixerLayer(nn.Module):
+class SeriesMixerLayer(nn.Module):
     """One mixer on the normalised weighted average of everything before it."""
 
     def __init__(self, dim: int, mixer: nn.Module, num_features: int, norm: str, dropout: float, device, dtype):
@@ -263,7 +263,9 @@ class TSM2(nn.Module):
             self.future_patch, self.future_stride = steps, min(c.stride, steps)
             future_patches = count_patches(c.future_steps, self.future_patch, self.future_stride)
             self.future_embed = nn.Linear(steps * c.future_features, c.d_model, **dd)
-            self.future_mixer = MixerLayer(c.d_model, VariateMixer(c.d_model, **mixer_args), 1, c.norm, c.dropout, **dd)
+            self.future_mixer = SeriesMixerLayer(
+                c.d_model, VariateMixer(c.d_model, **mixer_args), 1, c.norm, c.dropout, **dd
+            )
             self.future_average = WeightedAverage(2, **dd)
             self.future_proj = nn.Linear(future_patches, patches, **dd)
             self.tokens += patches
@@ -277,7 +279,7 @@ class TSM2(nn.Module):
             elif c.variate_mixer == "mlp":
                 mixers.append(Mlp(c.d_model, int(2 * c.expand * c.d_model), **dd))
             for mixer in mixers:
-                self.layers.append(MixerLayer(c.d_model, mixer, len(self.layers) + 1, c.norm, c.dropout, **dd))
+                self.layers.append(SeriesMixerLayer(c.d_model, mixer, len(self.layers) + 1, c.norm, c.dropout, **dd))
         self.average = WeightedAverage(len(self.layers) + 1, **dd)
         self.head_dropout = nn.Dropout(c.head_dropout)
         self.head = nn.Linear(self.tokens * c.d_model, c.horizon * max(len(c.quantiles), 1), **dd)
@@ -319,14 +321,14 @@ class TSM2(nn.Module):
         """The grid that the mixers see, y(0): static features, then the history's patches, then future features, as
         many tokens each (the paper's M x 3T), in the order of time."""
         c, (batch, variates, _) = self.config, x.shape
-        tokens = [self.embed(patches(x, c.patch, c.stride))]
+        tokens = [self.embed(cut_patches(x, c.patch, c.stride))]
         if self.static_proj is not None:
             static = static.to(x.dtype).expand(batch, variates, -1)
             tokens.insert(0, self.static_proj(static).unflatten(-1, (-1, c.d_model)))
         if self.future_embed is not None:
             if future.dim() == 3:
                 future = future.unsqueeze(2).expand(-1, -1, variates, -1)
-            steps = patches(future.to(x.dtype).permute(0, 2, 3, 1), self.future_patch, self.future_stride)
+            steps = cut_patches(future.to(x.dtype).permute(0, 2, 3, 1), self.future_patch, self.future_stride)
             embedded = self.future_embed(steps.transpose(2, 3).flatten(3))
             mixed = self.future_average([embedded, self.future_mixer([embedded])])
             tokens.append(self.future_proj(mixed.transpose(2, 3)).transpose(2, 3))
@@ -367,7 +369,7 @@ def count_patches(steps: int, patch: int, stride: int) -> int:
     return (steps - patch) // stride + 2
 
 
-def patches(x: Tensor, patch: int, stride: int) -> Tensor:
+def cut_patches(x: Tensor, patch: int, stride: int) -> Tensor:
     """(..., steps) -> (..., patches, patch), the end padded with its last value by one stride."""
     padded = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], stride)), dim=-1)
     return padded.unfold(-1, patch, stride)

@@ -22,3 +22,30 @@ def assert_matches_oracle(function, oracle, names, inputs, backend, half, full):
     for name, a, e in zip(names, gradients(y, inputs), gradients(expected, inputs, dtype=y.dtype)):
         assert a.isfinite().all(), name
         assert relative_error(a, e) < (half if name == "x" else full), name
+
+
+def assert_compiles(function, inputs):
+    """torch.compile finds one graph, whose gradients are those of eager mode."""
+
+    def loss(*inputs):
+        return function(*inputs).square().sum()
+
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def assert_all_finite(output, inputs):
+    """The output and every gradient: with the fixture `poison`, also that each element of them is written."""
+    for t in (output, *gradients(output, inputs)):
+        assert t.isfinite().all()
+
+
+def assert_same_bits(function, inputs):
+    """Two runs give the same output and gradients."""
+    runs = []
+    for _ in range(2):
+        output = function(*inputs)
+        runs.append((output, *gradients(output, inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))

@@ -3,21 +3,21 @@ torch.library.opcheck does not look at and Inductor does."""
 
 import pytest
 import torch
+from devices import DEVICE, needs_triton
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vim2.mixers import MixerLayer, PatchMerging, SelectiveChannelMixer, SelectiveTokenMixer
-from vim2.ops.backend import HAS_NUMBA, HAS_TRITON
+from vim2.ops.backend import HAS_NUMBA
 
 BACKENDS = [
-    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="wants Triton")),
+    pytest.param("triton", marks=needs_triton),
     pytest.param(
         "numba", marks=pytest.mark.skipif(torch.cuda.is_available() or not HAS_NUMBA, reason="wants Numba, on a CPU")
     ),
     "torch",
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def layout(t: torch.Tensor) -> tuple:

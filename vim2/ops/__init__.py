@@ -1,12 +1,14 @@
 """Operators: the only place that knows about devices and kernels."""
 
-from .depthwise_conv import depthwise_conv_silu
-from .directional_conv import directional_conv_silu
-from .layer_norm import layer_norm, patch_merging_norm
-from .norm_gate import norm_gate
-from .projected_scan import projected_scan
-from .selective_scan import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
-from .weighted_average import weighted_average, weighted_average_norm
+from .conv.depthwise import depthwise_conv_silu
+from .conv.directional import directional_conv_silu
+from .norm.layer_norm import layer_norm, patch_merging_norm
+from .norm.norm_gate import norm_gate
+from .norm.weighted_average import weighted_average, weighted_average_norm
+from .scan.mamba_signature import selective_scan_fn
+from .scan.orders import BIDIRECTIONAL, CROSS_SCAN, FORWARD
+from .scan.projected_scan import projected_scan
+from .scan.selective_scan import selective_scan
 
 __all__ = [
     "BIDIRECTIONAL",

@@ -70,6 +70,12 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
     return "triton"
 
 
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of an operator's arithmetic: float64 where any input is float64, else float32. States, sums and
+    statistics never live in half precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def autocast_off(tensor: Tensor) -> AbstractContextManager:
     """Autocast off on this tensor's device; meta tensors, for which PyTorch knows no autocast, need nothing."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

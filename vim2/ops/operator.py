@@ -1,4 +1,4 @@
-"""How the forward operators are registered, and whether what they keep will be needed."""
+"""How the package's forward operators are registered with PyTorch, and whether what they keep will be needed."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ def needs_backward(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def operator(name: str) -> Callable:
+def register_operator(name: str) -> Callable:
     """Register the decorated function as an operator that changes none of its arguments.
 
     It is what `torch.library.custom_op` does, but for a check of every result against aliasing the arguments: at batch

@@ -1,14 +1,9 @@
-"""What the Triton kernels share."""
+"""Arithmetic of the Triton kernels: powers of two and sigmoids, with NVIDIA's approximate instructions where FAST."""
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
-
+LANES = tl.constexpr(32)  # of a warp
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -33,38 +28,3 @@ def sigmoid(x, FAST: tl.constexpr):
         )
     else:
         return 1.0 / (1.0 + e)
-
-
-_compiled = {}
-
-
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: Sequence, **options) -> None:
-    """kernel[grid](*arguments, **options) on the tensors' device, at half of what that costs the host.
-
-    Triton works out at every launch which of a kernel's compiled forms fits the arguments. Which one did is remembered
-    here, for tensors by type, alignment and device, for everything else by value.
-
-    Args:
-        arguments: The kernel's first ones: tensors, tuples of tensors, None and numbers.
-        options: Its others, in their order, all of them constants, and Triton's own.
-    """
-    first = next(a for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device_of(first):
-        if INTERPRETED:
-            kernel[grid](*arguments, **options)
-            return
-        key = (id(kernel), first.get_device(), *map(_kind, arguments), *options.values())
-        if key in _compiled:
-            compiled, constants = _compiled[key]
-            compiled[(*grid, 1, 1)](*arguments, *constants)
-            return
-        if len(_compiled) > 10000:  # as when every image has a size of its own
-            _compiled.clear()
-        constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-        _compiled[key] = kernel[grid](*arguments, **options), constants
-
-
-def _kind(argument):
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument

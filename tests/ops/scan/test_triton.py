@@ -1,0 +1,229 @@
+"""The Triton scan against the float64 oracle: on the GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from comparison import gradients, relative_error
+from devices import DEVICE
+from scan_cases import (
+    BOUNDS,
+    CASES,
+    EXTREME_STEPS,
+    SOFTPLUS_ARGUMENTS,
+    assert_finite_at_step,
+    assert_last_state_matches_torch,
+    assert_matches_oracle,
+    assert_softplus_is_right,
+    make_inputs,
+    oracle,
+)
+
+from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
+
+pytest.importorskip("triton")
+from vim2.ops.scan.chunks import TRITON_CHUNK
+from vim2.ops.scan.triton import backward, forward, forward_relay, schedule
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(params=["whole", "split", "relay"])
+def form(request, monkeypatch):
+    """Whether a program scans whole sequences, or chunks that run side by side, as where little else fills the GPU, or
+    slices by warps that take turns, as where sequences are long."""
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9 if request.param == "split" else 0)
+    if request.param == "relay":
+        take_turns(monkeypatch, 1, 1)
+    return request.param
+
+
+def take_turns(monkeypatch, groups, rounds):
+    """In slices of so many rounds of the four warps."""
+    monkeypatch.setattr(forward_relay, "relay_plan", lambda *sizes: (groups, 16 * groups * rounds))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_recurrence(case, form):
+    if form == "relay" and (case[2] <= 8 or case[3] > 16):
+        pytest.skip("the relay is for more than 8 channels, and at most 16 states")
+    assert_matches_oracle(case, "triton", DEVICE)
+
+
+def test_programs_that_take_several_sequences(monkeypatch):
+    monkeypatch.setattr(schedule, "tiles_a_program", lambda programs, device: 2)
+    assert_matches_oracle(((1, 6), BIDIRECTIONAL, 3, 4, 37, True), "triton", DEVICE)
+
+
+def test_offsets_of_64_bits(monkeypatch, form):
+    monkeypatch.setattr(schedule, "is_large", lambda sequences, *tensors: True)
+    assert_matches_oracle(((1, 43), BIDIRECTIONAL, 3, 4, 5, True), "triton", DEVICE)
+
+
+def test_strides_that_need_64_bits():
+    sequences = torch.empty_strided((32, 5, 4), (2**27, 4, 1), device="meta")
+    assert schedule.is_large(32, sequences) and not schedule.is_large(8, sequences)
+    steps = torch.empty_strided((2, 2**15, 4), (4, 2**16, 1), device="meta")
+    assert schedule.is_large(2, steps) and not schedule.is_large(2, steps[:, :5])
+
+
+def test_inference_splits_no_finer_than_it_must(monkeypatch):
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 2)  # chunks of twice the length kept otherwise
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 800), FORWARD, dtype=torch.float32)]
+    y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("triton", "torch"))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sequences_of_more_chunks_than_a_grid_has_room_for_are_not_split(monkeypatch):
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
+    monkeypatch.setattr(schedule, "MAX_CHUNKS", 2)
+    schedule.forward_plan.cache_clear()
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "combine", None)
+    assert_matches_oracle(((1, 80), FORWARD, 3, 4, 1, False), "triton", DEVICE)
+
+
+def test_too_many_states():
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 4), FORWARD, n=129, dtype=torch.float32)]
+    with pytest.raises(ValueError, match="at most 128 states, got 129"):
+        selective_scan(*inputs, orders=FORWARD, backend="triton")
+
+
+@pytest.mark.parametrize("features", [22, 24])
+@pytest.mark.parametrize(("channels", "programs"), [(4, 6), (2, 12), (1, 18)])
+def test_fewer_channels_a_thread_where_programs_are_few(channels, programs, features, monkeypatch):
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: programs)
+    tile, split, _ = schedule.forward_plan(3, 15, 2, features, 16, 15, programs)
+    assert (tile["CR"], split) == (channels, False)
+    inputs = make_inputs((3, 5), BIDIRECTIONAL, features, 16, batch=3, dtype=torch.bfloat16)
+    inputs = [t.detach().to(DEVICE) for t in inputs]
+    y, expected = (selective_scan(*inputs, orders=BIDIRECTIONAL, backend=backend) for backend in ("triton", "torch"))
+    assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("groups", "rounds"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (((131,), FORWARD, 9, 16, 1, False), torch.float32),
+        (((8, 9), BIDIRECTIONAL, 18, 11, 1, True), torch.float16),
+        (((7, 11), ("columns", "columns_backward"), 24, 16, 1, False), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_warps_that_take_turns(case, dtype, groups, rounds, monkeypatch):
+    take_turns(monkeypatch, groups, rounds)
+    assert_matches_oracle(case, "triton", DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype_of_B", [torch.float32, torch.bfloat16], ids=str)
+def test_warps_that_take_turns_with_mixed_dtypes(dtype_of_B, monkeypatch):
+    take_turns(monkeypatch, 1, 2)
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((9, 5), BIDIRECTIONAL, 16, 16, 1, dtype=torch.float32)]
+    inputs[0], inputs[3] = inputs[0].bfloat16(), inputs[3].to(dtype_of_B)  # u and B; C is float32
+    y, expected = (selective_scan(*inputs, orders=BIDIRECTIONAL, backend=backend) for backend in ("triton", "torch"))
+    assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
+
+
+def test_warps_take_turns_where_sequences_are_long_and_few():
+    fill = 8 * 132
+    for features, side in ((192, 256), (384, 128), (768, 64)):  # vim2_tiny at 1024²
+        groups, steps = forward_relay.relay_plan(6, side**2, 4, features, 16, fill)
+        assert steps % (16 * groups) == 0 and steps < side**2
+        assert forward_relay.relay_plan(1, side**2, 4, features, 16, fill) is None
+    assert forward_relay.relay_plan(128, 56**2, 4, 192, 16, fill) is None
+    assert forward_relay.relay_plan(6, 256**2, 4, 192, 32, fill) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [((3, 23), CROSS_SCAN, 3, 5, 2, False), ((3, 5), BIDIRECTIONAL, 20, 16, 3, True)])
+def test_half_precision(case, dtype):
+    assert_matches_oracle(case, "triton", DEVICE, dtype)
+
+
+@pytest.mark.parametrize("step", EXTREME_STEPS)
+def test_extreme_steps(step):
+    assert_finite_at_step(step, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("step", EXTREME_STEPS)
+def test_extreme_steps_where_warps_take_turns(step, monkeypatch):
+    take_turns(monkeypatch, 1, 2)
+    assert_finite_at_step(step, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("x", SOFTPLUS_ARGUMENTS)
+def test_softplus_over_its_whole_range(x):
+    assert_softplus_is_right(x, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_that_is_not_a_number_is_not_hidden(dtype):
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 5), FORWARD, dtype=dtype)]
+    inputs[1][:, :, 2] = torch.nan
+    y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("triton", "torch"))
+    assert torch.equal(y.isnan(), expected.isnan()) and expected.isnan().any()
+
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16's bits as integers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=on_gpu), torch.float16], ids=str)
+def test_low_rank_steps_agree_with_full_ones(dtype):
+    u, _, A, B, C, D, bias = make_inputs((3, 5), CROSS_SCAN, features=6, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    factor = torch.randn(2, 3, 5, 4, 2, generator=generator).to(dtype)
+    weight = torch.randn(4, 6, 2, generator=generator).to(dtype)  # as the kernel multiplies it, and kept in float32
+    variables = (u, factor, B, C, *(t.float() for t in (A, D, bias, weight)))
+    variables = [t.detach().to(DEVICE).requires_grad_() for t in variables]
+    u, factor, B, C, A, D, bias, weight = variables
+    low = selective_scan(u, factor, A, B, C, D, bias, orders=CROSS_SCAN, delta_weight=weight, backend="triton")
+    exact = [t.detach().cpu().double().requires_grad_() for t in variables]
+    u, factor, B, C, A, D, bias, weight = exact
+    full = oracle((u, torch.einsum("bhwkr,ker->bhwke", factor, weight), A, B, C, D, bias), CROSS_SCAN)
+    actual, expected = [low, *gradients(low, variables)], [full, *gradients(full, exact, low.dtype)]
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a.cpu(), e) < BOUNDS[dtype]
+
+
+def test_mamba_signature_with_last_state(form):
+    assert_last_state_matches_torch("triton", DEVICE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
+def test_two_runs_give_the_same_bits(form):
+    inputs = [t.to(DEVICE).detach().requires_grad_() for t in make_inputs((3, 43), CROSS_SCAN, 20, dtype=torch.float32)]
+    runs = []
+    for _ in range(2):
+        y = selective_scan(*inputs, orders=CROSS_SCAN, backend="triton")
+        runs.append([y, *gradients(y, inputs)])
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+def test_without_gradients_the_result_is_the_same():
+    inputs = [t.to(DEVICE) for t in make_inputs((3, 43), CROSS_SCAN, dtype=torch.float32)]
+    with_gradients = selective_scan(*inputs, orders=CROSS_SCAN, backend="triton")
+    with torch.no_grad():
+        assert torch.equal(selective_scan(*inputs, orders=CROSS_SCAN, backend="triton"), with_gradients)
+
+
+def test_operator_is_registered_correctly():
+    u, delta, A, B, C, D, bias = (
+        t.detach().to(DEVICE) for t in make_inputs((2, 3), BIDIRECTIONAL, dtype=torch.float32)
+    )
+    flat = [u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2), C.flatten(1, 2), D, bias, A.new_zeros(0)]
+    options = (True, [0, 2], 2, 3, True, True, TRITON_CHUNK, "triton")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.vim2.selective_scan, (*(t.requires_grad_() for t in flat), *options), test_utils=tests
+    )
+
+
+def test_too_many_different_directions():
+    inputs = make_inputs((2, 2), CROSS_SCAN * 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="at most 15"):
+        selective_scan(*(t.to(DEVICE) for t in inputs), orders=CROSS_SCAN * 5, backend="triton")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, numba, mamba_ssm, torch, got 'cuda'"):
+        selective_scan(*make_inputs((2, 2), FORWARD), backend="cuda")

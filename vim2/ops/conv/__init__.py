@@ -1,0 +1,1 @@
+"""Depth-wise convolutions, each with the SiLU that follows."""

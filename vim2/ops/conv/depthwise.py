@@ -1,0 +1,63 @@
+"""Depth-wise 3x3 convolution and SiLU on channels-last maps: the public function and the registered operator behind
+its kernels, `torch.ops.vim2.depthwise_conv_silu`, with fake, autograd and FLOP rules."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import autocast_off, compute_dtype, resolve_backend
+from .operator import register_conv
+
+
+def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
+    """SiLU of the depth-wise 3x3 convolution with padding 1, computed in float32 (float64 if any input is).
+
+    Args:
+        x: Maps, (batch, H, W, E), with any strides; only where channels are not contiguous do kernels copy. Any
+            floating dtype; weight and bias may have another.
+        weight: (E, 1, 3, 3), as nn.Conv2d(E, E, 3, groups=E) has it.
+        bias: (E,).
+        backend: "triton", "torch" or "auto", see `vim2.ops.backend.resolve_backend`.
+
+    Returns:
+        (batch, H, W, E), contiguous, in x's dtype, also under autocast.
+
+    Raises:
+        ValueError: Shapes that do not fit together, an empty map, or an unknown backend.
+        RuntimeError: A backend that is not there.
+    """
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"x must be (batch, H, W, E) and not empty, got {tuple(x.shape)}.")
+    channels = x.shape[-1]
+    if weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
+        raise ValueError(
+            f"weight and bias must be {(channels, 1, 3, 3)} and {(channels,)} for {channels} channels, "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
+        )
+    if resolve_backend(backend, x, weight, bias) == "triton":
+        return torch.ops.vim2.depthwise_conv_silu(x, weight, bias)
+    return _depthwise_conv_silu_torch(x, weight, bias)
+
+
+def _depthwise_conv_silu_torch(x, weight, bias):
+    dtype = compute_dtype(x, weight, bias)
+    with autocast_off(x):
+        maps = x.permute(0, 3, 1, 2).to(dtype)
+        y = F.silu(F.conv2d(maps, weight.to(dtype), bias.to(dtype), padding=1, groups=maps.shape[1]))
+    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+
+def _kernels():
+    from .triton import depthwise
+
+    return depthwise
+
+
+def _flops(x_shape, weight_shape) -> int:
+    """Nine multiplications and additions an output, as PyTorch counts a convolution."""
+    return 2 * 9 * math.prod(x_shape)
+
+
+register_conv("depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _flops)

@@ -1,0 +1,63 @@
+"""How a depth-wise convolution with SiLU is registered: a forward and a backward operator with their fake, autograd and
+FLOP rules."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..operator import register_operator
+
+
+def register_conv(
+    name: str,
+    kernels: Callable[[], ModuleType],
+    output_shape: Callable[[Sequence[int]], Sequence[int]],
+    flops: Callable[[Sequence[int], Sequence[int]], int],
+) -> None:
+    """Register `torch.ops.vim2.<name>` of x, weight and bias, and `<name>_backward`, which computes again what SiLU was
+    applied to.
+
+    Args:
+        name: Of the forward operator, without the namespace.
+        kernels: Imports the module whose `convolve(x, weight, bias)` is the forward pass, and whose
+            `convolve_backward(grad_y, x, weight, bias)` returns the gradients for x, weight and bias.
+        output_shape: From x's shape to the output's.
+        flops: From the shapes of x and weight, two a multiply-add. The backward pass counts as the convolution's two
+            adjoints, without what it computes again.
+    """
+    forward, backward = f"vim2::{name}", f"vim2::{name}_backward"
+
+    @register_operator(forward)
+    def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kernels().convolve(x, weight, bias)
+
+    @torch.library.register_fake(forward)
+    def _(x, weight, bias):
+        return x.new_empty(output_shape(x.shape))
+
+    @torch.library.custom_op(backward, mutates_args=())
+    def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels().convolve_backward(grad_y, x, weight, bias)
+
+    @run_backward.register_fake
+    def _(grad_y, x, weight, bias):
+        return tuple(t.new_empty(t.shape) for t in (x, weight, bias))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx, grad_y):
+        return run_backward(grad_y, *ctx.saved_tensors)
+
+    torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+
+    @register_flop_formula(getattr(torch.ops.vim2, name))
+    def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return flops(x_shape, weight_shape)
+
+    @register_flop_formula(getattr(torch.ops.vim2, f"{name}_backward"))
+    def _(grad_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * flops(x_shape, weight_shape)

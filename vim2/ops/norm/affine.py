@@ -1,0 +1,27 @@
+"""What the operators with a LayerNorm share of its weight and bias: the check, fakes, and the gradients."""
+
+import torch
+from torch import Tensor
+
+
+def check_norm(weight: Tensor | None, bias: Tensor | None, width: int) -> None:
+    """Raise a ValueError unless both are (width,), or both are None."""
+    for name, t in (("norm_weight", weight), ("norm_bias", bias)):
+        if (weight is None) != (bias is None) or (t is not None and t.shape != (width,)):
+            shape = None if t is None else tuple(t.shape)
+            raise ValueError(f"norm_weight and norm_bias must both be {(width,)} or both None; {name} is {shape}.")
+
+
+def fake_statistics(x: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """A fake of the mean and reciprocal deviation of every row of x, (2, ...), or (0,) without a norm."""
+    return x.new_empty((0,) if norm_weight is None else (2, *x.shape[:-1]), dtype=torch.float32)
+
+
+def fake_norm_gradient(statistics: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """A fake of the gradients of a norm's weight and bias together, (2, width), or (2, 0) without a norm."""
+    return statistics.new_empty(2, 0 if norm_weight is None else norm_weight.shape[0])
+
+
+def split_norm_gradient(grad: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> list[Tensor | None]:
+    """These gradients, each in its parameter's dtype, None where there is no norm."""
+    return [None if t is None else g.to(t.dtype) for g, t in zip(grad, (norm_weight, norm_bias))]

@@ -1,0 +1,128 @@
+"""LayerNorm of rows, and of the 2 x 2 patches that patch merging joins, which is never copied together.
+
+The operator `torch.ops.vim2.layer_norm` is opaque to torch.compile, torch.export, autocast and activation
+checkpointing, and carries its own fake and autograd rules.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import autocast_dtype, compute_dtype, resolve_backend
+from ..operator import register_operator
+from .affine import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str | None = None) -> Tensor:
+    """LayerNorm over the last axis, in the dtype that the Linear behind it wants: PyTorch's puts out float32 under
+    autocast, to be converted in a step of its own.
+
+    Args:
+        x: (..., C), of any floating dtype.
+        weight: (C,).
+        bias: (C,).
+        eps: Added to the variance.
+        backend: As for `selective_scan`.
+
+    Returns:
+        A contiguous tensor of x's shape, in autocast's dtype where that is on, else in that of x and weight promoted.
+        Arithmetic is float32 (float64 if any input is).
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+        RuntimeError: A backend that is not there.
+    """
+    if x.dim() == 0:
+        raise ValueError("x must be (..., C), got a scalar.")
+    return _norm(x, weight, bias, eps, 1, backend)
+
+
+def patch_merging_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str | None = None
+) -> Tensor:
+    """LayerNorm of 2 x 2 patches, as Swin's patch merging has it: a patch is the channels of its upper left, lower
+    left, upper right and lower right position, in this order, zero where it sticks out of the map.
+
+    Args:
+        x: Maps (batch, H, W, C), of any floating dtype.
+        weight: (4 C,).
+        bias: (4 C,).
+        eps: Added to the variance.
+        backend: As for `selective_scan`.
+
+    Returns:
+        (batch, H / 2, W / 2, 4 C), halves rounded up, contiguous, with dtypes as for `layer_norm`.
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+        RuntimeError: A backend that is not there.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be (batch, H, W, C), got {tuple(x.shape)}.")
+    return _norm(x, weight, bias, eps, 2, backend)
+
+
+def _norm(x, weight, bias, eps, patch, backend):
+    check_norm(weight, bias, x.shape[-1] * patch * patch)
+    dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
+    if resolve_backend(backend, x, weight, bias) == "triton":
+        return torch.ops.vim2.layer_norm(x, weight, bias, eps, dtype, patch)[0]
+    compute = compute_dtype(x, weight, bias)
+    x = x.to(compute)
+    if patch == 2:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+    return F.layer_norm(x, x.shape[-1:], weight.to(compute), bias.to(compute), eps).to(dtype)
+
+
+def _shape(x: Tensor, patch: int) -> list[int]:
+    """The shape of the result."""
+    if patch == 1:
+        return list(x.shape)
+    batch, height, width, channels = x.shape
+    return [batch, (height + patch - 1) // patch, (width + patch - 1) // patch, patch * patch * channels]
+
+
+@register_operator("vim2::layer_norm")
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int
+) -> tuple[Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32."""
+    from .triton.layer_norm import layer_norm_triton
+
+    return layer_norm_triton(x, weight, bias, eps, dtype, patch, _shape(x, patch))
+
+
+@torch.library.register_fake("vim2::layer_norm")
+def _(x, weight, bias, eps, dtype, patch):
+    out = x.new_empty(_shape(x, patch), dtype=dtype)
+    return out, fake_statistics(out, weight)
+
+
+@torch.library.custom_op("vim2::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, patch: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients for x, and for weight and bias together, (2, width) in float32."""
+    from .triton.layer_norm import layer_norm_triton_backward
+
+    return layer_norm_triton_backward(grad, x, weight, statistics, patch)
+
+
+@_layer_norm_backward.register_fake
+def _(grad, x, weight, statistics, patch):
+    return x.new_empty(x.shape), fake_norm_gradient(statistics, weight)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, _, ctx.patch = inputs
+    ctx.save_for_backward(x, weight, bias, output[1])
+
+
+def _backward(ctx, grad, _):
+    x, *norm, statistics = ctx.saved_tensors
+    grad_x, grad_norm = torch.ops.vim2.layer_norm_backward(grad, x, norm[0], statistics, ctx.patch)
+    return grad_x, *split_norm_gradient(grad_norm, *norm), None, None, None
+
+
+torch.library.register_autograd("vim2::layer_norm", _backward, setup_context=_setup_context)

@@ -1,0 +1,125 @@
+"""The gate of the mixers (arXiv 2403.19888, section 3): LayerNorm of the scan's output, times SiLU of the gate branch.
+
+The operator `torch.ops.vim2.norm_gate` is opaque to torch.compile, torch.export, autocast and activation checkpointing,
+and carries its own fake and autograd rules.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import autocast_dtype, compute_dtype, resolve_backend
+from ..operator import needs_backward, register_operator
+from .affine import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+
+
+def norm_gate(
+    y: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(y) * SiLU(gate), the norm over the last axis; without a norm_weight, y * SiLU(gate).
+
+    Args:
+        y: (..., E), any floating dtype; or (..., G, K, P) with E = G P, the outputs of K directions in G groups of P
+            channels, of which the sum over K is taken first.
+        gate: (..., E); it may be a slice of wider rows, as half of a projection's output is. Of any floating dtype.
+        norm_weight: (E,).
+        norm_bias: (E,), with norm_weight only.
+        eps: Added to the variance.
+        backend: As for `selective_scan`.
+
+    Returns:
+        A contiguous tensor of gate's shape, in autocast's dtype where that is on, else in that of y and gate promoted.
+        Arithmetic is float32 (float64 if any input is).
+
+    Raises:
+        ValueError: Shapes that do not fit together, norm_weight without norm_bias or the other way round.
+        RuntimeError: A backend that is not there.
+    """
+    per_direction = y.dim() == gate.dim() + 2
+    width = y.shape[-3] * y.shape[-1] if per_direction else y.shape[-1:].numel()
+    if gate.dim() == 0 or gate.shape != (*y.shape[: gate.dim() - 1], width):
+        raise ValueError(
+            f"y and gate must both be (..., E), or y (..., G, K, P) with E = G P, "
+            f"got {tuple(y.shape)} and {tuple(gate.shape)}."
+        )
+    check_norm(norm_weight, norm_bias, width)
+    tensors = (y, gate) if norm_weight is None else (y, gate, norm_weight, norm_bias)
+    dtype = autocast_dtype(y) or torch.promote_types(y.dtype, gate.dtype)
+    if resolve_backend(backend, *tensors) == "triton":
+        keeps = per_direction and needs_backward(*tensors)
+        return torch.ops.vim2.norm_gate(y, gate, norm_weight, norm_bias, eps, dtype, keeps)[0]
+    compute = compute_dtype(*tensors)
+    y = y.to(compute)
+    if per_direction:
+        y = y.sum(-2).flatten(-2)
+    if norm_weight is not None:
+        y = F.layer_norm(y, y.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps)
+    return (y * F.silu(gate.to(compute))).to(dtype)
+
+
+@register_operator("vim2::norm_gate")
+def _norm_gate(
+    y: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32, empty without a norm; and
+    for the backward pass, if it `keeps` that, y's sum over directions, else (0,)."""
+    from .triton.norm_gate import norm_gate_triton
+
+    return norm_gate_triton(y, gate, norm_weight, norm_bias, eps, dtype, keeps)
+
+
+@torch.library.register_fake("vim2::norm_gate")
+def _(y, gate, norm_weight, norm_bias, eps, dtype, keeps):
+    total = y.new_empty(gate.shape if keeps else (0,))
+    return gate.new_empty(gate.shape, dtype=dtype), fake_statistics(gate, norm_weight), total
+
+
+@torch.library.custom_op("vim2::norm_gate_backward", mutates_args=())
+def _norm_gate_backward(
+    grad: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    statistics: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for y, which is (..., E) here, gate, and norm_weight and norm_bias together, (2, E) in float32, (2, 0)
+    without a norm."""
+    from .triton.norm_gate import norm_gate_triton_backward
+
+    return norm_gate_triton_backward(grad, y, gate, norm_weight, norm_bias, statistics)
+
+
+@_norm_gate_backward.register_fake
+def _(grad, y, gate, norm_weight, norm_bias, statistics):
+    return y.new_empty(y.shape), gate.new_empty(gate.shape), fake_norm_gradient(statistics, norm_weight)
+
+
+def _setup_context(ctx, inputs, output):
+    y, gate, *norm, _, _, keeps = inputs
+    _, statistics, total = output
+    ctx.summed = y.shape[-3:] if keeps else None
+    ctx.save_for_backward(total if keeps else y, gate, *norm, statistics)
+
+
+def _backward(ctx, grad, *_):
+    y, gate, *norm, statistics = ctx.saved_tensors
+    grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, statistics)
+    if ctx.summed:  # one gradient for all directions
+        groups, directions, patch = ctx.summed
+        grad_y = grad_y.unflatten(-1, (groups, 1, patch)).expand(*grad_y.shape[:-1], groups, directions, patch)
+    return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None, None
+
+
+torch.library.register_autograd("vim2::norm_gate", _backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""Their Triton kernels, imported when one of them is first needed."""

@@ -1,0 +1,81 @@
+"""What the row-wise kernels share: tiles of whole rows, and LayerNorm over them.
+
+All are bound by memory: a program holds whole rows in registers, a tile [BLOCK_ROWS, BLOCK_E], and reads and writes
+everything once. Arithmetic is float32. A fixed number of programs walk over the tiles, so that weights are loaded once;
+in backward kernels they keep the sums over rows in registers, each writes its own part, and the caller adds the parts:
+two runs give the same bits. Tiles do not depend on the rows: nothing recompiles when batch or image size changes.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FORWARD_PROGRAMS = 32  # a multiprocessor
+
+
+@triton.jit
+def norm_rows(x, weight, bias, column_in, E, eps):
+    """LayerNorm over the rows of x, which is 0 outside of column_in. Returns also mean and reciprocal deviation."""
+    mean = tl.sum(x, 1) / E
+    centred = tl.where(column_in, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / E + eps)
+    return centred * rstd[:, None] * weight + bias, mean, rstd
+
+
+@triton.jit
+def norm_gradient(grad, x_hat, rstd, weight, E):
+    """From the gradient of LayerNorm's output to that of its input; grad and x_hat are 0 outside of the tile."""
+    grad *= weight
+    along = tl.sum(grad * x_hat, 1) / E
+    return rstd[:, None] * (grad - (tl.sum(grad, 1) / E)[:, None] - x_hat * along[:, None])
+
+
+@triton.jit
+def store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E: tl.constexpr):
+    """A program's part (2, E) of the gradients of a norm's weight and bias, from its sums [BLOCK_ROWS, BLOCK_E]."""
+    e = tl.arange(0, BLOCK_E)
+    part = gnorm_ptr + tl.program_id(0) * 2 * E
+    tl.store(part + e, tl.sum(gweight, 0), mask=e < E)
+    tl.store(part + E + e, tl.sum(gbias, 0), mask=e < E)
+
+
+@functools.lru_cache(None)
+def row_tile(width: int, elements: int) -> dict[str, int]:
+    """Whole rows of about this many elements a thread, with four warps up to 128 * elements columns."""
+    block = max(triton.next_power_of_2(width), 16)
+    warps = min(max(block // (32 * elements), 4), 16)
+    return dict(BLOCK_ROWS=max(128 * elements // block, 1), BLOCK_E=block, num_warps=warps)
+
+
+def forward_programs(rows: int, tile: dict[str, int], device: torch.device) -> int:
+    """Programs of a forward kernel on so many rows, of the tile of `row_tile`."""
+    return backward_programs(rows, tile, device, FORWARD_PROGRAMS)
+
+
+def backward_programs(rows: int, tile: dict[str, int], device: torch.device, per_multiprocessor: int) -> int:
+    """Programs of a backward kernel, of which a multiprocessor's registers hold no more at once than these."""
+    return min(-(-rows // tile["BLOCK_ROWS"]), per_multiprocessor * _multiprocessors(device))
+
+
+@functools.lru_cache(None)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(..., E) -> (rows, E) with contiguous rows, a view where there is one."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, or contiguous copies of them; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def empty_statistics(x: Tensor, norm: bool) -> Tensor:
+    """Room for mean and reciprocal deviation of the rows; empty without a norm."""
+    return torch.empty((2, *x.shape[:-1]) if norm else (0,), dtype=torch.float32, device=x.device)

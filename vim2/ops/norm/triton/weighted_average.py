@@ -1,0 +1,186 @@
+"""The weighted average in front of a mixer, with its LayerNorm, in Triton. `../weighted_average.py` says what it
+computes."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_launch import launch
+from .tiles import (
+    backward_programs,
+    contiguous,
+    empty_statistics,
+    forward_programs,
+    norm_gradient,
+    norm_rows,
+    row_tile,
+    store_norm_parts,
+)
+
+BACKWARD_PROGRAMS = {True: 4, False: 2}  # a multiprocessor, with up to 8 features, and with more
+MAX_FEATURES = 16  # whose gradients one launch writes; kernels with more would spill their registers
+
+
+@triton.jit(do_not_specialize=["rows", "n"])
+def _average_kernel(
+    features, scale_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr,
+    rows, n, E,  # rows of a feature, features, width of a row
+    eps,
+    NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """features: a tuple of pointers, of which the first n count. scale: (n,), the weights of the average."""
+    r = tl.arange(0, BLOCK_ROWS)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    column_in = e < E
+    present = tl.zeros([1, 1], tl.int32) + n  # a block of one, which masks can be combined with
+    if NORM:
+        weight = tl.load(weight_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    for first in range(start, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row_in = first + r < rows
+        tile_in = row_in[:, None] & column_in
+        in_tile = r[:, None] * E + e
+        total = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+        for i in tl.static_range(len(features)):
+            scale = tl.load(scale_ptr + tl.minimum(i, n - 1)).to(tl.float32)
+            x = tl.load(features[i] + first * E + in_tile, mask=tile_in & (i < present), other=0.0)
+            total += scale * x.to(tl.float32)
+        if NORM:
+            total, mean, rstd = norm_rows(total, weight, bias, column_in, E, eps)
+            tl.store(statistics_ptr + first + r, mean, mask=row_in)
+            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
+        tl.store(out_ptr + first * E + in_tile, total.to(out_ptr.dtype.element_ty), mask=tile_in)
+
+
+@triton.jit(do_not_specialize=["rows", "n"])
+def _average_backward_kernel(
+    grad_ptr, features, scale_ptr, weight_ptr, statistics_ptr,
+    gfeatures, gscale_ptr, gnorm_ptr, gtotal_ptr,  # gradients, or parts of them
+    rows, n, E,  # rows of a feature, features, width of a row
+    NORM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """gscale: (programs, len(features)); gnorm: (programs, 2, E). VECTOR: columns that lie in one thread. With SPLIT
+    only the gradient of the weighted average, gtotal, is written in place of those of features and scale."""
+    r = tl.arange(0, BLOCK_ROWS)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    column_in = e < E
+    present = tl.zeros([1, 1], tl.int32) + n
+    gscales = ()
+    for _ in tl.static_range(len(features)):
+        gscales = gscales + (tl.zeros([BLOCK_ROWS, BLOCK_E // VECTOR], tl.float32),)  # noqa: RUF005 (no star in Triton)
+    if NORM:
+        weight = tl.load(weight_ptr + e, mask=column_in, other=0.0).to(tl.float32)
+    gweight = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    gbias = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    for first in range(start, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row_in = first + r < rows
+        tile_in = row_in[:, None] & column_in
+        at = first * E + (r[:, None] * E + e)
+        grad = tl.load(grad_ptr + at, mask=tile_in, other=0.0).to(tl.float32)
+        if NORM:
+            total = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+            for i in tl.static_range(len(features)):
+                scale = tl.load(scale_ptr + tl.minimum(i, n - 1)).to(tl.float32)
+                x = tl.load(features[i] + at, mask=tile_in & (i < present), other=0.0)
+                total += scale * x.to(tl.float32)
+            mean = tl.load(statistics_ptr + first + r, mask=row_in, other=0.0)
+            rstd = tl.load(statistics_ptr + rows + first + r, mask=row_in, other=0.0)
+            x_hat = tl.where(column_in, (total - mean[:, None]) * rstd[:, None], 0.0)
+            gweight += grad * x_hat
+            gbias += grad
+            grad = norm_gradient(grad, x_hat, rstd, weight, E)
+        if SPLIT:
+            tl.store(gtotal_ptr + at, grad, mask=tile_in)
+        else:
+            sums = ()
+            for i in tl.static_range(len(features)):
+                # again, out of the cache: held in registers, features would leave room for few programs
+                x = tl.load(features[i] + at, mask=tile_in & (i < present), other=0.0)
+                # within a thread only: the sum over threads waits for the end
+                products = tl.reshape(grad * x.to(tl.float32), [BLOCK_ROWS, BLOCK_E // VECTOR, VECTOR])
+                sums = sums + (gscales[i] + tl.sum(products, 2),)  # noqa: RUF005
+                scale = tl.load(scale_ptr + tl.minimum(i, n - 1)).to(tl.float32)
+                gx = (scale * grad).to(gfeatures[i].dtype.element_ty)
+                tl.store(gfeatures[i] + at, gx, mask=tile_in & (i < present))
+            gscales = sums
+    if not SPLIT:
+        for i in tl.static_range(len(features)):
+            tl.store(gscale_ptr + tl.program_id(0) * len(features) + i, tl.sum(tl.sum(gscales[i], 1), 0))
+    if NORM:
+        store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E)
+
+
+def _padded(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The last tensor repeated up to 1, 4, 8, 16, 24 ... in all: kernels are compiled for these numbers only."""
+    n = len(tensors)
+    size = n if n == 1 else 4 if n <= 4 else 8 * triton.cdiv(n, 8)
+    return (*tensors, *(tensors[-1:] * (size - n)))
+
+
+def weighted_average_triton(
+    features: list[Tensor],
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm."""
+    features = contiguous(*features)
+    scale, weight, bias = contiguous(scale, weight, bias)
+    width = features[0].shape[-1]
+    rows = features[0].numel() // max(width, 1)
+    out = torch.empty(features[0].shape, dtype=dtype, device=scale.device)
+    statistics = empty_statistics(out, weight is not None)
+    pointers = _padded(features)
+    tile = row_tile(width, 16 if len(pointers) <= 4 else 8)
+    if rows:
+        arguments = (pointers, scale, weight, bias, out, statistics, rows, len(features), width, eps)
+        programs = forward_programs(rows, tile, scale.device)
+        launch(_average_kernel, (programs,), arguments, NORM=weight is not None, **tile)
+    return out, statistics
+
+
+def weighted_average_triton_backward(
+    grad: Tensor, features: list[Tensor], scale: Tensor, weight: Tensor | None, statistics: Tensor
+) -> list[Tensor]:
+    """Gradients for every feature, for scale, and for weight and bias together, (2, E) in float32, (2, 0) without."""
+    grad, *features = contiguous(grad, *features)
+    scale, weight = contiguous(scale, weight)
+    n, width = len(features), grad.shape[-1]
+    rows = grad.numel() // max(width, 1)
+    grad_features = [torch.empty_like(f) for f in features]
+
+    def launch_part(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
+        count = len(features[part])
+        pointers = _padded(features[part])
+        tile = row_tile(width, 8)
+        per_multiprocessor = BACKWARD_PROGRAMS[len(pointers) <= 8]
+        programs = backward_programs(rows, tile, grad.device, per_multiprocessor)
+        grad_scale = torch.empty(programs, len(pointers), dtype=torch.float32, device=grad.device)
+        grad_norm = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=grad.device)
+        if rows:
+            gradients = (_padded(grad_features[part]), grad_scale, grad_norm, grad_total)
+            launch(
+                _average_backward_kernel, (programs,),
+                (grad, pointers, scale[part], weight, statistics, *gradients, rows, count, width),
+                NORM=norm, SPLIT=grad_total is not None, **tile,
+                VECTOR=16 // min(f.element_size() for f in features),
+            )  # fmt: skip
+        return grad_scale.sum(0)[:count], grad_norm.sum(0)
+
+    norm = weight is not None
+    if n <= MAX_FEATURES:
+        grad_scale, grad_norm = launch_part(grad, slice(None), norm, None)
+    else:  # first the gradient of the average, then those of the features, some at a time
+        grad_norm = grad.new_empty(2, 0, dtype=torch.float32)
+        if norm:
+            grad_total = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+            _, grad_norm = launch_part(grad, slice(None), True, grad_total)
+            grad = grad_total
+        parts = [slice(i, i + MAX_FEATURES) for i in range(0, n, MAX_FEATURES)]
+        grad_scale = torch.cat([launch_part(grad, part, False, None)[0] for part in parts])
+    return [*grad_features, grad_scale.to(scale.dtype), grad_norm]

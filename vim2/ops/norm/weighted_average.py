@@ -1,0 +1,157 @@
+"""Weighted averaging of earlier features (arXiv 2403.19888, section 3.3), alone and with the LayerNorm that follows.
+
+The operator `torch.ops.vim2.weighted_average` is opaque to torch.compile, torch.export, autocast and activation
+checkpointing, and carries its own fake and autograd rules. It keeps the features themselves for the backward pass,
+which other mixers keep as well, and never their sum.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import autocast_dtype, compute_dtype, resolve_backend
+from ..operator import register_operator
+from .affine import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+
+
+def weighted_average(features: Sequence[Tensor], weight: Tensor, backend: str | None = None) -> Tensor:
+    """The sum of features, each times its own scalar: sum_i weight[i] * features[i].
+
+    Args:
+        features: n tensors of one shape, of any floating dtypes.
+        weight: (n,), unconstrained (the paper's name is kept although the weights need not sum to one).
+        backend: As for `selective_scan`.
+
+    Returns:
+        A tensor of the features' shape. Its dtype is that of weight and features promoted, so that under autocast
+        the sum is kept in the parameters' float32.
+
+    Raises:
+        ValueError: If there are not as many features as weights, or their shapes differ.
+        RuntimeError: A backend that is not there.
+    """
+    _check_features(features, weight)
+    if resolve_backend(backend, *features, weight) == "triton" and features[0].dim() > 0:
+        return torch.ops.vim2.weighted_average(features, weight, None, None, 0.0, _promoted(features, weight))[0]
+    return _sum(features, weight)
+
+
+def weighted_average_norm(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm over the last axis of the features' weighted average: the input of every mixer.
+
+    Args:
+        features: n tensors (..., C), of any floating dtypes.
+        weight: (n,), as for `weighted_average`.
+        norm_weight: (C,).
+        norm_bias: (C,).
+        eps: Added to the variance.
+        backend: As for `selective_scan`.
+
+    Returns:
+        A contiguous tensor of the features' shape, in autocast's dtype where that is on (a Linear follows), else in
+        that of weight and features promoted. Sum and norm are float32 (float64 if any input is).
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+        RuntimeError: A backend that is not there.
+    """
+    _check_features(features, weight)
+    if features[0].dim() == 0:
+        raise ValueError("Features must be (..., C), got scalars.")
+    check_norm(norm_weight, norm_bias, features[0].shape[-1])
+    dtype = autocast_dtype(weight) or _promoted(features, weight)
+    tensors = (*features, weight, norm_weight, norm_bias)
+    if resolve_backend(backend, *tensors) == "triton":
+        return torch.ops.vim2.weighted_average(features, weight, norm_weight, norm_bias, eps, dtype)[0]
+    compute = compute_dtype(*tensors)
+    total = _sum(features, weight.to(compute)).to(compute)
+    return F.layer_norm(total, total.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps).to(dtype)
+
+
+def _check_features(features, weight):
+    if len(features) != weight.shape[0]:
+        raise ValueError(f"{len(features)} features do not fit {weight.shape[0]} weights.")
+    if any(f.shape != features[0].shape for f in features):
+        raise ValueError(f"Features must be of one shape, got {', '.join(str(tuple(f.shape)) for f in features)}.")
+
+
+def _promoted(features: Sequence[Tensor], weight: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (f.dtype for f in features), weight.dtype)
+
+
+def _sum(features: Sequence[Tensor], weight: Tensor) -> Tensor:
+    # reshaped to the features' rank, a weight takes part in type promotion, which a 0-d tensor would not
+    scalars = weight.reshape(-1, *(1,) * features[0].dim()).unbind()
+    total = features[0] * scalars[0]
+    for feature, scalar in zip(features[1:], scalars[1:]):
+        total = total + feature * scalar
+    return total
+
+
+@register_operator("vim2::weighted_average")
+def _weighted_average(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32; empty without a norm."""
+    from .triton.weighted_average import weighted_average_triton
+
+    return weighted_average_triton(list(features), weight, norm_weight, norm_bias, eps, dtype)
+
+
+@torch.library.register_fake("vim2::weighted_average")
+def _(features, weight, norm_weight, norm_bias, eps, dtype):
+    x = features[0]
+    return x.new_empty(x.shape, dtype=dtype), fake_statistics(x, norm_weight)
+
+
+@torch.library.custom_op("vim2::weighted_average_backward", mutates_args=())
+def _weighted_average_backward(
+    grad: Tensor,
+    features: Sequence[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    statistics: Tensor,
+) -> list[Tensor]:
+    """Gradients for every feature, for weight, and for norm_weight and norm_bias together, (2, C) in float32, (2, 0)
+    without a norm."""
+    from .triton.weighted_average import weighted_average_triton_backward
+
+    return weighted_average_triton_backward(grad, list(features), weight, norm_weight, statistics)
+
+
+@_weighted_average_backward.register_fake
+def _(grad, features, weight, norm_weight, statistics):
+    return [*(t.new_empty(t.shape) for t in (*features, weight)), fake_norm_gradient(statistics, norm_weight)]
+
+
+def _setup_context(ctx, inputs, output):
+    features, *parameters = inputs[:4]
+    ctx.n = len(features)
+    ctx.save_for_backward(*features, *parameters, output[1])
+
+
+def _backward(ctx, grad, _):
+    saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
+    features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
+    *grads, grad_weight, grad_norm = torch.ops.vim2.weighted_average_backward(
+        grad, features, weight, norm[0], statistics
+    )
+    return grads, grad_weight, *split_norm_gradient(grad_norm, *norm), None, None
+
+
+torch.library.register_autograd("vim2::weighted_average", _backward, setup_context=_setup_context)

@@ -1,0 +1,355 @@
+"""The selective scan for CPUs, compiled by Numba. `reference.py` says what it computes.
+
+Channels are the vector lanes: the inner loops run over a block of channels, with states, decays and adjoints of the
+block in the cache. They index rows that begin at the block, never `first + e`: Numba cannot tell that such an index is
+not negative, looks at its sign, and reads element by element. Exponentials and logarithms are polynomials here, since
+calls into libm would not be vectorised; they are as accurate as float32. The first call ever compiles for some seconds;
+Numba keeps the result on disk.
+"""
+
+import math
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+
+from .orders import ORDERS
+
+CHANNELS = 64  # of a block: its states (x 16) fill a quarter of a 32 KiB cache
+CHUNK = 32  # steps whose states the backward pass holds at once
+
+_LN2 = np.float32(math.log(2))
+_LOG2E = np.float32(1 / math.log(2))
+# 2^f for |f| <= 1/2, 1 at 0, with the least maximal relative error (2e-9, by Lawson's iteration)
+_EXP2 = (1.0, 0.6931472028551514, 0.24022647913622175, 0.05550332470912951)
+_EXP2 += (0.009618437357889663, 0.0013398874505576273, 0.00015353362043456914)
+_EXP2 = tuple(map(np.float32, _EXP2))
+_WHOLE = np.float32(1.5 * 2**23 + 127)  # added to a number, leaves its nearest integer + 127 in the last bits
+
+# Loops are compiled in two forms, by vectors and not, and addresses decide between them. To round alike in both, sums
+# of products are fused where `_fma` says so; the compiler may neither fuse others ("contract") nor reorder ("reassoc").
+_FAST = {"nsz"}
+_jit = numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
+_kernel = numba.njit(fastmath=_FAST, error_model="numpy", parallel=True, cache=True)
+
+
+@intrinsic
+def _fma(context, a, b, c):
+    """a b + c, rounded once; by software, and slow, on an x86 processor from before 2013."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@_jit
+def _exp2(x):
+    """2^x for x <= 0, to one unit in the last place; 0 from x = -127 down."""
+    x = max(x, np.float32(-127.0))
+    whole = x + _WHOLE
+    f = x - (whole - _WHOLE)
+    p = _EXP2[6]
+    p = _fma(p, f, _EXP2[5])
+    p = _fma(p, f, _EXP2[4])
+    p = _fma(p, f, _EXP2[3])
+    p = _fma(p, f, _EXP2[2])
+    p = _fma(p, f, _EXP2[1])
+    p = _fma(p, f, _EXP2[0])
+    return p * np.int32(np.float32(whole).view(np.int32) << np.int32(23)).view(np.float32)
+
+
+@_jit
+def _softplus(x):
+    e = _exp2(-abs(x) * _LOG2E)
+    z = e / (np.float32(2) + e)  # log(1 + e) = 2 artanh(z), z <= 1/3
+    s = z * z
+    p = np.float32(1 / 13)
+    p = _fma(p, s, np.float32(1 / 11))
+    p = _fma(p, s, np.float32(1 / 9))
+    p = _fma(p, s, np.float32(1 / 7))
+    p = _fma(p, s, np.float32(1 / 5))
+    p = _fma(p, s, np.float32(1 / 3))
+    return _fma(np.float32(2) * z, _fma(p, s, np.float32(1)), max(x, np.float32(0)))
+
+
+@numba.njit(fastmath={*_FAST, "reassoc"}, error_model="numpy")
+def _sums(a, b, size):
+    """Of two arrays, by vectors: a loop that writes nothing has one form only."""
+    sum_a = np.float32(0)
+    sum_b = np.float32(0)
+    for e in range(size):
+        sum_a += a[e]
+        sum_b += b[e]
+    return sum_a, sum_b
+
+
+@_jit
+def _position(t, order, height, width):
+    """Flat position of step t: order 0 rows, 1 columns; 2 and 3 the same from their ends."""
+    if order >= 2:
+        t = height * width - 1 - t
+    return (t % height) * width + t // height if order % 2 == 1 else t
+
+
+@_jit
+def _load(block, rows, first, size):
+    """Copies the block's columns of rows (n, E)."""
+    for i in range(rows.shape[0]):
+        row, to = rows[i, first : first + size], block[i]
+        for e in range(size):
+            to[e] = row[e]
+
+
+@_jit
+def _step_sizes(dt, delta, bias, softplus):
+    if softplus:
+        for e in range(delta.shape[0]):
+            dt[e] = _softplus(delta[e] + bias[e])
+    else:
+        for e in range(delta.shape[0]):
+            dt[e] = delta[e] + bias[e]
+
+
+@_jit
+def _next(a, dt, h, du, b):
+    """The state after h, in a step of size dt whose input, times dt, is du."""
+    return _fma(_exp2(dt * a), h, du * b)
+
+
+@_kernel
+def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplus, threads):
+    """u (batch, L, 1 or K, E), delta and y (K, batch, L, E), A (K, N, E) times log2(e), B and C (K, batch, L, N)."""
+    directions, batch, length, features = delta.shape
+    n = A.shape[1]
+    whole = n // 4 * 4  # states that are taken four at a time, so that dt, du and out are read once for four
+    blocks = (features + CHANNELS - 1) // CHANNELS
+    for worker in numba.prange(threads):
+        a = np.empty((n, CHANNELS), np.float32)
+        h = np.empty((n, CHANNELS), np.float32)
+        dt = np.empty(CHANNELS, np.float32)
+        du = np.empty(CHANNELS, np.float32)
+        out = np.empty(CHANNELS, np.float32)
+        for task in range(worker, batch * blocks, threads):
+            b, first = task // blocks, (task % blocks) * CHANNELS
+            size = min(CHANNELS, features - first)
+            end = first + size
+            for k in range(directions):
+                ku = k if u.shape[2] > 1 else 0
+                _load(a, A[k], first, size)
+                bias_row, D_row = bias[k, first:end], D[k, first:end]
+                h[:] = 0
+                for t in range(length):
+                    p = _position(t, orders[k], height, width)
+                    _step_sizes(dt, delta[k, b, p, first:end], bias_row, softplus)
+                    u_row, b_row, c_row = u[b, p, ku, first:end], B[k, b, p], C[k, b, p]
+                    for e in range(size):
+                        du[e] = dt[e] * u_row[e]
+                        out[e] = D_row[e] * u_row[e]
+                    for i in range(0, whole, 4):
+                        b0, b1, b2, b3 = b_row[i], b_row[i + 1], b_row[i + 2], b_row[i + 3]
+                        c0, c1, c2, c3 = c_row[i], c_row[i + 1], c_row[i + 2], c_row[i + 3]
+                        for e in range(size):
+                            d, v, o = dt[e], du[e], out[e]
+                            h0 = _next(a[i, e], d, h[i, e], v, b0)
+                            h1 = _next(a[i + 1, e], d, h[i + 1, e], v, b1)
+                            h2 = _next(a[i + 2, e], d, h[i + 2, e], v, b2)
+                            h3 = _next(a[i + 3, e], d, h[i + 3, e], v, b3)
+                            h[i, e], h[i + 1, e], h[i + 2, e], h[i + 3, e] = h0, h1, h2, h3
+                            out[e] = _fma(h3, c3, _fma(h2, c2, _fma(h1, c1, _fma(h0, c0, o))))
+                    for i in range(whole, n):
+                        bi, ci = b_row[i], c_row[i]
+                        for e in range(size):
+                            h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
+                            out[e] = _fma(h[i, e], ci, out[e])
+                    y_row = y[k, b, p, first:end]
+                    for e in range(size):
+                        y_row[e] = out[e]
+                if last.shape[0] > 0:
+                    for i in range(n):
+                        for e in range(size):
+                            last[b, k, first + e, i] = h[i, e]
+
+
+@_kernel
+def _backward(
+    gy, glast, u, delta, A, B, C, D, bias, gu, gdelta, gA, gB, gC, gD, gbias, orders, height, width, softplus, threads
+):
+    """Gradients; gu (K, batch, L, E), and gA, gD and gbias apart for every image: (batch, K, ...)."""
+    directions, batch, length, features = delta.shape
+    n = A.shape[1]
+    chunks = (length + CHUNK - 1) // CHUNK
+    for worker in numba.prange(threads):
+        starts = np.empty((chunks, n, CHANNELS), np.float32)
+        states = np.empty((CHUNK + 1, n, CHANNELS), np.float32)
+        decays = np.empty((CHUNK, n, CHANNELS), np.float32)
+        dts = np.empty((CHUNK, CHANNELS), np.float32)
+        a = np.empty((n, CHANNELS), np.float32)
+        g = np.empty((n, CHANNELS), np.float32)
+        ga = np.empty((n, CHANNELS), np.float32)
+        du = np.empty(CHANNELS, np.float32)
+        ginput = np.empty(CHANNELS, np.float32)
+        gdt = np.empty(CHANNELS, np.float32)
+        gd = np.empty(CHANNELS, np.float32)
+        gb = np.empty(CHANNELS, np.float32)
+        products_b = np.empty(CHANNELS, np.float32)
+        products_c = np.empty(CHANNELS, np.float32)
+        for task in range(worker, batch * directions, threads):
+            b, k = task // directions, task % directions
+            ku = k if u.shape[2] > 1 else 0
+            ky = k if gy.shape[2] > 1 else 0
+            order = orders[k]
+            for first in range(0, features, CHANNELS):
+                size = min(CHANNELS, features - first)
+                end = first + size
+                _load(a, A[k], first, size)
+                bias_row, D_row = bias[k, first:end], D[k, first:end]
+                # the states before every chunk
+                h, dt = states[0], dts[0]
+                h[:] = 0
+                for t in range(length):
+                    if t % CHUNK == 0:
+                        starts[t // CHUNK] = h
+                    p = _position(t, order, height, width)
+                    _step_sizes(dt, delta[k, b, p, first:end], bias_row, softplus)
+                    u_row, b_row = u[b, p, ku, first:end], B[k, b, p]
+                    for e in range(size):
+                        du[e] = dt[e] * u_row[e]
+                    for i in range(n):
+                        bi = b_row[i]
+                        for e in range(size):
+                            h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
+                g[:] = 0
+                ga[:] = 0
+                gd[:] = 0
+                gb[:] = 0
+                if glast.shape[0] > 0:
+                    for i in range(n):
+                        for e in range(size):
+                            g[i, e] = glast[b, k, first + e, i]
+                for chunk in range(chunks - 1, -1, -1):
+                    begin = chunk * CHUNK
+                    steps = min(CHUNK, length - begin)
+                    states[0] = starts[chunk]
+                    for r in range(steps):
+                        p = _position(begin + r, order, height, width)
+                        h, after, decay, dt = states[r], states[r + 1], decays[r], dts[r]
+                        _step_sizes(dt, delta[k, b, p, first:end], bias_row, softplus)
+                        u_row, b_row = u[b, p, ku, first:end], B[k, b, p]
+                        for e in range(size):
+                            du[e] = dt[e] * u_row[e]
+                        for i in range(n):
+                            bi = b_row[i]
+                            for e in range(size):
+                                decay[i, e] = _exp2(dt[e] * a[i, e])
+                                after[i, e] = _fma(decay[i, e], h[i, e], du[e] * bi)
+                    for r in range(steps - 1, -1, -1):
+                        p = _position(begin + r, order, height, width)
+                        h, after, decay, dt = states[r], states[r + 1], decays[r], dts[r]
+                        u_row, y_row = u[b, p, ku, first:end], gy[b, p, ky, first:end]
+                        b_row, c_row, gB_row, gC_row = B[k, b, p], C[k, b, p], gB[k, b, p], gC[k, b, p]
+                        for e in range(size):
+                            ginput[e] = 0
+                            gdt[e] = 0
+                            du[e] = dt[e] * u_row[e]
+                        for i in range(n):
+                            bi, ci = b_row[i], c_row[i]
+                            for e in range(size):
+                                gafter = _fma(ci, y_row[e], g[i, e])  # the adjoint of the state after this step
+                                products_c[e] = y_row[e] * after[i, e]
+                                products_b[e] = gafter * du[e]
+                                ginput[e] = _fma(gafter, bi, ginput[e])
+                                gbefore = gafter * decay[i, e]  # and of the state before it
+                                exponent = gbefore * h[i, e]
+                                gdt[e] = _fma(exponent, a[i, e], gdt[e])
+                                ga[i, e] = _fma(exponent, dt[e], ga[i, e])
+                                g[i, e] = gbefore
+                            sum_b, sum_c = _sums(products_b, products_c, size)
+                            gB_row[i] += sum_b
+                            gC_row[i] += sum_c
+                        gu_row, gdelta_row = gu[k, b, p, first:end], gdelta[k, b, p, first:end]
+                        for e in range(size):
+                            gu_row[e] = _fma(dt[e], ginput[e], D_row[e] * y_row[e])
+                            gd[e] = _fma(y_row[e], u_row[e], gd[e])
+                            x = _fma(u_row[e], ginput[e], _LN2 * gdt[e])
+                            if softplus:
+                                d = dt[e]  # sigmoid = 1 - exp(-softplus), by its series where that would cancel
+                                small = d * _fma(-d, _fma(-d, np.float32(1 / 6), np.float32(0.5)), np.float32(1))
+                                x *= small if d < np.float32(0.01) else np.float32(1) - _exp2(-d * _LOG2E)
+                            gdelta_row[e] = x
+                            gb[e] += x
+                for e in range(size):
+                    gD[b, k, first + e] = gd[e]
+                    gbias[b, k, first + e] = gb[e]
+                for i in range(n):
+                    for e in range(size):
+                        gA[b, k, i, first + e] = ga[i, e]
+
+
+def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
+    return [t.detach().float().contiguous().numpy() for t in tensors]
+
+
+def _by_direction(t: torch.Tensor) -> torch.Tensor:
+    """(batch, L, K, ...) -> (K, batch, L, ...): walked from row to row, memory is read ahead."""
+    return t.permute(2, 0, 1, 3)
+
+
+def _by_step(t: torch.Tensor) -> torch.Tensor:
+    """(K, batch, L, ...) -> (batch, L, K, ...)."""
+    return t.permute(1, 2, 0, 3)
+
+
+def _common(u, delta, A, B, C, D, delta_bias, orders):
+    u = u.unsqueeze(2) if u.dim() == 3 else u
+    delta, B, C = map(_by_direction, (delta, B, C))
+    tensors = _arrays(u, delta, A.float().transpose(1, 2) * float(_LOG2E), B, C, D, delta_bias)
+    return tensors, np.array([ORDERS.index(order) for order in orders])
+
+
+def _threads() -> int:
+    """PyTorch's number of threads, as far as Numba has as many."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    return threads
+
+
+def selective_scan_numba(u, delta, A, B, C, D, delta_bias, *, delta_softplus, orders, height, width, with_last):
+    """As `reference.selective_scan_chunked`, in float32; y lies in memory one direction after the other."""
+    batch, length, directions, features = delta.shape
+    arrays, order_ids = _common(u, delta, A, B, C, D, delta_bias, orders)
+    y = torch.empty(directions, batch, length, features)
+    last = torch.empty((batch, directions, features, A.shape[-1]) if with_last else (0, 0, 0, 0))
+    _forward(*arrays, y.numpy(), last.numpy(), order_ids, height, width, delta_softplus, _threads())
+    return _by_step(y), last if with_last else last.flatten()
+
+
+def selective_scan_numba_backward(
+    grad_y, grad_last, u, delta, A, B, C, D, delta_bias, *, delta_softplus, orders, height, width
+):
+    """As `reference.selective_scan_chunked_backward`, in float32; the gradients of delta, B, C and of a u that differs
+    between directions lie in memory one direction after the other."""
+    batch, length, directions, features = delta.shape
+    n = A.shape[-1]
+    arrays, order_ids = _common(u, delta, A, B, C, D, delta_bias, orders)
+    gy, glast = _arrays(
+        grad_y.unsqueeze(2) if grad_y.dim() == 3 else grad_y,
+        grad_last if grad_last.numel() else grad_last.view(0, 0, 0, 0),
+    )
+    gu, gdelta = (torch.empty(directions, batch, length, features) for _ in range(2))
+    gA = torch.empty(batch, directions, n, features)
+    gB, gC = (torch.zeros(directions, batch, length, n) for _ in range(2))
+    gD, gbias = (torch.empty(batch, directions, features) for _ in range(2))
+    outputs = [t.numpy() for t in (gu, gdelta, gA, gB, gC, gD, gbias)]
+    _backward(gy, glast, *arrays, *outputs, order_ids, height, width, delta_softplus, _threads())
+    return (
+        (_by_step(gu) if u.dim() == 4 else gu.sum(0)).to(u.dtype),
+        _by_step(gdelta).to(delta.dtype),
+        gA.sum(0).transpose(1, 2).contiguous().to(A.dtype),
+        _by_step(gB).to(B.dtype),
+        _by_step(gC).to(C.dtype),
+        gD.sum(0).to(D.dtype),
+        gbias.sum(0).to(delta_bias.dtype),
+    )

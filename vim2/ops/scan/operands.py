@@ -1,0 +1,44 @@
+"""What a scan reads, as it travels from the public functions to the kernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """The tensors of a scan, maps flattened to L = height * width.
+
+    Attributes:
+        u: Input, (batch, L, E), or (batch, L, K, E) where every direction has one of its own.
+        delta: Step sizes before bias and softplus, (batch, L, K, E), or their low-rank factor, (batch, L, K, R).
+        A: Decay rates, (K, E, N).
+        B: Input weights, (batch, L, K, N).
+        C: Output weights, (batch, L, K, N).
+        D: Skip weights, (K, E).
+        delta_bias: (K, E).
+        delta_weight: (K, E, R) where delta is a low-rank factor, else empty.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    delta_bias: Tensor
+    delta_weight: Tensor
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether delta is a factor of the step sizes."""
+        return self.delta_weight.numel() > 0
+
+    def with_full_delta(self) -> tuple[Tensor, ...]:
+        """All but delta_weight, with delta in full, in its own dtype: what the scan's plain forms take."""
+        delta = self.delta
+        if self.is_low_rank:
+            weight = self.delta_weight.to(delta.dtype)
+            rank_1 = weight.shape[-1] == 1
+            delta = delta * weight.squeeze(-1) if rank_1 else torch.einsum("blkr,ker->blke", delta, weight)
+        return self._replace(delta=delta)[:-1]

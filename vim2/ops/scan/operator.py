@@ -1,0 +1,269 @@
+"""The registered operator behind every scan, `torch.ops.vim2.selective_scan`, and its backward pass.
+
+It is opaque to torch.compile, torch.export, autocast and activation checkpointing, chooses among the scan's forms, and
+carries its own fake, autograd and FLOP rules.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..backend import autocast_off, compute_dtype, resolve_backend
+from ..operator import register_operator
+from .chunks import kept_every
+from .operands import Operands
+from .orders import ORDERS
+from .reference import selective_scan_chunked, selective_scan_chunked_backward
+
+
+def scan(
+    operands: Operands,
+    *,
+    orders: Sequence[str],
+    spatial: Sequence[int],
+    keeps: bool,
+    delta_softplus: bool = True,
+    merge: bool = True,
+    with_last: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the scan on operands whose shapes fit together.
+
+    Args:
+        operands: Of sequences, or of maps that are flattened.
+        orders: The K directions.
+        spatial: Height and width of the maps, or the sequences' length alone.
+        keeps: Whether a backward pass may follow, for which kernels keep states.
+        delta_softplus: Apply softplus to delta + delta_bias.
+        merge: Sum over directions.
+        with_last: Whether the last states are wanted.
+        backend: See `vim2.ops.backend.resolve_backend`.
+
+    Returns:
+        y, (batch, L, E) in u's dtype, or without merge (batch, L, K, E); the last states, (batch, K, E, N), or (0,);
+        and the states that are kept for `scan_backward`.
+
+    Raises:
+        ValueError: An unknown backend, or one that does not know these sizes.
+        RuntimeError: A backend that is not there.
+    """
+    backend = resolve_backend(backend, *operands, scan=True)
+    height, width = _height_and_width(spatial)
+    chunk = kept_every(backend, height * width, keeps)
+    return torch.ops.vim2.selective_scan(
+        *operands, delta_softplus, _order_ids(orders), height, width, merge, with_last, chunk, backend
+    )
+
+
+def scan_backward(
+    grad_y: Tensor,
+    starts: Tensor,
+    operands: Operands,
+    *,
+    orders: Sequence[str],
+    spatial: Sequence[int],
+    backend: str | None,
+    grad_B: Tensor,
+    grad_C: Tensor,
+    grad_delta: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of a `scan` with softplus whose last states were not wanted.
+
+    Args:
+        grad_y: (batch, L, E), or (batch, L, K, E) where directions were not summed.
+        starts: The states that `scan` kept.
+        operands: As of `scan`, as orders, spatial and backend are.
+        grad_B, grad_C, grad_delta: Where the gradients of B, C and delta are written. The last may be wider than a
+            low-rank delta: the rest is zeroed.
+
+    Returns:
+        Gradients for u, A, D, delta_bias and delta_weight.
+    """
+    backend = resolve_backend(backend, *operands, scan=True)
+    options = (True, _order_ids(orders), *_height_and_width(spatial), backend)
+    no_grad_last = starts.new_empty(0)
+    return torch.ops.vim2.selective_scan_backward(
+        grad_y, no_grad_last, starts, *operands, *options, grad_B, grad_C, grad_delta
+    )
+
+
+def _height_and_width(spatial: Sequence[int]) -> Sequence[int]:
+    """Of a map, or of the one row that a sequence is."""
+    return spatial if len(spatial) == 2 else (1, *spatial)
+
+
+def _order_ids(orders: Sequence[str]) -> list[int]:
+    return [ORDERS.index(order) for order in orders]
+
+
+@register_operator("vim2::selective_scan")
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    delta_softplus: bool,
+    orders: Sequence[int],
+    height: int,
+    width: int,
+    merge: bool,
+    with_last: bool,
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `scan`, with everything settled: orders by their index, and the `chunk` of steps after which states are kept,
+    but for the first."""
+    operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
+    if backend == "triton":
+        from .triton.forward import scan_forward
+        from .triton.forward_relay import scan_forward_relay, takes_turns
+        from .triton.sums import sum_directions
+
+        form = scan_forward_relay if takes_turns(operands) else scan_forward
+        y, last, starts = form(operands, **walks, chunk=chunk, with_last=with_last)
+        return sum_directions(y) if merge else y, last, starts
+    with autocast_off(u):
+        full = operands.with_full_delta()
+        if backend == "mamba_ssm":
+            from .mamba_ssm_scan import selective_scan_mamba
+
+            y, last, starts = selective_scan_mamba(*full, **walks, chunk=chunk, with_last=with_last)
+        else:
+            if backend == "numba":
+                from .numba_scan import selective_scan_numba
+
+                y, last = selective_scan_numba(*full, **walks, with_last=with_last)
+            else:
+                y, last = selective_scan_chunked(*full, **walks, with_last=with_last)
+            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
+        return (y.sum(2) if merge else y).to(u.dtype), last, starts
+
+
+def _of_directions(t: Tensor, shape: Sequence[int], backend: str) -> Tensor:
+    """A fake (batch, L, K, ...), as the backend lays it out: Numba one direction after the other."""
+    batch, length, directions, features = shape
+    if backend == "numba":
+        return t.new_empty(directions, batch, length, features).permute(1, 2, 0, 3)
+    return t.new_empty(shape)
+
+
+@torch.library.register_fake("vim2::selective_scan")
+def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
+    with_last, chunk, backend = options
+    batch, length = delta.shape[:2]
+    directions, features, n = A.shape
+    dtype = compute_dtype(u, delta, A, B, C)
+    chunks = -(-length // chunk)
+    per_direction = (batch, length, directions, features)
+    return (
+        u.new_empty(batch, length, features) if merge else _of_directions(u, per_direction, backend),
+        u.new_empty((batch, directions, features, n) if with_last else (0,), dtype=dtype),
+        u.new_empty((batch, directions, chunks - 1, n, features), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("vim2::selective_scan_backward", mutates_args=("grad_B", "grad_C", "grad_delta"))
+def _selective_scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    starts: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    delta_softplus: bool,
+    orders: Sequence[int],
+    height: int,
+    width: int,
+    backend: str,
+    grad_B: Tensor,
+    grad_C: Tensor,
+    grad_delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `scan_backward`, also with the gradient of the last states, (batch, K, E, N), or (0,) where there is none.
+    grad_B, grad_C and grad_delta may be parts of one tensor."""
+    operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
+    if grad_y.dim() == 4 and grad_y.stride(2) == 0:  # one gradient for all directions
+        grad_y = grad_y[:, :, 0]
+    with autocast_off(u):
+        if backend == "triton":
+            from .triton import backward
+            from .triton.step_size import step_sizes_backward
+
+            grad_u, grad_steps, grad_A, grad_D, grad_bias = backward.scan_backward(
+                grad_y, grad_last, starts, operands, **walks, grad_B=grad_B, grad_C=grad_C
+            )
+        else:
+            full = operands.with_full_delta()
+            if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
+                from .mamba_ssm_scan import selective_scan_mamba_backward
+
+                grads = selective_scan_mamba_backward(grad_y, starts, *full, **walks)
+            elif backend == "numba":
+                from .numba_scan import selective_scan_numba_backward
+
+                grads = selective_scan_numba_backward(grad_y, grad_last, *full, **walks)
+            else:
+                grads = selective_scan_chunked_backward(grad_y, grad_last, *full, **walks)
+            grad_u, grad_steps, grad_A, B_gradient, C_gradient, grad_D, grad_bias = grads
+            grad_B.copy_(B_gradient)
+            grad_C.copy_(C_gradient)
+        if not operands.is_low_rank:
+            grad_delta.copy_(grad_steps)
+            grad_weight = torch.empty_like(delta_weight)
+        elif backend == "triton":
+            grad_weight = step_sizes_backward(grad_steps, delta, delta_weight, grad_delta)
+        else:
+            grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
+            rank = delta.shape[-1]
+            grad_delta[..., :rank] = torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype))
+            grad_delta[..., rank:] = 0
+        return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
+
+
+@_selective_scan_backward.register_fake
+def _(grad_y, grad_last, starts, u, delta, A, B, C, D, delta_bias, delta_weight, *options):
+    _, _, _, _, backend, *_ = options
+    grad_u = _of_directions(u, u.shape, backend) if u.dim() == 4 else u.new_empty(u.shape)
+    return grad_u, *(t.new_empty(t.shape) for t in (A, D, delta_bias, delta_weight))
+
+
+def _setup_context(ctx, inputs, output):
+    *operands, ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, _, _, _, ctx.backend = inputs
+    ctx.save_for_backward(output[2], *operands)
+
+
+def _backward(ctx, grad_y, grad_last, _):
+    starts, *operands = ctx.saved_tensors
+    options = (ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, ctx.backend)
+    _, delta, _, B, C, *_ = operands
+    grad_B, grad_C, grad_delta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C, delta))
+    grad_u, grad_A, *others = torch.ops.vim2.selective_scan_backward(
+        grad_y, grad_last, starts, *operands, *options, grad_B, grad_C, grad_delta
+    )
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, *others, *(None,) * 8
+
+
+torch.library.register_autograd("vim2::selective_scan", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vim2.selective_scan)
+def selective_scan_flops(u, delta, A, B, C, D, delta_bias, delta_weight, *args, out_shape=None, **kwargs) -> int:
+    """From the arguments' shapes: 9 N + 2 operations a step, channel and direction (the count that Mamba's followers
+    publish: the recurrence, and the skip), and R multiply-adds where delta is a low-rank factor."""
+    batch, length = delta[:2]
+    directions, features, n = A
+    rank = delta[-1] if len(delta_weight) == 3 else 0
+    return batch * length * directions * features * (9 * n + 2 + rank)

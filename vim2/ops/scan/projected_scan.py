@@ -1,0 +1,211 @@
+"""The selective scan with B, C and delta projected from its input: S6. The projections, in the channel mixer five times
+as large as the input, are not kept for the backward pass, which computes them again.
+
+The operator `torch.ops.vim2.scan_parameters` is opaque to torch.compile, torch.export and activation checkpointing, and
+carries its own fake and autograd rules."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import autocast_dtype, autocast_off, resolve_backend
+from ..operator import needs_backward, register_operator
+from .operands import Operands
+from .operator import scan, scan_backward
+from .orders import check_orders
+
+
+def projected_scan(
+    u: Tensor,
+    weight: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    orders: Sequence[str],
+    separate_inputs: bool = False,
+    merge: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`selective_scan` with B, C and delta linear in u (arXiv 2312.00752, section 3.2), and A = -exp(A_log).
+
+    Args:
+        u: (batch, *spatial, E), or (batch, *spatial, K, E) with separate_inputs.
+        weight: (K, R + 2 N, E), rows in VMamba's order: delta, B, C.
+        A_log: (K, E, N).
+        D: (K, E).
+        delta_bias: (K, E).
+        delta_weight: (K, E, R).
+        orders: K directions.
+        separate_inputs: Whether every direction has an input of its own.
+        merge: Whether to sum over directions.
+        backend: See `vim2.ops.backend.resolve_backend`.
+
+    Returns:
+        (batch, *spatial, E) in u's dtype, or without merge (batch, *spatial, K, E).
+
+    Raises:
+        ValueError: Shapes that do not fit together, an unknown order or backend, an empty batch or map.
+        RuntimeError: A backend that is not there.
+    """
+    _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs)
+    spatial = u.shape[1 : -2 if separate_inputs else -1]
+    matrix, A = scan_parameters(weight, A_log, separate_inputs, backend)
+    flat = u.flatten(1, 2) if len(spatial) == 2 else u
+    tensors = (flat, matrix, A, D, delta_bias, delta_weight)
+    options = dict(orders=orders, spatial=spatial, backend=backend)
+    if torch.compiler.is_compiling() or not needs_backward(*tensors):
+        projected = project(flat, matrix, A.shape[0])  # compilers decide what they keep
+        operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
+        y, _, _ = scan(operands, **options, merge=merge, keeps=needs_backward(*tensors))
+    else:
+        y = _ProjectedScan.apply(*tensors, options, merge)
+    return y.unflatten(1, spatial)
+
+
+def _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs):
+    check_orders(orders)
+    directions, features, n, rank = len(orders), u.shape[-1], A_log.shape[-1], delta_weight.shape[-1]
+    if u.dim() - separate_inputs not in (3, 4) or u.numel() == 0 or (separate_inputs and u.shape[-2] != directions):
+        raise ValueError(
+            f"u must be (batch, L, E) for a sequence or (batch, H, W, E) for a map, not empty, with an axis K = "
+            f"{directions} before E if directions have inputs of their own, got {tuple(u.shape)}."
+        )
+    for name, t, shape in (
+        ("weight", weight, (directions, rank + 2 * n, features)),
+        ("A_log", A_log, (directions, features, n)),
+        ("D", D, (directions, features)),
+        ("delta_bias", delta_bias, (directions, features)),
+        ("delta_weight", delta_weight, (directions, features, rank)),
+    ):
+        if t.shape != shape:
+            raise ValueError(f"{name} must be {shape} with these orders, u and widths, got {tuple(t.shape)}.")
+
+
+def scan_parameters(
+    weight: Tensor, A_log: Tensor, separate_inputs: bool, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weight as `project` takes it, and A = -exp(A_log).
+
+    Returns:
+        The weight with its rows in the order B, C, delta, so that kernels read whole 16-byte words: in Triton
+        (K (R + 2 N), E), or (K (R + 2 N), K E) with zeros between directions if inputs are separate, R + 2 N rounded up
+        to a multiple of 8 by rows of zeros, and in autocast's dtype where that is on; else (K, R + 2 N, E). A is
+        (K, E, N), in A_log's dtype.
+    """
+    if resolve_backend(backend, weight, A_log) == "triton":
+        dtype = autocast_dtype(weight) or weight.dtype
+        return torch.ops.vim2.scan_parameters(weight, A_log, separate_inputs, dtype)
+    return weight.roll(2 * A_log.shape[-1] - weight.shape[1], dims=1), -torch.exp(A_log)
+
+
+def project(u: Tensor, weight: Tensor, directions: int) -> Tensor:
+    """B, C and delta's low-rank factor for all K directions, by products on the map as it lies.
+
+    Args:
+        u: (batch, L, E), or (batch, L, K, E) with separate inputs.
+        weight: See `scan_parameters`.
+        directions: K.
+
+    Returns:
+        (batch, L, K, 2 N + R) in the order B, C, delta, with what comes of the weight's rows of zeros behind them.
+    """
+    if u.dim() == 3:
+        return F.linear(u, weight.flatten(0, -2)).unflatten(-1, (directions, -1))
+    if weight.dim() == 2:  # one wide product, mostly of zeros, where a batch of thin ones would be slow
+        return F.linear(u.flatten(-2), weight).unflatten(-1, (directions, -1))
+    return torch.einsum("...ke,kce->...kc", u, weight)
+
+
+def project_backward(grad: Tensor, u: Tensor, weight: Tensor, grad_u: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of `project`'s result, in its dtype, grad_u with that of u added to it, and that of weight."""
+    if u.dim() == 4 and weight.dim() == 3:
+        grad_weight = torch.einsum("...kc,...ke->kce", grad, u.to(grad.dtype))
+        return grad_u + torch.einsum("...kc,kce->...ke", grad, weight.to(grad.dtype)), grad_weight.to(weight.dtype)
+
+    def rows(t: Tensor) -> Tensor:
+        return t.flatten(2).flatten(0, 1)
+
+    grad_u = grad_u.contiguous()  # so that its rows are no copy
+    grad, matrix = rows(grad), weight.flatten(0, -2).to(grad.dtype)
+    grad_weight = (grad.t() @ rows(u).to(grad.dtype)).view(weight.shape)
+    if grad_u.dtype == grad.dtype:
+        rows(grad_u).addmm_(grad, matrix)
+    else:
+        rows(grad_u).add_(grad @ matrix)
+    return grad_u, grad_weight.to(weight.dtype)
+
+
+def _split(projected: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """B, C, and delta with what stands behind it."""
+    n = A.shape[-1]
+    return projected.split((n, n, projected.shape[-1] - 2 * n), dim=-1)
+
+
+def _operands(u: Tensor, projected: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor, delta_weight: Tensor) -> Operands:
+    """The scan's operands, of which B, C and delta are parts of what `project` returned."""
+    B, C, delta = _split(projected, A)
+    return Operands(u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
+
+
+class _ProjectedScan(torch.autograd.Function):
+    """Projection and scan, of which only the scan's own input and kept states wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, u, weight, A, D, delta_bias, delta_weight, options, merge):
+        ctx.autocast = autocast_dtype(u)
+        ctx.options = options
+        operands = _operands(u, project(u, weight, A.shape[0]), A, D, delta_bias, delta_weight)
+        y, _, starts = scan(operands, **options, merge=merge, keeps=True)
+        ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        u, weight, A, D, delta_bias, delta_weight, starts = ctx.saved_tensors
+        with torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
+            projected = project(u, weight, A.shape[0])
+        operands = _operands(u, projected, A, D, delta_bias, delta_weight)
+        grad_projected = torch.empty_like(projected)
+        grad_B, grad_C, grad_delta = _split(grad_projected, A)
+        grad_u, *others = scan_backward(
+            grad_y, starts, operands, **ctx.options, grad_B=grad_B, grad_C=grad_C, grad_delta=grad_delta
+        )
+        with autocast_off(u):
+            grad_u, grad_weight = project_backward(grad_projected, u, weight, grad_u)
+        return grad_u, grad_weight, *others, None, None
+
+
+@register_operator("vim2::scan_parameters")
+def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from .triton.parameters import scan_parameters_triton
+
+    return scan_parameters_triton(weight, A_log, separate_inputs, dtype)
+
+
+@torch.library.register_fake("vim2::scan_parameters")
+def _(weight, A_log, separate_inputs, dtype):
+    directions, rows, features = weight.shape
+    shape = (directions * -(-rows // 8) * 8, directions * features if separate_inputs else features)
+    return weight.new_empty(shape, dtype=dtype), A_log.new_empty(A_log.mT.shape).mT
+
+
+def _setup_context(ctx, inputs, output):
+    weight, _, ctx.separate_inputs, _ = inputs
+    ctx.shape, ctx.dtype = weight.shape, weight.dtype
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_matrix, grad_A):
+    (A,) = ctx.saved_tensors
+    directions, rows, _ = ctx.shape
+    grad = grad_matrix.unflatten(0, (directions, -1))[:, :rows]
+    if ctx.separate_inputs:
+        grad = grad.unflatten(-1, (directions, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A * A, None, None
+
+
+torch.library.register_autograd("vim2::scan_parameters", _backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""The selective scan's Triton kernels, imported when one of them is first needed."""

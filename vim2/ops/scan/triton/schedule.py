@@ -1,0 +1,117 @@
+"""What is decided before a scan's kernels start: how tiles of states lie in a warp, how sequences are shared among
+programs, and what the kernels are told of their tensors."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...triton_launch import INTERPRETED
+from ...triton_math import LANES
+from ..chunks import TRITON_CHUNK
+
+MAX_CHUNKS = 65535  # that run side by side: the limit of a grid's third axis
+MAX_STATES = 128  # that the lanes of a warp can hold in the backward pass
+
+
+class ForwardPlan(NamedTuple):
+    """How the forward scan runs.
+
+    Attributes:
+        tile: Registers and lanes of a tile of states, see tiles.py: NR, NL, S, CE and CR.
+        split: Whether programs scan chunks side by side, not whole sequences.
+        chunk: Steps of a chunk.
+    """
+
+    tile: dict[str, int]
+    split: bool
+    chunk: int
+
+
+@functools.lru_cache(None)
+def forward_plan(batch: int, length: int, directions: int, features: int, n: int, chunk: int, fill: int) -> ForwardPlan:
+    """The plan for sequences of these sizes.
+
+    Args:
+        chunk: Steps between kept states, or the whole length, for none.
+        fill: Of `programs_to_fill`.
+    """
+    most = min(4, triton.next_power_of_2(features), max(64 // triton.next_power_of_2(n), 1))
+    tiles = [_forward_tile(n, features, channels) for channels in (4, 2, 1) if channels <= most]
+    # many channels a thread take fewer instructions each, few leave more programs
+    programs = [channel_blocks(features, tile) * -(-batch // tile["S"]) * directions for tile in tiles]
+    for tile, count in zip(tiles[:2], programs):
+        if count >= fill:
+            return ForwardPlan(tile, False, chunk)
+    steps = TRITON_CHUNK
+    if chunk == length:
+        steps *= -(-length * programs[0] // (8 * max(fill, 1)) // TRITON_CHUNK)
+    if length <= TRITON_CHUNK or length > steps * MAX_CHUNKS:
+        return ForwardPlan(tiles[-1], False, chunk)
+    return ForwardPlan(tiles[0], True, steps)
+
+
+def _forward_tile(n: int, features: int, channels: int) -> dict[str, int]:
+    """A tile with that many channels a thread."""
+    states = triton.next_power_of_2(n)
+    NL = min(states, 4)
+    CE = min(LANES.value // NL, max(NL, triton.next_power_of_2(-(-features // channels))))
+    return dict(NR=states // NL, NL=NL, S=LANES.value // (NL * CE), CE=CE, CR=channels)
+
+
+def forward_registers(tile: dict[str, int]) -> int | None:
+    """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. Where there are
+    few warps, and so fewer than four channels a thread, room for more of a group's steps at once is worth more."""
+    if INTERPRETED:
+        return None
+    if tile["NR"] * tile["CR"] > 8:
+        return 128
+    return 80 if tile["CR"] == 4 else 100
+
+
+def backward_tile(n: int, features: int) -> dict[str, int]:
+    """A tile of the backward scan: 16 states a thread where there are as many."""
+    states = triton.next_power_of_2(n)
+    NR = min(states, 4)
+    NL = states // NR
+    CR = min(triton.next_power_of_2(features), 4)
+    CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
+    return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=LANES.value // (NL * CE))
+
+
+def channel_blocks(features: int, tile: dict[str, int]) -> int:
+    """Tiles that the channels of a direction fill."""
+    return -(-features // (tile["CE"] * tile["CR"]))
+
+
+@functools.lru_cache(None)
+def programs_to_fill(device: torch.device) -> int:
+    """Programs (of one warp) below which sequences are split: eight a multiprocessor."""
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tiles_a_program(programs: int, device: torch.device) -> int:
+    """How many tiles of sequences one program takes, one after the other, so that it loads its parameters rarely and
+    its sums over sequences are long and few: sixteen rounds of programs fill a GPU evenly enough."""
+    return max(programs // (16 * max(programs_to_fill(device), 1)), 1)
+
+
+def strides(t: Tensor, has_directions: bool) -> tuple[int, int, int]:
+    """Strides of batch, length and direction; 0 where all directions share the tensor."""
+    return (t.stride(0), t.stride(1), t.stride(2) if has_directions else 0)
+
+
+def is_large(sequences: int, *tensors: Tensor) -> bool:
+    """Whether offsets within the sequences of one tile need 64 bits; those between tiles always have them.
+
+    Args:
+        sequences: Of a tile, along the tensors' first axis.
+    """
+    return any((sequences - 1) * t.stride(0) + t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
+
+
+def in_words(t: Tensor) -> bool:
+    """Whether four neighbours are an aligned word of 64 bits."""
+    return t.element_size() == 2 and t.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in t.stride()[:-1])

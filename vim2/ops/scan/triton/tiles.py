@@ -1,0 +1,253 @@
+# ruff: noqa: RUF005  (Triton knows no starred tuples)
+"""Tiles of a scan's states, spread over one warp's registers and lanes.
+
+In every thread's registers lie NR states of each of CR neighbouring channels; the 32 lanes spread over CE groups of
+channels, fastest, then S sequences, then NL groups of states. All values are vectors of 32 lanes, one element a thread,
+and a tile is a tuple of them, states first. So a sum over a thread's own states or channels adds vectors, and one over
+lanes exchanges halves of what is to be summed (`sum_over_lanes`): that takes a third of the shuffles of Triton's own
+sums and leaves each result in one lane, which alone goes on with it. (The backward pass holds a thread's channels in
+rows of blocks; the relay of warps, forward_relay.py, has vectors of four warps and another order of lanes.)
+"""
+
+import triton
+import triton.language as tl
+
+from ...triton_math import LANES, LOG2E, exp2
+
+
+@triton.jit
+def load_row(at, p, existing, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """COUNT neighbours at position p of a tensor, given as the address of its first, offsets from there and the stride
+    of positions; zero beyond the `existing` ones.
+
+    With WIDE all exist or none, and come as words of 64 bits, or of as many as they have: unpacked only where they are
+    used, they take half of the registers meanwhile.
+    """
+    address = at[0] + (p * at[2] + at[1])
+    row = ()
+    if WIDE and COUNT > 1:
+        WORD: tl.constexpr = tl.int64 if COUNT > 2 else tl.int32
+        address = address.to(tl.pointer_type(WORD))
+        for i in tl.static_range(COUNT // 4 if COUNT > 2 else 1):
+            row = row + (tl.load(address + i, mask=existing > 0, other=0),)
+    else:
+        for i in tl.static_range(COUNT):
+            row = row + (tl.load(address + i, mask=i < existing, other=0.0),)
+    return row
+
+
+@triton.jit
+def unpack(row, pointer, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """What `load_row` has loaded, as COUNT values in float32. Words hold elements of 16 bits; bfloat16 is the upper
+    half of a float32."""
+    ELEMENT: tl.constexpr = pointer.dtype.element_ty
+    values = ()
+    if WIDE and COUNT > 1:
+        for i in tl.static_range(COUNT // 2):
+            word = (row[i // 2] >> (32 * (i % 2))).to(tl.int32)
+            if ELEMENT.is_bf16():
+                low = (word << 16).to(tl.float32, bitcast=True)
+                high = (word & -65536).to(tl.float32, bitcast=True)
+            else:
+                low = word.to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
+                high = (word >> 16).to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
+            values = values + (low, high)
+    else:
+        for i in tl.static_range(COUNT):
+            values = values + (row[i].to(tl.float32),)
+    return values
+
+
+@triton.jit
+def store_row(at, p, row, existing, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
+    """COUNT neighbours at position p, but those beyond the `existing` ones. With WIDE all exist or none, and are
+    bfloat16."""
+    address = at[0] + (p * at[2] + at[1])
+    if WIDE and FAST and COUNT > 1:
+        for i in tl.static_range(COUNT // 4 if COUNT > 2 else 1):
+            word = _pack(row[i * 4], row[i * 4 + 1])
+            if COUNT > 2:
+                word = word.to(tl.int64) | (_pack(row[i * 4 + 2], row[i * 4 + 3]).to(tl.int64) << 32)
+            tl.store(address.to(tl.pointer_type(word.dtype)) + i, word, mask=existing > 0)
+    else:
+        for i in tl.static_range(COUNT):
+            tl.store(address + i, row[i].to(address.dtype.element_ty), mask=i < existing)
+
+
+@triton.jit
+def _pack(low, high):
+    """Two elements as bfloat16 in one instruction."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def gather(values, index, COUNT: tl.constexpr):
+    """The same COUNT values as they stand in other lanes: each lane gets those of the lane at its `index`."""
+    gathered = ()
+    for i in tl.static_range(COUNT):
+        gathered = gathered + (tl.gather(values[i], index, 0),)
+    return gathered
+
+
+@triton.jit
+def half(values, upper, HALF: tl.constexpr):
+    """Of 2 HALF values, the second half where `upper`, elsewhere the first."""
+    kept = ()
+    for i in tl.static_range(HALF):
+        kept = kept + (tl.where(upper, values[i + HALF], values[i]),)
+    return kept
+
+
+@triton.jit
+def exchange(values, lane, upper, BIT: tl.constexpr, HALF: tl.constexpr, SHUFFLE: tl.constexpr = False):
+    """Lanes that differ in BIT add what they have, and keep half of the sums each, the upper one the upper half."""
+    sums = ()
+    if HALF > 0:
+        kept = half(values, upper, HALF)
+        given = half(values, upper == 0, HALF)
+        for i in tl.static_range(HALF):
+            sums = sums + (kept[i] + _of_lane(given[i], lane ^ BIT, SHUFFLE),)
+    else:  # a single value is left: both lanes have its sum
+        sums = (values[0] + _of_lane(values[0], lane ^ BIT, SHUFFLE),)
+    return sums
+
+
+@triton.jit
+def _of_lane(x, lane, SHUFFLE: tl.constexpr):
+    """The value of x in another lane of the same warp. Where vectors are of several warps, Triton does not see that
+    lanes stay within theirs: SHUFFLE says it."""
+    if SHUFFLE:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.gather(x, lane, 0)
+
+
+@triton.jit
+def sum_over_lanes(values, lane, ordered, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Sums of COUNT values over an axis of SIZE lanes, STRIDE apart. Of COUNT >= SIZE values, each lane is left with
+    its share: in the order of the lanes, or of these with some bits turned in all lanes of the axis."""
+    for i in tl.static_range(5):
+        if (SIZE >> i) > 1:
+            upper = (ordered & (STRIDE * (SIZE >> (i + 1)))) != 0
+            values = exchange(values, lane, upper, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1))
+    return values
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr):
+    """COUNT vectors of zeros."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (tl.zeros([LANES], dtype=tl.float32),)
+    return values
+
+
+@triton.jit
+def exists(i, j, inside):
+    """Whether state i of channel j of the lanes' own exist; `inside` holds the lanes' first state and channel, the
+    numbers of states and channels, and whether the lanes' sequence exists."""
+    n, e, n_states, features, sequence_in = inside
+    return (n + i < n_states) & (e + j < features) & sequence_in
+
+
+@triton.jit
+def load_tile(at, row, inside, mask, NR: tl.constexpr, CR: tl.constexpr):
+    """Rows of states, `row` apart; zero where there is nothing or the mask says so."""
+    tile = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            tile = tile + (tl.load(at + (i * row + j), mask=exists(i, j, inside) & mask, other=0.0),)
+    return tile
+
+
+@triton.jit
+def load_parameters(A_at, D_at, row, inside, NR: tl.constexpr, CR: tl.constexpr):
+    """A's tile of rates to the base 2, for `exp2`, and D of the thread's channels."""
+    rates = load_tile(A_at, row, inside, inside[4], NR, CR)
+    A = ()
+    for i in tl.static_range(NR * CR):
+        A = A + (rates[i].to(tl.float32) * LOG2E,)
+    D = ()
+    for i in tl.static_range(CR):
+        D = D + (tl.load(D_at + i, mask=inside[1] + i < inside[3], other=0.0).to(tl.float32),)
+    return A, D
+
+
+@triton.jit
+def store_tile(at, row, tile, inside, NR: tl.constexpr, CR: tl.constexpr):
+    """Rows of states, `row` apart, where states and channels exist."""
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            tl.store(at + (i * row + j), tile[i * CR + j], mask=exists(i, j, inside))
+
+
+@triton.jit
+def decays(dt, A, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+    """The tile of exp(dt A), for a step of this size in each channel; A is to the base 2."""
+    tile = ()
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            tile = tile + (exp2(dt[j] * A[i * CR + j], FAST),)
+    return tile
+
+
+@triton.jit
+def multiply_add(a, b, c, COUNT: tl.constexpr):
+    """a b + c, one value after the other."""
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (a[i] * b[i] + c[i],)
+    return sums
+
+
+@triton.jit
+def multiply(a, b, COUNT: tl.constexpr):
+    """a b, one value after the other."""
+    products = ()
+    for i in tl.static_range(COUNT):
+        products = products + (a[i] * b[i],)
+    return products
+
+
+@triton.jit
+def add(a, b, COUNT: tl.constexpr):
+    """a + b, one value after the other."""
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (a[i] + b[i],)
+    return sums
+
+
+@triton.jit
+def of_states(states, NR: tl.constexpr, CR: tl.constexpr):
+    """As a tile, with each state's value for all channels."""
+    tile = ()
+    for i in tl.static_range(NR):
+        for _ in tl.static_range(CR):
+            tile = tile + (states[i],)
+    return tile
+
+
+@triton.jit
+def of_channels(channels, NR: tl.constexpr, CR: tl.constexpr):
+    """As a tile, with each channel's value for all states."""
+    tile = ()
+    for _ in tl.static_range(NR):
+        tile = tile + channels
+    return tile
+
+
+@triton.jit
+def sum_states(tile, NR: tl.constexpr, CR: tl.constexpr):
+    """The sums of a tile over the thread's own states, one a channel."""
+    sums = ()
+    for j in tl.static_range(CR):
+        total = tile[j]
+        for i in tl.static_range(1, NR):
+            total += tile[i * CR + j]
+        sums = sums + (total,)
+    return sums
