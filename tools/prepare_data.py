@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
@@ -92,11 +92,24 @@ def existing(path: Path) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> None:
+    """Extract an archive, of which nothing may end up outside the target."""
     try:
         with tarfile.open(existing(archive)) as tar:
-            tar.extractall(target, filter="data")
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(target, filter="data")
+            else:  # a Python before 3.10.12 or 3.11.4
+                for member in tar:
+                    check_member(member)
+                    tar.extract(member, target, set_attrs=False)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} is damaged ({error}); copy or download it again.") from None
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Raises a TarError for what the data sets do not have: paths that lead out of the archive, links and devices."""
+    path = PurePath(member.name)
+    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+        raise tarfile.TarError(f"{member.name!r} is no file or folder within it")
 
 
 def label_table(labels: dict[int, int]) -> np.ndarray:

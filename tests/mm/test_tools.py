@@ -7,6 +7,7 @@ import json
 import lzma
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,44 @@ class TestPreparing:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["camvid701.tar"]  # nothing half-made is left
         (tmp_path / "out").mkdir()
         assert run_tool(prepare, argv) == 2 and "already there" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("old_python", [False, True])
+    @pytest.mark.parametrize(
+        "member",
+        [
+            dict(name="/absolute/a.png"),
+            dict(name="images/../../a.png"),
+            dict(name="a.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+            dict(name="a.png", type=tarfile.LNKTYPE, linkname="../a.png"),
+            dict(name="a.png", type=tarfile.CHRTYPE),
+        ],
+        ids=["absolute", "above", "symbolic link", "hard link", "device"],
+    )
+    def test_nothing_leaves_the_folder(self, member, old_python, tmp_path, capsys, monkeypatch):
+        if old_python:
+            monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        elif not hasattr(tarfile, "data_filter"):
+            pytest.skip("this Python's tarfile has no filters")
+        downloads = tmp_path / "downloads"
+        downloads.mkdir()
+        with tarfile.open(downloads / "camvid701.tar", "w") as tar:
+            info = tarfile.TarInfo(member["name"])
+            for name, value in member.items():
+                setattr(info, name, value)
+            tar.addfile(info, io.BytesIO())
+        argv = ["camvid", str(downloads), "--output", str(tmp_path / "data" / "out")]
+        code, error = run_tool(prepare, argv), capsys.readouterr().err
+        if member["name"].startswith("/") and not old_python:  # the filter makes it one of the folder's own
+            assert code == 0 and (tmp_path / "data/out/absolute/a.png").is_file()
+        else:
+            assert code == 2 and "camvid701.tar is damaged" in error and error.count("\n") == 1
+            assert not list((tmp_path / "data").iterdir())
+        assert not (tmp_path / "a.png").exists() and not Path("/absolute").exists()
+
+    def test_unpacking_on_an_old_python(self, tmp_path, monkeypatch):
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        self.test_void_of_camvid_is_ignored(tmp_path)
+        assert (tmp_path / "out/trainannot/a.png").stat().st_mode & 0o777 != 0o777
 
     def test_damaged_instances(self, tmp_path, capsys):
         make_tar(tmp_path / "nuclei664.tar", {"images/0.webp": b""})
