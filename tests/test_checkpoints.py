@@ -1,5 +1,7 @@
 """Reading, converting and writing weights: what comes out right, and what every kind of bad file gets."""
 
+from common.command import run_tool
+
 import collections
 import os
 import re
@@ -38,7 +40,7 @@ def equal(a, b):
 class TestConversion:
     def test_logits_are_vmambas(self, vmamba, tmp_path, capsys):
         torch.save({"model": vmamba.state_dict(), "epoch": 3}, tmp_path / "in.pth")
-        assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 0
+        assert run_tool(convert, [str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 0
         line = next(line for line in capsys.readouterr().out.splitlines() if "create_model" in line)
         scope = {"timm": timm}
         exec(line.strip(), scope)  # the line of Python that the tool tells users to write
@@ -87,7 +89,7 @@ class TestConversion:
         state_dict = meta_state_dict("tiny", num_classes=7)
         state_dict = {k: torch.zeros(v.shape) for k, v in state_dict.items()}
         torch.save(state_dict, tmp_path / "in.pth")
-        assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 0
+        assert run_tool(convert, [str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 0
         assert "num_classes=7" in capsys.readouterr().out
         headless = {k: v for k, v in state_dict.items() if "head" not in k}
         assert not any(k.startswith("head") for k in convert_vmamba(headless)[1])
@@ -96,7 +98,7 @@ class TestConversion:
         state_dict = {k: torch.zeros_like(v) for k, v in vmamba.state_dict().items()}
         torch.save({"model": state_dict, "model_ema": {k: v + 1 for k, v in state_dict.items()}}, tmp_path / "in.pth")
         for flags, value in (([], 1), (["--no-ema"], 0)):
-            assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), *flags]) == 0
+            assert run_tool(convert, [str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), *flags]) == 0
             assert (read_state_dict(tmp_path / "out.pth")["norm.weight"] == value).all()
 
     @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ class TestConversion:
     def test_errors_are_one_line_and_write_nothing(self, model, tmp_path, capsys):
         torch.save(model.state_dict(), tmp_path / "vim2.pth")
         for name in ("vim2.pth", "absent.pth"):
-            assert convert([str(tmp_path / name), str(tmp_path / "out.pth")]) == 2
+            assert run_tool(convert, [str(tmp_path / name), str(tmp_path / "out.pth")]) == 2
             out, err = capsys.readouterr()
             assert out == "" and err.startswith("error: ") and err.count("\n") == 1
         assert not (tmp_path / "out.pth").exists()

@@ -4,13 +4,16 @@
 Usage: python tools/convert_vmamba.py IN OUT
 """
 
+from common.command import run_tool
+
 import argparse
 import sys
 
 from vim2.checkpoints import convert_vmamba, read_state_dict, save_checkpoint
+from vim2.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Turn the weights of a vanilla VMamba-T, -S or -B (v0: SS2D with d_state 16, ratio 2, gate, no "
         "MLP) into those of a ViM2 that computes the same: its channel mixers start as identity."
@@ -27,8 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         save_checkpoint({"arch": variant, "state_dict": converted}, args.output)
     except (OSError, ValueError) as error:
         message = f"{error.strerror}." if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        raise UserError(message) from error
 
     classes = converted["head.fc.weight"].shape[0] if "head.fc.weight" in converted else 0
     num_classes = "" if classes == 1000 else f", num_classes={classes}"
@@ -40,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Its channel mixers are new and add nothing yet; fine-tuning lets them.\nUse it with\n")
     print("    import timm, vim2")
     print(f"    model = timm.create_model({variant!r}, checkpoint_path={args.output!r}{num_classes})")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -1,12 +1,9 @@
 #!/usr/bin/env python
 """Forecast time series: `forecast.py fit|evaluate|predict --help`; docs/forecasting.md explains."""
 
-import os
-import sys
+import common  # noqa: F401  (for what it sets)
 
-# On a CPU that other programs use as well, OpenMP's threads would otherwise burn the time in which they wait for one
-# another. This has to be said before PyTorch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import sys
 
 from vim2.forecast.cli import main
 

@@ -4,13 +4,11 @@
 Usage: python tools/image_demo.py IMAGE_OR_FOLDER ... --config CONFIG --checkpoint CHECKPOINT [--out-dir outputs]
 """
 
+from common.command import run_tool
+
 import argparse
-import os
 import sys
 from pathlib import Path
-
-# as tools/classify.py says, and like there before PyTorch is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from torch import nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.errors import UserError
-from vim2.mm.runner import add_config_arguments, check_device, checkpoint_errors, load_config, run_tool
+from vim2.mm.runner import add_config_arguments, check_device, checkpoint_errors, load_config
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 

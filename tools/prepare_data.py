@@ -8,6 +8,8 @@
 DOWNLOADS is the folder that holds the files. A folder in data/ is there whole or not at all.
 """
 
+from common.command import run_tool
+
 import argparse
 import json
 import lzma
@@ -16,10 +18,12 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
+
+from vim2.errors import UserError
 
 IGNORED = 255  # the label of pixels that count neither in training nor in evaluation
 CAMVID_VOID = 11
@@ -28,10 +32,6 @@ CAMVID_VOID = 11
 COCO_THINGS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 COCO_STUFF = [92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151]
 COCO_STUFF += [154, 155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201)]
-
-
-class UserError(Exception):
-    """A mistake in what was asked for; printed as one line."""
 
 
 def nuclei(source: Path, target: Path) -> str:
@@ -92,11 +92,24 @@ def existing(path: Path) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> None:
+    """Extract an archive, of which nothing may end up outside the target."""
     try:
         with tarfile.open(existing(archive)) as tar:
-            tar.extractall(target, filter="data")
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(target, filter="data")
+            else:  # a Python before 3.10.12 or 3.11.4
+                for member in tar:
+                    check_member(member)
+                    tar.extract(member, target, set_attrs=False)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} is damaged ({error}); copy or download it again.") from None
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """Raises a TarError for what the data sets do not have: paths that lead out of the archive, links and devices."""
+    path = PurePath(member.name)
+    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+        raise tarfile.TarError(f"{member.name!r} is no file or folder within it")
 
 
 def label_table(labels: dict[int, int]) -> np.ndarray:
@@ -114,26 +127,24 @@ def relabel(source: Path, target: Path, table: np.ndarray) -> None:
 DATA_SETS: dict[str, Callable[[Path, Path], str]] = {"nuclei": nuclei, "coco549": coco549, "camvid": camvid}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Bring small data sets into the layout that the configs expect.")
     parser.add_argument("name", choices=DATA_SETS)
     parser.add_argument("source", type=Path, metavar="DOWNLOADS", help="the folder with the data set's files")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default data/<name>")
     args = parser.parse_args(argv)
     output = args.output or Path("data", args.name)
+    if output.exists():
+        raise UserError(f"{output} is already there; remove it to make it anew.")
     try:
-        if output.exists():
-            raise UserError(f"{output} is already there; remove it to make it anew.")
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{args.name}.", dir=output.parent) as folder:
             counts = DATA_SETS[args.name](args.source, Path(folder) / args.name)
             (Path(folder) / args.name).rename(output)
-    except (OSError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(str(error)) from error
     print(f"{output}: {counts}.")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -4,16 +4,14 @@
 tools/quickstart.sh runs this in an environment of its own. It uses nothing that `tools/classify.py` does not offer.
 """
 
+from common.command import run_tool
+
 import argparse
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
-
-# On a CPU that other programs use as well, OpenMP's threads would otherwise burn the time in which they wait for one
-# another, and a step take 2 to 20 times as long. This has to be said before PyTorch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from PIL import Image
 
@@ -40,40 +38,36 @@ def write_digits(folder: Path) -> None:
         grey.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(path)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
     parser.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     start = time.perf_counter()
     data = args.output / "digits"
-    try:
-        write_digits(data)
-        # a quickstart starts anew every time
-        (args.output / "run" / "last.pth").unlink(missing_ok=True)
-        run = train(
-            data_dir=data,
-            model="vim2_nano",
-            model_kwargs=MODEL,
-            img_size=PIXELS,
-            crop_pct=1.0,
-            epochs=args.epochs,
-            batch_size=64,
-            lr=2e-3,
-            warmup_epochs=1,
-            scale=(0.7, 1.0),
-            hflip=0.0,  # a mirrored digit is another digit, or none
-            color_jitter=0.0,
-            workers=0,  # the images are tiny: reading them is quicker than starting processes for it
-            output=args.output,
-            experiment="run",
-        )
-        folder = Path(run["folder"])
-        examples = sorted((data / "val").rglob("*.png"))[::15]
-        predict(images=examples, checkpoint=folder / "best.pth", output=args.output, topk=3)
-    except UserError as error:
-        print(f"quickstart.py: error: {error}", file=sys.stderr)
-        return 2
+    write_digits(data)
+    # a quickstart starts anew every time
+    (args.output / "run" / "last.pth").unlink(missing_ok=True)
+    run = train(
+        data_dir=data,
+        model="vim2_nano",
+        model_kwargs=MODEL,
+        img_size=PIXELS,
+        crop_pct=1.0,
+        epochs=args.epochs,
+        batch_size=64,
+        lr=2e-3,
+        warmup_epochs=1,
+        scale=(0.7, 1.0),
+        hflip=0.0,  # a mirrored digit is another digit, or none
+        color_jitter=0.0,
+        workers=0,  # the images are tiny: reading them is quicker than starting processes for it
+        output=args.output,
+        experiment="run",
+    )
+    folder = Path(run["folder"])
+    examples = sorted((data / "val").rglob("*.png"))[::15]
+    predict(images=examples, checkpoint=folder / "best.pth", output=args.output, topk=3)
     path = os.environ.get("PYTHONPATH")
     command = (f"PYTHONPATH={path} " if path else "") + f"{sys.executable} {Path(__file__).with_name('classify.py')}"
     print(f"""
@@ -89,8 +83,7 @@ The same on images of your own, in a folder for each class:
   {command} train --data-dir YOUR_FOLDER --model vim2_nano --epochs 30 --experiment mine
   {command} predict SOME_IMAGE.jpg --checkpoint runs/mine/best.pth
 """)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

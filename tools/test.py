@@ -4,13 +4,12 @@
 Usage: python tools/test.py CONFIG CHECKPOINT [--tta] [--out OUT] [--show-dir DIR] [--cfg-options KEY=VALUE ...]
 """
 
+from common.command import run_tool
+
 import argparse
 import copy
 import os
 import sys
-
-# as tools/classify.py says, and like there before PyTorch is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mmengine.config import Config
 
@@ -22,7 +21,6 @@ from vim2.mm.runner import (
     build_data,
     build_runner,
     load_config,
-    run_tool,
 )
 
 

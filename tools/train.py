@@ -4,12 +4,11 @@
 Usage: python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--amp] [--cfg-options KEY=VALUE ...]
 """
 
+from common.command import run_tool
+
 import argparse
 import os
 import sys
-
-# as tools/classify.py says, and like there before PyTorch is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.errors import UserError
@@ -19,7 +18,6 @@ from vim2.mm.runner import (
     build_data,
     build_runner,
     load_config,
-    run_tool,
 )
 
 

@@ -1,10 +1,13 @@
 """Preparing data, counting and timing whole models, drawing: what comes out, and what bad input gets."""
 
+from common.command import run_tool
+
 import io
 import json
 import lzma
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,7 +48,7 @@ class TestPreparing:
         annotations = [dict(id=i, image_id=i % 7) for i in range(14)]
         instances = json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name="nucleus")]))
         (tmp_path / "nuclei664.instances.json.xz").write_bytes(lzma.compress(instances.encode()))
-        assert prepare(["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert run_tool(prepare, ["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
         assert "5 images with 10 nuclei for train, 2 images with 4 nuclei for val" in capsys.readouterr().out
         val = json.loads((tmp_path / "out/annotations/instances_val.json").read_text())
         assert [image["id"] for image in val["images"]] == [0, 5]
@@ -54,7 +57,7 @@ class TestPreparing:
     def test_void_of_camvid_is_ignored(self, tmp_path):
         files = {f"{split}annot/a.png": png([[0, 10, 11]]) for split in ("train", "val", "test")}
         make_tar(tmp_path / "camvid701.tar", files)
-        assert prepare(["camvid", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert run_tool(prepare, ["camvid", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
         assert np.asarray(Image.open(tmp_path / "out/valannot/a.png")).tolist() == [[0, 10, 255]]
 
     def test_categories_of_coco_become_labels(self, tmp_path):
@@ -64,7 +67,7 @@ class TestPreparing:
         }
         files |= {f"annotations/instances_{s}2017.json": b'{"images": []}' for s in ("train", "val")}
         make_tar(tmp_path / "coco549.tar", files)
-        assert prepare(["coco549", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert run_tool(prepare, ["coco549", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
         assert np.asarray(Image.open(tmp_path / "out/semantic/train2017/1.png")).tolist() == [[255, 0, 79, 80, 132]]
         assert np.asarray(Image.open(tmp_path / "out/semantic/val2017/2.png")).tolist() == [[11, 255]]
         assert (tmp_path / "out/semantic/val.txt").read_text() == "2\n" and not (tmp_path / "out/semantic130").exists()
@@ -79,17 +82,55 @@ class TestPreparing:
 
     def test_damaged_missing_and_present(self, tmp_path, capsys):
         argv = ["camvid", str(tmp_path), "--output", str(tmp_path / "out")]
-        assert prepare(argv) == 2 and "camvid701.tar is missing" in capsys.readouterr().err
+        assert run_tool(prepare, argv) == 2 and "camvid701.tar is missing" in capsys.readouterr().err
         (tmp_path / "camvid701.tar").write_bytes(b"no tar" * 1000)
-        assert prepare(argv) == 2 and "is damaged" in capsys.readouterr().err
+        assert run_tool(prepare, argv) == 2 and "is damaged" in capsys.readouterr().err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["camvid701.tar"]  # nothing half-made is left
         (tmp_path / "out").mkdir()
-        assert prepare(argv) == 2 and "already there" in capsys.readouterr().err
+        assert run_tool(prepare, argv) == 2 and "already there" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("old_python", [False, True])
+    @pytest.mark.parametrize(
+        "member",
+        [
+            dict(name="/absolute/a.png"),
+            dict(name="images/../../a.png"),
+            dict(name="a.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+            dict(name="a.png", type=tarfile.LNKTYPE, linkname="../a.png"),
+            dict(name="a.png", type=tarfile.CHRTYPE),
+        ],
+        ids=["absolute", "above", "symbolic link", "hard link", "device"],
+    )
+    def test_nothing_leaves_the_folder(self, member, old_python, tmp_path, capsys, monkeypatch):
+        if old_python:
+            monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        elif not hasattr(tarfile, "data_filter"):
+            pytest.skip("this Python's tarfile has no filters")
+        downloads = tmp_path / "downloads"
+        downloads.mkdir()
+        with tarfile.open(downloads / "camvid701.tar", "w") as tar:
+            info = tarfile.TarInfo(member["name"])
+            for name, value in member.items():
+                setattr(info, name, value)
+            tar.addfile(info, io.BytesIO())
+        argv = ["camvid", str(downloads), "--output", str(tmp_path / "data" / "out")]
+        code, error = run_tool(prepare, argv), capsys.readouterr().err
+        if member["name"].startswith("/") and not old_python:  # the filter makes it one of the folder's own
+            assert code == 0 and (tmp_path / "data/out/absolute/a.png").is_file()
+        else:
+            assert code == 2 and "camvid701.tar is damaged" in error and error.count("\n") == 1
+            assert not list((tmp_path / "data").iterdir())
+        assert not (tmp_path / "a.png").exists() and not Path("/absolute").exists()
+
+    def test_unpacking_on_an_old_python(self, tmp_path, monkeypatch):
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        self.test_void_of_camvid_is_ignored(tmp_path)
+        assert (tmp_path / "out/trainannot/a.png").stat().st_mode & 0o777 != 0o777
 
     def test_damaged_instances(self, tmp_path, capsys):
         make_tar(tmp_path / "nuclei664.tar", {"images/0.webp": b""})
         (tmp_path / "nuclei664.instances.json.xz").write_bytes(lzma.compress(b"{}" * 1000)[:40])
-        assert prepare(["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+        assert run_tool(prepare, ["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
         assert "instances.json.xz is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
     @needs_data
@@ -104,7 +145,7 @@ class TestPreparing:
     )
     def test_real_data_fit_the_configs(self, name, folder, config, sizes, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert prepare([name, str(SHARED / folder)]) == 0
+        assert run_tool(prepare, [name, str(SHARED / folder)]) == 0
         config = load_config(ROOT / config)
         init_default_scope(config.default_scope)
         for split, size in zip(("train", "val"), sizes):
@@ -129,7 +170,7 @@ def counted():
         "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
     ]
     configs += ["mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py"]
-    done = run(TOOLS / "mm_benchmark.py", "--count", *configs, cwd=ROOT)
+    done = run(TOOLS / "benchmarks" / "mm.py", "--count", *configs, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return re.findall(r"^\| (\S+) \| [\dx ]+ \| \d \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.M)
 
@@ -149,7 +190,7 @@ class TestCounting:
 
     def test_times_and_files(self, configs, tmp_path):
         argv = ["--shape", "64", "64", "--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", tmp_path]
-        done = run(TOOLS / "mm_benchmark.py", configs["mmdet"], configs["mmseg"], *argv, cwd=ROOT)
+        done = run(TOOLS / "benchmarks" / "mm.py", configs["mmdet"], configs["mmseg"], *argv, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-2000:]
         rows = json.loads((tmp_path / "mm_benchmark.json").read_text())["models"]
         assert len(rows) == 2 and all(row[mode]["img_s"] > 0 for row in rows for mode in ("infer", "train"))

@@ -1,5 +1,7 @@
 """From a config to a trained, evaluated, resumed, tested and drawn model, in one process and in several."""
 
+from common.command import run_tool
+
 import gc
 import json
 import pickle
@@ -20,7 +22,6 @@ from tools.test import main as evaluate
 from tools.train import main as train
 from vim2.errors import UserError
 from vim2.mm.loading import allow_checkpoints
-from vim2.mm.runner import run_tool
 
 KINDS = ("mmdet", "mmseg")
 LAST = {"mmdet": "epoch_1.pth", "mmseg": "iter_2.pth"}

@@ -1,7 +1,7 @@
 """The benchmark data sets: how they are split, and settings, chosen on the validation splits.
 
-All but ETTh2's are what `tools/forecast_results.py search` found best, under the names in the comments. docs/results.md
-has what was tested when.
+All but ETTh2's are what `tools/benchmarks/forecast_results.py search` found best, under the names in the comments.
+docs/results.md has what was tested when.
 """
 
 from typing import Any

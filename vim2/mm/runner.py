@@ -2,15 +2,13 @@
 
 import argparse
 import contextlib
-import gc
 import importlib.metadata
 import importlib.util
 import os
 import pickle
 import re
-import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ __all__ = [
     "check_device",
     "checkpoint_errors",
     "load_config",
-    "run_tool",
 ]
 
 _LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
@@ -262,20 +259,6 @@ def _replace_sync_bn(config: Any) -> None:
     elif isinstance(config, list | tuple):
         for value in config:
             _replace_sync_bn(value)
-
-
-def run_tool(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Run a tool; a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main(argv)
-        if torch.distributed.is_initialized():
-            gc.collect()  # the Runner, a cycle, holds the group: its threads would outlive it, and abort Python's end
-            torch.distributed.barrier()  # a process that left first would take the others' connections with it
-            torch.distributed.destroy_process_group()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def _first_line(error: Exception) -> str:

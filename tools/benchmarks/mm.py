@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Parameters, FLOPs, speed and memory of whole detectors and segmenters, from configs.
 
-    python tools/mm_benchmark.py --count mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py
-    python tools/mm_benchmark.py mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py \\
+    python tools/benchmarks/mm.py --count mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py
+    python tools/benchmarks/mm.py mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py \\
         mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py --batch-size 4 --amp bf16
 
 Images are 800 x 1280 for detectors and 512 x 2048 for segmenters, unless --shape says otherwise, and random, with ten
@@ -11,14 +11,18 @@ Inference is one call of the model on a batch, non-maximum suppression and the r
 forward + backward + zero_grad, without an optimiser.
 """
 
-import argparse
-import copy
-import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.command import run_tool
+
+import argparse
+import copy
+import json
+
 import torch
-from benchmark import AMP, autocast, figure, machine, measure, multiply_adds, positive, table
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -27,9 +31,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
+from benchmarks.measuring import AMP, autocast, machine, measure, positive
+from benchmarks.models import multiply_adds
+from benchmarks.reporting import figure, table
 from vim2.checkpoints import write_atomically
 from vim2.errors import UserError
-from vim2.mm.runner import check_device, load_config, run_tool
+from vim2.mm.runner import check_device, load_config
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 OBJECTS = 10  # an image

@@ -1,17 +1,22 @@
 #!/usr/bin/env python
 """Compare converted weights with VMamba's own code, which is read from a clone of its repository.
 
-Usage: python tools/compare_vmamba.py CLONE [--size tiny small base] [--img-size 64x64 96x160 ...]
+Usage: python tools/comparisons/vmamba.py CLONE [--size tiny small base] [--img-size 64x64 96x160 ...]
 
 Vanilla VMamba is made with random weights (every parameter away from its initial value), converted, and both compute
 logits in float32. Of VMamba's dependencies only PyTorch and timm are needed: what its vanilla models import but never
 call is stood in for, and its own plain-PyTorch scan replaces the CUDA one.
 """
 
-import argparse
-import importlib.util
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.command import run_tool
+
+import argparse
+import importlib.util
 from types import ModuleType
 
 import timm
@@ -19,6 +24,7 @@ import torch
 
 import vim2  # noqa: F401  (registers the models)
 from vim2.checkpoints import convert_vmamba
+from vim2.errors import UserError
 
 
 def load_vmamba(clone: Path) -> ModuleType:
@@ -63,15 +69,14 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.copy_(noise * fan_in**-0.5)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare converted weights with VMamba's own code.")
     parser.add_argument("clone", type=Path, help="folder of a clone of VMamba's repository")
     parser.add_argument("--size", nargs="+", default=["tiny", "small", "base"], choices=["tiny", "small", "base"])
     parser.add_argument("--img-size", nargs="+", default=["64x64", "65x101"], metavar="HxW")
     args = parser.parse_args(argv)
     if not (args.clone / "classification" / "models" / "vmamba.py").is_file():
-        print(f"error: {args.clone} holds no classification/models/vmamba.py.", file=sys.stderr)
-        return 2
+        raise UserError(f"{args.clone} holds no classification/models/vmamba.py.")
     vmamba = load_vmamba(args.clone)
 
     print("| model | image | largest difference of logits / largest logit |\n|---|---|---|")
@@ -87,8 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 expected, actual = theirs(x), ours(x)
             difference = (actual - expected).abs().max() / expected.abs().max()
             print(f"| {variant} | {img_size} | {difference:.1e} |", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -1,23 +1,32 @@
 #!/usr/bin/env python
 """Compare torchvision's operators, as vim2.mm puts them in the place of mmcv's, with those of an mmcv that has its own.
 
-Usage: python tools/compare_mmcv.py SITE      SITE is a folder that holds such an mmcv; tools/build_mmcv.sh makes one
+Usage: python tools/comparisons/mmcv_operators.py SITE
+
+SITE is a folder that holds such an mmcv; tools/comparisons/build_mmcv.sh makes one.
 
 The same work runs twice, on the CPU: every operator with a form for it, and the losses, gradients and detections of a
 Mask R-CNN with random weights.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.command import run_tool
+
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
+from vim2.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "mmdet_configs/mask-rcnn_vim2-nano_fpn_24e_nuclei.py"
 
 
@@ -147,10 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         compute(args.compute)
         return 0
     if not args.site or not list(Path(args.site).glob("mmcv/_ext*")):
-        print(f"error: {args.site} holds no mmcv with compiled operators.", file=sys.stderr)
-        return 2
+        raise UserError(f"{args.site} holds no mmcv with compiled operators.")
     return compare(args.site)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -4,18 +4,22 @@
 Random series; medians. Writes benchmark.json, and benchmark.png of the scaling, to --output, and prints markdown.
 """
 
-import argparse
-import json
-import os
-import platform
-import time
+import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.command import run_tool
+
+import argparse
+import json
+import platform
+import time
 
 import torch
 
 from vim2 import TSM2, TSM2Config
+from vim2.checkpoints import write_atomically
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import model_forecast, score
 from vim2.forecast.training import record
@@ -135,7 +139,7 @@ def plot(rows: list[dict], path: Path) -> None:
     save(fig, path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-benchmark"))
@@ -143,16 +147,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="of a step")
     parser.add_argument("--variates", type=int, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
     parser.add_argument("--lookbacks", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     amp = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if amp else f"{platform.machine()}, {torch.get_num_threads()} threads"
     where = f"{name}, PyTorch {torch.__version__}, {'bfloat16 autocast' if amp else 'float32'}"
     epochs = time_epochs(device, amp, args.share)
     scaling = time_scaling(device, amp, args.repeats, args.variates, args.lookbacks)
-    args.output.mkdir(parents=True, exist_ok=True)
     result = {"where": where, "share": args.share, "epochs": epochs, "scaling": scaling}
-    (args.output / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(args.output / "benchmark.json", json.dumps(result, indent=1) + "\n")
     plot(scaling, args.output / "benchmark.png")
     print(f"\n{where}\n\n| epoch | batch | training, s | validation, s |\n|---|---|---|---|")
     for row in epochs:
@@ -164,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

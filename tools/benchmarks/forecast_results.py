@@ -10,21 +10,20 @@
 Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there already is not run again.
 """
 
-import argparse
-import io
-import json
-import multiprocessing
-import os
-import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vim2.checkpoints import write_atomically
+from common.command import run_tool
+from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+
+from vim2.errors import UserError
 
 Stage = Callable[[list[dict]], list[dict]]
 
@@ -108,23 +107,23 @@ def data_file(folder: Path, name: str) -> Path:
     for suffix in ("", ".xz", ".gz"):
         if (path := folder / (FILES[name] + suffix)).is_file():
             return path
-    raise SystemExit(f"There is no {FILES[name]}, .xz or .gz in {folder}: give another --data-dir.")
+    raise UserError(f"there is no {FILES[name]}, .xz or .gz in {folder}: give another --data-dir.")
 
 
 def run_cell(task: dict) -> dict:
-    """Train, and test unless it is a search; in a process of its own or not."""
+    """Train, and test unless it is a search."""
     import torch
 
     from vim2.forecast import evaluate, fit
 
     torch.set_num_threads(task["threads"])
-    key = f"{task['name']}-{task['horizon']}-{task['label'].replace(' ', '_')}-{task['seed']}"
-    options = {k: task[k] for k in ("data", "horizon", "seed", "device", "cuda_graph")}
-    start = time.perf_counter()
-    run = fit(recipe=task["name"], **options, **task["changes"], output=task["output"], experiment=key, resume=True)
-    result = {k: task[k] for k in ("name", "horizon", "seed", "label", "changes")}
+    cell = task["key"]
+    experiment = f"{cell['name']}-{cell['horizon']}-{cell['label'].replace(' ', '_')}-{cell['seed']}"
+    options = {k: task[k] for k in ("data", "device", "cuda_graph", "output")} | task["settings"]["changes"]
+    options |= dict(recipe=cell["name"], horizon=cell["horizon"], seed=cell["seed"])
+    run = fit(**options, experiment=experiment, resume=True)
     best = run["best"]
-    result.update(
+    result = dict(
         val_mse=best["val_mse"],
         val_mae=best["val_mae"],
         epoch=best["epoch"],
@@ -142,7 +141,6 @@ def run_cell(task: dict) -> dict:
         for name, row in scores["scores"].items():
             prefix = "" if name == "TSM2" else name.replace(" ", "_") + "_"
             result[prefix + "mse"], result[prefix + "mae"] = row["mse"], row["mae"]
-    result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
 
@@ -178,98 +176,44 @@ def print_ridge(args: argparse.Namespace) -> None:
         print(f"| {name} | {cells} | {average:.4f} | {others} |", flush=True)
 
 
-def read_results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def key_of(row: dict) -> tuple:
-    return row["name"], row["horizon"], row["seed"], row["label"]
-
-
-def run_all(stages: dict[str, list[tuple[int, Stage]]], args: argparse.Namespace) -> tuple[list[dict], int]:
+def run_all(stages: dict[str, list[Stage]], args: argparse.Namespace) -> tuple[list[dict], int]:
     """Run the cells that have no result yet, several at a time, until the time is over.
 
     Args:
-        stages: For each data set, what is to be done one after the other: a priority, the lowest first, and a function
-            from all results so far to tasks.
+        stages: For each data set, what is to be done one after the other: functions from all results so far to tasks.
         args: Of the command line.
 
     Returns:
-        All results, and how many cells are left.
+        All results, and how many cells have none.
     """
-    path = args.output / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows, queue, left, failed = read_results(path), [], Counter(), []
+    left = dict.fromkeys(stages, 0)
 
-    def go_on(name: str) -> None:
+    def next_cells(name: str, rows: list[dict]) -> Iterable[dict]:
         while stages[name] and not left[name]:
-            priority, stage = stages[name].pop(0)
-            done = {key_of(row): row["changes"] for row in rows}
-            tasks = stage(rows)
-            for task in tasks:  # or the table would take other settings for another seed
-                if done.get(key_of(task), task["changes"]) != task["changes"]:
-                    raise SystemExit(
-                        f"{path} holds {name} {task['horizon']} {task['label']!r} with {done[key_of(task)]}, "
-                        f"not {task['changes']}: choose another --output."
-                    )
-            tasks = [task for task in tasks if key_of(task) not in done]
-            print(f"{name}: {len(tasks)} cells to run, {len(done)} done before", flush=True)
+            tasks = [task for task in stages[name].pop(0)(rows) if find_result(task, rows) is None]
+            print(f"{name}: {len(tasks)} cells to run, {len(rows)} done before", flush=True)
             left[name] += len(tasks)
-            queue.extend((priority, task) for task in tasks)
-            queue.sort(key=lambda item: item[0])
+            yield from tasks
 
-    for name in stages:
-        go_on(name)
-    end = time.monotonic() + 60 * args.minutes
-    with multiprocessing.get_context("spawn").Pool(args.jobs, initializer=quiet) as pool:
-        running, latest = [], Counter()
-        while queue or running:
-            free = args.jobs - sum(jobs_of(task, args) for _, task in running)
-            for item in queue[:]:
-                task = item[1]
-                if jobs_of(task, args) > free:
-                    break
-                if time.monotonic() + latest[task["name"]] < end:  # or it would be cut off, going by the last one
-                    queue.remove(item)
-                    running.append((pool.apply_async(run_cell, (task,)), task))
-                    free -= jobs_of(task, args)
-            if not running or time.monotonic() > end:
-                pool.terminate()
-                break
-            for job, task in [item for item in running if item[0].ready()]:
-                running.remove((job, task))
-                left[task["name"]] -= 1
-                try:
-                    rows.append(row := job.get())
-                    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-                    latest[row["name"]] = row["seconds"]
-                    test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
-                    print(
-                        f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
-                        f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  epoch {row['epoch']} of "
-                        f"{row['epochs']}, {row['seconds']} s",
-                        flush=True,
-                    )
-                except Exception as error:  # one cell's failure is no reason to lose the others
-                    failed.append(task)
-                    print(f"A cell failed: {type(error).__name__}: {error}", flush=True)
-                go_on(task["name"])
-            time.sleep(0.1)
-    unfinished = len(queue) + len(running)
-    if unfinished or failed:
-        print(f"{unfinished} cells are left, {len(failed)} failed.", flush=True)
-    else:
-        print("All cells are done.", flush=True)
-    return rows, unfinished + len(failed)
+    def finished(task: dict, row: dict | None, rows: list[dict]) -> Iterable[dict]:
+        left[task["key"]["name"]] -= 1
+        if row:
+            test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
+            print(
+                f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
+                f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  epoch {row['epoch']} of "
+                f"{row['epochs']}, {row['seconds']} s",
+                flush=True,
+            )
+        return next_cells(task["key"]["name"], rows)
 
-
-def jobs_of(task: dict, args: argparse.Namespace) -> int:
-    """Weather, the largest, takes the place of two: a GPU would be busy with it."""
-    return min(1 + (task["name"] == "Weather"), args.jobs)
-
-
-def quiet() -> None:
-    sys.stdout = io.StringIO()  # the cells' own lines would be mixed up
+    path = args.output / "results.jsonl"
+    done = read_results(path)
+    tasks = [task for name in stages for task in next_cells(name, done)]
+    gpus = visible_gpus() if args.device in (None, "cuda") else []
+    rows, count = run_tasks(run_cell, tasks, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished)
+    print(f"{count} cells are left." if count else "All cells are done.", flush=True)
+    return rows, count
 
 
 def chosen_label(name: str, rows: list[dict]) -> str | None:
@@ -338,7 +282,7 @@ def line(start: str, group: list[dict], paper: float, duet: float | None = None,
     return f"| {start} | {' | '.join(cells)} | {paper:.{4 if seeds else 3}f} | {'' if duet is None else duet} |"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("ridge", "search", "run", "all", "table"))
     parser.add_argument("--data-dir", type=Path, help="folder with ETTh1.csv, ..., exchange_rate.csv, weather.csv")
@@ -360,20 +304,20 @@ def main() -> None:
     parser.add_argument("--chosen", action="store_true", help="run what `search` found best, not the frozen recipes")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a cell")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--search-horizons", nargs="+", type=int, choices=HORIZONS, help="default: --horizons")
     parser.add_argument("--device", default=None)
     parser.add_argument("--cuda-graph", action="store_true", help="see `fit`")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help="further options of `fit`")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "table":
         print(tables(read_results(args.output / "results.jsonl")))
-        return
+        return 0
     if args.data_dir is None:
-        parser.error("--data-dir is needed")
+        raise UserError(f"`{args.command}` wants --data-dir, the folder with the data sets' files.")
     if args.command == "ridge":
         print_ridge(args)
-        return
+        return 0
     rows, left = run_all({name: plan(name, args) for name in args.names}, args)
     if args.command == "search":
         for name in args.names:
@@ -381,43 +325,43 @@ def main() -> None:
                 print(f"{name}: {label} {CANDIDATES[name][label]}")
     else:
         print(tables(rows))
-    sys.exit(left > 0)
+    return int(left > 0)
 
 
-def plan(name: str, args: argparse.Namespace) -> list[tuple[int, Stage]]:
-    """What the command does with a data set, and with which priority: what is nearly done comes first."""
+def plan(name: str, args: argparse.Namespace) -> list[Stage]:
+    """What the command does with a data set. Of several, what is nearly done comes first."""
     extra = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
-    common = dict(name=name, data=str(data_file(args.data_dir, name)), output=str(args.output / "runs"))
-    common.update(device=args.device, cuda_graph=args.cuda_graph, threads=args.threads)
+    common = dict(data=str(data_file(args.data_dir, name)), output=str(args.output / "runs"))
+    common |= dict(device=args.device, cuda_graph=args.cuda_graph, threads=args.threads)
+    common |= dict(group=name, places=1 + (name == "Weather"))  # the largest, with which a GPU is busy
 
-    def task(horizon: int, label: str, changes: dict, seed: int, test: bool) -> dict:
-        changes = {**changes, **extra}
-        return dict(common, horizon=horizon, label=label, changes=changes, seed=seed, test=test)
+    def task(priority: int, horizon: int, label: str, changes: dict, seed: int, test: bool = True) -> dict:
+        key = dict(name=name, horizon=horizon, seed=seed, label=label)
+        return dict(common, key=key, settings=dict(changes={**changes, **extra}), priority=priority, test=test)
 
     def search(rows: list[dict]) -> list[dict]:
         candidates = {k: v for k, v in CANDIDATES[name].items() if args.candidates is None or k in args.candidates}
         horizons = args.search_horizons or args.horizons
-        return [task(h, label, changes, 0, False) for h in horizons for label, changes in candidates.items()]
+        return [task(1, h, label, changes, 0, test=False) for h in horizons for label, changes in candidates.items()]
 
     def run(rows: list[dict]) -> list[dict]:
         label = chosen_label(name, rows) if args.chosen or args.command == "all" else None
         changes = CANDIDATES[name][label] if label else {}
-        return [task(h, "TSM2", changes, seed, True) for seed in args.seeds for h in args.horizons]
+        return [task(0, h, "TSM2", changes, seed) for seed in args.seeds for h in args.horizons]
 
     def compare(rows: list[dict]) -> list[dict]:
         settings = {}
         for comparison in args.compare:
             if name in COMPARED[comparison]:
                 settings.update(COMPARISONS[comparison])
-        horizon = args.horizons[0]
-        return [task(horizon, label, c, seed, True) for seed in args.seeds for label, c in settings.items()]
+        return [task(2, args.horizons[0], label, c, seed) for seed in args.seeds for label, c in settings.items()]
 
     if args.command == "search":
-        return [(1, search)]
+        return [search]
     if args.command == "all":
-        return [(1, search), (0, run), (2, compare)]
-    return [(2, compare)] if args.compare else [(0, run)]
+        return [search, run, compare]
+    return [compare] if args.compare else [run]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -1,5 +1,7 @@
 """tools/benchmark.py: its FLOPs against a sum by hand and the published figure, its files, its errors."""
 
+from common.command import run_tool
+
 import contextlib
 import functools
 import json
@@ -11,6 +13,8 @@ import timm
 import torch
 from torch.autograd import DeviceType
 
+from benchmarks import compilations, models, profiles, scans
+from benchmarks.reporting import profile_table
 from tools import benchmark
 
 
@@ -30,17 +34,17 @@ def vmamba_flops(dim, depths, size, classes=1000, n=16):
 def test_flops():
     with torch.device("meta"):
         vmamba = timm.create_model("vim2_tiny_vmamba", channel_mixer="none")
-    flops = benchmark.count_flops(vmamba, 224)
+    flops = models.count_flops(vmamba, 224)
     assert flops == vmamba_flops(96, (2, 2, 9, 2), 224)
     assert round(flops / 1e9, 1) == 5.6  # as published for VMamba-T
-    swin = benchmark.create_model("swin_tiny_patch4_window7_224", 224, "meta")
-    assert round(benchmark.count_flops(swin, 224) / 1e9, 1) == 4.5  # as published for Swin-T
+    swin = models.create_model("swin_tiny_patch4_window7_224", 224, "meta")
+    assert round(models.count_flops(swin, 224) / 1e9, 1) == 4.5  # as published for Swin-T
 
 
 def test_models(tmp_path, capsys):
     options = "--device cpu --model test_vim2 --compare timm:test_vit --img-size 32 64 --batch-size 2"
     options += f" --warmup 1 --repeats 1 --plot --output {tmp_path}"
-    assert benchmark.main(options.split()) == 0
+    assert run_tool(benchmark.main, options.split()) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "benchmark.md").read_text() == out
     assert (tmp_path / "benchmark.png").stat().st_size > 0
@@ -57,13 +61,13 @@ def test_models(tmp_path, capsys):
 
 def test_one_mode_only(capsys):
     options = "--device cpu --model test_vim2 --img-size 32 --infer --warmup 1 --repeats 1"
-    assert benchmark.main(options.split()) == 0
+    assert run_tool(benchmark.main, options.split()) == 0
     out = capsys.readouterr().out
     assert "infer ms" in out and "train" not in out and "GiB" not in out
 
 
 def test_counts_only(capsys):
-    assert benchmark.main(["--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
+    assert run_tool(benchmark.main, ["--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
     assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
 
 
@@ -71,14 +75,14 @@ def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
     pytest.importorskip("numba")
     monkeypatch.setattr(benchmark, "SCAN_SHAPES", ((8, 4),))
     options = f"--device cpu --ops --batch-size 2 --warmup 1 --repeats 1 --output {tmp_path}"
-    assert benchmark.main(options.split()) == 0
+    assert run_tool(benchmark.main, options.split()) == 0
     rows = json.loads((tmp_path / "benchmark.json").read_text())["scans"]
     assert [row["scan"] for row in rows] == ["numba", "torch"]
     assert all(row["infer"]["ms"] > 0 and row["train"]["ms"] > 0 for row in rows)
     assert "| numba | 8 | 16 | 2 |" in capsys.readouterr().out
-    monkeypatch.setattr(benchmark, "HAS_TRITON", True)
-    monkeypatch.setattr(benchmark, "HAS_MAMBA_SSM", True)
-    assert benchmark.scan_backends("cuda") == ["triton", "mamba_ssm"]
+    monkeypatch.setattr(scans, "HAS_TRITON", True)
+    monkeypatch.setattr(scans, "HAS_MAMBA_SSM", True)
+    assert scans.scan_backends("cuda") == ["triton", "mamba_ssm"]
 
 
 def test_mamba_kernels_get_the_same_work(monkeypatch):
@@ -94,8 +98,8 @@ def test_mamba_kernels_get_the_same_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", types.SimpleNamespace(fwd=fwd, bwd=bwd))
     monkeypatch.delitem(sys.modules, "vim2.ops.scan.mamba_ssm_scan", raising=False)
     try:
-        inputs = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
-        steps = benchmark.scan_steps(benchmark.MAMBA_KERNELS, inputs)
+        inputs = scans.scan_inputs(2, 8, 3, torch.float32, "cpu")
+        steps = scans.scan_steps(scans.MAMBA_KERNELS, inputs)
     finally:
         sys.modules.pop("vim2.ops.scan.mamba_ssm_scan", None)  # it holds the stand-in
     steps["infer"]()
@@ -117,7 +121,7 @@ def test_same_pixels():
 
 def test_work_is_what_operators_move_and_multiply():
     a, b = torch.ones(3, 4), torch.ones(1, 5).expand(4, 5).requires_grad_()
-    with benchmark.CountWork() as counted:
+    with profiles.CountWork() as counted:
         y = (a @ b).t().relu()
         y.sum().backward()
         torch.empty(7).zero_()
@@ -131,9 +135,9 @@ def test_work_is_what_operators_move_and_multiply():
 
 
 def test_work_of_a_scan_and_of_a_grouped_convolution():
-    inputs = benchmark.scan_inputs(2, 8, 3, torch.float32, "cpu")
-    with benchmark.CountWork() as counted:
-        benchmark.scan_steps("torch", inputs)["train"]()
+    inputs = scans.scan_inputs(2, 8, 3, torch.float32, "cpu")
+    with profiles.CountWork() as counted:
+        scans.scan_steps("torch", inputs)["train"]()
         weight = torch.ones(6, 1, 3, 3, requires_grad=True)
         x = torch.ones(1, 6, 5, 5, requires_grad=True)
         torch.nn.functional.conv2d(x, weight, padding=1, groups=6).sum().backward()
@@ -145,7 +149,7 @@ def test_work_of_a_scan_and_of_a_grouped_convolution():
 
 def test_profile(tmp_path, capsys):
     options = "--device cpu --model test_vim2 --img-size 64 --profile --warmup 1 --repeats 1"
-    assert benchmark.main([*options.split(), "--output", str(tmp_path)]) == 0
+    assert run_tool(benchmark.main, [*options.split(), "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     infer, train = json.loads((tmp_path / "benchmark.json").read_text())["profiles"]
     assert (infer["mode"], train["mode"]) == ("infer", "train")
@@ -184,7 +188,7 @@ def test_kernels_belong_to_the_outermost_operator(monkeypatch):
     args = types.SimpleNamespace(device="cuda", device_type="cuda", repeats=2)
     steps = []
     counted = {"vim2::selective_scan", "aten::sum", "aten::mm"}
-    times = benchmark.operator_times(lambda: steps.append(1), counted, args)
+    times = profiles.operator_times(lambda: steps.append(1), counted, args)
     assert len(steps) == 2
     assert times == pytest.approx({"vim2::selective_scan": 2.1, "aten::mm": 0.25, "": 0.15})
 
@@ -193,20 +197,20 @@ def test_floors():
     """Each operator's is the longest of its three, a family's the sum of them."""
     args = benchmark.parse(["--device", "cpu", "--warmup", "1", "--repeats", "1"])
     rates = {"bytes": 1e9, "flops": 1e9, "exponentials": 1e6}
-    result = benchmark.profile_model("test_vim2", 64, 1, "infer", rates, args)
+    result = profiles.profile_model("test_vim2", 64, 1, "infer", rates, args)
     rows = {row["operators"]: row for row in result["profile"]}
     scan, products, copies = (rows[name] for name in ("selective_scan", "products", "copies"))
     assert scan["floor_ms"] == pytest.approx(scan["gexp"] * 1e6)
     assert products["floor_ms"] >= max(products["gflop"], products["gb"]) * 1e3
     assert copies["floor_ms"] == pytest.approx(copies["gb"] * 1e3)
-    table = benchmark.profile_table(result)
+    table = profile_table(result)
     assert f"| {scan['floor_ms']:.3f} | {scan['ms'] / scan['floor_ms']:.1f} |" in table
 
 
 def test_compilations(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     options = "--device cpu --model timm:test_resnet --compilations --torchcompile --infer --img-size 64 96 64"
-    assert benchmark.main(options.split()) == 0
+    assert run_tool(benchmark.main, options.split()) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("| test_resnet")]
     assert rows == [f"| test_resnet | {size} | 1 | 0 | {graphs} |" for size, graphs in ((64, 1), (96, 1), (64, 0))]
@@ -214,7 +218,7 @@ def test_compilations(capsys, monkeypatch):
 
 def test_triton_kernels_are_counted():
     knobs = pytest.importorskip("triton.knobs")
-    with benchmark.counting_compilations() as counts:
+    with compilations.counting_compilations() as counts:
         for name in ("a", "b", "a"):
             assert not knobs.runtime.jit_cache_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
     assert counts == {"kernel a": 2, "kernel b": 1, "graphs": 0}
@@ -224,7 +228,7 @@ def test_triton_kernels_are_counted():
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
     options = "--device cpu --model test_vim2 nope --img-size 32 --infer --warmup 1 --repeats 1"
-    assert benchmark.main([*options.split(), "--output", str(tmp_path)]) == 2
+    assert run_tool(benchmark.main, [*options.split(), "--output", str(tmp_path)]) == 2
     assert "no model 'nope'" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "benchmark.json").read_text())["models"]
     assert row["model"] == "test_vim2"
@@ -246,6 +250,6 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
     ],
 )
 def test_errors(options, message, capsys):
-    assert benchmark.main([*options.split()]) == 2
+    assert run_tool(benchmark.main, [*options.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build mmcv 2.1.0 with its compiled operators (for CPUs, or with FORCE_CUDA=1 for GPUs), and compare them with
-# torchvision's, which stand in for them otherwise: tools/compare_mmcv.py prints the differences.
-# Usage: bash tools/build_mmcv.sh DIR      DIR/*.whl then is the wheel, DIR/site holds it unpacked
+# torchvision's, which stand in for them otherwise: tools/comparisons/mmcv_operators.py prints the differences.
+# Usage: bash tools/comparisons/build_mmcv.sh DIR      DIR/*.whl then is the wheel, DIR/site holds it unpacked
 # With the Python that has PyTorch and the extra mm ($PYTHON, else python), a C++ compiler, and ninja if it is to be quick;
 # MAX_JOBS compilers at a time.
 set -euo pipefail
@@ -10,7 +10,7 @@ if [ $# -ne 1 ]; then
     sed -n 's/^# Usage/usage/p' "$0" >&2
     exit 2
 fi
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 PYTHON="${PYTHON:-python}"
 mkdir -p "$1"
 DIR="$(cd "$1" && pwd -P)"
@@ -23,4 +23,4 @@ sed -i 's/-std=c++1[47]/-std=c++20/' "$DIR/mmcv-2.1.0/setup.py"
 MMCV_WITH_OPS=1 FORCE_CUDA="${FORCE_CUDA:-0}" \
     "$PYTHON" -m pip wheel --no-deps --no-build-isolation --no-cache-dir --wheel-dir "$DIR" "$DIR/mmcv-2.1.0"
 "$PYTHON" -m pip install --no-deps --upgrade --target "$DIR/site" "$DIR"/mmcv-2.1.0-*.whl
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$ROOT/tools/compare_mmcv.py" "$DIR/site"
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$ROOT/tools/comparisons/mmcv_operators.py" "$DIR/site"

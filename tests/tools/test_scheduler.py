@@ -1,0 +1,125 @@
+"""tools/common/scheduler.py: what runs, in which order, where, until when, and what is left after failures."""
+
+from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+
+import json
+import os
+import time
+
+import pytest
+
+
+def work(task):
+    """Does what the task says, in a process of the scheduler's."""
+    print("This is not shown.")
+    if "fails" in task:
+        raise ValueError("broken")
+    if "dies" in task:
+        os._exit(3)
+    start = time.time()
+    while "until" in task and not task["until"].exists():
+        time.sleep(0.01)
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"process": os.getpid(), "gpu": gpu, "start": start, "end": time.time()}
+
+
+def task(name, **options):
+    return {"key": {"name": name}, **options}
+
+
+def names(rows):
+    return [row["name"] for row in rows]
+
+
+def test_by_priority_and_only_what_has_no_result(tmp_path, capfd):
+    path = tmp_path / "new" / "results.jsonl"
+    tasks = [task("last", priority=2), task("b"), task("c"), task("first", priority=-1), task("b")]
+    rows, left = run_tasks(work, tasks, path)
+    assert names(rows) == ["first", "b", "c", "last"] and left == 0
+    assert read_results(path) == rows and all(row["seconds"] >= 0 for row in rows)
+    assert len({row["process"] for row in rows} - {os.getpid()}) == 1
+    assert run_tasks(work, tasks, path) == (rows, 0)
+    assert path.read_text().count("\n") == 4
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_result_of_other_settings_is_refused(tmp_path):
+    from vim2.errors import UserError  # here, since the processes that work import this module
+
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"name": "a", "epochs": 5, "sizes": [1, 2]}) + "\n")
+    same = task("a", settings={"epochs": 5, "sizes": (1, 2)})
+    assert find_result(same, read_results(path))["epochs"] == 5
+    assert run_tasks(work, [same], path)[1] == 0
+    with pytest.raises(UserError, match=r"a is there with {'epochs': 5}, not {'epochs': 6}: choose another --output"):
+        run_tasks(work, [task("a", settings={"epochs": 6})], path)
+    with pytest.raises(UserError, match="choose another"):
+        run_tasks(work, [task("b", settings={"epochs": 5}), task("b", settings={"epochs": 6})], path)
+
+
+def test_failures_leave_the_others_alone(tmp_path, capfd):
+    path = tmp_path / "results.jsonl"
+    tasks = [task("before"), task("raises", fails=True), task("ends", dies=True), task("after")]
+    rows, left = run_tasks(work, tasks, path)
+    assert names(rows) == ["before", "after"] and left == 2
+    assert rows[0]["process"] != rows[1]["process"]  # a new one, whatever has become of the old
+    out, err = capfd.readouterr()
+    assert out == "raises has failed: ValueError: broken\nends has failed: its process has ended, with exit code 3\n"
+    assert "in work" in err  # where it was
+    assert names(run_tasks(work, [task("raises")], path)[0]) == ["before", "after", "raises"]
+
+
+def test_several_at_a_time_each_on_its_gpu(tmp_path):
+    go = tmp_path / "go"
+    tasks = [task("one", until=go), task("two"), task("both", places=2), task("small")]
+    then = lambda task, row, rows: [] if go.exists() else go.touch() or []  # noqa: E731
+    rows, left = run_tasks(work, tasks, tmp_path / "results.jsonl", jobs=2, gpus=["5", "GPU-7"], then=then)
+    assert names(rows) == ["two", "one", "both", "small"] and left == 0
+    assert [row["gpu"] for row in rows[:2]] == ["GPU-7", "5"]
+    assert rows[2]["start"] >= rows[1]["end"] and rows[3]["start"] >= rows[2]["end"]  # alone, and not kept waiting
+
+
+def test_results_bring_further_tasks(tmp_path):
+    seen = []
+
+    def then(task, row, rows):
+        seen.append((task["key"]["name"], row and row["name"], len(rows)))
+        return [{"key": {"name": "second"}}] if task["key"]["name"] == "first" else []
+
+    rows, left = run_tasks(work, [task("first"), task("bad", fails=True)], tmp_path / "results.jsonl", then=then)
+    assert names(rows) == ["first", "second"] and left == 1
+    assert seen == [("first", "first", 1), ("bad", None, 1), ("second", "second", 2)]
+
+
+def test_until_the_time_is_over(tmp_path, monkeypatch):
+    assert run_tasks(work, [task("a"), task("b")], tmp_path / "none.jsonl", minutes=0) == ([], 2)
+    go, passed, clock = tmp_path / "go", [0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+
+    def then(task, row, rows):
+        if row["name"] == "quick":
+            passed[0] += 3600
+            go.touch()
+        elif row["name"] == "slow":  # an hour, as the clock shows
+            return [{"key": {"name": "slow, too"}, "group": "slow"}, task_forever, {"key": {"name": "last"}}]
+        elif row["name"] == "last":
+            passed[0] += 3600
+        return []
+
+    task_forever = task("forever", until=tmp_path / "never")
+    tasks = [task("slow", until=go, group="slow"), task("quick")]
+    rows, left = run_tasks(work, tasks, tmp_path / "results.jsonl", jobs=2, minutes=110, then=then)
+    assert names(rows) == ["quick", "slow", "last"]
+    assert left == 2  # one that would not have ended in time, one that was cut off
+
+
+def test_visible_gpus(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-1")
+    assert visible_gpus() == ["3", "GPU-1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus() == []

@@ -1,0 +1,99 @@
+"""Parameters, FLOPs, times and memory of timm's models."""
+
+import argparse
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vim2.errors import UserError
+
+from .measuring import autocast, measure
+
+
+def create_model(name: str, size: int, device: torch.device | str) -> nn.Module:
+    """A timm model for square images of `size` pixels."""
+    if not timm.is_model(name):
+        raise UserError(
+            f"there is no model {name!r}; timm.list_models() names all, {vim2_names()} are of this package."
+        )
+    with torch.device(device):
+        try:
+            return timm.create_model(name, img_size=size)  # models with fixed windows or positions want to know it
+        except TypeError:
+            return timm.create_model(name)
+
+
+def vim2_names() -> str:
+    return ", ".join(timm.list_models("vim2*"))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_flops(model: nn.Module, size: int) -> float:
+    """FLOPs for one image, counted on the meta device: the module's docstring says what counts how."""
+    image = torch.empty(1, model.pretrained_cfg["input_size"][0], size, size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(image)
+    return multiply_adds(counter)
+
+
+def multiply_adds(counter: FlopCounterMode) -> float:
+    """FLOPs of what ran under `counter`, as the module's docstring counts them."""
+    scan = sum(n for op, n in counter.get_flop_counts().get("Global", {}).items() if str(op).startswith("vim2."))
+    return (counter.get_total_flops() - scan) / 2 + scan
+
+
+def measure_model(name: str, size: int, batch: int, args: argparse.Namespace) -> dict:
+    """All figures of one model at one image and batch size."""
+    shape = create_model(name, size, "meta")
+    row = {
+        "model": name,
+        "size": size,
+        "batch": batch,
+        "params_m": count_parameters(shape) / 1e6,
+        "gflops": count_flops(shape, size) / 1e9,
+    }
+    if not args.modes:
+        return row
+    steps = model_steps(create_model(name, size, args.device), args)
+    image = random_image(size, batch, args)
+    for mode in args.modes:
+        row[mode] = measure(lambda step=steps[mode]: step(image), args)
+        if "ms" in row[mode]:
+            row[mode]["img_s"] = batch / row[mode]["ms"] * 1e3
+            row[mode]["mpix_s"] = row[mode]["img_s"] * size**2 / 1e6
+    return row
+
+
+def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callable[[Tensor], None]]:
+    """Inference and training on a batch of images, by the names of the modes."""
+    model = model.to(memory_format=torch.channels_last) if args.channels_last else model
+    if args.torchcompile:
+        torch._dynamo.reset()  # else the limit on recompilations would end compiling after a few models
+    run = torch.compile(model, mode=args.torchcompile_mode) if args.torchcompile else model
+
+    def infer(image: Tensor) -> None:
+        if model.training:
+            model.eval()
+        with torch.inference_mode(), autocast(args):
+            run(image)
+
+    def train(image: Tensor) -> None:
+        if not model.training:
+            model.train()
+        with autocast(args):
+            loss = run(image).float().mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return {"infer": infer, "train": train}
+
+
+def random_image(size: int, batch: int, args: argparse.Namespace) -> Tensor:
+    image = torch.randn(batch, 3, size, size, device=args.device)
+    return image.to(memory_format=torch.channels_last) if args.channels_last else image

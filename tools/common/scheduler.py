@@ -1,0 +1,209 @@
+"""Runs tasks that take minutes or hours, several at a time, so that they can be stopped and gone on with.
+
+    def train(task):  # at a module's top level, where the processes that run it can find it
+        return {"top1": fit(task["key"]["model"], **task["settings"])}
+
+    tasks = [{"key": {"model": model}, "settings": {"epochs": 5}} for model in models]
+    rows, left = run_tasks(train, tasks, output / "results.jsonl", jobs=2, minutes=60, gpus=visible_gpus())
+
+A task is a dict with
+
+- `key`, what it is known by, such as {"model": "vim2_nano", "seed": 0}. Of several tasks with one key, one runs.
+- `settings` (optional), what its result depends on besides, such as {"epochs": 5}.
+- `priority` (optional), a number: the lowest first, and what is equal in the order given. Default 0.
+- `places` (optional), how many of the `jobs` it takes. Default 1, at most `jobs`.
+- `group` (optional): tasks of one group take about equally long, so that none is started which would not end in time.
+- whatever else the worker wants to know. All of it must go through `pickle`, `key` and `settings` through JSON, too.
+
+Every finished task is a line of the results' file: its key and settings, what the worker returned, and "seconds". A
+task whose key has a line there is done. One that was cut off or has failed starts again in the next run, and it is for
+the worker to go on from where it was.
+
+vim2, and with it PyTorch, is imported in functions: a process that runs tasks loads what its worker needs, no more.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+__all__ = ["find_result", "name_of", "read_results", "run_tasks", "visible_gpus"]
+
+_SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines of a results' file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def find_result(task: dict, rows: Iterable[dict]) -> dict | None:
+    """The row of a task, or None where it has none.
+
+    Raises:
+        UserError: The row is of other settings.
+    """
+    from vim2.errors import UserError
+
+    key, settings = (json.loads(json.dumps(task.get(part, {}))) for part in ("key", "settings"))
+    for row in rows:
+        if key.items() <= row.items():
+            found = {name: row.get(name) for name in settings}
+            if found != settings:
+                raise UserError(f"{name_of(task)} is there with {found}, not {settings}: choose another --output.")
+            return row
+    return None
+
+
+def name_of(task: dict) -> str:
+    """The values of a task's key, in words."""
+    return " ".join(map(str, task["key"].values()))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; [] where there is none."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+def run_tasks(
+    worker: Callable[[dict], dict],
+    tasks: Iterable[dict],
+    path: Path,
+    *,
+    jobs: int = 1,
+    minutes: float = float("inf"),
+    gpus: Sequence[str] = (),
+    then: Callable[[dict, dict | None, list[dict]], Iterable[dict]] | None = None,
+) -> tuple[list[dict], int]:
+    """Run the tasks that have no result yet, several at a time, until the time is over.
+
+    Args:
+        worker: Runs a task and returns its result, a dict that JSON can hold. It runs in other processes, `jobs` of
+            them, one task after another in each; what it prints is not shown.
+        tasks: As the module's docstring describes them.
+        path: The results' file, which is written anew, in one step, after every task.
+        jobs: How many tasks at a time.
+        minutes: After these, what still runs is cut off, and nothing new is started.
+        gpus: GPUs by the names that CUDA_VISIBLE_DEVICES takes: each process sees one, in turn. By default all see all.
+        then: Called after every task with it, its row (None where it has failed) and all rows. Returns further tasks.
+
+    Returns:
+        All rows of the file, and how many tasks have no result: those that are left, and those that have failed.
+
+    Raises:
+        UserError: There is a result with a task's key, but of other settings.
+    """
+    from vim2.checkpoints import write_atomically
+
+    rows, known, queue = read_results(path), [], []
+    failed, latest = 0, {}  # how long the latest task of each group took
+
+    def add(further: Iterable[dict]) -> None:
+        for task in further:
+            if find_result(task, rows) is None and find_result(task, known) is None:
+                known.append(json.loads(json.dumps({**task["key"], **task.get("settings", {})})))
+                queue.append(task)
+        queue.sort(key=lambda task: task.get("priority", 0))
+
+    def places(task: dict) -> int:
+        return min(task.get("places", 1), jobs)
+
+    add(tasks)
+    end = time.monotonic() + 60 * minutes
+    idle = deque(_Process(worker, gpus[i % len(gpus)] if gpus else None) for i in range(jobs))
+    running: dict[Connection, tuple[_Process, dict, float]] = {}
+    try:
+        while queue or running:
+            free = jobs - sum(places(task) for _, task, _ in running.values())
+            for task in queue[:]:
+                if places(task) > free:
+                    break  # smaller ones behind it must not keep it waiting for ever
+                if time.monotonic() + latest.get(task.get("group"), 0) < end:
+                    queue.remove(task)
+                    process = idle.popleft()
+                    running[process.start(task)] = process, task, time.monotonic()
+                    free -= places(task)
+            ready = wait(list(running), timeout=max(0, min(end - time.monotonic(), 3600))) if running else []
+            if not ready and (not running or time.monotonic() >= end):
+                break
+            for connection in ready:
+                process, task, start = running.pop(connection)
+                idle.append(process)
+                row, (result, error) = None, process.result()
+                seconds = round(time.monotonic() - start, 1)
+                if error is None:
+                    rows.append(row := {**task["key"], **task.get("settings", {}), **result, "seconds": seconds})
+                    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+                    latest[task.get("group")] = seconds if "group" in task else 0
+                else:  # one task's failure is no reason to lose the others
+                    failed += 1
+                    print(f"{name_of(task)} has failed: {error}", flush=True)
+                add(then(task, row, rows) if then else ())
+    finally:
+        for process in [*idle, *(process for process, _, _ in running.values())]:
+            process.stop()
+    return rows, len(queue) + len(running) + failed
+
+
+class _Process:
+    """A process that runs one task after another. It is started for its first, and anew after one that has failed."""
+
+    def __init__(self, worker: Callable[[dict], dict], gpu: str | None):
+        self.worker, self.gpu = worker, gpu
+        self.process = None
+
+    def start(self, task: dict) -> Connection:
+        """Begin a task. The connection is ready when it has ended, one way or another."""
+        if self.process is None:
+            self.connection, other = _SPAWN.Pipe()
+            self.process = _SPAWN.Process(target=_serve, args=(other, self.worker, self.gpu))
+            self.process.start()
+            other.close()  # so that the process's end is the connection's
+        self.connection.send(task)
+        return self.connection
+
+    def result(self) -> tuple[dict | None, str | None]:
+        """What the worker has returned, or why it has not."""
+        try:
+            result, error = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            result, error = None, f"its process has ended, with exit code {self.process.exitcode}"
+        if error is not None:
+            self.stop()  # what has broken CUDA for one task would break it for the next
+        return result, error
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+
+
+def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | None) -> None:
+    """The life of a process: tasks come in, results or error messages go out."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what several print would be mixed up)
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, KeyboardInterrupt):  # nobody waits for results any more
+            return
+        try:
+            answer = worker(task), None
+        except Exception as error:
+            traceback.print_exc()
+            answer = None, f"{type(error).__name__}: {error}"
+        connection.send(answer)
