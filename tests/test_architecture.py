@@ -29,7 +29,10 @@ def imports(module: str) -> frozenset[str]:
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             # a name that a package hands on is an import of the package; a module in it is one of the module
-            found |= {name if (name := f"{base}.{alias.name}") in FILES else base for alias in node.names}
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if {name, f"tools.{name}"} & FILES.keys() else base for name in names}
+    if package[0] == "tools":  # whose commands run with their folder on the path
+        found |= {f"tools.{name}" for name in found}
     return frozenset(found & FILES.keys() - {module})
 
 
