@@ -77,7 +77,7 @@ def test_strips_and_several_images_a_program(monkeypatch, programs):
     monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", programs)
     monkeypatch.setattr(kernels, "MIN_ROWS", 2)
     monkeypatch.setattr(kernels, "MAX_ROWS", 5)
-    assert_matches_oracle(make_inputs((5, 13, 9, 3)), "triton", 1e-6, 1e-6)
+    assert_matches_oracle(make_inputs((3, 11, 9, 3)), "triton", 1e-6, 1e-6)
 
 
 @needs_triton
