@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vim2
 from vim2.checkpoints import write_atomically
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.ops import CROSS_SCAN, selective_scan
 from vim2.ops.backend import BACKENDS, HAS_MAMBA_SSM, HAS_NUMBA, HAS_TRITON, resolve_backend
 

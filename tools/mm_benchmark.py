@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.checkpoints import write_atomically
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import check_device, load_config, run_tool
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from mmengine.config import Config
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import (
     add_config_arguments,
     add_launcher_arguments,
