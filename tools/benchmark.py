@@ -35,7 +35,7 @@ from benchmarks.profiles import device_rates, profile_model
 from benchmarks.reporting import plot, report
 from benchmarks.scans import MAMBA_KERNELS, SCAN_SHAPES, measure_scan, scan_backends
 from vim2.checkpoints import write_atomically
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.ops.backend import BACKENDS, resolve_backend
 
 TEN_SIZES = tuple(range(224, 544, 32))

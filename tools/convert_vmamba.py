@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from vim2.checkpoints import convert_vmamba, read_state_dict, save_checkpoint
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import add_config_arguments, check_device, checkpoint_errors, load_config
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 IGNORED = 255  # the label of pixels that count neither in training nor in evaluation
 CAMVID_VOID = 11

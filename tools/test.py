@@ -14,7 +14,7 @@ import sys
 from mmengine.config import Config
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import (
     add_config_arguments,
     add_launcher_arguments,

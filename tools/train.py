@@ -11,7 +11,7 @@ import os
 import sys
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import (
     add_config_arguments,
     add_launcher_arguments,

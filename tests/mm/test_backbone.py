@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import vim2.mm
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), d_state=4, channel_patch=8)  # test_vim2 of timm
 

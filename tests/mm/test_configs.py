@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 import vim2.mm  # noqa: F401
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import load_config
 
 CONFIGS = sorted(

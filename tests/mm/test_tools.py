@@ -20,7 +20,7 @@ import vim2.mm  # noqa: F401
 from tools.image_demo import main as demo
 from tools.prepare_data import COCO_STUFF, COCO_THINGS
 from tools.prepare_data import main as prepare
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import load_config
 
 SHARED = ROOT.parent / "shared" / "data"

@@ -20,7 +20,7 @@ from PIL import Image
 from tools.image_demo import main as demo
 from tools.test import main as evaluate
 from tools.train import main as train
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.loading import allow_checkpoints
 
 KINDS = ("mmdet", "mmseg")

@@ -44,7 +44,7 @@ def test_by_priority_and_only_what_has_no_result(tmp_path, capfd):
 
 
 def test_a_result_of_other_settings_is_refused(tmp_path):
-    from vim2.errors import UserError  # here, since the processes that work import this module
+    from vim2.command.errors import UserError  # here, since the processes that work import this module
 
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"name": "a", "epochs": 5, "sizes": [1, 2]}) + "\n")

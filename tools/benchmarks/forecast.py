@@ -121,7 +121,7 @@ def time_scaling(
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    from vim2.classify.plots import figure, save
+    from vim2.command.figures import figure, save
 
     fig = figure(figsize=(10, 4))
     for axes, axis in zip(fig.subplots(1, 2), ("variates", "lookback")):

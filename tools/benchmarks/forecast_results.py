@@ -23,7 +23,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable
 
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 Stage = Callable[[list[dict]], list[dict]]
 

@@ -35,7 +35,7 @@ from benchmarks.measuring import AMP, autocast, machine, measure, positive
 from benchmarks.models import multiply_adds
 from benchmarks.reporting import figure, table
 from vim2.checkpoints import write_atomically
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.mm.runner import check_device, load_config
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 from .measuring import autocast, measure
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 from vim2.ops.backend import HAS_TRITON
 
 from .measuring import AMP, GIB, measure

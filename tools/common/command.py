@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 __all__ = ["run_tool"]
 

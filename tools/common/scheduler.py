@@ -49,7 +49,7 @@ def find_result(task: dict, rows: Iterable[dict]) -> dict | None:
     Raises:
         UserError: The row is of other settings.
     """
-    from vim2.errors import UserError
+    from vim2.command.errors import UserError
 
     key, settings = (json.loads(json.dumps(task.get(part, {}))) for part in ("key", "settings"))
     for row in rows:

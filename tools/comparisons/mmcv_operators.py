@@ -24,7 +24,7 @@ import tempfile
 import torch
 from torch import Tensor
 
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "mmdet_configs/mask-rcnn_vim2-nano_fpn_24e_nuclei.py"

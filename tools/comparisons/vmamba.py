@@ -24,7 +24,7 @@ import torch
 
 import vim2  # noqa: F401  (registers the models)
 from vim2.checkpoints import convert_vmamba
-from vim2.errors import UserError
+from vim2.command.errors import UserError
 
 
 def load_vmamba(clone: Path) -> ModuleType:

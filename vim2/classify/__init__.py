@@ -1,6 +1,6 @@
 """Training, validation and prediction on images, with timm's parts and option names. docs/training.md is the guide."""
 
-from ..errors import UserError
+from ..command.errors import UserError
 from .prediction import predict
 from .training import train
 from .validation import validate

@@ -1,9 +1,17 @@
 """The command line: `tools/classify.py`, or `python -m vim2.classify`."""
 
-from ..errors import UserError, run_command
+from ..command.errors import Command, run_command
 
 __all__ = ["main"]
 
+COMMANDS = {
+    "train": Command(
+        "use a smaller --batch-size, with more --grad-accum-steps, or add --grad-checkpointing",
+        resumable=True,
+    ),
+    "validate": Command(),
+    "predict": Command(),
+}
 USAGE = """usage: classify.py {train,validate,predict} ...
 
   train      train or fine-tune on images (torchrun it for several GPUs)
@@ -15,22 +23,4 @@ classify.py COMMAND --help lists the options of each; docs/training.md explains 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code, see `run_command`."""
-    return run_command("classify.py", USAGE, run, "train", argv)
-
-
-def run(command: str, argv: list[str]) -> None:
-    if command not in ("train", "validate", "predict"):
-        from .options import did_you_mean
-
-        known = ("train", "validate", "predict")
-        raise UserError(f"unknown command {command}{did_you_mean(command, known)} (of {', '.join(known)})")
-    import torch
-
-    from . import predict, train, validate
-
-    commands = {"train": train, "validate": validate, "predict": predict}
-    try:
-        commands[command](argv)
-    except torch.OutOfMemoryError:
-        remedy = ", with more --grad-accum-steps, or add --grad-checkpointing" if command == "train" else ""
-        raise UserError(f"The GPU's memory is full: use a smaller --batch-size{remedy}.", one_process=True) from None
+    return run_command("classify.py", USAGE, __package__, COMMANDS, argv)

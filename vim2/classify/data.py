@@ -15,8 +15,8 @@ from PIL import Image
 from timm.data import add_img_extensions, auto_augment, create_dataset, create_loader, get_img_extensions
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import UserError
-from .distributed import Processes
+from ..command.errors import UserError
+from ..command.processes import Processes
 
 __all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "train_loader"]
 

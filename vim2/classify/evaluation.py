@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import Processes
-from .progress import progress
+from ..command.processes import Processes
+from ..command.progress import progress_bar
 
 __all__ = ["evaluate"]
 
@@ -38,7 +38,7 @@ def evaluate(
         model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5, images
     start = time.perf_counter()
-    for images, target in progress(loader, description, processes):
+    for images, target in progress_bar(loader, description, processes):
         with autocast():
             logits = model(images)
         readable = target >= 0

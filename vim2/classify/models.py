@@ -13,13 +13,12 @@ from torch import nn
 
 import vim2  # noqa: F401  registers the models
 
-from ..checkpoints import load_weights, read_checkpoint
-from ..errors import UserError
-from .options import did_you_mean
+from ..checkpoints import load_weights
+from ..command.errors import UserError, did_you_mean
+from ..command.runs import read_saved
+from .options import InputOptions
 
-__all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model", "read_run"]
-
-MIN_SIZE = 32
+__all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model"]
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
@@ -53,18 +52,6 @@ def load(model: nn.Module, path: str | os.PathLike, new_head: bool = False, use_
         raise UserError(error) from None
 
 
-def read_run(path: str | os.PathLike) -> Any:
-    """Read a checkpoint.
-
-    Raises:
-        UserError: It is missing, truncated, or a pickle of more than weights.
-    """
-    try:
-        return read_checkpoint(path)
-    except (ValueError, OSError) as error:
-        raise UserError(error) from None
-
-
 def load_checkpoint_model(
     checkpoint: str | None,
     model: str | None = None,
@@ -90,7 +77,7 @@ def load_checkpoint_model(
         if not (pretrained and model):
             raise UserError("Say what to use: --checkpoint FILE, or --model NAME --pretrained for timm's own weights.")
         return create_model(model, pretrained=True, **(model_kwargs or {})), {}
-    content = read_run(checkpoint)
+    content = read_saved(checkpoint)
     facts = content if isinstance(content, dict) and "arch" in content else {}
     name = model or facts.get("arch")
     if name is None:
@@ -117,25 +104,26 @@ def head_size(content: Any) -> int | None:
 
 
 def input_config(
-    model: nn.Module, options: dict[str, Any], img_size: int | None, saved: dict[str, Any] | None = None
+    model: nn.Module,
+    options: InputOptions,
+    img_size: int | None,
+    saved: dict[str, Any] | None = None,
+    in_chans: int | None = None,
 ) -> dict[str, Any]:
     """timm's data config: size, normalisation, interpolation and crop of the model's input.
 
     Args:
         model: Its pretrained_cfg is the default.
-        options: Of the command line: mean, std, interpolation, crop_pct, in_chans.
+        options: mean, std, interpolation and crop_pct, each of which goes before the default.
         img_size: Height and width, in pixels.
         saved: The checkpoint's, which goes before the model's.
+        in_chans: Channels, where the model does not tell.
 
     Raises:
-        UserError: An image too small, a mean or std of another number of channels.
+        UserError: A mean or std of another number of channels.
     """
-    if img_size is not None and img_size < MIN_SIZE:
-        raise UserError(f"--img-size must be at least {MIN_SIZE} pixels, got {img_size}.")
-    in_chans = (
-        getattr(model, "in_chans", None) or options.get("in_chans") or (saved or {"input_size": (3,)})["input_size"][0]
-    )
-    wanted = {k: options.get(k) for k in ("mean", "std", "interpolation", "crop_pct")}
+    in_chans = getattr(model, "in_chans", None) or in_chans or (saved or {"input_size": (3,)})["input_size"][0]
+    wanted = {k: getattr(options, k) for k in ("mean", "std", "interpolation", "crop_pct")}
     for name in ("mean", "std"):
         if wanted[name] is not None and len(wanted[name]) not in (1, in_chans):
             raise UserError(f"--{name} needs 1 or {in_chans} numbers, got {len(wanted[name])}.")

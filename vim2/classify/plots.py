@@ -1,36 +1,15 @@
 """Pictures: training curves, accuracy over image size, predictions. They need matplotlib."""
 
-import io
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoints import write_atomically
-from ..errors import UserError
+from ..command.figures import figure, save, shorten
 
 __all__ = ["plot_curves", "plot_input_scaling", "plot_predictions"]
 
 GOOD, BAD, PLAIN = "#1a7f37", "#c02626", "#3465a4"
-
-
-def figure(**kwargs):
-    """A matplotlib figure without pyplot, so that no window system is asked for.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("Pictures need matplotlib: pip install matplotlib.") from None
-    return Figure(layout="constrained", **kwargs)
-
-
-def save(fig, path: str | os.PathLike) -> None:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
@@ -120,8 +99,3 @@ def draw(axes, image, prediction: dict[str, Any]) -> None:
     axes.imshow(image, cmap="gray" if image.mode == "L" else None)
     axes.set_title(title, fontsize=9, color="black" if true is None else GOOD if best["label"] == true else BAD)
     axes.axis("off")
-
-
-def shorten(text: str, length: int = 24) -> str:
-    text = text if len(text) <= length else text[: length - 1] + "…"
-    return text.replace("$", r"\$")  # a dollar would start a formula

@@ -13,13 +13,16 @@ from timm.data import create_transform, get_img_extensions
 from timm.utils import natural_key
 
 from ..checkpoints import write_atomically
-from ..errors import UserError
+from ..command.errors import UserError
+from ..command.figures import figures_if_possible
+from ..command.options import resolve
+from ..command.processes import start_processes
+from ..command.progress import progress_bar, say
+from ..command.runs import explain_disk_errors
 from .data import UNREADABLE
-from .distributed import start_processes
 from .models import autocast, compile_model, input_config, load_checkpoint_model
-from .options import predict_parser, resolve
+from .options import PredictOptions
 from .plots import plot_predictions
-from .progress import progress, say
 from .validation import label_names
 
 __all__ = ["predict"]
@@ -41,33 +44,31 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     Raises:
         UserError: Anything that the user can put right. Then nothing is written.
     """
-    o, _ = resolve(predict_parser(), options if argv is None else argv)
-    processes = start_processes(o["device"])
+    o, _ = resolve(PredictOptions, argv, options)
+    processes = start_processes(o.device, "tools/classify.py predict")
     if processes.world_size > 1:
         raise UserError("predict runs in one process: start it with python, not with torchrun.")
-    files = find_images([o["images"]] if isinstance(o["images"], str | os.PathLike) else o["images"])
-    model, facts = load_checkpoint_model(
-        o["checkpoint"], o["model"], o["model_kwargs"], o["pretrained"], use_ema=not o["no_ema"]
-    )
-    config = input_config(model, o, o["img_size"], facts.get("data_config"))
-    names = label_names(facts, o["class_map"], model.num_classes)
+    files = find_images(o.images)
+    model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
+    config = input_config(model, o, o.img_size, facts.get("data_config"))
+    names = label_names(facts, o.class_map, model.num_classes)
     model.to(processes.device).eval()
-    compiled = compile_model(model, o["torchcompile"])
+    compiled = compile_model(model, o.torchcompile)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     transform = create_transform(**config, is_training=False)
-    context = autocast(processes.device, o["amp"], o["amp_dtype"])
+    context = autocast(processes.device, o.amp, o.amp_dtype)
 
     predictions: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []
-    shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o["max_pictures"], len(files))).tolist()}
-    starts = range(0, len(files), o["batch_size"])
-    for start in progress(starts, "predict", processes):
-        batch = [open_image(file, mode) for file in files[start : start + o["batch_size"]]]
+    shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o.max_pictures, len(files))).tolist()}
+    starts = range(0, len(files), o.batch_size)
+    for start in progress_bar(starts, "predict", processes):
+        batch = [open_image(file, mode) for file in files[start : start + o.batch_size]]
         pictures += [image for i, image in enumerate(batch, start) if i in shown]
         inputs = torch.stack([transform(image) for image in batch]).to(processes.device)
         with torch.inference_mode(), context():
             logits = compiled(inputs)
-        top = logits.float().softmax(-1).topk(min(o["topk"], logits.shape[1]))
+        top = logits.float().softmax(-1).topk(min(o.topk, logits.shape[1]))
         for file, probabilities, indices in zip(files[start:], top.values.tolist(), top.indices.tolist()):
             ranked = [dict(label=names[i], index=i, probability=p) for i, p in zip(indices, probabilities)]
             prediction = {"file": str(file), "top": ranked}
@@ -77,11 +78,11 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     for prediction in predictions:
         ranked = ", ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in prediction["top"])
         say(f"{prediction['file']}: {ranked}")
-    write(predictions, pictures, sorted(shown), Path(o["output"]))
+    write(predictions, pictures, sorted(shown), Path(o.output))
     return predictions
 
 
-def find_images(given: Sequence[str | os.PathLike]) -> list[Path]:
+def find_images(given: Sequence[str]) -> list[Path]:
     """The files that images, folders (with all folders in them) and globs stand for.
 
     Raises:
@@ -89,7 +90,7 @@ def find_images(given: Sequence[str | os.PathLike]) -> list[Path]:
     """
     extensions = get_img_extensions(as_set=True)
     files = []
-    for item in map(str, given):
+    for item in given:
         matches = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
         if not matches:
             raise UserError(f"There is no {item}: give an image, a folder, or a glob in quotation marks.")
@@ -112,12 +113,8 @@ def open_image(file: Path, mode: str) -> Image.Image:
 
 def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], shown: list[int], folder: Path) -> None:
     """Write predictions.json, and predictions.png of those shown."""
-    try:
+    with explain_disk_errors(), figures_if_possible("predictions.png"):
         write_atomically(folder / "predictions.json", json.dumps(predictions, indent=1, ensure_ascii=False) + "\n")
         if pictures:
             plot_predictions(pictures, [predictions[i] for i in shown], folder / "predictions.png")
             say(f"{folder / 'predictions.png'} shows {len(pictures)} of {len(predictions)}")
-    except OSError as error:
-        raise UserError(error.strerror) from None
-    except UserError as error:  # matplotlib is optional
-        say(f"No predictions.png: {error}")

@@ -10,16 +10,15 @@ import io
 import json
 import math
 import os
-import random
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
@@ -27,14 +26,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints import save_checkpoint, write_atomically
-from ..errors import UserError
+from ..command.errors import UserError, did_you_mean
+from ..command.figures import figures_if_possible
+from ..command.options import resolve, resume_options
+from ..command.processes import Processes, start_processes
+from ..command.progress import progress_bar, say
+from ..command.runs import MAKE_ROOM, explain_disk_errors, find_last, make_folder, read_last, seed_everything
 from .data import count_classes, eval_loader, open_train_and_val, train_loader
-from .distributed import Processes, start_processes
 from .evaluation import evaluate
-from .models import autocast, compile_model, create_model, freeze, input_config, load, read_run, train_mode
-from .options import apply_recipe, did_you_mean, plain, resolve, resume_options, train_parser
+from .models import autocast, compile_model, create_model, freeze, input_config, load, train_mode
+from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
-from .progress import progress, say
 
 __all__ = ["train"]
 
@@ -52,9 +54,9 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right. What was saved before is kept.
     """
-    options, explicit = resolve(train_parser(), options if argv is None else argv)
-    processes = start_processes(options["device"])
-    options, saved = recall(options, explicit, processes)
+    given, explicit = resolve(TrainOptions, argv, options)
+    processes = start_processes(given.device, "tools/classify.py train")
+    options, saved = recall(given, explicit, processes)
     run = Run(options, processes, saved)
     run.fit()
     processes.finish()
@@ -62,58 +64,31 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
 
 
 def recall(
-    options: dict[str, Any], explicit: set[str], processes: Processes
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    options: TrainOptions, explicit: set[str], processes: Processes
+) -> tuple[TrainOptions, dict[str, Any] | None]:
     """The options to train with and, for a run that goes on, its checkpoint."""
-    path = None
-    if options["resume"] and options["resume"] != "auto":
-        path = Path(options["resume"])
+    if options.resume in (None, "auto"):
+        path = find_last(options.folder, options.resume == "auto", processes)
+    else:
+        path = Path(options.resume)
         path = path / "last.pth" if path.is_dir() else path
-    elif (run_folder(options) / "last.pth").exists():
-        path = run_folder(options) / "last.pth"
-        if not options["resume"]:
-            raise UserError(
-                f"{path.parent} holds a run already: add --resume to go on with it, or choose another --experiment."
-            )
     if path is None:
-        if options["resume"]:
-            say(f"No {run_folder(options) / 'last.pth'} yet: starting from the beginning.", processes)
         return apply_recipe(options, explicit, processes.world_size), None
-    saved = read_run(path)
-    if not (isinstance(saved, dict) and "optimizer" in saved and "args" in saved):
-        raise UserError(
-            f"{path} cannot be resumed: it is not a last.pth. To start from its weights: --initial-checkpoint."
-        )
+    saved = read_last(path, {"optimizer", "args"}, "To start from its weights: --initial-checkpoint.")
     if saved["world_size"] != processes.world_size:
         say(
             f"{path} was trained by {saved['world_size']} processes, not {processes.world_size}: expect other losses.",
             processes,
         )
-    options = resume_options(options, explicit, saved["args"], path)
-    if options["resume"] != "auto" and not explicit & {"output", "experiment"}:
-        options["output"], options["experiment"] = str(path.parent.parent), path.parent.name
-    return options, saved
-
-
-def run_folder(options: dict[str, Any]) -> Path:
-    data = options["dataset"] or Path(options["data_dir"] or "").name
-    name = options["experiment"] or "-".join(part.replace("/", "-") for part in (options["model"], data) if part)
-    return Path(options["output"]) / name
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and PyTorch, on every device; the loader's workers draw their seeds from PyTorch's."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    otherwise = "start a new one with --initial-checkpoint and another --experiment"
+    return resume_options(options, explicit, saved["args"], path, MAY_CHANGE, otherwise), saved
 
 
 class Run:
     """One training run.
 
     Args:
-        options: Of `train_parser`, resolved.
+        options: Resolved.
         processes: The processes that train.
         saved: Checkpoint to go on from.
 
@@ -121,27 +96,25 @@ class Run:
         UserError: Data, model or options that do not fit.
     """
 
-    def __init__(self, options: dict[str, Any], processes: Processes, saved: dict[str, Any] | None = None):
+    def __init__(self, options: TrainOptions, processes: Processes, saved: dict[str, Any] | None = None):
         self.options = o = options
         self.processes = processes
-        self.folder = run_folder(options)
+        self.folder = options.folder
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
         self.updates = saved["updates"] if saved else 0
-        if o["deterministic"]:
+        if o.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True, warn_only=True)
-        if o["img_size"] is not None and o["img_size"] < 32:
-            raise UserError(f"--img-size must be at least 32 pixels, got {o['img_size']}.")
 
         self.open_data(saved)
-        seed_everything(o["seed"], 0)
+        seed_everything(o.seed, 0)
         self.create_model(saved)
         self.create_loaders()
         self.create_optimizer()
         if saved:
             self.restore(saved)
-        self.trained = compile_model(self.model, o["torchcompile"])
+        self.trained = compile_model(self.model, o.torchcompile)
         self.evaluated = self.trained
         if processes.world_size > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -149,15 +122,15 @@ class Run:
 
     def open_data(self, saved: dict[str, Any] | None) -> None:
         o = self.options
-        options = (o["dataset"], o["data_dir"], o["train_split"], o["val_split"], o["holdout"], o["class_map"])
-        mode = "RGB" if o["in_chans"] == 3 else "L"
+        options = (o.dataset, o.data_dir, o.train_split, o.val_split, o.holdout, o.class_map)
+        mode = "RGB" if o.in_chans == 3 else "L"
         self.train_images, self.val_images, self.class_names, self.held_out = open_train_and_val(
-            *options, mode=mode, download=o["dataset_download"]
+            *options, mode=mode, download=o.dataset_download
         )
         found = len(self.class_names) if self.class_names else count_classes(self.train_images)
-        if found is None and o["num_classes"] is None:
-            raise UserError(f"{o['dataset']} does not tell its number of classes: add --num-classes.")
-        self.num_classes = o["num_classes"] or found
+        if found is None and o.num_classes is None:
+            raise UserError(f"{o.dataset} does not tell its number of classes: add --num-classes.")
+        self.num_classes = o.num_classes or found
         if found is not None and self.num_classes < found:
             raise UserError(f"The data have {found} classes, more than --num-classes {self.num_classes}: leave it out.")
         if saved and (saved["num_classes"], saved["class_names"]) != (self.num_classes, self.class_names):
@@ -168,39 +141,38 @@ class Run:
 
     def create_model(self, saved: dict[str, Any] | None) -> None:
         o = self.options
-        o["model_kwargs"] = dict(o["model_kwargs"])
-        in_chans = {} if o["in_chans"] == 3 else {"in_chans": o["in_chans"]}
+        in_chans = {} if o.in_chans == 3 else {"in_chans": o.in_chans}
         self.model = create_model(
-            o["model"],
-            pretrained=o["pretrained"] and not saved,
+            o.model,
+            pretrained=o.pretrained and not saved,
             num_classes=self.num_classes,
-            drop_rate=o["drop"],
-            drop_path_rate=o["drop_path"],
+            drop_rate=o.drop,
+            drop_path_rate=o.drop_path,
             **in_chans,
-            **o["model_kwargs"],
+            **o.model_kwargs,
         )
-        if o["initial_checkpoint"] and not saved:
-            load(self.model, o["initial_checkpoint"], new_head=True)
-        self.data_config = input_config(self.model, o, o["img_size"])
-        self.frozen = freeze(self.model, o["freeze"])
-        if o["grad_checkpointing"]:
+        if o.initial_checkpoint and not saved:
+            load(self.model, o.initial_checkpoint, new_head=True)
+        self.data_config = input_config(self.model, o, o.img_size, in_chans=o.in_chans)
+        self.frozen = freeze(self.model, o.freeze)
+        if o.grad_checkpointing:
             self.model.set_grad_checkpointing()
         self.model.to(self.processes.device)
         self.ema = None
-        if o["model_ema"]:
-            self.ema = ModelEmaV3(self.model, decay=o["model_ema_decay"], use_warmup=o["model_ema_warmup"])
+        if o.model_ema:
+            self.ema = ModelEmaV3(self.model, decay=o.model_ema_decay, use_warmup=o.model_ema_warmup)
 
     def create_loaders(self) -> None:
         o, world_size = self.options, self.processes.world_size
-        mixing = o["mixup"] > 0 or o["cutmix"] > 0 or o["cutmix_minmax"] is not None
-        batch_size = min(o["batch_size"], len(self.train_images) // world_size)
+        mixing = o.mixup > 0 or o.cutmix > 0 or o.cutmix_minmax is not None
+        batch_size = min(o.batch_size, len(self.train_images) // world_size)
         if mixing and batch_size % 2:
             batch_size -= 1  # images are mixed in pairs
         if batch_size < 1:
             raise UserError(f"{len(self.train_images)} images are too few to train on: add images, or leave Mixup out.")
-        if batch_size != o["batch_size"]:
+        if batch_size != o.batch_size:
             say(
-                f"Using batches of {batch_size} of {o['batch_size']}, for {len(self.train_images)} images.",
+                f"Using batches of {batch_size} of {o.batch_size}, for {len(self.train_images)} images.",
                 self.processes,
             )
         self.batch_size = batch_size
@@ -210,78 +182,78 @@ class Run:
                 self.train_images,
                 config,
                 batch_size,
-                o["workers"],
+                o.workers,
                 self.processes,
-                no_aug=o["no_aug"],
-                scale=tuple(o["scale"]),
-                ratio=tuple(o["ratio"]),
-                hflip=o["hflip"],
-                vflip=o["vflip"],
-                color_jitter=o["color_jitter"],
-                auto_augment=o["aa"],
-                interpolation=config["interpolation"] if o["no_aug"] else o["train_interpolation"],
-                re_prob=o["reprob"],
-                re_mode=o["remode"],
-                re_count=o["recount"],
+                no_aug=o.no_aug,
+                scale=tuple(o.scale),
+                ratio=tuple(o.ratio),
+                hflip=o.hflip,
+                vflip=o.vflip,
+                color_jitter=o.color_jitter,
+                auto_augment=o.aa,
+                interpolation=config["interpolation"] if o.no_aug else o.train_interpolation,
+                re_prob=o.reprob,
+                re_mode=o.remode,
+                re_count=o.recount,
             )
         except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
-            if o["aa"] is None:
+            if o.aa is None:
                 raise
             raise UserError(
-                f"Cannot make the augmentation --aa {o['aa']} ({error}): use a policy of timm's, such as "
+                f"Cannot make the augmentation --aa {o.aa} ({error}): use a policy of timm's, such as "
                 "rand-m9-mstd0.5-inc1, augmix-m3-w3 or original."
             ) from None
-        val_batch = o["validation_batch_size"] or o["batch_size"]
-        self.val_loader = eval_loader(self.val_images, config, val_batch, o["workers"], self.processes)
+        val_batch = o.validation_batch_size or o.batch_size
+        self.val_loader = eval_loader(self.val_images, config, val_batch, o.workers, self.processes)
         self.mixup = None
         if mixing:
             self.mixup = Mixup(
-                mixup_alpha=o["mixup"],
-                cutmix_alpha=o["cutmix"],
-                cutmix_minmax=o["cutmix_minmax"],
-                prob=o["mixup_prob"],
-                switch_prob=o["mixup_switch_prob"],
-                mode=o["mixup_mode"],
-                label_smoothing=o["smoothing"],
+                mixup_alpha=o.mixup,
+                cutmix_alpha=o.cutmix,
+                cutmix_minmax=o.cutmix_minmax,
+                prob=o.mixup_prob,
+                switch_prob=o.mixup_switch_prob,
+                mode=o.mixup_mode,
+                label_smoothing=o.smoothing,
                 num_classes=self.num_classes,
             )
         self.criterion = create_loss(o, mixing).to(self.processes.device)
 
     def create_optimizer(self) -> None:
         o, device = self.options, self.processes.device
-        if o["opt"].lower() not in list_optimizers():
-            raise UserError(f"There is no optimiser {o['opt']}{did_you_mean(o['opt'], list_optimizers())}.")
-        images = self.batch_size * self.processes.world_size * o["grad_accum_steps"]
-        scale = images / o["lr_base_size"]
-        self.lr = o["lr"] or o["lr_base"] * (scale if o["lr_base_scale"] == "linear" else math.sqrt(scale))
-        optional = {"eps": o["opt_eps"], "betas": o["opt_betas"] and tuple(o["opt_betas"])}
+        if o.opt.lower() not in list_optimizers():
+            raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}.")
+        images = self.batch_size * self.processes.world_size * o.grad_accum_steps
+        scale = images / o.lr_base_size
+        self.lr = o.lr or o.lr_base * (scale if o.lr_base_scale == "linear" else math.sqrt(scale))
+        optional = {"eps": o.opt_eps, "betas": o.opt_betas and tuple(o.opt_betas)}
         try:
             self.optimizer = create_optimizer_v2(
                 self.model,
-                opt=o["opt"],
+                opt=o.opt,
                 lr=self.lr,
-                weight_decay=o["weight_decay"],
-                momentum=o["momentum"],
-                layer_decay=o["layer_decay"],
+                weight_decay=o.weight_decay,
+                momentum=o.momentum,
+                layer_decay=o.layer_decay,
                 **{k: v for k, v in optional.items() if v is not None},
             )
         except (TypeError, ValueError, IndexError) as error:
-            raise UserError(f"The optimiser {o['opt']} cannot be made with these options: {error}") from None
-        self.updates_per_epoch = math.ceil(len(self.loader) / o["grad_accum_steps"])
+            raise UserError(f"The optimiser {o.opt} cannot be made with these options: {error}") from None
+        self.updates_per_epoch = math.ceil(len(self.loader) / o.grad_accum_steps)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
-            sched=o["sched"],
-            num_epochs=o["epochs"],
-            warmup_epochs=min(o["warmup_epochs"], o["epochs"]),
-            warmup_lr=self.lr / 1000 if o["warmup_lr"] is None else o["warmup_lr"],
-            min_lr=self.lr / 100 if o["min_lr"] is None else o["min_lr"],
-            decay_epochs=o["decay_epochs"],
-            decay_rate=o["decay_rate"],
+            sched=o.sched,
+            num_epochs=o.epochs,
+            warmup_epochs=min(o.warmup_epochs, o.epochs),
+            warmup_lr=self.lr / 1000 if o.warmup_lr is None else o.warmup_lr,
+            min_lr=self.lr / 100 if o.min_lr is None else o.min_lr,
+            decay_epochs=o.decay_epochs,
+            decay_rate=o.decay_rate,
             step_on_epochs=False,
             updates_per_epoch=self.updates_per_epoch,
         )
-        self.scaler = NativeScaler(device.type) if o["amp"] and o["amp_dtype"] == "float16" else None
-        self.autocast = autocast(device, o["amp"], o["amp_dtype"])
+        self.scaler = NativeScaler(device.type) if o.amp and o.amp_dtype == "float16" else None
+        self.autocast = autocast(device, o.amp, o.amp_dtype)
 
     def restore(self, saved: dict[str, Any]) -> None:
         try:
@@ -290,9 +262,7 @@ class Run:
                 self.ema.module.load_state_dict(saved["state_dict_ema"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"The checkpoint does not fit {self.options['model']} with these options: {error}"
-            ) from None
+            raise UserError(f"The checkpoint does not fit {self.options.model} with these options: {error}") from None
         if self.scaler:
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -314,21 +284,22 @@ class Run:
         """
         o, first = self.options, len(self.history)
         images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
-        kept = f" (a share of {o['holdout']:g} set aside)" if self.held_out else ""
+        kept = f" (a share of {o.holdout:g} set aside)" if self.held_out else ""
         size = " x ".join(map(str, self.data_config["input_size"][1:]))
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        say(f"{o['model']}: {parameters:.2f} M parameters, {self.num_classes} classes, {size} pixels", self.processes)
+        say(f"{o.model}: {parameters:.2f} M parameters, {self.num_classes} classes, {size} pixels", self.processes)
         say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
         if first:
-            say(f"Going on after epoch {first} of {o['epochs']}.", self.processes)
+            say(f"Going on after epoch {first} of {o.epochs}.", self.processes)
             self.write_metrics()
         elif self.processes.device.type == "cuda" and self.processes.world_size == 1 and torch.cuda.device_count() > 1:
             n = torch.cuda.device_count()
             say(f"Using one of {n} GPUs; for all: torchrun --nproc-per-node={n} tools/classify.py train ...")
-        self.make_folder()
-        for epoch in range(first, o["epochs"]):
+        if self.processes.is_first:
+            make_folder(self.folder)
+        for epoch in range(first, o.epochs):
             row = self.train_epoch(epoch)
-            if (epoch + 1) % o["val_interval"] == 0 or epoch + 1 == o["epochs"]:
+            if (epoch + 1) % o.val_interval == 0 or epoch + 1 == o.epochs:
                 row.update(self.validate())
             self.require_finite(epoch, row["train_loss"], row.get("val_loss", 0.0), weights=True)
             skipped = 0
@@ -342,36 +313,26 @@ class Run:
             row["unreadable"] = skipped
             self.history.append(row)
             self.write()
-            say(describe(row, o["epochs"]), self.processes)
+            say(describe(row, o.epochs), self.processes)
         if self.best:
             say(
                 f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
                 self.processes,
             )
 
-    def make_folder(self) -> None:
-        """Make the run's folder, so that one which cannot be made does not cost an epoch."""
-        try:
-            if self.processes.is_first:
-                self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot make the folder {self.folder} ({error.strerror}): choose another --output.", one_process=True
-            ) from None
-
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         o, device = self.options, self.processes.device
-        seed_everything(o["seed"], epoch + 1, self.processes.rank)
+        seed_everything(o.seed, epoch + 1, self.processes.rank)
         if self.processes.world_size > 1:
             self.loader.sampler.set_epoch(epoch)
         if self.mixup:
-            self.mixup.mixup_enabled = not o["mixup_off_epoch"] or epoch < o["mixup_off_epoch"]
+            self.mixup.mixup_enabled = not o.mixup_off_epoch or epoch < o.mixup_off_epoch
         train_mode(self.model, self.frozen)
-        steps, accumulated = len(self.loader), o["grad_accum_steps"]
+        steps, accumulated = len(self.loader), o.grad_accum_steps
         total, start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
         if self.scheduler:
             self.scheduler.step_update(self.updates)
-        for step, (images, target) in enumerate(progress(self.loader, f"epoch {epoch + 1}", self.processes)):
+        for step, (images, target) in enumerate(progress_bar(self.loader, f"epoch {epoch + 1}", self.processes)):
             if self.mixup:
                 images, target = self.mixup(images, target)
             is_update = (step + 1) % accumulated == 0 or step + 1 == steps
@@ -391,7 +352,7 @@ class Run:
                     self.ema.update(self.model, step=self.updates)
                 if self.scheduler:
                     self.scheduler.step_update(self.updates)
-            if (step + 1) % o["log_interval"] == 0:
+            if (step + 1) % o.log_interval == 0:
                 self.require_finite(epoch, self.mean_loss(total, step + 1))
         train_loss = self.mean_loss(total, steps)
         seconds = time.perf_counter() - start
@@ -405,16 +366,14 @@ class Run:
 
     def backward(self, loss: Tensor, is_update: bool) -> None:
         o = self.options
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if o["clip_mode"] == "agc":
-            parameters = parameters[:-2]  # adaptive clipping leaves the classifier alone
+        parameters = model_parameters(self.model, exclude_head=o.clip_mode == "agc")  # which leaves it alone
         if self.scaler:
-            self.scaler(loss, self.optimizer, o["clip_grad"], o["clip_mode"], parameters, need_update=is_update)
+            self.scaler(loss, self.optimizer, o.clip_grad, o.clip_mode, parameters, need_update=is_update)
             return
         loss.backward()
         if is_update:
-            if o["clip_grad"] is not None:
-                dispatch_clip_grad(parameters, o["clip_grad"], mode=o["clip_mode"])
+            if o.clip_grad is not None:
+                dispatch_clip_grad(parameters, o.clip_grad, mode=o.clip_mode)
             self.optimizer.step()
 
     def mean_loss(self, total: Tensor, steps: int) -> float:
@@ -450,14 +409,14 @@ class Run:
         if not self.processes.is_first:
             return
         weights = {
-            "arch": self.options["model"],
-            "model_kwargs": plain_containers(self.options["model_kwargs"]),
+            "arch": self.options.model,
+            "model_kwargs": plain_containers(self.options.model_kwargs),
             "num_classes": self.num_classes,
-            "in_chans": self.options["in_chans"],
+            "in_chans": self.options.in_chans,
             "class_names": self.class_names,
             "data_config": plain_containers(self.data_config),
             "held_out": self.held_out,
-            "args": plain_containers(self.options),
+            "args": plain_containers(self.options.to_dict()),
             "epoch": len(self.history),
             "metrics": self.history[-1],
             "state_dict": self.model.state_dict(),
@@ -471,18 +430,16 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
-        try:
+        with explain_disk_errors(MAKE_ROOM):
             # best.pth first: a run cut off in between repeats the epoch, and writes it again
             if self.best is self.history[-1]:
                 save_checkpoint(weights, self.folder / "best.pth")
             save_checkpoint({**weights, **state}, self.folder / "last.pth")
             self.write_metrics()
-        except OSError as error:
-            raise UserError(f"{error.strerror}. Make room, then go on with --resume.", one_process=True) from None
 
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        return {"model": self.options["model"], "best": self.best, "history": self.history, "args": plain(self.options)}
+        return {"model": self.options.model, "best": self.best, "history": self.history, "args": self.options.to_dict()}
 
     def write_metrics(self) -> None:
         if not self.processes.is_first:
@@ -494,18 +451,15 @@ class Run:
         writer.writerows(self.history)
         write_atomically(self.folder / "metrics.csv", text.getvalue())
         write_atomically(self.folder / "metrics.json", json.dumps(self.metrics(), indent=1) + "\n")
-        try:
+        with figures_if_possible("curves.png", silent=len(self.history) > 1):  # it is said once
             plot_curves(self.history, self.folder / "curves.png")
-        except UserError as error:  # matplotlib is optional
-            if len(self.history) == 1:
-                say(f"No curves.png: {error}", self.processes)
 
 
-def create_loss(options: dict[str, Any], mixing: bool) -> nn.Module:
+def create_loss(options: TrainOptions, mixing: bool) -> nn.Module:
     """The training loss; Mixup smooths labels itself."""
-    smoothing = options["smoothing"]
-    if options["bce_loss"]:
-        return BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing, target_threshold=options["bce_target_thresh"])
+    smoothing = options.smoothing
+    if options.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing, target_threshold=options.bce_target_thresh)
     if mixing:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

@@ -8,14 +8,17 @@ import torch
 from timm.data import ImageNetInfo
 
 from ..checkpoints import write_atomically
-from ..errors import UserError
+from ..command.errors import UserError
+from ..command.figures import figures_if_possible
+from ..command.options import resolve
+from ..command.processes import start_processes
+from ..command.progress import say
+from ..command.runs import explain_disk_errors
 from .data import class_names, count_classes, eval_loader, find_split, hold_out, open_split, shorten
-from .distributed import start_processes
 from .evaluation import evaluate
 from .models import autocast, compile_model, input_config, load_checkpoint_model
-from .options import resolve, validate_parser
+from .options import ValidateOptions
 from .plots import plot_input_scaling
-from .progress import say
 
 __all__ = ["validate"]
 
@@ -33,30 +36,22 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     Raises:
         UserError: Anything that the user can put right.
     """
-    o, _ = resolve(validate_parser(), options if argv is None else argv)
-    processes = start_processes(o["device"])
-    sizes = o["img_size"] if isinstance(o["img_size"], list | tuple) else [o["img_size"]]
-    for size in sizes:
-        if size is not None and size < 32:
-            raise UserError(f"--img-size must be at least 32 pixels, got {size}.")
-    model, facts = load_checkpoint_model(
-        o["checkpoint"], o["model"], o["model_kwargs"], o["pretrained"], use_ema=not o["no_ema"]
-    )
-    name = o["model"] or facts["arch"]
+    o, _ = resolve(ValidateOptions, argv, options)
+    processes = start_processes(o.device, "tools/classify.py validate")
+    model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
+    name = o.model or facts["arch"]
     images = open_images(o, facts, model)
     model.to(processes.device).eval()
-    compiled = compile_model(model, o["torchcompile"])
+    compiled = compile_model(model, o.torchcompile)
     rows = []
-    for size in sizes:
+    for size in o.img_size or [None]:
         config = input_config(model, o, size, facts.get("data_config"))
         size = config["input_size"][-1]
         # as many pixels a step at every size, so that what fits into memory at the first fits at all
         first = rows[0]["img_size"] if rows else size
-        batch_size = max(min(o["batch_size"], int(o["batch_size"] * (first / size) ** 2)), 1)
-        loader = eval_loader(images, config, batch_size, o["workers"], processes)
-        scores = evaluate(
-            compiled, loader, processes, autocast(processes.device, o["amp"], o["amp_dtype"]), f"{size} px"
-        )
+        batch_size = max(min(o.batch_size, int(o.batch_size * (first / size) ** 2)), 1)
+        loader = eval_loader(images, config, batch_size, o.workers, processes)
+        scores = evaluate(compiled, loader, processes, autocast(processes.device, o.amp, o.amp_dtype), f"{size} px")
         unreadable, names = images.report_unreadable(processes)
         for unreadable_name in names:
             say(f"Skipped, cannot be read: {unreadable_name}", processes)
@@ -65,7 +60,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
         rows.append(
             {
                 "model": name,
-                "checkpoint": o["checkpoint"],
+                "checkpoint": o.checkpoint,
                 "img_size": size,
                 "crop_pct": config["crop_pct"],
                 "top1": scores["top1"],
@@ -77,25 +72,25 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
             }
         )
     if processes.is_first:
-        write(rows, Path(o["output"] or (Path(o["checkpoint"]).parent if o["checkpoint"] else ".")))
+        write(rows, Path(o.output or (Path(o.checkpoint).parent if o.checkpoint else ".")))
     processes.finish()
     return rows
 
 
-def open_images(options: dict[str, Any], facts: dict[str, Any], model: torch.nn.Module):
+def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn.Module):
     """The images, their classes numbered as the model numbers them."""
     names = facts.get("class_names")
-    class_map = options["class_map"]
-    if class_map is None and names and not options["dataset"]:
+    class_map = options.class_map
+    if class_map is None and names and not options.dataset:
         class_map = {name: i for i, name in enumerate(names)}
     mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
-    opened = (options["dataset"], options["data_dir"], options["split"])
-    found = class_names(open_split(*opened, mode=mode, download=options["dataset_download"]))
+    opened = (options.dataset, options.data_dir, options.split)
+    found = class_names(open_split(*opened, mode=mode, download=options.dataset_download))
     # folders of classes that the model does not know would otherwise be left out without a word
     unknown = sorted(set(found) - set(names)) if found is not None and isinstance(class_map, dict) else []
     if unknown:
         raise UserError(
-            f"The data have classes that {options['checkpoint']} does not know ({shorten(unknown)}; it knows "
+            f"The data have classes that {options.checkpoint} does not know ({shorten(unknown)}; it knows "
             f"{shorten(names)}): check --data-dir, or list the classes to use in a file and give it as --class-map."
         )
     images = open_split(*opened, class_map=class_map, mode=mode)
@@ -105,8 +100,8 @@ def open_images(options: dict[str, Any], facts: dict[str, Any], model: torch.nn.
             f"The data have {classes} classes, the model {model.num_classes}: check --data-dir and --checkpoint, or "
             "list the model's classes in a file, in its order, and give it as --class-map."
         )
-    root, args = options["data_dir"], facts.get("args", {})
-    unsplit = root and facts.get("held_out") and not find_split(root, options["split"])
+    root, args = options.data_dir, facts.get("args", {})
+    unsplit = root and facts.get("held_out") and not find_split(root, options.split)
     if unsplit and Path(root).resolve() == Path(args["data_dir"]).resolve():
         images = hold_out(images, args["holdout"])[1]
         say(f"Validating on the {len(images)} images of {root} that training set aside.")
@@ -122,15 +117,12 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
         for r in rows
     ]
     say("\n".join(table))
-    try:
+    with explain_disk_errors():
         write_atomically(folder / "validation.md", "\n".join(table) + "\n")
         write_atomically(folder / "validation.json", json.dumps(rows, indent=1) + "\n")
         if len(rows) > 1:
-            plot_input_scaling(rows, rows[0]["model"], folder / "input_scaling.png")
-    except OSError as error:
-        raise UserError(error.strerror) from None
-    except UserError as error:  # matplotlib is optional
-        say(f"No input_scaling.png: {error}")
+            with figures_if_possible("input_scaling.png"):
+                plot_input_scaling(rows, rows[0]["model"], folder / "input_scaling.png")
     if rows[0]["unreadable"]:
         say(f"{rows[0]['unreadable']} unreadable images were left out.")
 

@@ -6,7 +6,7 @@ This package needs pandas (`pip install "vim2[forecast]"`); the model alone, `vi
 import importlib
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..command.errors import UserError
 
 if TYPE_CHECKING:
     from .evaluation import evaluate

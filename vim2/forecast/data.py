@@ -13,8 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..classify.options import did_you_mean
-from ..errors import UserError
+from ..command.errors import UserError, did_you_mean
 
 __all__ = ["Scaler", "Split", "Table", "Windows", "calendar_cycles", "calendar_features", "make_split", "read_table"]
 

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 
 from ..checkpoints import write_atomically
-from ..classify.options import resolve
-from ..classify.progress import say
-from ..errors import UserError
+from ..command.errors import UserError
+from ..command.figures import figures_if_possible
+from ..command.options import resolve
+from ..command.processes import choose_device
+from ..command.progress import say
+from ..command.runs import explain_disk_errors
 from .baselines import Ridge
 from .data import Windows
 from .forecaster import Forecaster
-from .options import evaluate_parser, reading_options
+from .options import EvaluateOptions, reading_options
 from .plots import plot_errors, plot_forecast
 from .scores import baseline_scores, model_forecast, quantile_scores, score
-from .training import choose_device, versions
+from .training import versions
 
 __all__ = ["evaluate"]
 
@@ -34,21 +37,18 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right.
     """
-    options, _ = resolve(evaluate_parser(), options if argv is None else argv)
-    for name in ("data", "checkpoint"):
-        if not options[name]:
-            raise UserError(f"evaluate needs {name}.")
-    device = choose_device(options["device"])
-    forecaster = Forecaster.from_pretrained(options["checkpoint"], device)
-    table = forecaster.read(options["data"], **reading_options(options))
+    o, _ = resolve(EvaluateOptions, argv, options)
+    device = choose_device(o.device)
+    forecaster = Forecaster.from_pretrained(o.checkpoint, device)
+    table = forecaster.read(o.data, **reading_options(o))
     for note in table.repairs:
         say(note)
-    config, split, part = forecaster.model.config, forecaster.split, options["part"]
+    config, split, part = forecaster.model.config, forecaster.split, o.part
     if split is None:
-        raise UserError(f"{options['checkpoint']} does not say which rows are its test rows.")
+        raise UserError(f"{o.checkpoint} does not say which rows are its test rows.")
     rows = split.train + split.val + split.test
     if len(table) < rows:
-        raise UserError(f"{options['data']} has {len(table)} rows, the split {rows}: give the file of training.")
+        raise UserError(f"{o.data} has {len(table)} rows, the split {rows}: give the file of training.")
     if getattr(split, part) < config.horizon:
         raise UserError(f"The split has no {part} rows: train with another --split.")
     values, future = forecaster.tensors(table, device)
@@ -56,10 +56,10 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         p: Windows(values, config.lookback, config.horizon, *split.borders(p, config.lookback), future)
         for p in dict.fromkeys(("train", "val", part))
     }
-    amp = options["amp"] and device.type == "cuda"
-    scores = {"TSM2": score(model_forecast(forecaster.model, amp=amp), windows[part], options["batch_size"])}
+    amp = o.amp and device.type == "cuda"
+    scores = {"TSM2": score(model_forecast(forecaster.model, amp=amp), windows[part], o.batch_size)}
     ridge = Ridge.fit(windows["train"], windows["val"])
-    scores.update(baseline_scores(ridge, windows[part], forecaster.season, options["batch_size"]))
+    scores.update(baseline_scores(ridge, windows[part], forecaster.season, o.batch_size))
     say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
     for name, row in scores.items():
         say(f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
@@ -75,22 +75,20 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         "versions": versions(),
     }
     if config.quantiles:
-        result["quantiles"] = quantile_scores(forecaster.model, windows[part], options["batch_size"])
+        result["quantiles"] = quantile_scores(forecaster.model, windows[part], o.batch_size)
         say(", ".join(f"{k} {v:.4f}" for k, v in result["quantiles"].items()))
-    folder = Path(options["output"] or options["checkpoint"])
-    try:
+    folder = Path(o.output or o.checkpoint)
+    with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        draw(forecaster, table, windows[part], scores, options, folder)
-    except OSError as error:
-        raise UserError(f"{error.strerror}: choose another --output.") from None
+        draw(forecaster, table, windows[part], scores, o, folder)
     return result
 
 
-def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, options: dict[str, Any], folder: Path) -> None:
-    config, split, part = forecaster.model.config, forecaster.split, options["part"]
-    index = options["window"] if options["window"] >= 0 else len(windows) + options["window"]
+def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: EvaluateOptions, folder: Path) -> None:
+    config, split, part = forecaster.model.config, forecaster.split, o.part
+    index = o.window if o.window >= 0 else len(windows) + o.window
     if not 0 <= index < len(windows):
-        raise UserError(f"There is no window {options['window']}: there are {len(windows)}.")
+        raise UserError(f"There is no window {o.window}: there are {len(windows)}.")
     x, _, future = windows[index : index + 1]
     with torch.no_grad():
         y = forecaster.model(x, future=future)[0].double().cpu().numpy()
@@ -99,9 +97,7 @@ def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, options:
     start = split.borders(part, config.lookback)[0] + index
     now, end = start + config.lookback, start + config.lookback + config.horizon
     first = now - min(config.lookback, max(2 * config.horizon, 24))
-    try:
+    with figures_if_possible("forecast.png and errors.png"):
         history, truth = table.values[first:now], table.values[now:end]
         plot_forecast(forecaster, table.times[first:end], history, truth, forecast, folder / "forecast.png")
         plot_errors(forecaster.columns, scores, folder / "errors.png")
-    except UserError as error:  # matplotlib is optional
-        say(f"No pictures: {error}")

@@ -14,8 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..checkpoints import write_atomically
-from ..classify.options import did_you_mean
-from ..errors import UserError
+from ..command.errors import UserError, did_you_mean
 from ..tsm2 import TSM2, TSM2Config
 from .data import CYCLES, Scaler, Split, Table, calendar_features, read_table, usual_gap
 

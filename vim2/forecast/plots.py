@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..classify.plots import figure, save, shorten
+from ..command.figures import figure, save, shorten
 from .data import Table
 from .forecaster import Forecaster
 

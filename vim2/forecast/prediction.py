@@ -7,13 +7,14 @@ from typing import Any
 import pandas as pd
 
 from ..checkpoints import write_atomically
-from ..classify.options import resolve
-from ..classify.progress import say
-from ..errors import UserError
+from ..command.figures import figures_if_possible
+from ..command.options import resolve
+from ..command.processes import choose_device
+from ..command.progress import say
+from ..command.runs import explain_disk_errors
 from .forecaster import Forecaster
-from .options import predict_parser, reading_options
+from .options import PredictOptions, reading_options
 from .plots import plot_prediction
-from .training import choose_device
 
 __all__ = ["predict"]
 
@@ -31,27 +32,20 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right.
     """
-    options, _ = resolve(predict_parser(), options if argv is None else argv)
-    for name in ("data", "checkpoint"):
-        if not options[name]:
-            raise UserError(f"predict needs {name}.")
-    forecaster = Forecaster.from_pretrained(options["checkpoint"], choose_device(options["device"]))
-    table = forecaster.read(options["data"], **reading_options(options))
+    o, _ = resolve(PredictOptions, argv, options)
+    forecaster = Forecaster.from_pretrained(o.checkpoint, choose_device(o.device))
+    table = forecaster.read(o.data, **reading_options(o))
     for note in table.repairs:
         say(note)
     times, values = forecaster.predict(table)
     frame = forecast_frame(forecaster, times, values)
     text = io.StringIO()
     frame.to_csv(text, lineterminator="\n")
-    folder = Path(options["output"])
-    try:
+    folder = Path(o.output)
+    with explain_disk_errors(), figures_if_possible("forecast.png"):
         write_atomically(folder / "forecast.csv", text.getvalue())
         say(f"{len(frame)} steps from {times[0]} to {times[-1]}: {folder / 'forecast.csv'}")
         plot_prediction(forecaster, table, times, values, folder / "forecast.png")
-    except OSError as error:
-        raise UserError(f"{error.strerror}: choose another --output.") from None
-    except UserError as error:  # matplotlib is optional
-        say(f"No forecast.png: {error}")
     return {"times": times, "values": values, "csv": folder / "forecast.csv"}
 
 

@@ -44,14 +44,14 @@ def score(forecast: Forecast, windows: Windows, batch: int = 256) -> dict:
     }
 
 
-def model_forecast(model: nn.Module, static: Tensor | None = None, amp: bool = False) -> Forecast:
+def model_forecast(model: nn.Module, amp: bool = False) -> Forecast:
     """A model's point forecast: with quantiles, the one nearest to the median."""
     levels = model.config.quantiles
     middle = min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5)) if levels else None
 
     def forecast(x: Tensor, future: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
-            y = model(x, static, future)
+            y = model(x, future=future)
         return y if middle is None else y[..., middle]
 
     return forecast

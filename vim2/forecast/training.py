@@ -11,7 +11,6 @@ import platform
 import time
 from contextlib import nullcontext
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,17 @@ from torch import Tensor, nn
 
 import vim2
 
-from ..checkpoints import read_checkpoint, save_checkpoint, write_atomically
-from ..classify.distributed import Processes
-from ..classify.options import resolve
-from ..classify.progress import progress, say
-from ..errors import UserError
+from ..checkpoints import save_checkpoint, write_atomically
+from ..command.errors import UserError
+from ..command.options import fill_in, plain, resolve, resume_options
+from ..command.processes import Processes, choose_device
+from ..command.progress import progress_bar, say
+from ..command.runs import MAKE_ROOM, explain_disk_errors, find_last, make_folder, read_last, seed_everything
 from ..tsm2 import TSM2
 from .baselines import Ridge
 from .data import Scaler, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
-from .options import fit_parser, model_config, reading_options, resume_options
+from .options import MAY_CHANGE, FitOptions, model_config, reading_options
 from .recipes import RECIPES
 from .scores import baseline_scores, gain, model_forecast, pinball, quantile_scores, score, window_losses
 
@@ -53,60 +53,21 @@ def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right. What was saved before is kept.
     """
-    options, explicit = resolve(fit_parser(), options if argv is None else argv)
-    if not options["data"]:
-        raise UserError("There is no data: name a file.")
-    if options["recipe"]:
-        recipe = RECIPES[options["recipe"]]
-        options = {**options, **{k: v for k, v in recipe.items() if k not in explicit}}
-    options, saved = recall(options, explicit)
-    run = Run(options, saved)
+    given, explicit = resolve(FitOptions, argv, options)
+    run = Run(*recall(given, explicit))
     run.fit()
     return {**run.metrics(), "folder": str(run.folder)}
 
 
-def run_folder(options: dict[str, Any]) -> Path:
-    name = Path(options["data"]).name.split(".")[0]
-    return Path(options["output"]) / (options["experiment"] or f"tsm2-{name}-{options['horizon']}")
-
-
-def recall(options: dict[str, Any], explicit: set[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def recall(options: FitOptions, explicit: set[str]) -> tuple[FitOptions, dict[str, Any] | None]:
     """The options to train with and, for a run that goes on, its checkpoint."""
-    path = run_folder(options) / "last.pth"
-    if not path.exists():
-        if options["resume"]:
-            say(f"No {path} yet: starting from the beginning.")
+    if options.recipe:
+        options = fill_in(options, RECIPES[options.recipe], explicit)
+    path = find_last(options.folder, options.resume)
+    if path is None:
         return options, None
-    if not options["resume"]:
-        raise UserError(
-            f"{path.parent} holds a run already: add --resume to go on with it, or choose another --experiment."
-        )
-    try:
-        saved = read_checkpoint(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not (isinstance(saved, dict) and {"optimizer", "options", "start_losses"} <= saved.keys()):
-        raise UserError(f"{path} cannot be resumed: it is not the last.pth of a forecasting run.")
-    return resume_options(options, explicit, saved["options"], path), saved
-
-
-def choose_device(name: str | None) -> torch.device:
-    """A device by name, else a GPU if there is one.
-
-    Raises:
-        UserError: An unknown device, or one that is not there.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu.") from None
-    return device
-
-
-def seed_everything(*numbers: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    saved = read_last(path, {"optimizer", "options", "start_losses"})
+    return resume_options(options, explicit, saved["options"], path, MAY_CHANGE, "choose another --experiment"), saved
 
 
 class Positional(nn.Module):
@@ -141,35 +102,33 @@ class Run:
     """One training run.
 
     Args:
-        options: Of `fit_parser`, resolved.
+        options: Resolved.
         saved: Checkpoint to go on from.
 
     Raises:
         UserError: Data or options that do not fit.
     """
 
-    def __init__(self, options: dict[str, Any], saved: dict[str, Any] | None = None):
+    def __init__(self, options: FitOptions, saved: dict[str, Any] | None = None):
         self.options = o = options
-        self.folder = run_folder(options)
-        self.device = choose_device(o["device"])
-        self.amp = o["amp"] and self.device.type == "cuda"
+        self.folder = options.folder
+        self.device = choose_device(o.device)
+        self.amp = o.amp and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
         self.start: dict[str, Any] | None = saved["start"] if saved else None
         self.start_losses: Tensor | None = saved["start_losses"] if saved else None
         self.graphed: nn.Module | None = None
-        if o["lr"] <= 0:
-            raise UserError(f"--lr must be positive, got {o['lr']}.")
         self.open_data()
-        seed_everything(o["seed"], 0)
+        seed_everything(o.seed, 0)
         self.create_model()
         if saved:
             self.restore(saved)
 
     def open_data(self) -> None:
         o = self.options
-        targets, futures = o["targets"], o["future_columns"]
-        self.table = read_table(o["data"], targets=targets, future_columns=futures, **reading_options(o))
-        split = make_split(len(self.table), o["split"], o["lookback"], o["horizon"])
+        targets, futures = o.targets, o.future_columns
+        self.table = read_table(o.data, targets=targets, future_columns=futures, **reading_options(o))
+        split = make_split(len(self.table), o.split, o.lookback, o.horizon)
         if not split.val:
             raise UserError("There are no rows to validate on: choose another --split.")
         scaler = Scaler.fit(self.table.values[: split.train])
@@ -181,8 +140,8 @@ class Run:
         if unused := len(self.table) - split.train - split.val - split.test:
             self.notes.append(f"The last {unused} rows are not used: the split ends before them.")
         future_scaler = Scaler.fit(self.table.future[: split.train]) if futures else None
-        cycles = calendar_cycles(self.table.times[: split.train]) if o["calendar"] else []
-        if o["calendar"] and not cycles:
+        cycles = calendar_cycles(self.table.times[: split.train]) if o.calendar else []
+        if o.calendar and not cycles:
             raise UserError(
                 "The rows to train on hold no cycle of the calendar (day, week, year) twice: leave out --calendar."
             )
@@ -202,7 +161,7 @@ class Run:
         )
         values, future = self.forecaster.tensors(self.table, self.device)
         self.windows = {
-            part: Windows(values, o["lookback"], o["horizon"], *split.borders(part, o["lookback"]), future)
+            part: Windows(values, o.lookback, o.horizon, *split.borders(part, o.lookback), future)
             for part in ("train", "val")
         }
 
@@ -221,32 +180,32 @@ class Run:
         path = [p for name, p in self.model.named_parameters() if name.startswith("linear_path.")]
         rest = [p for name, p in self.model.named_parameters() if not name.startswith("linear_path.")]
         groups = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": o["weight_decay"]},
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": o.weight_decay},
             {"params": [p for p in rest if p.dim() <= 1]},
         ]
         for parameter in path:
-            parameter.requires_grad_(o["linear_path_lr"] > 0)
-        if path and o["linear_path_lr"] > 0:
-            groups.append({"params": path, "lr": o["lr"] * o["linear_path_lr"]})
+            parameter.requires_grad_(o.linear_path_lr > 0)
+        if path and o.linear_path_lr > 0:
+            groups.append({"params": path, "lr": o.lr * o.linear_path_lr})
         self.parameters = [p for group in groups for p in group["params"]]
         fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=o["lr"], weight_decay=0.0, fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=fused)
         windows = len(self.windows["train"])
-        self.batch_size = min(o["batch_size"], windows)
-        self.steps = min(math.ceil(windows / self.batch_size), o["epoch_steps"] or windows)
-        warmup = min(round(o["warmup_epochs"] * self.steps), self.steps * o["epochs"] - 1)
+        self.batch_size = min(o.batch_size, windows)
+        self.steps = min(math.ceil(windows / self.batch_size), o.epoch_steps or windows)
+        warmup = min(round(o.warmup_epochs * self.steps), self.steps * o.epochs - 1)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=self.steps * o["epochs"] - warmup,
+            t_initial=self.steps * o.epochs - warmup,
             warmup_t=warmup,
             warmup_prefix=True,
             t_in_epochs=False,
         )
 
     def restore(self, saved: dict[str, Any]) -> None:
-        if saved["forecaster"] != plain_forecaster(self.forecaster):
+        if plain(saved["forecaster"]) != plain(described(self.forecaster)):
             raise UserError(
-                f"{self.options['data']} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
+                f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
                 "rows or scale differ. Give the run its old file, or start another --experiment."
             )
         try:
@@ -266,7 +225,7 @@ class Run:
     def is_finished(self) -> bool:
         rows = [self.start, *self.history] if self.start else self.history
         waited = len(self.history) - min(rows, key=lambda row: row["val_loss"])["epoch"] if rows else 0
-        return len(self.history) >= self.options["epochs"] or waited >= self.options["patience"]
+        return len(self.history) >= self.options.epochs or waited >= self.options.patience
 
     def fit(self) -> None:
         """Train until there is no more progress, or the last epoch.
@@ -282,25 +241,20 @@ class Run:
         counts = f"{len(self.windows['train']):,} to train on, {len(self.windows['val']):,} to validate on"
         parameters = sum(p.numel() for p in self.model.parameters())
         say(
-            f"TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o['lookback']} steps -> "
-            f"{o['horizon']}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
+            f"TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o.lookback} steps -> "
+            f"{o.horizon}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
         )
         self.baselines = baseline_scores(self.ridge, self.windows["val"], self.forecaster.season)
         for name, row in self.baselines.items():
             say(f"{name:<15} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
-            say(f"Going on after epoch {len(self.history)} of {o['epochs']}.")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot make the folder {self.folder} ({error.strerror}): choose another --output."
-            ) from None
+            say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
+        make_folder(self.folder)
         if self.model.linear_path is not None and self.start is None:
             self.start = {"epoch": 0, **self.validate()}
             self.start_losses = window_losses(self.model, self.windows["val"], self.amp)
             self.save_best(self.start)
-        if o["cuda_graph"] and self.device.type == "cuda" and not self.is_finished:
+        if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
             self.capture()
         while not self.is_finished:
             epoch = len(self.history)
@@ -308,12 +262,12 @@ class Run:
             row.update(self.validate())
             if self.start:
                 losses = window_losses(self.model, self.windows["val"], self.amp)
-                row["gain"], row["gain_error"] = gain(self.start_losses, losses, o["horizon"])
+                row["gain"], row["gain_error"] = gain(self.start_losses, losses, o.horizon)
             self.require_finite(epoch, row["train_loss"], row["val_loss"])
             self.history.append(row)
             self.write()
             say(
-                f"epoch {row['epoch']:>3}/{o['epochs']} · loss {row['train_loss']:.4f} · validation "
+                f"epoch {row['epoch']:>3}/{o.epochs} · loss {row['train_loss']:.4f} · validation "
                 f"MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
             )
         self.write_metrics()
@@ -321,13 +275,13 @@ class Run:
         say(f"Best: epoch {best['epoch']}, validation MSE {best['val_mse']:.4f} (ridge {ridge:.4f}); {self.folder}")
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        seed_everything(self.options["seed"], epoch + 1)
+        seed_everything(self.options.seed, epoch + 1)
         self.model.train()
         windows, start = self.windows["train"], time.perf_counter()
         order = torch.randperm(len(windows)).to(self.device)
         total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
         batches = order.split(self.batch_size)[: self.steps]
-        for step, index in enumerate(progress(batches, f"epoch {epoch + 1}", Processes(self.device))):
+        for step, index in enumerate(progress_bar(batches, f"epoch {epoch + 1}", Processes(self.device))):
             self.scheduler.step_update(epoch * self.steps + step + 1)
             total += self.update(*windows[index]) * len(index)
             seen += len(index)
@@ -340,10 +294,10 @@ class Run:
         o = self.options
         loss = self.loss(x, y, future)
         loss.backward()
-        if o["sam"]:  # Foret et al., ICLR 2021: the gradient is taken where the loss nearby is highest
+        if o.sam:  # Foret et al., ICLR 2021: the gradient is taken where the loss nearby is highest
             with torch.no_grad():
                 norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-                climb = [None if p.grad is None else p.grad * (o["sam"] / (norm + 1e-12)) for p in self.parameters]
+                climb = [None if p.grad is None else p.grad * (o.sam / (norm + 1e-12)) for p in self.parameters]
                 for parameter, step in zip(self.parameters, climb):
                     if step is not None:
                         parameter.add_(step)
@@ -353,8 +307,8 @@ class Run:
                 for parameter, step in zip(self.parameters, climb):
                     if step is not None:
                         parameter.sub_(step)
-        if o["clip_grad"]:
-            nn.utils.clip_grad_norm_(self.parameters, o["clip_grad"])
+        if o.clip_grad:
+            nn.utils.clip_grad_norm_(self.parameters, o.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
@@ -367,7 +321,7 @@ class Run:
             with torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
                 forecast = self.model(x, future=future)
         levels = self.model.config.quantiles
-        return pinball(forecast.float(), y, levels) if levels else LOSSES[self.options["loss"]](forecast.float(), y)
+        return pinball(forecast.float(), y, levels) if levels else LOSSES[self.options.loss](forecast.float(), y)
 
     def capture(self) -> None:
         """From here on, batches run as CUDA graphs; the last of an epoch, if it is smaller, goes without."""
@@ -390,31 +344,27 @@ class Run:
         raise UserError(f"The loss became NaN or infinite in epoch {epoch + 1}. {kept} Start again with a lower --lr.")
 
     def save_best(self, row: dict[str, Any]) -> None:
-        self.forecaster.metrics = {**row, "seed": self.options["seed"]}
-        try:
+        self.forecaster.metrics = {**row, "seed": self.options.seed}
+        with explain_disk_errors(MAKE_ROOM):
             self.forecaster.save_pretrained(self.folder / "best")
-        except OSError as error:
-            raise UserError(f"{error.strerror}. Make room, then go on with --resume.") from None
 
     def write(self) -> None:
         """Write the run's files. If it is cut off anywhere here, nothing is lost."""
         checkpoint = {
-            "options": self.options,
-            "forecaster": plain_forecaster(self.forecaster),
+            "options": self.options.to_dict(),
+            "forecaster": described(self.forecaster),
             "start": self.start,
             "start_losses": self.start_losses,
             "history": self.history,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        try:
-            # best/ first: a run cut off in between repeats the epoch, and writes it again
-            if self.best is self.history[-1]:
-                self.save_best(self.history[-1])
+        # best/ first: a run cut off in between repeats the epoch, and writes it again
+        if self.best is self.history[-1]:
+            self.save_best(self.history[-1])
+        with explain_disk_errors(MAKE_ROOM):
             save_checkpoint(checkpoint, self.folder / "last.pth")
             self.write_metrics()
-        except OSError as error:
-            raise UserError(f"{error.strerror}. Make room, then go on with --resume.") from None
 
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
@@ -425,8 +375,8 @@ class Run:
             "ridge_penalty": self.ridge.penalty,
             "start": self.start,
             "history": self.history,
-            "seed": self.options["seed"],
-            "options": self.options,
+            "seed": self.options.seed,
+            "options": self.options.to_dict(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "variates": len(self.table.columns),
             "rows": {"train": split.train, "val": split.val, "test": split.test},
@@ -441,11 +391,9 @@ class Run:
         write_atomically(self.folder / "metrics.json", json.dumps(self.metrics(), indent=1) + "\n")
 
 
-def plain_forecaster(forecaster: Forecaster) -> dict[str, Any]:
+def described(forecaster: Forecaster) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    described = forecaster.to_dict()
-    del described["metrics"]
-    return described
+    return {name: value for name, value in forecaster.to_dict().items() if name != "metrics"}
 
 
 def versions() -> dict[str, str]:

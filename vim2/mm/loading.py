@@ -8,7 +8,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints import find_state_dict, read_checkpoint
-from ..errors import UserError
+from ..command.errors import UserError
 
 __all__ = ["allow_checkpoints", "load_backbone_weights"]
 

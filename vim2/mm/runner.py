@@ -25,7 +25,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 
 from ..checkpoints import write_atomically
-from ..errors import UserError
+from ..command.errors import UserError
 
 __all__ = [
     "add_config_arguments",

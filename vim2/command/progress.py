@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Iterable
 
-from .distributed import Processes
+from .processes import Processes
 
-__all__ = ["progress", "say"]
+__all__ = ["progress_bar", "say"]
 
 
-def progress(iterable: Iterable, description: str, processes: Processes) -> Iterable:
+def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterable:
     """The same things with a bar, for the first process on a terminal, if tqdm is installed."""
     if not (processes.is_first and sys.stderr.isatty()):
         return iterable

@@ -1,4 +1,4 @@
-"""The processes that work together: one by default, several under torchrun."""
+"""Devices, and the processes that work together: one by default, several under torchrun."""
 
 import os
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
+from .errors import UserError
 
-__all__ = ["Processes", "start_processes"]
+__all__ = ["Processes", "choose_device", "start_processes"]
 
 
 @dataclass(frozen=True)
@@ -51,36 +51,54 @@ class Processes:
             dist.destroy_process_group()
 
 
-def start_processes(device: str | None = None) -> Processes:
+def choose_device(name: str | None = None) -> torch.device:
+    """A device by name, such as "cuda", "cuda:1" or "cpu"; a GPU if there is one when None.
+
+    Raises:
+        UserError: An unknown device, or one that is not there or cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"Unknown device {name}: use --device cuda, cuda:0, or --device cpu.") from None
+    if device.type == "cuda":  # nothing is tried out there, which would take memory of a GPU that another process uses
+        if not torch.cuda.is_available():
+            raise UserError("PyTorch finds no CUDA GPU here: leave --device out, or use --device cpu.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"There is no {device}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0.")
+        return device
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # totals are float64
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"The device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu.") from None
+    return device
+
+
+def start_processes(device: str | None, tool: str) -> Processes:
     """Join the other processes if torchrun started several, and choose a device.
 
     Args:
-        device: "cuda", "cuda:1", "cpu", ...; a GPU if there is one when None.
+        device: As `choose_device` takes it; with several processes on GPUs, each has its own.
+        tool: What to start in which way, for messages.
 
     Raises:
         UserError: No such device, or a launch that cannot work.
     """
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"Unknown device {device}: use cuda, cuda:0, cpu or another of PyTorch's.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no CUDA GPU here: leave --device out, or use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"There is no {device}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0.")
+    device = choose_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             raise UserError(
                 "srun started several copies of this command, which would all do the same: start one a node, "
-                "srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS tools/classify.py ..."
+                f"srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS {tool} ..."
             )
         return Processes(device)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {missing[0]} is not set: start several processes with "
-            f"torchrun --nproc-per-node={world_size} tools/classify.py ..., or unset WORLD_SIZE for one."
+            f"torchrun --nproc-per-node={world_size} {tool} ..., or unset WORLD_SIZE for one."
         )
     if device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])

@@ -1,0 +1,62 @@
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from vim2.command.errors import Command, UserError, run_command
+
+COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(), "none": Command()}
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The command line of a package in which every command ends as its argument says."""
+
+    def end(argv):
+        endings = {"stop": KeyboardInterrupt(), "full": torch.OutOfMemoryError(), "bad": UserError("What is\nwrong.")}
+        if argv:
+            raise endings[argv[0]]
+
+    package = ModuleType("sample_package")
+    package.train = package.predict = end
+
+    def missing(name):
+        raise ImportError("It needs this package.")
+
+    package.__getattr__ = missing
+    monkeypatch.setitem(sys.modules, "sample_package", package)
+    return lambda argv: run_command("sample.py", "usage: sample.py", "sample_package", COMMANDS, argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "line"),
+    [
+        (["train"], 0, ""),
+        (["trian"], 2, "sample.py: error: unknown command trian; did you mean train? (of train, predict, none)\n"),
+        (["train", "bad"], 2, "sample.py: error: What is wrong.\n"),
+        (["none"], 2, "sample.py: error: It needs this package.\n"),
+        (["train", "full"], 2, "sample.py: error: The GPU's memory is full: use less.\n"),
+        (["predict", "full"], 2, "sample.py: error: The GPU's memory is full: use a smaller --batch-size.\n"),
+        (["train", "stop"], 130, "sample.py: stopped; it goes on with --resume\n"),
+        (["predict", "stop"], 130, "sample.py: stopped\n"),
+    ],
+    ids=str,
+)
+def test_a_command_ends_in_one_line_and_an_exit_code(main, capsys, argv, code, line):
+    assert main(argv) == code
+    assert capsys.readouterr().err == line
+
+
+def test_one_process_of_several_speaks(main, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "bad"]) == 2
+    assert capsys.readouterr().err == ""
+    assert main(["train", "full"]) == 2  # of which the others know nothing
+    assert "memory is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_usage(main, capsys, argv):
+    assert main(argv) == 0
+    assert capsys.readouterr().out == "usage: sample.py\n"

@@ -1,0 +1,53 @@
+"""What the pictures of all commands share. They need matplotlib; where it is missing, a command does without them."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..checkpoints import write_atomically
+from .errors import UserError
+from .processes import Processes
+from .progress import say
+
+__all__ = ["figure", "figures_if_possible", "save", "shorten"]
+
+
+class _NoMatplotlib(UserError):
+    pass
+
+
+def figure(**kwargs):
+    """A matplotlib figure without pyplot, so that no window system is asked for.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise _NoMatplotlib("Pictures need matplotlib: pip install matplotlib.") from None
+    return Figure(layout="constrained", **kwargs)
+
+
+@contextmanager
+def figures_if_possible(names: str, processes: Processes | None = None, silent: bool = False) -> Iterator[None]:
+    """Leaves the pictures called `names` out where matplotlib is not installed, and says so unless it is silent."""
+    try:
+        yield
+    except _NoMatplotlib as error:
+        if not silent:
+            say(f"No {names}: {error}", processes)
+
+
+def save(fig, path: str | os.PathLike) -> None:
+    """Write a figure as a PNG, in one step."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+def shorten(text: str, length: int = 24) -> str:
+    """A text of at most `length` characters, to be drawn as it stands."""
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text.replace("$", r"\$")  # a dollar would start a formula
