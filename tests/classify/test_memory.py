@@ -263,8 +263,6 @@ def test_what_does_not_work_in_memory(opened, monkeypatch):
     for options, words in (
         (dict(auto_augment="rand-m9"), "--aa rand-m9"),
         (dict(interpolation="lanczos"), "--train-interpolation lanczos"),
-        (dict(scale=(0.5, 0.2)), "--scale 0.5 0.2"),
-        (dict(ratio=(0, 1)), "--ratio 0 1"),
     ):
         with pytest.raises(UserError, match=words):
             memory.train_loader(opened[0], CONFIG, 6, 0, ALONE, **options)

@@ -73,7 +73,7 @@ class Augmentation:
         re_count: Up to this many rectangles in an image.
 
     Raises:
-        UserError: kornia is not installed; an interpolation that there is not on a device; impossible ranges.
+        UserError: kornia is not installed; an interpolation that there is not on a device.
     """
 
     def __init__(
@@ -102,11 +102,6 @@ class Augmentation:
             raise UserError(
                 f"--train-interpolation {interpolation} does not work on images in memory: use one of "
                 f"{', '.join(INTERPOLATIONS)}."
-            )
-        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise UserError(
-                f"--scale {scale[0]:g} {scale[1]:g} --ratio {ratio[0]:g} {ratio[1]:g} are no ranges of crops: each "
-                "needs a number above 0 and one that is not smaller, and --scale none above 1."
             )
         self.source, self.size, self.channels = source, size, channels
         self.mean, self.std = normalize.mean / 255, normalize.std / 255

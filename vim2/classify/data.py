@@ -151,17 +151,17 @@ def open_split(
             f"{name} can only be streamed, and then neither exact resuming nor counting every image once in validation "
             "is possible: use class folders, torch/... or hfds/... instead."
         )
+    if class_map is not None and not isinstance(class_map, dict) and not Path(class_map).is_file():
+        raise UserError(f"There is no class map {class_map}: give a text file with a class name a line.")
+    if not name and (is_pack(root) or is_pack(split)):
+        number = next((number for number, group in enumerate(SPLITS) if split in group), None)
+        return Images(ImageDataset(root, reader=open_packs(root, split, number, class_map)), mode)
     if not name:
         if not root:
             raise UserError("Say where the images are: --data-dir FOLDER, with a folder of images for each class.")
         if not Path(root).exists():
             raise UserError(f"There is no {root}: give --data-dir the folder or pack that holds your images.")
         root = find_split(root, split) or root
-    if class_map is not None and not isinstance(class_map, dict) and not Path(class_map).is_file():
-        raise UserError(f"There is no class map {class_map}: give a text file with a class name a line.")
-    if not name and (is_pack(root) or is_pack(split)):
-        number = next((number for number, group in enumerate(SPLITS) if split in group), None)
-        return Images(ImageDataset(root, reader=open_packs(root, split, number, class_map)), mode)
     try:
         dataset = create_dataset(
             name,
