@@ -1,5 +1,6 @@
 """Tiny images, options and processes for these tests."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from timm.utils import natural_key
 
 TOOL = Path(__file__).parents[2] / "tools" / "classify.py"
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
@@ -45,3 +47,38 @@ def tool(*argv, torchrun: int = 0, **kwargs) -> subprocess.Popen:
         text=True,
         **kwargs,
     )
+
+
+def encoded(image, form: str = "PNG") -> bytes:
+    """An image, or (H, W, 3) uint8 pixels, as the bytes of a file."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form)
+    return file.getvalue()
+
+
+def make_pack(path: Path, files: list[bytes], labels, names, split=None, key: str = "wnids", changed=None) -> Path:
+    """A pack of encoded images; `changed` arrays go in place of the right ones."""
+    arrays = {
+        "data": np.frombuffer(b"".join(files), dtype=np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "labels": np.array(labels, dtype=np.int16),
+        key: np.array(names),
+    }
+    if split is not None:
+        arrays["split"] = np.array(split, dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{name: array for name, array in {**arrays, **(changed or {})}.items() if array is not None})
+    return path
+
+
+def pack_folders(root: Path, path: Path, splits=("train", "val"), with_split: bool = True) -> Path:
+    """The images of {train,val}/*/* as a pack, in the order in which they are read from folders."""
+    names = sorted({folder.name for split in splits for folder in (root / split).iterdir()})
+    found = [
+        (file.read_bytes(), c, number)
+        for number, split in enumerate(splits)
+        for c, name in enumerate(names)
+        for file in sorted((root / split / name).iterdir(), key=lambda file: natural_key(str(file)))
+    ]
+    files, labels, numbers = zip(*found)
+    return make_pack(path, list(files), labels, names, numbers if with_split else None)

@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import add_img_extensions, auto_augment, create_dataset, create_loader, get_img_extensions
+from timm.data import (
+    ImageDataset,
+    add_img_extensions,
+    auto_augment,
+    create_dataset,
+    create_loader,
+    get_img_extensions,
+)
 from torch.utils.data import Dataset, IterableDataset
 
 from ..command.errors import UserError
 from ..command.processes import Processes
+from .packs import PackReader, is_pack, open_packs
 
 __all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "train_loader"]
 
@@ -73,8 +81,13 @@ class Images(Dataset):
         except (AttributeError, NotImplementedError):
             return f"image {index}"
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the images come from packs, which are always held in memory."""
+        return isinstance(getattr(self.dataset, "reader", None), PackReader)
+
     def targets(self) -> list[int]:
-        """The classes of the images of a class folder."""
+        """The classes of the images of a class folder or pack."""
         return [self.dataset.reader.samples[i][1] for i in self.indices]
 
     def load(self, index: int) -> tuple[Image.Image, int] | None:
@@ -122,9 +135,10 @@ def open_split(
     """One split of a dataset.
 
     Args:
-        name: timm's name of a dataset; "" for class folders, or a tar of them.
-        root: Its folder. For class folders: the folder that holds `split`, or else the class folders themselves.
-        split: Name of the split.
+        name: timm's name of a dataset; "" for class folders, a tar of them, or packs.
+        root: Its folder. For class folders: the folder that holds `split`, or else the class folders themselves. A pack
+            with both splits, or the folder of packs.
+        split: Name of the split. Of a folder of packs: a pack's name, or a glob for several.
         class_map: Class names and their indices, or a file with a class name a line.
         mode: Pillow mode of the images.
         download: Let torchvision download it.
@@ -137,14 +151,17 @@ def open_split(
             f"{name} can only be streamed, and then neither exact resuming nor counting every image once in validation "
             "is possible: use class folders, torch/... or hfds/... instead."
         )
+    if class_map is not None and not isinstance(class_map, dict) and not Path(class_map).is_file():
+        raise UserError(f"There is no class map {class_map}: give a text file with a class name a line.")
+    if not name and (is_pack(root) or is_pack(split)):
+        number = next((number for number, group in enumerate(SPLITS) if split in group), None)
+        return Images(ImageDataset(root, reader=open_packs(root, split, number, class_map)), mode)
     if not name:
         if not root:
             raise UserError("Say where the images are: --data-dir FOLDER, with a folder of images for each class.")
         if not Path(root).exists():
-            raise UserError(f"There is no {root}: give --data-dir the folder that holds your images.")
+            raise UserError(f"There is no {root}: give --data-dir the folder or pack that holds your images.")
         root = find_split(root, split) or root
-    if class_map is not None and not isinstance(class_map, dict) and not Path(class_map).is_file():
-        raise UserError(f"There is no class map {class_map}: give a text file with a class name a line.")
     try:
         dataset = create_dataset(
             name,
@@ -230,8 +247,13 @@ def open_train_and_val(
         UserError: As `open_split` and `hold_out`; one split alone; fewer than two classes; splits of other classes.
     """
     options = dict(class_map=class_map, mode=mode, download=download)
-    if name or not root or not Path(root).is_dir():
-        held_out = not name and bool(root)  # a tar of class folders
+    if not name and is_pack(train_split) != is_pack(val_split):
+        raise UserError(
+            f"--train-split {train_split} --val-split {val_split} name a pack for one split only: name one for each, "
+            "or give --data-dir a pack to have a part of it set aside."
+        )
+    if name or not root or is_pack(train_split) or not Path(root).is_dir():
+        held_out = not name and bool(root) and not is_pack(train_split)  # a tar of class folders, or a pack
     else:
         found = {split: find_split(root, split) for split in (train_split, val_split)}
         held_out = not any(found.values())
@@ -250,12 +272,13 @@ def open_train_and_val(
     if names is not None and len(names) < 2:
         where = f"all lie in {root} itself" if names == [""] else f"are all of one class, {names[0]}"
         raise UserError(f"The images to train on {where}: put them into a folder for each of two classes or more.")
-    if held_out:
+    if held_out and not (train.is_packed and train.dataset.reader.has_splits):
         return *hold_out(train, holdout), names, True
     val = open_split(name, root, val_split, **options)
-    if names is not None and class_map is None and set(names) != set(class_names(val) or names):
+    if names is not None and class_map is None and names != (class_names(val) or names):
         only = [sorted(set(a) - set(b)) for a, b in ((names, class_names(val)), (class_names(val), names))]
         which = "; ".join(f"only in {s}: {shorten(o)}" for s, o in zip((train_split, val_split), only) if o)
+        which = which or "they come in another order"
         raise UserError(
             f"The classes to train and to validate on differ ({which}): make the folders' names agree, "
             "or list the classes to use in a file and give it as --class-map."

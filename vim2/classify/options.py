@@ -86,7 +86,7 @@ def cpus() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options, group="data"):
-    data_dir: str | None = option(None, "folder of the data", metavar="DIR")
+    data_dir: str | None = option(None, "folder of the data, or a pack (.npz)", metavar="DIR")
     dataset: str = option(
         "",
         "timm's name of a data set, such as torch/cifar10 or hfds/<user>/<name>; default: a folder for each class",
@@ -95,13 +95,14 @@ class DataOptions(Options, group="data"):
     dataset_download: bool = option(False, "download torch/ data sets")
     class_map: str | None = option(None, "text file with a class name a line, in the order to use", metavar="FILE")
     # PyTorch warns of more workers than there are CPUs
-    workers: Count = option(min(4, cpus()), "processes that read images", short="-j", metavar="N")
+    workers: Count = option(min(4, cpus()), "processes, or threads, that read images", short="-j", metavar="N")
+    in_memory: bool = option(False, "decode all images once, and hold and augment them on the device")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(Options, group="splits"):
-    train_split: str = option("train", "split, or folder, to train on", metavar="NAME")
-    val_split: str = option("validation", "split, or folder, to validate on", metavar="NAME")
+    train_split: str = option("train", "split, folder, or packs, to train on", metavar="NAME")
+    val_split: str = option("validation", "split, folder, or packs, to validate on", metavar="NAME")
     holdout: Share = option(0.2, "share of each class to validate on where the folder has no splits")
 
 
@@ -211,6 +212,11 @@ class ComputeOptions(DeviceOptions, group="device"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingComputeOptions(ComputeOptions, group="device"):
+    cuda_graph: bool = option(False, "record the model's passes as CUDA graphs, for small models")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingRunOptions(RunOptions, group="run"):
     resume: str | None = option(
         None,
@@ -236,7 +242,7 @@ class TrainOptions(
     AugmentationOptions,
     LossOptions,
     AverageOptions,
-    ComputeOptions,
+    TrainingComputeOptions,
     TrainingRunOptions,
 ):
     """Train or fine-tune on images; `torchrun` it to use several GPUs."""
@@ -245,7 +251,7 @@ class TrainOptions(
 
     @property
     def default_name(self) -> str:
-        data = self.dataset or Path(self.data_dir or "").name
+        data = self.dataset or Path(self.data_dir or "").name.removesuffix(".npz")
         return "-".join(part.replace("/", "-") for part in (self.model, data) if part)
 
 
@@ -263,7 +269,7 @@ class ValidateOptions(DataOptions, CheckpointOptions, InputOptions, ComputeOptio
     """Top-1 and top-5 accuracy of a checkpoint, at one or many image sizes."""
 
     program = "classify.py validate"
-    split: str = option("validation", "split, or folder", metavar="NAME")
+    split: str = option("validation", "split, folder, or packs", metavar="NAME")
     img_size: list[Pixels] | None = option(None, "default: the checkpoint's", metavar="PIXELS")
     batch_size: Positive = option(128, "images a step, fewer at larger sizes", short="-b", metavar="N")
     output: str | None = option(

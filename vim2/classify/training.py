@@ -28,11 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoints import save_checkpoint, write_atomically
 from ..command.errors import UserError, did_you_mean
 from ..command.figures import figures_if_possible
+from ..command.graphs import record
 from ..command.options import resolve, resume_options
 from ..command.processes import Processes, start_processes
 from ..command.progress import progress_bar, say
 from ..command.runs import MAKE_ROOM, explain_disk_errors, find_last, make_folder, read_last, seed_everything
-from .data import count_classes, eval_loader, open_train_and_val, train_loader
+from . import data, memory
+from .data import count_classes, open_train_and_val
 from .evaluation import evaluate
 from .models import autocast, compile_model, create_model, freeze, input_config, load, train_mode
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
@@ -106,6 +108,8 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True, warn_only=True)
+        if o.cuda_graph:
+            self.check_graphs()
 
         self.open_data(saved)
         seed_everything(o.seed, 0)
@@ -114,11 +118,23 @@ class Run:
         self.create_optimizer()
         if saved:
             self.restore(saved)
+        self.keep_gradients = False  # between updates, for graphs to add to
         self.trained = compile_model(self.model, o.torchcompile)
         self.evaluated = self.trained
         if processes.world_size > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
             self.trained = DistributedDataParallel(self.trained, device_ids=ids)
+
+    def check_graphs(self) -> None:
+        """Refuse --cuda-graph where it cannot work."""
+        o = self.options
+        for name, given in (("--torchcompile", o.torchcompile), ("--grad-checkpointing", o.grad_checkpointing)):
+            if given:
+                raise UserError(f"--cuda-graph does not work with {name}: leave one of them out.")
+        if self.processes.world_size > 1:
+            raise UserError("--cuda-graph works in one process only: leave it out, or start one process.")
+        if self.processes.device.type != "cuda":
+            say("--cuda-graph needs a GPU, and does nothing here.", self.processes)
 
     def open_data(self, saved: dict[str, Any] | None) -> None:
         o = self.options
@@ -177,8 +193,9 @@ class Run:
             )
         self.batch_size = batch_size
         config = self.data_config
+        source = memory if o.in_memory or self.train_images.is_packed else data
         try:
-            self.loader = train_loader(
+            self.loader = source.train_loader(
                 self.train_images,
                 config,
                 batch_size,
@@ -197,14 +214,14 @@ class Run:
                 re_count=o.recount,
             )
         except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
-            if o.aa is None:
+            if o.aa is None or isinstance(error, UserError):
                 raise
             raise UserError(
                 f"Cannot make the augmentation --aa {o.aa} ({error}): use a policy of timm's, such as "
                 "rand-m9-mstd0.5-inc1, augmix-m3-w3 or original."
             ) from None
         val_batch = o.validation_batch_size or o.batch_size
-        self.val_loader = eval_loader(self.val_images, config, val_batch, o.workers, self.processes)
+        self.val_loader = source.eval_loader(self.val_images, config, val_batch, o.workers, self.processes)
         self.mixup = None
         if mixing:
             self.mixup = Mixup(
@@ -227,6 +244,8 @@ class Run:
         scale = images / o.lr_base_size
         self.lr = o.lr or o.lr_base * (scale if o.lr_base_scale == "linear" else math.sqrt(scale))
         optional = {"eps": o.opt_eps, "betas": o.opt_betas and tuple(o.opt_betas)}
+        if device.type == "cuda" and o.opt.lower() in ("adam", "adamw"):
+            optional["fused"] = True  # one kernel for many weights
         try:
             self.optimizer = create_optimizer_v2(
                 self.model,
@@ -260,6 +279,9 @@ class Run:
             self.model.load_state_dict(saved["state_dict"])
             if self.ema:
                 self.ema.module.load_state_dict(saved["state_dict_ema"])
+            for group in saved["optimizer"]["param_groups"]:
+                if "fused" in group:  # the device may be another one
+                    group["fused"] = self.optimizer.defaults["fused"]
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"The checkpoint does not fit {self.options.model} with these options: {error}") from None
@@ -297,6 +319,8 @@ class Run:
             say(f"Using one of {n} GPUs; for all: torchrun --nproc-per-node={n} tools/classify.py train ...")
         if self.processes.is_first:
             make_folder(self.folder)
+        if o.cuda_graph and self.processes.device.type == "cuda" and first < o.epochs:
+            self.record()
         for epoch in range(first, o.epochs):
             row = self.train_epoch(epoch)
             if (epoch + 1) % o.val_interval == 0 or epoch + 1 == o.epochs:
@@ -319,6 +343,18 @@ class Run:
                 f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
                 self.processes,
             )
+
+    def record(self) -> None:
+        """From here on, training runs the model's passes as CUDA graphs."""
+        o = self.options
+        train_mode(self.model, self.frozen)
+        images = torch.rand(self.batch_size, *self.data_config["input_size"], device=self.processes.device)
+        # wrapped, so that validation has the model without its graphs
+        self.trained = record(nn.Sequential(self.model), (images,), getattr(torch, o.amp_dtype) if o.amp else None)
+        if o.grad_accum_steps > 1:
+            self.keep_gradients = True
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         o, device = self.options, self.processes.device
@@ -347,7 +383,7 @@ class Run:
             total += loss.detach()
             if is_update:
                 self.updates += 1
-                self.optimizer.zero_grad()
+                self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
                 if self.ema:
                     self.ema.update(self.model, step=self.updates)
                 if self.scheduler:

@@ -14,7 +14,8 @@ from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
-from .data import class_names, count_classes, eval_loader, find_split, hold_out, open_split, shorten
+from . import data, memory
+from .data import class_names, count_classes, find_split, hold_out, open_split, shorten
 from .evaluation import evaluate
 from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import ValidateOptions
@@ -50,7 +51,8 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
         # as many pixels a step at every size, so that what fits into memory at the first fits at all
         first = rows[0]["img_size"] if rows else size
         batch_size = max(min(o.batch_size, int(o.batch_size * (first / size) ** 2)), 1)
-        loader = eval_loader(images, config, batch_size, o.workers, processes)
+        source = memory if o.in_memory or images.is_packed else data
+        loader = source.eval_loader(images, config, batch_size, o.workers, processes)
         scores = evaluate(compiled, loader, processes, autocast(processes.device, o.amp, o.amp_dtype), f"{size} px")
         unreadable, names = images.report_unreadable(processes)
         for unreadable_name in names:

@@ -23,6 +23,7 @@ import vim2
 
 from ..checkpoints import save_checkpoint, write_atomically
 from ..command.errors import UserError
+from ..command.graphs import record
 from ..command.options import fill_in, plain, resolve, resume_options
 from ..command.processes import Processes, choose_device
 from ..command.progress import progress_bar, say
@@ -79,23 +80,6 @@ class Positional(nn.Module):
 
     def forward(self, x: Tensor, future: Tensor | None = None) -> Tensor:
         return self.model(x, future=future)
-
-
-def record(model: TSM2, inputs: tuple[Tensor, ...], amp: bool) -> nn.Module:
-    """A model's forward and backward pass in training as CUDA graphs, which are launched as a whole.
-
-    Args:
-        model: On a GPU; shares its weights with what is returned.
-        inputs: History, and future features if there are some, contiguous and of the shapes that are to come.
-        amp: Whether to run in bfloat16, as under autocast.
-    """
-    averages = [buffer.clone() for buffer in model.buffers()]
-    with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
-        graphed = torch.cuda.make_graphed_callables(Positional(model).train(), inputs)
-    with torch.no_grad():
-        for buffer, average in zip(model.buffers(), averages):  # recording ran the model
-            buffer.copy_(average)
-    return graphed
 
 
 class Run:
@@ -326,7 +310,8 @@ class Run:
     def capture(self) -> None:
         """From here on, batches run as CUDA graphs; the last of an epoch, if it is smaller, goes without."""
         x, _, future = self.windows["train"][: self.batch_size]
-        self.graphed = record(self.model, tuple(t.contiguous() for t in (x, future) if t is not None), self.amp)
+        inputs = tuple(t.contiguous() for t in (x, future) if t is not None)
+        self.graphed = record(Positional(self.model).train(), inputs, torch.bfloat16 if self.amp else None)
 
     def validate(self) -> dict[str, Any]:
         self.model.eval()

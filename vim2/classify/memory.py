@@ -1,0 +1,290 @@
+"""Images that are decoded once and held on the device as bytes.
+
+Images to validate on are resized and cropped by timm's own transform, so that accuracies are those from files. Images
+to train on are held as they are if all have one size, of at most twice the size that the model is trained at; others
+are resized (their shorter side) and cropped in the middle to a square that is 8/7 of it. What training sees is cut out
+of these on the device.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DistributedSampler, RandomSampler
+from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
+
+from ..command.errors import UserError
+from ..command.processes import Processes
+from ..command.progress import progress_bar, say
+from .augmentation import Augmentation, Normalize, to_device
+from .data import Images
+
+__all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
+
+CHUNK = 2048  # images that are decoded before they are copied to the device
+MARGIN = 8 / 7  # of images of many sizes: side to hold over the side to train at, as 256 over 224
+LARGEST = 2  # of images of one size: beyond this many times the side to train at, they are resized, too
+
+
+@dataclass(frozen=True)
+class HeldImages:
+    """The readable images of a data set.
+
+    Attributes:
+        images: (n, C, H, W) uint8, on the device.
+        targets: (n,) int64, on the device: their classes.
+    """
+
+    images: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device, if it tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def hold(
+    images: Images,
+    transform: Callable[[Image.Image], Tensor],
+    shape: tuple[int, int, int],
+    processes: Processes,
+    threads: int,
+    description: str = "decode",
+) -> HeldImages | None:
+    """Decode images and hold them on this process's device. Those that cannot be read are noted in `images`.
+
+    Args:
+        images: What to decode.
+        transform: From a decoded image to (C, H, W) uint8.
+        shape: C, H and W.
+        processes: Each holds all images.
+        threads: Threads that decode.
+        description: What the progress bar says.
+
+    Returns:
+        The images; None if one of them came out in another shape.
+
+    Raises:
+        UserError: The device has too little memory; not one image can be read.
+    """
+    n, device = len(images), processes.device
+    needed, free = n * math.prod(shape), free_memory(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"{n:,} images of {' x '.join(map(str, shape))} bytes need {needed / 1e9:.1f} GB, and {device} has "
+            f"{free / 1e9:.1f} GB free: choose a smaller --img-size, or train from class folders without --in-memory.",
+            one_process=True,
+        )
+    held = torch.empty((n, *shape), dtype=torch.uint8, device=device)
+    targets: list[int] = []
+
+    def decode(index: int) -> tuple[Tensor, int] | None:
+        sample = images.load(index)
+        return sample and (transform(sample[0]), sample[1])
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for start in progress_bar(range(0, n, CHUNK), description, processes):
+            decoded = [sample for sample in pool.map(decode, images.indices[start : start + CHUNK]) if sample]
+            if any(image.shape != shape for image, _ in decoded):
+                return None
+            if decoded:
+                held[len(targets) : len(targets) + len(decoded)] = torch.stack([image for image, _ in decoded])
+                targets += [target for _, target in decoded]
+    if not targets:
+        raise UserError(
+            f"Not one of the {n} images can be read, {images.filename(images.indices[0])} first: check the data."
+        )
+    return HeldImages(held[: len(targets)], torch.tensor(targets, dtype=torch.int64).to(device))
+
+
+def hold_to_train(images: Images, side: int, processes: Processes, threads: int) -> HeldImages:
+    """Hold images to cut random crops from; says how large they are held.
+
+    Args:
+        images: What to decode.
+        side: Height and width to train at.
+        processes: Each holds all images.
+        threads: Threads that decode.
+    """
+    channels = len(images.mode)  # "RGB" or "L"
+    first = next((sample for i in images.indices if (sample := images.load(i))), None)
+    held = None
+    if first is not None and min(first[0].size) <= LARGEST * side:
+        width, height = first[0].size
+        held = hold(images, pil_to_tensor, (channels, height, width), processes, threads)
+    how = "as they are"
+    if held is None:
+        square = math.ceil(MARGIN * side)
+        resize = transforms.Compose(
+            [
+                transforms.Resize(square, transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(square),
+                transforms.PILToTensor(),
+            ]
+        )
+        held = hold(images, resize, (channels, square, square), processes, threads)
+        how = f"resized and cropped, for crops of {side} x {side}"
+    _, _, height, width = held.images.shape
+    say(
+        f"{len(held):,} images to train on in memory, {height} x {width} pixels {how}: "
+        f"{held.images.nbytes / 1e9:.2f} GB on {processes.device}",
+        processes,
+    )
+    return held
+
+
+class TrainLoader:
+    """Random batches of this process's share of the images in an epoch.
+
+    Iterating draws the epoch's order and augmentation from PyTorch's random state.
+
+    Args:
+        held: The images.
+        augment: Cuts and changes them, or None.
+        normalize: What becomes of them without augmentation.
+        batch_size: Images a batch and process; a last, smaller batch is dropped.
+        processes: The processes that train.
+    """
+
+    def __init__(
+        self,
+        held: HeldImages,
+        augment: Augmentation | None,
+        normalize: Normalize,
+        batch_size: int,
+        processes: Processes,
+    ):
+        self.held, self.augment, self.normalize, self.batch_size = held, augment, normalize, batch_size
+        self.device = processes.device
+        if processes.world_size > 1:
+            self.sampler = DistributedSampler(range(len(held)), processes.world_size, processes.rank)
+        else:
+            self.sampler = RandomSampler(range(len(held)))
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n = len(self) * self.batch_size
+        order = to_device(torch.tensor(list(self.sampler)[:n]), self.device)
+        numbers = to_device(self.augment.draw(n), self.device) if self.augment else None
+        for start in range(0, n, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            images = self.held.images.index_select(0, order[batch])
+            images = self.augment(images, numbers[batch]) if self.augment else self.normalize(images)
+            yield images, self.held.targets.index_select(0, order[batch])
+
+
+class EvalLoader:
+    """This process's share of the images, in order: no image is in two shares, none is left out.
+
+    Args:
+        held: The images.
+        normalize: Turns them into what the model takes.
+        batch_size: Images a batch; the last may be smaller.
+        processes: The processes that share them.
+    """
+
+    def __init__(self, held: HeldImages, normalize: Normalize, batch_size: int, processes: Processes):
+        self.images = held.images[processes.rank :: processes.world_size]
+        self.targets = held.targets[processes.rank :: processes.world_size]
+        self.normalize, self.batch_size = normalize, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets in zip(self.images.split(self.batch_size), self.targets.split(self.batch_size)):
+            yield self.normalize(images), targets
+
+
+def train_loader(
+    images: Images,
+    data_config: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    processes: Processes,
+    no_aug: bool = False,
+    auto_augment: str | None = None,
+    **augmentation,
+) -> TrainLoader:
+    """As `data.train_loader`, from memory: (batch, C, H, W) images, normalised, on the device, and their classes.
+
+    Args:
+        images: To train on; decoded here.
+        data_config: From `timm.data.resolve_data_config`.
+        batch_size: Images a step and process; a last, smaller batch is dropped.
+        workers: Threads that decode.
+        processes: The processes that train.
+        no_aug: Resize and crop in the middle, by timm's transform, and nothing else.
+        auto_augment: Must be empty.
+        augmentation: Further arguments of `Augmentation`.
+
+    Raises:
+        UserError: What does not work from memory, images that do not fit into it, too few readable images.
+    """
+    if auto_augment:
+        raise UserError(
+            f"--aa {auto_augment} does not work on images in memory, which have crops, flips, colours and erasing "
+            "but no policies: leave it out (with a recipe, --aa ''), or train from class folders without --in-memory."
+        )
+    channels, *size = data_config["input_size"]
+    normalize = Normalize(data_config["mean"], data_config["std"], channels, processes.device)
+    if no_aug:
+        transform = create_transform(
+            tuple(data_config["input_size"]),
+            is_training=True,
+            no_aug=True,
+            interpolation=augmentation["interpolation"],
+            use_prefetcher=True,
+        )
+        held, augment = hold(images, transform, (channels, *size), processes, workers), None
+    else:
+        held = hold_to_train(images, max(size), processes, workers)
+        source = tuple(held.images.shape[2:])
+        augment = Augmentation(source, tuple(size), normalize, channels, processes.device, **augmentation)
+    if len(held) < batch_size * processes.world_size:
+        raise UserError(f"Only {len(held)} images can be read, too few for batches of {batch_size}: check the data.")
+    return TrainLoader(held, augment, normalize, batch_size, processes)
+
+
+def eval_loader(
+    images: Images, data_config: dict[str, Any], batch_size: int, workers: int, processes: Processes
+) -> EvalLoader:
+    """As `data.eval_loader`, from memory, with the same values; unreadable images are left out.
+
+    Raises:
+        UserError: Images that do not fit into memory; not one that can be read.
+    """
+    channels, *size = data_config["input_size"]
+    transform = create_transform(
+        tuple(data_config["input_size"]),
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        use_prefetcher=True,
+    )
+    held = hold(images, transform, (channels, *size), processes, workers)
+    normalize = Normalize(data_config["mean"], data_config["std"], channels, processes.device)
+    return EvalLoader(held, normalize, batch_size, processes)

@@ -1,0 +1,45 @@
+"""A model's passes in training as CUDA graphs.
+
+A GPU runs the kernels of a small model faster than its host launches them; a graph of them is launched as a whole.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+__all__ = ["record"]
+
+
+def record(module: nn.Module, inputs: tuple[Tensor, ...], amp_dtype: torch.dtype | None = None) -> nn.Module:
+    """Record a module's forward and backward pass.
+
+    A backward pass leaves the gradients where the next one puts its own: who adds gradients of several passes up has to
+    give the parameters gradients beforehand, to add to.
+
+    Args:
+        module: On a GPU, its parts in training or evaluation mode as they are to run. Its `forward` becomes the graphs'
+            launch; to keep a model's own, wrap it.
+        inputs: Contiguous tensors of the shapes that are to come.
+        amp_dtype: Precision under autocast; without autocast if None.
+
+    Returns:
+        The module. Its weights stay those that optimisers change, and its buffers are as they were before.
+
+    Raises:
+        UserError: It does something that cannot be recorded, such as waiting for the GPU.
+    """
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    try:
+        with torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False):
+            graphed = torch.cuda.make_graphed_callables(module, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"The model cannot be recorded as CUDA graphs ({str(error).splitlines()[0]}): leave out --cuda-graph."
+        ) from None
+    with torch.no_grad():
+        for buffer, before in zip(module.buffers(), buffers):  # recording ran the model, which changed its averages
+            buffer.copy_(before)
+    return graphed
