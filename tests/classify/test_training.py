@@ -78,10 +78,12 @@ def test_a_killed_run_goes_on_exactly(data, tmp_path):
         assert all(torch.equal(last[0][key][name], value) for name, value in last[1][key].items())
 
 
-def test_a_finished_run_resumed_stays_as_it_is(trained, tmp_path):
+def test_a_finished_run_resumed_stays_as_it_is(trained, data, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.csv").read_text()
     assert main(["train", "--resume", str(tmp_path / "run" / "last.pth")]) == 0
+    run = train(data_dir=data, output=tmp_path, experiment="run", resume=True)  # as --resume without a file
+    assert len(run["history"]) == 2 and run["args"]["model"] == "test_vim2"
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
 
 
@@ -144,7 +146,8 @@ def test_mixed_precision_on_the_cpu(data, tmp_path, dtype):
 
 def test_compiled_training_saves_plain_names(data, tmp_path):
     argv = ["--data-dir", str(data), *TINY, "--epochs", "1", "--torchcompile", "eager", "--output", str(tmp_path)]
-    run = train([*argv, "--model-kwargs", "depths=1,1,1,1", "token_mixers=1"])
+    # batches of one size, so that nothing is compiled for a second one
+    run = train([*argv, "-b", "5", "--model-kwargs", "depths=1,1,1,1", "token_mixers=1"])
     names = torch.load(f"{run['folder']}/best.pth", weights_only=True)["state_dict"]
     assert names.keys() == timm.create_model("test_vim2", depths=(1, 1, 1, 1), token_mixers=1).state_dict().keys()
 

@@ -51,10 +51,10 @@ def test_training_learns_what_the_naive_forecasts_cannot_know(tmp_path):
     noise = np.random.default_rng(0).normal(size=1000)
     frame = pd.DataFrame({"date": pd.date_range("2024", periods=990, freq="h"), "a": noise[10:], "b": noise[:-10]})
     data = write_csv(tmp_path / "a.csv", frame)
-    options = dict(horizon=4, lookback=16, patch=4, stride=4, d_model=16, d_state=4, dropout=0.0, batch_size=32)
-    run = start(data, tmp_path, **options, lr=5e-3, epochs=12, instance_norm="none", experiment="r")
+    options = dict(horizon=4, lookback=16, patch=4, stride=4, d_model=16, d_state=4, dropout=0.0, batch_size=16)
+    run = start(data, tmp_path, **options, lr=5e-3, epochs=6, instance_norm="none", experiment="r")
     assert run["best"]["val_mse"] < 0.7 * run["baselines"]["ridge"]["val_mse"]
-    alone = start(data, tmp_path, **options, lr=5e-3, epochs=4, variate_mixer="none", experiment="alone")
+    alone = start(data, tmp_path, **options, lr=5e-3, epochs=2, variate_mixer="none", experiment="alone")
     assert alone["best"]["val_mse"] > 0.9 * run["baselines"]["ridge"]["val_mse"]
 
 
