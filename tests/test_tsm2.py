@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import DEVICE, needs_triton
 from torch import nn
 
 import vim2
@@ -225,12 +226,11 @@ def test_bad_inputs():
         model(history(), torch.zeros(5, 2), torch.zeros(2, 7, 3))
 
 
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("variates", [1, 5])
-def test_gpu_kernels_compute_the_same(variates, monkeypatch):
-    """Forecast and gradients, in Triton's interpreter where there is no GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, x = make(depth=2).float().to(device), history(2, variates).float().to(device)
+def test_gpu_kernels_compute_the_same(variates, monkeypatch, poison):
+    """Forecast and gradients, in Triton's interpreter where there is no GPU: hence a short lookback."""
+    model, x = make(depth=2, lookback=16).float().to(DEVICE), history(2, variates)[:, :16].float().to(DEVICE)
     results = []
     for name in ("torch", "triton"):
         monkeypatch.setattr(backend, "DEFAULT_BACKEND", name)

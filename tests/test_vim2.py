@@ -5,6 +5,7 @@ import pickle
 import pytest
 import timm
 import torch
+from devices import needs_gpu
 from timm.layers import DropPath
 from timm.models import FeatureInfo
 from timm.optim import create_optimizer_v2
@@ -36,6 +37,14 @@ def parameters(name, **kwargs):
 def model():
     torch.manual_seed(0)
     return randomise(timm.create_model("test_vim2", num_classes=10)).eval()
+
+
+@pytest.fixture
+def small_model():
+    """Two stages, one of them with two blocks: all kinds of layers, for what takes its time with each layer."""
+    torch.manual_seed(0)
+    sizes = dict(depths=(2, 1), dims=(16, 24), channel_expand=(2.0, 1.0))
+    return randomise(timm.create_model("test_vim2", num_classes=10, **sizes)).eval()
 
 
 def test_all_models_are_listed():
@@ -303,26 +312,27 @@ def test_fx_tracing(model):
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(images(1, 3, 96, 64)), model(images(1, 3, 96, 64)))
 
 
-def test_compiles_without_graph_breaks(model):
+def test_compiles_without_graph_breaks(small_model):
     x = images(2, 3, 64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiled = torch.compile(small_model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), small_model(x))
 
 
-def test_exports(model):
+def test_exports(small_model):
     x = images(2, 3, 64, 64)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    torch.testing.assert_close(torch.export.export(small_model, (x,)).module()(x), small_model(x))
 
 
-def test_exports_with_dynamic_sizes(model):
+def test_exports_with_dynamic_sizes(small_model):
     dynamic = torch.export.Dim.DYNAMIC
     exported = torch.export.export(
-        model, (images(2, 3, 64, 96),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
-    )
+        small_model, (images(2, 3, 64, 96),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    ).module()
     for shape in ((2, 3, 64, 64), (3, 3, 128, 96)):
-        torch.testing.assert_close(exported.module()(images(*shape)), model(images(*shape)))
+        torch.testing.assert_close(exported(images(*shape)), small_model(images(*shape)))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU, sums could come in any order")
+@needs_gpu  # where sums could come in any order
 @pytest.mark.parametrize("amp", [False, True])
 def test_two_runs_on_a_gpu_give_the_same_bits(amp, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)

@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 
 import pytest
@@ -10,6 +11,18 @@ collect_ignore_glob = ["test_*.py"] if MISSING else []
 def pytest_terminal_summary(terminalreporter):
     if MISSING:
         terminalreporter.write_line(f"tests/mm is left out: no {', '.join(MISSING)} here; the extra mm brings them.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_configs():
+    """Spares what MMEngine does anew for every config, and what takes longer than to train a tiny model: it reads the
+    metafiles of a whole library, and lays the config out for readers, five times a run."""
+    from mmengine.config import config, utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load", functools.cache(utils.load))
+        patch.setattr(config, "FormatCode", lambda text, **style: (text, True))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from devices import DEVICE
 from mm_helpers import ROOT
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ import vim2.mm  # noqa: F401
 from mmcv import ops  # isort: skip
 from vim2.mm import operators
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = sorted({"cpu", DEVICE})
 stand_in = pytest.mark.skipif(
     ops.get_compiler_version()[:4] != "none", reason="mmcv here has compiled operators, which are used instead"
 )

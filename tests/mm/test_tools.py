@@ -2,6 +2,7 @@
 
 from common.command import run_tool
 
+import contextlib
 import io
 import json
 import lzma
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mm_helpers import ROOT, TOOLS, run
+from mm_helpers import ROOT
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
 import vim2.mm  # noqa: F401
+from benchmarks.mm import main as measure
 from tools.image_demo import main as demo
 from tools.prepare_data import COCO_STUFF, COCO_THINGS
 from tools.prepare_data import main as prepare
@@ -166,13 +168,13 @@ class TestPreparing:
 @pytest.fixture(scope="module")
 def counted():
     configs = [
-        "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py",
+        ROOT / "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py",
         "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+        ROOT / "mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py",
     ]
-    configs += ["mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py"]
-    done = run(TOOLS / "benchmarks" / "mm.py", "--count", *configs, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return re.findall(r"^\| (\S+) \| [\dx ]+ \| \d \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.M)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        measure(["--count", *map(str, configs)])
+    return re.findall(r"^\| (\S+) \| [\dx ]+ \| \d \| ([\d.]+) \| ([\d.]+) \|", out.getvalue(), re.M)
 
 
 class TestCounting:
@@ -188,13 +190,12 @@ class TestCounting:
             )
             assert f" {parameters} " in row and f" {gflops} " in row
 
-    def test_times_and_files(self, configs, tmp_path):
+    def test_times_and_files(self, configs, tmp_path, capsys):
         argv = ["--shape", "64", "64", "--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", tmp_path]
-        done = run(TOOLS / "benchmarks" / "mm.py", configs["mmdet"], configs["mmseg"], *argv, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-2000:]
+        measure([str(a) for a in (configs["mmdet"], configs["mmseg"], *argv)])
         rows = json.loads((tmp_path / "mm_benchmark.json").read_text())["models"]
         assert len(rows) == 2 and all(row[mode]["img_s"] > 0 for row in rows for mode in ("infer", "train"))
-        assert done.stdout.endswith((tmp_path / "mm_benchmark.md").read_text())  # after warnings, if any
+        assert capsys.readouterr().out.endswith((tmp_path / "mm_benchmark.md").read_text())  # after warnings, if any
 
 
 def test_no_picture_overwrites_another(configs, tmp_path):

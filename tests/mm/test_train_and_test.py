@@ -342,17 +342,17 @@ class TestSeveralProcesses:
         assert words[-4:] == ["config.py", "--work-dir=work", "--launcher=slurm", "--resume"]
 
 
-def test_error_is_one_line_and_exit_code_2(configs, tmp_path):
-    weights = [
-        "--cfg-options",
-        "model.backbone.init_cfg.type=Pretrained",
-        "model.backbone.init_cfg.checkpoint=none.pth",
-    ]
-    for name, argv in (("none.py", ["none.py"]), ("none.pth", [configs["mmseg"], "--work-dir", tmp_path, *weights])):
-        done = run(TOOLS / "train.py", *argv, cwd=tmp_path)
-        assert done.returncode == 2
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and name in errors[0] and "Traceback" not in done.stderr
+def test_error_is_one_line_and_exit_code_2(configs, tmp_path, capfd):
+    def check(code, stderr, name):
+        assert code == 2
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and name in errors[0] and "Traceback" not in stderr
+
+    done = run(TOOLS / "train.py", "none.py", cwd=tmp_path)
+    check(done.returncode, done.stderr, "none.py")
+    weights = ["model.backbone.init_cfg.type=Pretrained", "model.backbone.init_cfg.checkpoint=none.pth"]
+    code = run_tool(train, [str(configs["mmseg"]), "--work-dir", str(tmp_path), "--cfg-options", *weights])
+    check(code, capfd.readouterr().err, "none.pth")
 
 
 def test_all_of_it_from_the_root_of_the_repository():

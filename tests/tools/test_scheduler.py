@@ -3,10 +3,17 @@
 from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 
 import json
+import multiprocessing
 import os
 import time
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def light_processes(monkeypatch):
+    """Where other tests have imported vim2.mm, every new process would import it, too, and take seconds for it."""
+    monkeypatch.delitem(multiprocessing.current_process()._config, "vim2.mm", raising=False)
 
 
 def work(task):
