@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from classify_helpers import TINY, make_pack, pack_folders, tool
+from devices import needs_gpu
 
 from vim2.classify import UserError, predict, train, validate
 from vim2.classify.training import Run
@@ -162,7 +163,7 @@ def test_what_cannot_be_recorded(fails, data, tmp_path, option):
     assert option in fails("train", "--data-dir", data, *TINY, "--output", tmp_path, "--cuda-graph", option)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@needs_gpu
 @pytest.mark.parametrize("options", [[], ["--grad-accum-steps", "2", "--clip-grad", "1"], ["--freeze", "2"]])
 def test_recorded_training_learns_the_same(pack, tmp_path, options):
     argv = ["--data-dir", str(pack), *TINY, "--device", "cuda", "--epochs", "3", "--model-ema", "--warmup-epochs", "0"]

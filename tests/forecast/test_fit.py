@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from devices import needs_gpu
 
 pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 
@@ -182,7 +183,7 @@ def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path,
     assert run["best"]["val_loss"] == run["best"]["val_mse"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@needs_gpu
 def test_cuda_graphs_train_the_same(tmp_path, data):
     options = dict(device="cuda", epochs=2, dropout=0.0, norm="2d")
     plain, graph = (start(data, tmp_path, cuda_graph=g, experiment=str(g), **options) for g in (False, True))
