@@ -12,6 +12,7 @@ from timm.data import auto_augment
 
 from vim2.classify import train
 from vim2.classify.cli import main
+from vim2.classify.data import open_train_and_val
 from vim2.classify.options import TrainOptions, apply_recipe
 from vim2.classify.training import Run, plain_containers
 from vim2.command.options import resolve
@@ -164,6 +165,14 @@ def test_webp_and_a_folder_without_splits(tmp_path):
     scores = json.loads((output / "validation.json").read_text())[0]
     assert scores["images"] == 6
     assert scores["loss"] == pytest.approx(run["history"][0]["val_loss"], rel=1e-5)
+
+
+def test_an_empty_split_to_validate_on_sets_images_to_train_on_aside(data):
+    train_images, val_images, names, held_out = open_train_and_val("", data, val_split="", holdout=0.25)
+    assert (len(train_images), len(val_images), held_out) == (27, 9, True) and names == ["blue", "green", "red"]
+    files = [{images.filename(i) for i in images.indices} for images in (train_images, val_images)]
+    assert not files[0] & files[1] and all("/train/" in name for name in files[0] | files[1])
+    assert sorted(val_images.targets()) == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_grey_images_one_channel(data, tmp_path):

@@ -213,7 +213,10 @@ def hold_out(images: Images, share: float) -> tuple[Images, Images]:
     Raises:
         UserError: A class with a single image.
     """
-    targets = np.array(images.targets())
+    try:
+        targets = np.array(images.targets())
+    except AttributeError:
+        raise UserError("Only of class folders and packs can a part be set aside: name a --val-split.") from None
     random = np.random.default_rng(0)
     validation = np.zeros(len(images), dtype=bool)
     for target in np.unique(targets):
@@ -238,7 +241,9 @@ def open_train_and_val(
     mode: str = "RGB",
     download: bool = False,
 ) -> tuple[Images, Images, list[str] | None, bool]:
-    """Both splits of a dataset, as `open_split`. Class folders without splits are split by `hold_out`.
+    """Both splits of a dataset, as `open_split`.
+
+    Class folders without splits are split by `hold_out`. So are, with an empty `val_split`, those to train on.
 
     Returns:
         Images to train on, images to validate on, class names, and whether the split is ours.
@@ -247,12 +252,12 @@ def open_train_and_val(
         UserError: As `open_split` and `hold_out`; one split alone; fewer than two classes; splits of other classes.
     """
     options = dict(class_map=class_map, mode=mode, download=download)
-    if not name and is_pack(train_split) != is_pack(val_split):
+    if not name and val_split and is_pack(train_split) != is_pack(val_split):
         raise UserError(
             f"--train-split {train_split} --val-split {val_split} name a pack for one split only: name one for each, "
             "or give --data-dir a pack to have a part of it set aside."
         )
-    if name or not root or is_pack(train_split) or not Path(root).is_dir():
+    if name or not root or not val_split or is_pack(train_split) or not Path(root).is_dir():
         held_out = not name and bool(root) and not is_pack(train_split)  # a tar of class folders, or a pack
     else:
         found = {split: find_split(root, split) for split in (train_split, val_split)}
@@ -272,7 +277,7 @@ def open_train_and_val(
     if names is not None and len(names) < 2:
         where = f"all lie in {root} itself" if names == [""] else f"are all of one class, {names[0]}"
         raise UserError(f"The images to train on {where}: put them into a folder for each of two classes or more.")
-    if held_out and not (train.is_packed and train.dataset.reader.has_splits):
+    if not val_split or (held_out and not (train.is_packed and train.dataset.reader.has_splits)):
         return *hold_out(train, holdout), names, True
     val = open_split(name, root, val_split, **options)
     if names is not None and class_map is None and names != (class_names(val) or names):

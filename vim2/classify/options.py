@@ -102,8 +102,12 @@ class DataOptions(Options, group="data"):
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(Options, group="splits"):
     train_split: str = option("train", "split, folder, or packs, to train on", metavar="NAME")
-    val_split: str = option("validation", "split, folder, or packs, to validate on", metavar="NAME")
-    holdout: Share = option(0.2, "share of each class to validate on where the folder has no splits")
+    val_split: str = option(
+        "validation",
+        "split, folder, or packs, to validate on; an empty one sets a part of the images to train on aside",
+        metavar="NAME",
+    )
+    holdout: Share = option(0.2, "share of each class to validate on where no split is for that")
 
 
 @dataclass(frozen=True, kw_only=True)

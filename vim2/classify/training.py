@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints import save_checkpoint, write_atomically
-from ..command.errors import UserError, did_you_mean
+from ..command.errors import DivergenceError, UserError, did_you_mean
 from ..command.figures import figures_if_possible
 from ..command.graphs import record
 from ..command.options import resolve, resume_options
@@ -302,7 +302,8 @@ class Run:
         """Train up to the last epoch.
 
         Raises:
-            UserError: The loss became NaN, or a file could not be written. The last good checkpoint is kept.
+            DivergenceError: The loss became NaN or infinite. The last good checkpoint is kept.
+            UserError: A file could not be written. The last good checkpoint is kept.
         """
         o, first = self.options, len(self.history)
         images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
@@ -434,7 +435,7 @@ class Run:
         if finite:
             return
         kept = f"The last good checkpoint, of epoch {epoch}, is kept: {self.folder / 'last.pth'}."
-        raise UserError(
+        raise DivergenceError(
             f"The loss became NaN or infinite in epoch {epoch + 1}. {kept if epoch else 'Nothing was saved yet.'} "
             "Start again with a lower --lr, with --clip-grad 1, or if it was in float16 with --amp-dtype bfloat16"
             + (", from that checkpoint by --initial-checkpoint." if epoch else ".")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Command", "UserError", "did_you_mean", "run_command"]
+__all__ = ["Command", "DivergenceError", "UserError", "did_you_mean", "run_command"]
 
 
 class UserError(ValueError):
@@ -23,6 +23,10 @@ class UserError(ValueError):
     def __init__(self, message: str, one_process: bool = False):
         super().__init__(" ".join(str(message).split()))
         self.one_process = one_process
+
+
+class DivergenceError(UserError):
+    """A loss that became NaN or infinite."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

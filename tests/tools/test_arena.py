@@ -1,0 +1,263 @@
+"""tools/arena.py: how models are named and their stems halved, a whole comparison, its tables, pictures and errors."""
+
+from common.command import run_tool
+
+import io
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from benchmarks.arena import report
+from benchmarks.arena.models import Entry, adapt, create, dynamic, last_map, parse_entry
+from tools import arena
+from vim2.checkpoints import read_checkpoint
+from vim2.classify import validate
+
+
+def test_entries():
+    assert parse_entry("resnet18") == Entry("resnet18", "resnet18", {})
+    assert parse_entry("test_resnet.r160_in1k").label == "test_resnet.r160_in1k"
+    text = "P 4+=vim2_nano:channel_patch=4,dims=(48, 96),depths=[1,2],channel_mixer=mlp,mlp_ratio=1e-1,x=True"
+    kwargs = dict(channel_patch=4, dims=(48, 96), depths=[1, 2], channel_mixer="mlp", mlp_ratio=0.1, x=True)
+    assert parse_entry(text) == Entry("P 4+", "vim2_nano", kwargs)
+
+
+STRIDES = {  # of the last map, in pixels, of the ordinary model
+    "vim2_nano": 32,
+    "vim2_tiny": 32,
+    "none=vim2_nano:channel_mixer=none": 32,
+    "convnext_tiny": 32,
+    "swin_tiny_patch4_window7_224": 32,
+    "mambaout_tiny": 32,
+    "resnet18": 32,
+    "resnet50": 32,
+    "efficientvit_b0": 32,
+    "efficientvim_m1": 64,
+    "deit_small_patch16_224": 16,
+}
+
+
+@pytest.mark.parametrize("text", STRIDES)
+def test_every_stem_is_halved_and_reads_other_sizes(text):
+    entry = adapt(parse_entry(text), 64)
+    stride = STRIDES[text] // 2
+    model = create(dynamic(entry), num_classes=10)
+    for size in (64, 128, 192):
+        assert last_map(model, size) == size // stride
+        assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
+    parameters = sum(p.numel() for p in model.parameters())
+    ordinary = create(parse_entry(text), num_classes=10)
+    # but for patches and positions, the model is the ordinary one
+    assert parameters == pytest.approx(sum(p.numel() for p in ordinary.parameters()), rel=0.02)
+
+
+def test_arguments_that_an_image_size_calls_for():
+    swin = parse_entry("swin_tiny_patch4_window7_224")
+    assert adapt(swin, 64).kwargs == dict(patch_size=2, img_size=64, window_size=8)  # maps of 32, 16, 8 and 4
+    assert adapt(swin, 224, halve=False).kwargs == dict(img_size=224, window_size=7)
+    assert adapt(swin, 96).kwargs["window_size"] == 6
+    assert adapt(parse_entry("a=vim2_nano:patch_size=8"), 64).kwargs == dict(patch_size=8)  # it has a stem of its own
+    assert adapt(parse_entry("resnet18"), 128, halve=False) == parse_entry("resnet18")
+
+
+def test_a_patch_convolution_of_half_the_stride_has_half_the_kernel():
+    entry = adapt(parse_entry("test_convnext"), 64)
+    half, whole = (timm.create_model(name) for name in (entry.model, "test_convnext"))
+    assert half.stem[0].kernel_size == half.stem[0].stride == (2, 2)
+    assert half.stem[0].weight.std().item() == pytest.approx(whole.stem[0].weight.std().item(), rel=0.2)
+    assert half(torch.ones(1, 3, 64, 64)).isfinite().all()
+
+
+COLOURS = {"blue": (50, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A pack of noisy images of one colour, 20 of each to train on and 4 to validate on."""
+    random, files, labels, split = np.random.default_rng(0), [], [], []
+    for label, colour in enumerate(COLOURS.values()):
+        for i in range(24):
+            pixels = (np.array(colour) + random.integers(-30, 30, (32, 32, 3))).clip(0, 255).astype("uint8")
+            Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+            files.append(np.frombuffer(file.getvalue(), "uint8"))
+            labels.append(label)
+            split.append(i >= 20)
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    offsets = np.cumsum([0, *map(len, files)])
+    arrays = dict(labels=np.array(labels), split=np.array(split, dtype=int), names=np.array(list(COLOURS)))
+    np.savez(path, data=np.concatenate(files), offsets=offsets, **arrays)
+    return path
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "arena.jsonl").read_text().splitlines()]
+
+
+def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys):
+    folder = tmp_path / "arena"
+    argv = ["run", folder, "--data-dir", data, "--models", "none=test_vim2:channel_mixer=none", "test_resnet"]
+    argv += ["--device", "cpu", "--img-size", 32, "-b", 12, "--epochs", 2, "--warmup-epochs", 0, "-j", 0]
+    argv += ["--lrs", 1e-3, 1e12, "--search-epochs", 1, "--seeds", 0, 1, "--holdout", 0.1]
+    argv = list(map(str, argv))
+    assert arena.main([*argv, "--minutes", "0"]) == 1
+    assert "4 runs are left" in capsys.readouterr().out
+    assert arena.main(argv) == 0
+    rows = lines(folder)
+    search, train = ([row for row in rows if row["kind"] == kind] for kind in ("search", "train"))
+    assert {(row["label"], row["lr"]) for row in search} == set(
+        itertools.product(("none", "test_resnet"), (1e-3, 1e12))
+    )
+    assert any("NaN" in row.get("failed", "") for row in search)  # a rate at which training diverges is not chosen
+    assert {(row["label"], row["lr"], row["seed"]) for row in train} == {
+        (label, max((r for r in search if r["label"] == label), key=lambda r: r.get("top1", -1))["lr"], seed)
+        for label in ("none", "test_resnet")
+        for seed in (0, 1)
+    }
+    for row in train:
+        run = json.loads(
+            (folder / "runs" / row["label"] / f"epochs2-lr0.001-seed{row['seed']}/metrics.json").read_text()
+        )
+        assert row["top1"] == run["history"][-1]["top1"] and run["args"]["mixup_prob"] == 0.5
+        assert row["params_m"] > 0 and row["gflops"] > 0 and row["images_per_second"] > 0
+    # rates are chosen by a tenth of the 60 images to train on: 2 of each class; runs are judged by the other 12
+    apart = json.loads((folder / "runs/none/epochs1-lr0.001-search/metrics.json").read_text())
+    assert apart["args"]["val_split"] == "" and apart["history"][-1]["top1"] in [100 * n / 6 for n in range(7)]
+    assert run["args"]["val_split"] == "validation"
+
+    out = capsys.readouterr().out
+    assert (folder / "arena.md").read_text() in out and "All runs are done." in out
+    assert out.count(" ± ") == 4 and "| none | 1 | " in out and "after the last epoch" in out
+    for name in ("accuracy_over_time.png", "accuracy_over_flops.png", "curves.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert arena.main(argv) == 0 and lines(folder) == rows  # nothing is run twice
+
+    assert arena.main(["scale", str(folder), "--sizes", "32", "64"]) == 0
+    scaled = [row for row in lines(folder) if row["kind"] == "scale"]
+    assert len(scaled) == 8 and "| label | 32 | 64 |" in (folder / "scaling.md").read_text()
+    for row in scaled:
+        (trained,) = [r for r in train if (r["label"], r["seed"]) == (row["label"], row["seed"])]
+        assert row["img_size"] == 64 or row["top1"] == trained["top1"]
+        assert row["gflops"] == pytest.approx(trained["gflops"] * (row["img_size"] / 32) ** 2, rel=0.1)
+    assert (folder / "scaling.png").exists()
+
+    assert arena.main(["time", str(folder)]) == 0
+    times = {row["label"]: row["images_per_second"] for row in lines(folder) if row["kind"] == "time"}
+    for row in json.loads((folder / "arena.json").read_text())["rows"]:
+        assert row["images_per_second"] == times[row["label"]]
+        assert row["minutes"] == pytest.approx(2 * 60 / times[row["label"]] / 60)
+
+    # a ViM2 of the arena is an ordinary run; a model with another stem than timm's is not taken for timm's
+    (row,) = validate(data_dir=data, checkpoint=folder / "runs/none/epochs2-lr0.001-seed0/last.pth", device="cpu")
+    assert row["top1"] == next(r["top1"] for r in train if r["label"] == "none")
+    other = folder / "runs/test_resnet/epochs2-lr0.001-seed0/last.pth"
+    assert read_checkpoint(other)["arch"] == "test_resnet_half_stem"
+
+    def fails(*more) -> str:
+        capsys.readouterr()
+        assert run_tool(arena.main, [*argv, *map(str, more)]) == 2
+        return capsys.readouterr().err
+
+    assert "weight-decay 0.05, not 0.1" in fails("--weight-decay", 0.1)
+    assert "not none=test_vim2" in fails("--models", "none=test_vim2")
+
+
+def trained(label: str, seed: int, top1: float, **more) -> dict:
+    history = [{"epoch": e, "top1": top1 * e / 2, "seconds": 30.0} for e in (1, 2)]
+    row = dict(kind="train", label=label, epochs=2, lr=1e-3, seed=seed, top1=top1, top5=90.0, history=history)
+    row |= dict(params_m=1.0, gflops=0.5, images_per_second=100.0, train_seconds=60.0, gib=None, sharing=1)
+    return {**row, "hardware": "a card", "date": "today", "versions": "PyTorch", **more}
+
+
+SETTINGS = {
+    "options": dict(img_size=64, batch_size=256, holdout=0.05),
+    "stem_stride": "half",
+    "images": 6000,
+    "num_classes": 10,
+}
+
+
+def test_means_deviations_and_what_is_not_finished(tmp_path):
+    results = [trained("a", 0, 50.0), trained("a", 1, 52.0), trained("b", 0, 60.0, sharing=4)]
+    results += [trained("c", 0, 99.0) | {"failed": "The loss became NaN"}, trained("a", 0, 70.0, epochs=4)]
+    rows = report.collect(results, SETTINGS)
+    assert [(row["label"], row["epochs"], row["top1"]) for row in rows] == [("a", 4, 70), ("b", 2, 60), ("a", 2, 51)]
+    assert rows[2]["top1_sd"] == pytest.approx(math.sqrt(2)) and rows[1]["top1_sd"] is None
+    assert rows[2]["curve"] == [(1, 25.5), (2, 51)]
+
+    for seed in (0, 1):  # of which one is finished
+        run = tmp_path / f"runs/a/epochs2-lr0.001-seed{seed + 1}"
+        run.mkdir(parents=True)
+        args = dict(epochs=2, lr=1e-3, seed=seed + 1)
+        (run / "metrics.json").write_text(json.dumps(dict(args=args, history=[{"epoch": 1, "top1": 33.0}])))
+    unfinished = report.unfinished_runs(tmp_path, results)
+    assert [(u["seed"], u["epoch"], u["top1"]) for u in unfinished] == [(2, 1, 33.0)]
+    text = report.report(rows, unfinished, results, SETTINGS)
+    assert "| a | 1.00 | 0.500 | 0.001 | 2 | 0, 1 | 51.00 ± 1.41 | 90.00 ± 0.00 | 100 | 1.0 |" in text
+    assert "| a | 0.001 | 2 | 1 of 2 | 33.00 |" in text and "Failed: c, lr 0.001, seed 0" in text
+    assert "Up to 4 runs shared a device" in text and "a card, today. PyTorch." in text
+    alone = [dict(kind="time", label=label, images_per_second=200.0, gib=None) for label in "ab"]
+    rows = report.collect(results + alone, SETTINGS)
+    assert [(row["minutes"], row["images_per_second"]) for row in rows] == [(2, 200), (1, 200), (1, 200)]
+    assert "those of a run alone" in report.report(rows, [], results, SETTINGS)
+    report.plot_all(rows, unfinished, tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_labels_of_points_that_lie_together_do_not_cover_one_another():
+    fig = report.figure(figsize=(9, 6), dpi=120)
+    axes = fig.subplots()
+    points = [(f"channel_patch {i}", 5 + i % 3 / 100, 40 + i / 20) for i in range(8)] + [("far", 20, 60)]
+    axes.scatter(*zip(*(point[1:] for point in points)))
+    axes.margins(0.2)
+    report.label_points(fig, axes, points)
+    fig.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 9
+    assert not any(report.overlap(a, b) for a, b in itertools.combinations(boxes, 2))
+    inside = axes.get_window_extent()
+    assert all(report.overlap(box, inside) == pytest.approx(box.width * box.height) for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--models", "vim2_teeny"], "There is no model vim2_teeny; did you mean vim2_tiny?"),
+        (["--models", "a=test_vim2:depth=3"], "a: test_vim2 cannot be made with {'depth': 3}"),
+        (["--models", "a/b=test_vim2"], "Cannot read the model 'a/b=test_vim2'"),
+        (["--models", "a=test_vim2:3"], "Cannot read '3' in the model 'a=test_vim2:3'"),
+        (["--models", "hiera_tiny_224"], "the stem of hiera_tiny_224 cannot be given half its stride"),
+        (["--models", "test_vim2", "test_vim2"], "Two of the --models have one label"),
+        (["--models", "test_vim2", "--lr", "1"], "--lr is not for the arena: see --lrs"),
+        (["--models", "test_vim2", "--gpus", "0"], "There is no GPU 0 to use on cpu"),
+        (["--models", "test_vim2", "--data-dir", "nowhere"], "There is no nowhere"),
+        (
+            ["--models", "test_vim2", "--weight-dekay", "1"],
+            "unknown option --weight-dekay; did you mean --weight-decay?",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
+    assert run_tool(arena.main, ["run", str(tmp_path / "out"), "--device", "cpu", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_without_a_split_of_their_own_cannot_choose_a_rate_too(data, tmp_path, capsys):
+    with np.load(data) as pack:
+        np.savez(tmp_path / "whole.npz", **{name: pack[name] for name in pack.files if name != "split"})
+    argv = ["run", tmp_path / "out", "--device", "cpu", "--models", "test_vim2", "--data-dir", tmp_path / "whole.npz"]
+    assert run_tool(arena.main, [*map(str, argv), "--lrs", "1e-3", "2e-3"]) == 2
+    assert "give data with splits, or one rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["time", "scale", "table"])
+def test_commands_that_need_an_arena(command, tmp_path, capsys):
+    assert run_tool(arena.main, [command, str(tmp_path)]) == 2
+    assert "There is no arena in" in capsys.readouterr().err

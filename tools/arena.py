@@ -1,0 +1,375 @@
+#!/usr/bin/env python
+"""Trains models by one recipe and compares them: accuracy, parameters, FLOPs, speed, memory, with tables and pictures.
+
+    arena.py run OUTPUT --data-dir DIR --models vim2_nano none=vim2_nano:channel_mixer=none resnet18
+    arena.py time OUTPUT                       each model alone on its device, where several had shared one
+    arena.py scale OUTPUT --sizes 64 96 128    the trained models at other image sizes
+    arena.py table OUTPUT                      tables and pictures of what there is
+
+A model is NAME, or LABEL=NAME:key=value,key=value with arguments of its constructor. Each is first trained with seed 0
+at every rate of --lrs, with a part of the training images set aside to choose by, and then at the best with all
+--seeds. Figures are those of the last epoch on the validation images, which nothing is chosen by.
+
+Every run is a folder as of classify.py train, and every finished one a line of OUTPUT/arena.jsonl: a command that was
+cut off, or stopped after --minutes, goes on where it was. docs/training.md explains more.
+"""
+
+from common.command import run_tool
+from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from benchmarks.arena.models import adapt, parse_entry
+from benchmarks.arena.report import (
+    collect,
+    plot_all,
+    plot_scaling,
+    report,
+    scaling_report,
+    scaling_rows,
+    unfinished_runs,
+)
+from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
+from vim2.checkpoints import write_atomically
+from vim2.classify.data import count_classes, open_train_and_val
+from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
+from vim2.command.errors import UserError
+from vim2.command.figures import figures_if_possible
+from vim2.command.options import (
+    REQUIRED,
+    Count,
+    DeviceOptions,
+    NotNegative,
+    Options,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Rate,
+    Share,
+    option,
+    plain,
+    resolve,
+)
+
+# What the arena says to `vim2.classify.train` itself, and what says it to the arena
+OWN = {"model": "--models", "model_kwargs": "--models", "lr": "--lrs", "seed": "--seeds", "recipe": "--epochs"}
+OWN |= dict.fromkeys(("output", "experiment", "resume"), "OUTPUT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(Options):
+    output: str = option(REQUIRED, "folder of the arena", metavar="OUTPUT", positional=True)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions(Options, group="places"):
+    gpus: list[str] | None = option(None, "as CUDA_VISIBLE_DEVICES names them; default: all", metavar="GPU")
+    minutes: NotNegative | None = option(None, "stop after these; the same command goes on later", metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(TrainOptions, group="the arena's recipe"):
+    img_size: Pixels = option(64, "height and width", metavar="PIXELS")
+    batch_size: Positive = option(256, "images a step", short="-b", metavar="N")
+    epochs: Positive = option(16, "epochs, warm-up included", metavar="N")
+    warmup_epochs: NotNegative = option(2.0, "epochs of linear warm-up", metavar="N")
+    reprob: Probability = option(0.25, "probability of random erasing", metavar="P")
+    mixup: NotNegative = option(0.8, "mixup, if above 0", metavar="ALPHA")
+    cutmix: NotNegative = option(1.0, "CutMix, if above 0", metavar="ALPHA")
+    mixup_prob: Probability = option(0.5, "probability of either", metavar="P")
+    drop_path: Rate = option(0.1, "stochastic depth, of models that have it", metavar="RATE")
+    crop_pct: PositiveShare = option(1.0, "size over the size to resize to, at validation", metavar="SHARE")
+    mean: list[float] = option(list(IMAGENET_DEFAULT_MEAN), "mean of the pixels, of 1")
+    std: list[PositiveFloat] = option(list(IMAGENET_DEFAULT_STD), "standard deviation of the pixels, of 1")
+    interpolation: str = option("bicubic", "of resizing", choices=INTERPOLATIONS)
+    amp: bool | None = option(None, "mixed precision; default: on GPUs", negatable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaOptions(FolderOptions, RecipeOptions, PlaceOptions):
+    """Train models by one recipe and compare them. Options that are not the arena's are those of classify.py train."""
+
+    program = "arena.py run"
+    models: list[str] = option(REQUIRED, "NAME, or LABEL=NAME:key=value,key=value", metavar="MODEL")
+    lrs: list[PositiveFloat] = option([1e-3], "learning rates to choose from", metavar="LR")
+    search_epochs: Positive | None = option(None, "length of that choice; default: --epochs", metavar="N")
+    holdout: Share = option(0.05, "share of the training images to choose a rate by")
+    seeds: list[Count] = option([0], "a run for each", metavar="N")
+    stem_stride: str = option("half", "half is for images of 64 pixels or so", choices=("half", "keep"))
+    jobs: Positive = option(1, "runs at a time on each device", metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(FolderOptions):
+    """Tables and pictures of what there is."""
+
+    program = "arena.py table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions(FolderOptions, PlaceOptions, DeviceOptions):
+    """Train each model for two epochs alone on its device, for its speed and memory."""
+
+    program = "arena.py time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleOptions(FolderOptions, PlaceOptions, DeviceOptions):
+    """Accuracy of the finished runs' last checkpoints at other image sizes."""
+
+    program = "arena.py scale"
+    sizes: list[Pixels] = option([64, 96, 128, 192, 256], "image sizes", metavar="PIXELS")
+
+
+def run(argv: list[str]) -> int:
+    """Choose rates, and train."""
+    args, explicit = resolve(ArenaOptions, argv)
+    for name in sorted(explicit & OWN.keys() - {"output"}):
+        raise UserError(f"--{name.replace('_', '-')} is not for the arena: see {OWN[name]} in arena.py run --help.")
+    gpus = places(args, args.device)
+    options = {k: getattr(args, k) for k in TrainOptions.__dataclass_fields__ if k not in {*OWN, "epochs"}}
+    options.update(device="cuda" if gpus else "cpu", amp=bool(gpus) if args.amp is None else args.amp)
+    entries = {parse_entry(text).label: text for text in args.models}
+    if len(entries) < len(args.models):
+        raise UserError("Two of the --models have one label: give one another, LABEL=NAME:key=value,...")
+    settings = settle(args, options, entries)
+
+    def plan(results: list[dict]) -> list[dict]:
+        return [task for label in entries for task in tasks_of(label, args, settings, results)]
+
+    return execute(train_entry, plan, args, gpus, args.jobs)
+
+
+def places(args: PlaceOptions, device: str | None) -> list[str]:
+    """The GPUs to use, none on a CPU."""
+    device = device or ("cuda" if visible_gpus() else "cpu")
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device must be cuda or cpu, got {device}; which of several GPUs is for --gpus to say.")
+    found = visible_gpus() if device == "cuda" else []
+    for gpu in args.gpus or []:
+        if gpu not in found:
+            raise UserError(f"There is no GPU {gpu} to use on {device} (of {', '.join(found) or 'none'}).")
+    if device == "cuda" and not found:
+        raise UserError("PyTorch finds no CUDA GPU here: leave --device out, or use --device cpu.")
+    return args.gpus or found
+
+
+def settle(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) -> dict[str, Any]:
+    """Check what is asked for, and write it to OUTPUT/settings.json beside what was asked for before.
+
+    Raises:
+        UserError: Models or data that cannot be used, or another recipe than the folder's.
+    """
+    path = args.folder / "settings.json"
+    saved = read_settings(args.folder) if path.is_file() else None
+    for text in entries.values():
+        adapt(parse_entry(text), options["img_size"], args.stem_stride == "half")
+    sources = ("dataset", "data_dir", "train_split", "val_split", "holdout", "class_map")
+    train, _, names, held_out = open_train_and_val(*(options[k] for k in sources), download=options["dataset_download"])
+    if held_out and len(args.lrs) > 1:
+        raise UserError(
+            f"{options['data_dir']} has no validation images of its own, and those that are set aside cannot both "
+            "choose among --lrs and say what the choice is worth: give data with splits, or one rate."
+        )
+    classes = options["num_classes"] or (len(names) if names else count_classes(train))
+    settings = {
+        "options": plain(options),
+        "stem_stride": args.stem_stride,
+        "num_classes": classes,
+        "images": len(train),
+        "entries": entries,
+    }
+    if saved:
+        before, now = flat(saved), flat(settings)
+        changed = sorted(k for k in before.keys() & now.keys() - MAY_CHANGE if before[k] != now[k])
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{args.folder} holds runs with {name.replace('_', '-')} {before[name]}, not {now[name]}: choose "
+                "another OUTPUT, or the same settings."
+            )
+        settings["entries"] = {**saved["entries"], **entries}
+    write_atomically(path, json.dumps(settings, indent=1) + "\n")
+    return settings
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that must stay as it is in one OUTPUT, by one name each."""
+    labelled = {f"model {label}": text for label, text in settings["entries"].items()}
+    return {**settings["options"], **{k: settings[k] for k in ("stem_stride", "num_classes", "images")}, **labelled}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "settings.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no arena in {folder}: arena.py run makes one.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {folder / 'settings.json'}: {error}") from None
+
+
+def tasks_of(label: str, args: ArenaOptions, settings: dict[str, Any], results: list[dict]) -> list[dict]:
+    """What a model's rates are chosen by, or once that is done, its runs at the best."""
+    epochs, rates = args.epochs, args.lrs
+    common = {**task_basis(label, args.folder, settings), "sharing": args.jobs}
+    if len(rates) > 1:
+        length = args.search_epochs or epochs
+        apart = {**settings["options"], "val_split": ""}
+        search = [
+            {
+                **common,
+                "options": apart,
+                "key": {"kind": "search", "label": label, "epochs": length, "lr": lr, "seed": 0},
+            }
+            for lr in rates
+        ]
+        rows = [find_result(task, results) for task in search]
+        if None in rows:
+            return search
+        tried = [row for row in rows if "failed" not in row]
+        if not tried:
+            return []
+        rates = [max(tried, key=lambda row: row["top1"])["lr"]]
+    return [
+        {
+            **common,
+            "key": {"kind": "train", "label": label, "epochs": epochs, "lr": rates[0], "seed": seed},
+            "priority": 1 + number,  # every model's first seed comes before any second
+        }
+        for number, seed in enumerate(args.seeds)
+    ]
+
+
+def task_basis(label: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "settings": {"entry": settings["entries"][label]},
+        "entry": settings["entries"][label],
+        "options": settings["options"],
+        "halve": settings["stem_stride"] == "half",
+        "num_classes": settings["num_classes"],
+        "output": str(folder),
+    }
+
+
+def time_all(argv: list[str]) -> int:
+    """Measure each model alone on its device."""
+    args, _ = resolve(TimeOptions, argv)
+    settings, gpus = prepare(args)
+    results = read_results(args.folder / "arena.jsonl")
+    rates = {row["label"]: row["lr"] for row in results if row["kind"] == "train" and "failed" not in row}
+    tasks = [
+        {**task_basis(label, args.folder, settings), "key": {"kind": "time", "label": label}, "lr": lr}
+        for label, lr in rates.items()
+    ]
+    return execute(time_entry, lambda _: tasks, args, gpus)
+
+
+def scale_all(argv: list[str]) -> int:
+    """Measure accuracy at other sizes."""
+    args, _ = resolve(ScaleOptions, argv)
+    settings, gpus = prepare(args)
+    results = read_results(args.folder / "arena.jsonl")
+    tasks = []
+    for row in results:
+        if row["kind"] != "train" or "failed" in row:
+            continue
+        if not (run_folder(args.folder, row) / "last.pth").is_file():
+            raise UserError(f"There is no {run_folder(args.folder, row) / 'last.pth'}, which `scale` reads.")
+        run = {k: row[k] for k in ("label", "epochs", "lr", "seed")}
+        tasks += [
+            {
+                **task_basis(row["label"], args.folder, settings),
+                "key": {"kind": "scale", **run, "img_size": size},
+                "run": {"kind": "train", **run},
+            }
+            for size in sorted(set(args.sizes))
+        ]
+    return execute(scale_run, lambda _: tasks, args, gpus)
+
+
+def prepare(args: TimeOptions | ScaleOptions) -> tuple[dict[str, Any], list[str]]:
+    """Settings of a folder with finished runs, on this device; and the GPUs to use."""
+    settings = read_settings(args.folder)
+    if not any(row["kind"] == "train" for row in read_results(args.folder / "arena.jsonl")):
+        raise UserError(f"No run in {args.folder} is finished yet: arena.py run goes on with them.")
+    settings["options"]["device"] = args.device or settings["options"]["device"]
+    return settings, places(args, settings["options"]["device"])
+
+
+def execute(worker, plan, args: PlaceOptions, gpus: list[str], jobs: int = 1) -> int:
+    """Run what `plan` makes of the results so far, so many at a time on each device, and tabulate."""
+    path = args.folder / "arena.jsonl"
+
+    def then(task: dict, row: dict | None, results: list[dict]) -> list[dict]:
+        if row:
+            say(row, task["key"])
+        return plan(results)
+
+    where = dict(jobs=jobs * max(len(gpus), 1), minutes=math.inf if args.minutes is None else args.minutes, gpus=gpus)
+    _, left = run_tasks(worker, plan(read_results(path)), path, **where, then=then)
+    tabulate(args.folder)
+    print(f"{left} runs are left: the same command goes on with them." if left else "All runs are done.", flush=True)
+    return int(left > 0)
+
+
+def say(row: dict, key: dict) -> None:
+    """A line for a finished task."""
+    what = f"{row['seconds'] / 60:.1f} minutes"
+    if "failed" in row:
+        what = row["failed"]
+    elif "top1" in row:
+        what = f"top-1 {row['top1']:.2f} %, {what}"
+    print(" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in key.values()) + f": {what}", flush=True)
+
+
+def table_all(argv: list[str]) -> int:
+    """Write tables and pictures of what there is."""
+    tabulate(resolve(TableOptions, argv)[0].folder)
+    return 0
+
+
+def tabulate(folder: Path) -> None:
+    """Print and write the tables, and draw the pictures."""
+    settings, results = read_settings(folder), read_results(folder / "arena.jsonl")
+    rows, unfinished, scaling = collect(results, settings), unfinished_runs(folder, results), scaling_rows(results)
+    text = report(rows, unfinished, results, settings)
+    print(text, end="", flush=True)
+    write_atomically(folder / "arena.md", text)
+    content = {"settings": settings, "rows": rows, "unfinished": unfinished, "scaling": scaling}
+    write_atomically(folder / "arena.json", json.dumps(content, indent=1) + "\n")
+    with figures_if_possible("pictures"):
+        plot_all(rows, unfinished, folder)
+    if scaling:
+        text = scaling_report(scaling, results, settings)
+        print("\n" + text, end="", flush=True)
+        write_atomically(folder / "scaling.md", text)
+        with figures_if_possible("scaling.png"):
+            plot_scaling(scaling, folder / "scaling.png")
+
+
+COMMANDS = {"run": run, "time": time_all, "scale": scale_all, "table": table_all}
+
+
+def main(argv: list[str] | None = None) -> int:
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command} (of {', '.join(COMMANDS)})")
+    return COMMANDS[command](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))

@@ -1,0 +1,1 @@
+"""What tools/arena.py consists of."""

@@ -1,0 +1,220 @@
+"""The models of tools/arena.py: how an entry names one, and how all are made to see small images alike.
+
+Models for 224² images put 32 pixels into one position of their last map, or 16, as ViT does. At 64² two by two
+positions would be left of the image, so every model's stem is given half its stride, by one rule:
+
+1. where the constructor takes `patch_size` and half of it halves the whole model's stride, that;
+2. else the first strided convolution gets half its stride, and if its kernel is no larger than that, half the kernel.
+   (In ConvNeXt, half the `patch_size` leaves the stride as it is: timm then adds a downsampling to the first stage.)
+
+Whatever the rule gives is measured, and refused if it isn't half of the ordinary stride. Models with fixed windows or
+positions are told the image's size, and windows become the nearest to the ordinary that divide the maps.
+"""
+
+import ast
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from timm.models import register_model
+from torch import nn
+
+import vim2  # noqa: F401  registers the models
+from vim2.command.errors import UserError, did_you_mean
+
+__all__ = ["Entry", "adapt", "create", "dynamic", "half_stem", "last_map", "parse_entry", "takes"]
+
+PROBE = 256  # pixels: strides are measured at a size that all of them divide
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the arena.
+
+    Attributes:
+        label: Its name in tables and pictures.
+        model: timm's name.
+        kwargs: Arguments of its constructor.
+    """
+
+    label: str
+    model: str
+    kwargs: dict[str, Any]
+
+    def having(self, **kwargs) -> "Entry":
+        """The same with further arguments."""
+        return replace(self, kwargs={**self.kwargs, **kwargs})
+
+
+def parse_entry(text: str) -> Entry:
+    """NAME or LABEL=NAME:key=value,key=value as an entry; values are Python literals, or else text.
+
+    Raises:
+        UserError: Text of another form, or a label that cannot be a folder's name.
+    """
+    label, separator, rest = text.partition("=") if "=" in text.partition(":")[0] else ("", "", text)
+    name, _, arguments = rest.partition(":")
+    label = label if separator else text
+    if not name or not re.fullmatch(r"\w[\w.+ -]*", label):
+        raise UserError(
+            f"Cannot read the model {text!r}: give NAME or LABEL=NAME:key=value,key=value, where a label is made of "
+            "letters, digits, spaces, and . + - _ after the first."
+        )
+    kwargs = {}
+    for pair in split_outside_brackets(arguments):
+        key, equals, value = pair.partition("=")
+        if not (equals and key.strip().isidentifier()):
+            raise UserError(f"Cannot read {pair.strip()!r} in the model {text!r}: arguments are key=value,key=value.")
+        kwargs[key.strip()] = literal(value.strip())
+    return Entry(label, name, kwargs)
+
+
+def split_outside_brackets(text: str) -> list[str]:
+    """The parts of a list with commas, those in brackets left alone."""
+    return [part for part in re.split(r",(?![^(\[{]*[)\]}])", text) if part.strip()]
+
+
+def literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def create(entry: Entry, **kwargs) -> nn.Module:
+    """The entry's model, on the meta device: shapes without values.
+
+    Raises:
+        UserError: No such model, or an argument that it does not take.
+    """
+    if not timm.is_model(entry.model):
+        known = timm.list_models()
+        raise UserError(f"There is no model {entry.model}{did_you_mean(entry.model, known) or '.'}")
+    try:
+        return on_meta(entry.model, **entry.kwargs, **kwargs)
+    except Exception as error:  # every family has its own ways to refuse an argument
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{entry.label}: {entry.model} cannot be made with {entry.kwargs}: {reason}") from None
+
+
+def on_meta(name: str, **kwargs) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def takes(entry: Entry, **more) -> bool:
+    """Whether the entry's model can be made with these further arguments."""
+    try:
+        on_meta(entry.model, **entry.kwargs, **more)
+    except Exception:
+        return False
+    return True
+
+
+def last_map(model: nn.Module, size: int) -> int:
+    """The side of the last map, in positions, of a model on the meta device that is given an image of `size` pixels."""
+    image = torch.empty(1, 3, size, size, device="meta")
+    with torch.no_grad():
+        return model.eval().forward_intermediates(image, indices=1, intermediates_only=True)[-1].shape[-1]
+
+
+def adapt(entry: Entry, size: int, halve: bool = True) -> Entry:
+    """The entry as it is trained at an image size, by the rule above.
+
+    An argument that the entry gives itself stays, so that one with a `patch_size` keeps that stem.
+
+    Args:
+        entry: As it was parsed.
+        size: Height and width of the images, in pixels.
+        halve: Whether to halve the stem's stride.
+
+    Returns:
+        The entry with its model's name, which may be one of `half_stem`, and all arguments but those of training.
+
+    Raises:
+        UserError: As `create`; a stem that cannot be halved; a model that cannot read images of this size.
+    """
+    create(entry)
+    adapted = with_half_stem(entry) if halve and "patch_size" not in entry.kwargs else entry
+    if "img_size" not in entry.kwargs and takes(adapted, img_size=size):
+        if "window_size" not in entry.kwargs:
+            adapted = with_dividing_window(adapted, size)
+        adapted = adapted.having(img_size=size)
+    model = create(adapted)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(1, 3, size, size, device="meta"))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{entry.label}: {entry.model} cannot read images of {size} pixels: {reason}") from None
+    return adapted
+
+
+def with_half_stem(entry: Entry) -> Entry:
+    """The entry with half the stride, by the first of the rules that does it."""
+    probe = {"img_size": PROBE} if takes(entry, img_size=PROBE) else {}
+    wanted = 2 * last_map(create(entry, **probe), PROBE)
+    stem = first_strided(create(entry))
+    candidates = (
+        [entry.having(patch_size=stem.stride[0] // 2), replace(entry, model=half_stem(entry.model))] if stem else []
+    )
+    for candidate in candidates:
+        try:
+            if last_map(create(candidate, **probe), PROBE) == wanted:
+                return candidate
+        except Exception:  # families refuse arguments and maps in ways of their own
+            continue
+    raise UserError(
+        f"{entry.label}: the stem of {entry.model} cannot be given half its stride; leave {entry.model} out, or train "
+        "all with --stem-stride keep."
+    )
+
+
+def first_strided(model: nn.Module) -> nn.Conv2d | None:
+    return next((m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1), None)
+
+
+def half_stem(name: str) -> str:
+    """Register a model whose first strided convolution has half the stride with timm; returns its name.
+
+    Such models are known where this was called. They get names of their own, since their weights would fit the
+    ordinary model without a word, and give other results there.
+    """
+    derived = name.replace(".", "_") + "_half_stem"
+    if timm.is_model(derived):
+        return derived
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        conv = first_strided(model)
+        stride = conv.stride
+        conv.stride = tuple(max(s // 2, 1) for s in stride)
+        if conv.kernel_size == stride:  # patches: those of half the side, with initial weights of the same deviation
+            conv.kernel_size = conv.stride
+            height, width = conv.stride
+            conv.weight = nn.Parameter(conv.weight.detach()[..., :height, :width].clone())
+        return model
+
+    entrypoint.__name__ = derived
+    register_model(entrypoint)
+    return derived
+
+
+def with_dividing_window(entry: Entry, size: int) -> Entry:
+    """For models with windows: the nearest to the ordinary that divides all maps larger than itself."""
+    model = create(entry, img_size=PROBE)  # in small maps, windows shrink to the map
+    ordinary = next((m.window_size for m in model.modules() if hasattr(m, "window_size")), None)
+    ordinary = ordinary[0] if isinstance(ordinary, tuple) else ordinary
+    sides = [size // info["reduction"] for info in model.feature_info]
+    windows = [w for w in range(2, max(sides) + 1) if all(side % w == 0 for side in sides if side > w)]
+    if not isinstance(ordinary, int) or not windows:
+        return entry
+    window = min(windows, key=lambda w: (abs(w - ordinary), -w))
+    return entry.having(window_size=window) if takes(entry, img_size=size, window_size=window) else entry
+
+
+def dynamic(entry: Entry) -> Entry:
+    """An adapted entry so that it reads images of other sizes, where its model has an argument for that."""
+    return entry.having(dynamic_img_size=True) if takes(entry, dynamic_img_size=True) else entry
