@@ -20,9 +20,10 @@ import torch
 
 from vim2 import TSM2, TSM2Config
 from vim2.checkpoints import write_atomically
+from vim2.command.graphs import record
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import model_forecast, score
-from vim2.forecast.training import record
+from vim2.forecast.training import Positional
 
 EPOCHS = {  # windows to train on and to validate on, variates, batch, model
     "ETTh1, d_model 16, 1 block": (8033, 2785, 7, 64, dict(d_model=16, depth=1)),
@@ -39,7 +40,9 @@ def make_step(config: TSM2Config, device: torch.device, amp: bool, example: torc
     """A training step on a batch, as the training loop makes it; with CUDA graphs for batches like the example."""
     torch.manual_seed(0)
     model = TSM2(config).to(device)
-    graphed = None if example is None else record(model, (example,), amp)
+    graphed = (
+        None if example is None else record(Positional(model).train(), (example,), torch.bfloat16 if amp else None)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def step(x, y):
