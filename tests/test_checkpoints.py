@@ -232,9 +232,15 @@ class TestReading:
                 noticed += 1
         assert noticed > 40
 
-    def test_files_of_pytorchs_older_format(self, model, tmp_path):
-        torch.save(model.state_dict(), tmp_path / "file.pth", _use_new_zipfile_serialization=False)
-        assert equal(read_state_dict(tmp_path / "file.pth"), model.state_dict())
+    def test_files_without_checksums(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(model.state_dict(), tmp_path / "new.pth")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        for name in ("old.pth", "new.pth"):
+            assert equal(read_state_dict(tmp_path / name), model.state_dict())
 
     def test_the_remedy_for_a_pickle_works(self, tmp_path):
         path = tmp_path / "file.pth"
