@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import timm
 from timm.models import build_model_with_cfg
+from torch import nn
 
 from ..command.errors import UserError
 from ..command.options import REQUIRED, Options, Positive, PositiveFloat, Share, length, option, resolve
 from .options import INTERPOLATIONS, PositiveShare
 
-__all__ = ["check_model_kwargs", "read_facts"]
+__all__ = ["check_model_kwargs", "check_types", "read_facts"]
 
 # What timm takes beside the arguments of a model's constructor: where to find and keep weights, how to wrap the model.
 _TIMMS_OWN = {
@@ -117,6 +118,31 @@ def check_model_kwargs(given: Mapping[str, Any], called: str) -> None:
             raise UserError(f"{called} may hold finite numbers, text and lists of them only, and {name} is none.")
     if given.get("global_pool") == "":
         raise UserError(f"{called} leave pooling out (global_pool), without which there are no classes.")
+
+
+def check_types(model: nn.Module, given: Mapping[str, Any], called: str) -> None:
+    """Refuse arguments of another kind than the defaults of a model's constructor, for it may not have used them yet.
+
+    Args:
+        model: Made with them.
+        given, called: As of `check_model_kwargs`.
+
+    Raises:
+        UserError: Text for a number, say. A list of numbers stands for a number, one a stage, and the reverse.
+    """
+    for name, parameter in inspect.signature(type(model)).parameters.items():
+        wanted, got = _kind(parameter.default), _kind(given.get(name))
+        if None not in (wanted, got) and wanted != got:
+            raise UserError(f"{called} hold {got} for {name}, which takes {wanted}.")
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, list | tuple):
+        kinds = {_kind(v) for v in value}
+        return kinds.pop() if len(kinds) == 1 else None
+    if isinstance(value, bool | str):
+        return "text" if isinstance(value, str) else "True or False"
+    return "a number" if isinstance(value, int | float) else None
 
 
 def _is_plain(value: Any) -> bool:

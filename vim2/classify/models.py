@@ -1,6 +1,7 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ import vim2  # noqa: F401  registers the models
 from ..checkpoints import load_weights
 from ..command.errors import UserError, did_you_mean
 from ..command.runs import read_saved
-from .facts import check_model_kwargs, read_facts
+from .facts import check_model_kwargs, check_types, read_facts
 from .options import InputOptions
 
 __all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model"]
@@ -44,9 +45,10 @@ def create_model(
     check_model_kwargs(model_kwargs, called)
     if twice := sorted(model_kwargs.keys() & own.keys()):
         raise UserError(f"{called} hold {twice[0]}, which an option of this command sets: use that.")
-    problem = f"{name} cannot be made with {'these ' if called.startswith('-') else ''}{called}"
+    listed = textwrap.shorten(", ".join(f"{k}={v!r}" for k, v in model_kwargs.items()), 200, placeholder=" ...")
+    problem = f"{name} cannot be made with {'these ' if called.startswith('-') else ''}{called} ({listed})"
     try:
-        return timm.create_model(name, **own, **model_kwargs)
+        model = timm.create_model(name, **own, **model_kwargs)
     except RuntimeError as error:
         if "pretrained weights" in str(error):
             raise UserError(
@@ -58,6 +60,8 @@ def create_model(
         raise UserError(f"{problem}: {error}") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise UserError(f"{problem}: {str(error) or type(error).__name__}") from None
+    check_types(model, model_kwargs, called)
+    return model
 
 
 def load(model: nn.Module, path: str | os.PathLike, new_head: bool = False, use_ema: bool = True) -> None:
