@@ -11,6 +11,30 @@ def needs_backward(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None:
+    """Refuse tensors and sizes that do not fit together, before a kernel reads memory that is not theirs.
+
+    A graph that was traced or exported holds sizes as they were, and calls an operator with them whatever tensors come.
+
+    Args:
+        fits: Whether they do.
+        name: Of the operator.
+        tensors: Its tensors, for the message.
+        sizes: Its numbers, likewise.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if not fits:
+        shapes = ", ".join("none" if t is None else str(tuple(t.shape)) for t in tensors)
+        numbers = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"vim2::{name}: tensors of {shapes} do not fit together{f', or not {numbers}' if numbers else ''}. A graph "
+            "that was traced at one image size works at that size only: give it images of that size, or export it with "
+            "dynamic sizes."
+        )
+
+
 def register_operator(name: str) -> Callable:
     """Register the decorated function as an operator that changes none of its arguments.
 

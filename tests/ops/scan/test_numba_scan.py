@@ -16,7 +16,7 @@ from scan_cases import (
     make_inputs,
 )
 
-from vim2.ops import CROSS_SCAN, selective_scan
+from vim2.ops import CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -40,6 +40,21 @@ def test_extreme_steps(step):
 @pytest.mark.parametrize("x", SOFTPLUS_ARGUMENTS)
 def test_softplus_over_its_whole_range(x):
     assert_softplus_is_right(x, "numba")
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_states_that_grow_without_bound_become_infinite():
+    inputs = [t.detach() for t in make_inputs((1, 6), FORWARD, dtype=torch.float32)]
+    inputs[1] = torch.full_like(inputs[1], 50.0)
+    inputs[2] = -10 * inputs[2]  # rates that are positive: exp(delta A) overflows
+    y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("numba", "torch"))
+    finite = expected.isfinite()
+    assert not finite.all() and torch.equal(y.isfinite(), finite)
+
+
+def test_float64_is_for_another_backend():
+    with pytest.raises(RuntimeError, match=r"computes in float32.*backend='torch'"):
+        selective_scan(*make_inputs((1, 6), FORWARD), orders=FORWARD, backend="numba")
 
 
 def test_mamba_signature_with_last_state():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
-from ..operator import register_operator
+from ..operator import register_operator, require_fit
 from .chunks import kept_every
 from .operands import Operands
 from .orders import ORDERS
@@ -120,6 +120,9 @@ def _selective_scan(
     """As `scan`, with everything settled: orders by their index, and the `chunk` of steps after which states are kept,
     but for the first."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    length = height * width
+    fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
+    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if backend == "triton":
         from .triton.forward import scan_forward
@@ -194,6 +197,18 @@ def _selective_scan_backward(
     """As `scan_backward`, also with the gradient of the last states, (batch, K, E, N), or (0,) where there is none.
     grad_B, grad_C and grad_delta may be parts of one tensor."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    length = height * width
+    kept = -(-length // kept_every(backend, length, True)) - 1
+    fits = (
+        operands.fit(len(orders), height, width)
+        and grad_y.shape in (u.shape[:2] + u.shape[-1:], (*delta.shape[:3], u.shape[-1]))
+        and starts.shape == (len(u), len(orders), kept, *A.mT.shape[1:])
+        and grad_last.shape in ((0,), (len(u), *A.shape))
+        and (grad_B.shape, grad_C.shape, grad_delta.shape[:-1]) == (B.shape, C.shape, delta.shape[:-1])
+        and grad_delta.shape[-1] >= delta.shape[-1]
+    )
+    tensors = (grad_y, grad_last, starts, *operands, grad_B, grad_C, grad_delta)
+    require_fit(fits, "selective_scan_backward", *tensors, height=height, width=width)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if grad_y.dim() == 4 and grad_y.stride(2) == 0:  # one gradient for all directions
         grad_y = grad_y[:, :, 0]

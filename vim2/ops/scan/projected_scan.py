@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
-from ..operator import needs_backward, register_operator
+from ..operator import needs_backward, register_operator, require_fit
 from .operands import Operands
 from .operator import scan, scan_backward
 from .orders import check_orders
@@ -183,6 +183,9 @@ class _ProjectedScan(torch.autograd.Function):
 def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from .triton.parameters import scan_parameters_triton
 
+    directions, rows, features = weight.shape
+    fits = A_log.shape[:2] == (directions, features) and rows >= 2 * A_log.shape[2]
+    require_fit(fits, "scan_parameters", weight, A_log)
     return scan_parameters_triton(weight, A_log, separate_inputs, dtype)
 
 
