@@ -7,9 +7,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from timm.models import swin_transformer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ops import (
     BIDIRECTIONAL,
@@ -37,6 +40,24 @@ torch.fx.wrap("weighted_average_norm")
 CHANNEL_MIXERS = ("s6", "mlp", "none")
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is just its parameters, so that an operator which reads them may stand for it and others.
+
+    It is not where somebody holds on to it: pruning, hooks, adapters, offloading and sharding change its class, its
+    `forward` or its parameters' class, or add hooks. Then it must be called.
+
+    Args:
+        module: Of a mixer.
+        kind: The class that it was made as.
+    """
+    return (
+        type(module) is kind
+        and not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks)
+        and not (module._backward_hooks or "forward" in module.__dict__ or _has_any_global_hook())
+        and not any(map(is_traceable_wrapper_subclass, module._parameters.values()))
+    )
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over channels, with weight and bias, whose result is in autocast's dtype, see `vim2.ops.layer_norm`."""
 
@@ -53,6 +74,8 @@ class PatchMerging(swin_transformer.PatchMerging):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H / 2, W / 2, out_dim), halves rounded up."""
         norm = self.norm
+        if not is_plain(norm, nn.LayerNorm):
+            return super().forward(x)
         return self.reduction(patch_merging_norm(x, norm.weight, norm.bias, norm.eps))
 
 
@@ -140,11 +163,16 @@ class SelectiveTokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
+        conv, norm = self.conv, self.out_norm
         value, gate = self.in_proj(x).chunk(2, dim=-1)
-        value = depthwise_conv_silu(value, self.conv.weight, self.conv.bias)
-        y = self.s6(value, merge=False).unsqueeze(-3)
-        norm = self.out_norm
-        return self.out_proj(norm_gate(y, gate, norm.weight, norm.bias, norm.eps))
+        if is_plain(conv, nn.Conv2d):
+            value = depthwise_conv_silu(value, conv.weight, conv.bias)
+        else:
+            value = F.silu(conv(value.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        if is_plain(norm, nn.LayerNorm):
+            y = self.s6(value, merge=False).unsqueeze(-3)
+            return self.out_proj(norm_gate(y, gate, norm.weight, norm.bias, norm.eps))
+        return self.out_proj(norm_gate(norm(self.s6(value)), gate))
 
 
 class SelectiveChannelMixer(nn.Module):
@@ -197,8 +225,20 @@ class SelectiveChannelMixer(nn.Module):
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         steps = value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2)
-        y = self.s6(directional_conv_silu(steps, self.conv.weight, self.conv.bias), merge=False)
+        y = self.s6(convolve_both_ways(steps, self.conv), merge=False)
         return self.out_proj(norm_gate(y.unflatten(0, gate.shape[:-1]), gate))
+
+
+def convolve_both_ways(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """`vim2.ops.directional_conv_silu` with the parameters of a module: (n, steps, P) -> (n, steps, 2, P)."""
+    if is_plain(conv, nn.Conv1d):
+        return directional_conv_silu(x, conv.weight, conv.bias)
+    x = x.transpose(1, 2)
+    padding = (conv.kernel_size[0] - 1, 0)
+    # every second of its outputs is of the direction that sees the sequence from its end
+    forward = conv(F.pad(x, padding))[:, 0::2]
+    backward = conv(F.pad(x.flip(-1), padding))[:, 1::2].flip(-1)
+    return F.silu(torch.stack((forward, backward), dim=2)).permute(0, 3, 2, 1)
 
 
 class WeightedAverage(nn.Module):
@@ -220,6 +260,13 @@ class WeightedAverage(nn.Module):
         return weighted_average(features, self.weight)
 
 
+def average_and_normalise(features: Sequence[Tensor], average: WeightedAverage, norm: nn.Module) -> Tensor:
+    """A norm of a weighted average, by `vim2.ops.weighted_average_norm` where both modules are plain."""
+    if is_plain(average, WeightedAverage) and is_plain(norm, nn.LayerNorm):
+        return weighted_average_norm(features, average.weight, norm.weight, norm.bias, norm.eps)
+    return norm(average(features).contiguous())
+
+
 class MixerLayer(nn.Module):
     """One mixer on the normalised weighted average of everything before it."""
 
@@ -231,9 +278,7 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        norm = self.norm
-        x = weighted_average_norm(features, self.average.weight, norm.weight, norm.bias, norm.eps)
-        return self.drop_path(self.mixer(x))
+        return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
 
 
 class MambaMixerBlock(nn.Module):
