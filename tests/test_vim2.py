@@ -199,7 +199,7 @@ def test_features_only(feature_cls, out_indices):
     features = list(features.values()) if feature_cls == "dict" else features
     assert model.feature_info.channels() == [(16, 24, 32, 48)[i] for i in out_indices]
     assert model.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in out_indices]
-    channels_last = feature_cls != "getter"
+    channels_last = feature_cls == "dict"  # by default, NCHW as timm's getter has it
     for feature, channels, reduction in zip(
         features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
@@ -376,7 +376,21 @@ def test_loading_adapts_channels_and_classes(model, tmp_path):
         other.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True), rtol=1e-5, atol=1e-6
     )
     features = timm.create_model("test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-    torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)))
+    torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)).permute(0, 3, 1, 2))
+
+
+def test_saved_for_the_hub_and_loaded_from_the_folder(model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for size in ((64, 64), (96, 64)):
+        x = images(1, 3, *size)
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_dilated_decoders_are_told_that_there_is_no_dilation():
+    assert timm.create_model("test_vim2", features_only=True, output_stride=32).feature_info.reduction()[-1] == 32
+    with pytest.raises(ValueError, match="output_stride must be 32, got 16"):
+        timm.create_model("test_vim2", features_only=True, output_stride=16)
 
 
 def test_pickles(model):

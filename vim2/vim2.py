@@ -130,6 +130,7 @@ class ViM2(nn.Module):
             embed_dim=dims[0],
             norm_layer=LayerNorm,
             output_fmt="NHWC",
+            strict_img_size=False,  # or timm would say, where it saves the model, that it takes one size only
             **dd,
         )
 
@@ -353,13 +354,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state_dict.get("state_dict", state_dict)
 
 
-def _create_vim2(variant: str, pretrained: bool, **kwargs) -> ViM2:
+def _create_vim2(variant: str, pretrained: bool, output_stride: int = 32, **kwargs) -> ViM2:
+    """timm's builder. Decoders with dilation ask for another `output_stride`, which patch merging cannot give."""
+    if output_stride != 32:
+        raise ValueError(f"output_stride must be 32, got {output_stride}: ViM2 has no dilated form.")
     return build_model_with_cfg(
         ViM2,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 
