@@ -318,6 +318,21 @@ def test_compiles_without_graph_breaks(small_model):
     torch.testing.assert_close(compiled(x), small_model(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_traces(model, grad):
+    x = images(2, 3, 64, 64)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (x,))
+        torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(RuntimeError):  # and does not read beyond the map
+        traced(images(2, 3, 96, 64))
+    if grad:
+        parameters = [model.stages[0].blocks[0].layers[0].mixer.s6.x_proj_weight, model.patch_embed.proj.weight]
+        for a, b in zip(*(torch.autograd.grad(f(x).square().sum(), parameters) for f in (traced, model))):
+            torch.testing.assert_close(a, b)
+
+
 def test_exports(small_model):
     x = images(2, 3, 64, 64)
     torch.testing.assert_close(torch.export.export(small_model, (x,)).module()(x), small_model(x))

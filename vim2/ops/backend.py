@@ -18,6 +18,17 @@ HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # i
 
 _warned = set()
 
+# Numba's threads do not outlive a fork: a child that starts them anew dies or hangs.
+_numba = {"has run": False, "is lost": False}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _numba.update({"is lost": _numba["has run"]}))
+FORKED = "This process was forked after Numba's scan had run, and cannot use Numba"
+
+
+def note_numba() -> None:
+    """Remember that Numba has started its threads in this process."""
+    _numba["has run"] = True
+
 
 @torch.compiler.disable
 def _warn_once(message: str) -> None:
@@ -68,6 +79,8 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
     if backend == "triton" and tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("The Triton backend needs tensors on a GPU; for its interpreter, set TRITON_INTERPRET=1.")
+    if backend == "numba" and _numba["is lost"]:
+        raise RuntimeError(f"{FORKED}: use another backend here, or start processes by spawn.")
     if backend == "numba" and (not HAS_NUMBA or tensors[0].device.type != "cpu"):
         raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
     is_double = any(t.dtype == torch.float64 for t in tensors)
@@ -79,7 +92,9 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
     if device not in ("cuda", "cpu") or is_double:
         return "torch"
     if device == "cpu":
-        return "numba" if HAS_NUMBA else "torch"
+        if scan and _numba["is lost"]:
+            _warn_once(f"vim2: {FORKED}; it scans in plain PyTorch, slowly. Processes started by spawn can.")
+        return "numba" if HAS_NUMBA and not _numba["is lost"] else "torch"
     if not HAS_TRITON:
         _warn_once("vim2: Triton is not installed; operators run in plain PyTorch, which is slow on a GPU.")
         return "torch"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..operator import register_operator, require_fit
+from ..operator import refuse_second_derivatives, register_operator, require_fit
 
 
 def register_conv(
@@ -59,6 +59,7 @@ def register_conv(
         ctx.save_for_backward(*inputs)
 
     def differentiate(ctx, grad_y):
+        refuse_second_derivatives()
         return run_backward(grad_y, *ctx.saved_tensors)
 
     torch.library.register_autograd(forward, differentiate, setup_context=setup_context)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import register_operator, require_fit
+from ..operator import refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -132,6 +132,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    refuse_second_derivatives()
     x, *norm, statistics = ctx.saved_tensors
     grad_x, grad_norm = torch.ops.vim2.layer_norm_backward(grad, x, norm[0], statistics, ctx.patch)
     return grad_x, *split_norm_gradient(grad_norm, *norm), None, None, None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import needs_backward, register_operator, require_fit
+from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -131,6 +131,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    refuse_second_derivatives()
     y, gate, *norm, statistics = ctx.saved_tensors
     grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, statistics)
     if ctx.summed:  # one gradient for all directions

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import register_operator, require_fit
+from ..operator import refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -165,6 +165,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    refuse_second_derivatives()
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
     features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
     *grads, grad_weight, grad_norm = torch.ops.vim2.weighted_average_backward(

@@ -15,6 +15,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
+from ..backend import note_numba
 from .orders import ORDERS
 
 CHANNELS = 64  # of a block: its states (x 16) fill a quarter of a 32 KiB cache
@@ -317,6 +318,7 @@ def _common(u, delta, A, B, C, D, delta_bias, orders):
 
 def _threads() -> int:
     """PyTorch's number of threads, as far as Numba has as many."""
+    note_numba()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
-from ..operator import register_operator, require_fit
+from ..operator import refuse_second_derivatives, refuse_transforms, register_operator, require_fit
 from .chunks import kept_every
 from .operands import Operands
 from .orders import ORDERS
@@ -49,6 +49,7 @@ def scan(
         ValueError: An unknown backend, or one that does not know these sizes.
         RuntimeError: A backend that is not there.
     """
+    refuse_transforms(*operands)
     backend = resolve_backend(backend, *operands, scan=True)
     height, width = _height_and_width(spatial)
     chunk = kept_every(backend, height * width, keeps)
@@ -261,6 +262,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_last, _):
+    refuse_second_derivatives()
     starts, *operands = ctx.saved_tensors
     options = (ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, ctx.backend)
     _, delta, _, B, C, *_ = operands
