@@ -138,6 +138,33 @@ def test_bad_images(model, shape, message):
         model(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(drop_path_rate=2),
+        dict(drop_path_rate=float("nan")),
+        dict(drop_rate=1.0),
+        dict(patch_size=0),
+        dict(depths=(0, 0, 0, 0)),
+        dict(depths=()),
+        dict(dims=(0, 1, 2, 3)),
+        dict(token_mixers=0),
+        dict(num_classes=-1),
+        dict(in_chans=0),
+        dict(d_state=0),
+        dict(token_expand=0.0),
+        dict(channel_expand=-1.0),
+        dict(channel_patch=0),
+        dict(channel_mixer="mlp", mlp_ratio=0),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_their_range(change):
+    name = list(change)[-1].replace("_expand", "").replace("mlp_ratio", "ratio")
+    with pytest.raises(ValueError, match=f"{name}.* must|ratio"):
+        timm.create_model("test_vim2", **change)
+
+
 def test_bad_arguments():
     with pytest.raises(RuntimeError, match="vim2_huge"):
         timm.create_model("vim2_huge")

@@ -58,6 +58,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def inner_width(dim: int, ratio: float) -> int:
+    """The width inside a mixer of this ratio to dim. Raises a ValueError where it is none."""
+    width = int(ratio * dim)
+    if width < 1:
+        raise ValueError(
+            f"A mixer's inner width, {dim} channels times its ratio, must be at least 1; got ratio {ratio}."
+        )
+    return width
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over channels, with weight and bias, whose result is in autocast's dtype, see `vim2.ops.layer_norm`."""
 
@@ -154,7 +164,7 @@ class SelectiveTokenMixer(nn.Module):
     def __init__(self, dim: int, d_state: int = 16, expand: float = 2.0, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        inner = int(expand * dim)
+        inner = inner_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, **dd)
         self.s6 = S6(inner, CROSS_SCAN, d_state=d_state, dt_rank=math.ceil(dim / 16), **dd)
@@ -190,7 +200,7 @@ class SelectiveChannelMixer(nn.Module):
         d_conv: Width of the convolution, in steps.
 
     Raises:
-        ValueError: If channel_patch does not divide the inner width.
+        ValueError: If channel_patch does not divide the inner width, or that is below 1.
     """
 
     def __init__(
@@ -205,7 +215,7 @@ class SelectiveChannelMixer(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        inner = int(expand * dim)
+        inner = inner_width(dim, expand)
         if channel_patch < 1 or inner % channel_patch:
             raise ValueError(f"channel_patch must divide the channel mixer's width {inner}, got {channel_patch}.")
         self.channel_patch = channel_patch
@@ -324,7 +334,7 @@ class MambaMixerBlock(nn.Module):
         if channel_mixer == "s6":
             mixers.append(SelectiveChannelMixer(dim, d_state, channel_expand, channel_patch, **dd))
         elif channel_mixer == "mlp":
-            mixers.append(Mlp(dim, int(mlp_ratio * dim), **dd))
+            mixers.append(Mlp(dim, inner_width(dim, mlp_ratio), **dd))
         elif channel_mixer != "none":
             raise ValueError(f"channel_mixer must be one of {', '.join(CHANNEL_MIXERS)}, got {channel_mixer!r}.")
         self.layers = nn.ModuleList(

@@ -6,6 +6,7 @@ package. Maps are channels-last, (batch, H, W, C), throughout.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ class ViM2(nn.Module):
         drop_path_rate: Stochastic depth of the last mixer; rates rise linearly from 0 at the first.
 
     Raises:
-        ValueError: An unknown channel_mixer, a channel_patch that does not divide a channel mixer's width, or not as
-            many dims, token_mixers, ... as depths.
+        ValueError: An unknown channel_mixer, a channel_patch that does not divide a channel mixer's width, not as many
+            dims, token_mixers, ... as depths, or numbers out of their range.
     """
 
     def __init__(
@@ -116,6 +117,9 @@ class ViM2(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_sizes(0, num_classes=num_classes)
+        check_sizes(1, in_chans=in_chans, patch_size=patch_size, depths=depths, dims=dims, token_mixers=token_mixers)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -300,6 +304,21 @@ class ViM2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def check_rates(**rates: float) -> None:
+    """Raise a ValueError unless all lie in [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
+
+
+def check_sizes(least: int, **sizes: int | Sequence[int]) -> None:
+    """Raise a ValueError unless all, or all in them, are whole numbers from `least` on."""
+    for name, size in sizes.items():
+        values = size if isinstance(size, Sequence) else [size]
+        if not values or any(not isinstance(value, Integral) or value < least for value in values):
+            raise ValueError(f"{name} must be {least} or more, in whole numbers, got {size}.")
 
 
 def check_image(x: Tensor, in_chans: int) -> None:

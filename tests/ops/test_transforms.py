@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 from vim2.mixers import SelectiveTokenMixer
-from vim2.ops import selective_scan
+from vim2.ops import selective_scan, selective_scan_jit_flops
 
 DELTA, B, A = torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 2), -torch.rand(1, 3, 2)
 MIXER = SelectiveTokenMixer(3, d_state=2)
@@ -41,6 +41,13 @@ def test_forward_mode_is_refused(function):
     u = torch.randn(1, 9, 3)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
         function(forward_ad.make_dual(u, u))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_counters_that_trace_can_count_the_scan():
+    (node,) = torch.jit.trace(scan, (torch.randn(1, 9, 3),)).graph.findAllNodes("vim2::selective_scan")
+    inputs, outputs = list(node.inputs()), list(node.outputs())
+    assert selective_scan_jit_flops(inputs, outputs) == 9 * 3 * (9 * 2 + 2)  # steps, channels, operations of 2 states
 
 
 @functions

@@ -284,3 +284,14 @@ def selective_scan_flops(u, delta, A, B, C, D, delta_bias, delta_weight, *args, 
     directions, features, n = A
     rank = delta[-1] if len(delta_weight) == 3 else 0
     return batch * length * directions * features * (9 * n + 2 + rank)
+
+
+def selective_scan_jit_flops(inputs: Sequence, outputs: Sequence) -> int:
+    """`selective_scan_flops` for counters that trace a model, such as fvcore's and MMEngine's:
+    `counter.set_op_handle("vim2::selective_scan", selective_scan_jit_flops)`.
+
+    Args:
+        inputs: Of the operator in the graph, values of torch.jit.
+        outputs: Likewise.
+    """
+    return selective_scan_flops(*(value.type().sizes() for value in inputs[:8]))
