@@ -18,6 +18,7 @@ from vim2.mm.runner import (
     build_data,
     build_runner,
     load_config,
+    run_errors,
 )
 
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
+    if args.amp and not config.get("optim_wrapper"):
+        raise UserError(f"--amp needs an optim_wrapper, which {args.config} does not set.")
     if args.amp:
         config.optim_wrapper.type = "AmpOptimWrapper"
         config.optim_wrapper.setdefault("loss_scale", "dynamic")
@@ -50,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         config.load_from = None if args.resume == "auto" else args.resume
     runner = build_runner(config, args)
     build_data(runner, "train")
-    runner.train()
+    with run_errors():
+        runner.train()
 
 
 if __name__ == "__main__":
