@@ -1,12 +1,12 @@
 """Checkpoints of a run on disk: written before others are removed, and found again."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -118,7 +118,8 @@ def find_newest_checkpoint(work_dir: str, out_dir: str | None = None) -> str | N
         if isinstance(checkpoint, dict) and {"meta", "message_hub"} <= checkpoint.keys():
             if damaged:
                 names = " and ".join(path.name for path in damaged)
-                print_log(f"{names} cannot be read: the run goes on from {path.name}.", "current", level=30)
+                # the runner, which has the logger, is built only when it is known where to go on from
+                print(f"{names} cannot be read: the run goes on from {path.name}.", file=sys.stderr)
             return str(path)
     if damaged:
         raise UserError(
