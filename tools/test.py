@@ -20,6 +20,7 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
+    check_parts,
     load_config,
     run_errors,
 )
@@ -39,8 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="for each picture shown, in seconds")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    if missing := [name for name in ("test_dataloader", "test_evaluator") if not config.get(name)]:
-        raise UserError(f"{args.config} has no {missing[0]}, and cannot be tested.")
+    check_parts(config, args.config, "test")
     if args.show or args.show_dir:
         draw(config, args)
     if args.tta:

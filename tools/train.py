@@ -17,6 +17,7 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
+    check_parts,
     load_config,
     run_errors,
 )
@@ -37,8 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
-    if args.amp and not config.get("optim_wrapper"):
-        raise UserError(f"--amp needs an optim_wrapper, which {args.config} does not set.")
+    check_parts(config, args.config, "train")
     if args.amp:
         config.optim_wrapper.type = "AmpOptimWrapper"
         config.optim_wrapper.setdefault("loss_scale", "dynamic")

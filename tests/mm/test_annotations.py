@@ -73,7 +73,9 @@ class TestCategories:
 
     def test_a_file_is_not_read_whole_for_them(self, tmp_path):
         path = tmp_path / "instances.json"
-        path.write_text('{"info": {"note": "\\"categories\\": none"}, "categories" : [{"id": 7, "name": "a"}], "rest": ')
+        path.write_text(
+            '{"info": {"note": "\\"categories\\": none"}, "categories" : [{"id": 7, "name": "a"}], "rest": '
+        )
         assert annotations._read_categories(path) == [{"id": 7, "name": "a"}]
 
 

@@ -45,7 +45,9 @@ def test_a_resumed_run_ends_with_the_same_weights(kind, length, workers, data, t
         shutil.copy(tmp_path / "whole" / f"iter_{cut}.pth", folder)
         call(train, config, "--work-dir", folder, "--resume", *options)
         whole, resumed = (read(run / "iter_4.pth") for run in (tmp_path / "whole", folder))
-        different = [name for name, value in whole["state_dict"].items() if not value.equal(resumed["state_dict"][name])]
+        different = [
+            name for name, value in whole["state_dict"].items() if not value.equal(resumed["state_dict"][name])
+        ]
         assert different == []
         assert (whole["meta"]["epoch"], whole["meta"]["iter"]) == (resumed["meta"]["epoch"], resumed["meta"]["iter"])
         losses = [c["message_hub"]["log_scalars"]["train/loss"].data[0].tolist() for c in (whole, resumed)]
@@ -141,7 +143,9 @@ class TestNewestCheckpoint:
             path.write_bytes(path.read_bytes()[:200])
             os.utime(path, (i, i))
         assert self.newest(work_dir) == "epoch_1.pth"
-        assert capsys.readouterr().err == "epoch_3.pth and epoch_2.pth cannot be read: the run goes on from epoch_1.pth.\n"
+        assert (
+            capsys.readouterr().err == "epoch_3.pth and epoch_2.pth cannot be read: the run goes on from epoch_1.pth.\n"
+        )
 
     def test_all_are_damaged(self, work_dir):
         for path in work_dir.glob("epoch*"):

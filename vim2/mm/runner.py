@@ -39,6 +39,7 @@ __all__ = [
     "build_data",
     "build_runner",
     "check_device",
+    "check_parts",
     "checkpoint_errors",
     "load_config",
     "run_errors",
@@ -132,6 +133,13 @@ def _is_distribution(name: str) -> bool:
     return True
 
 
+def check_parts(config: Config, path: str, split: str) -> None:
+    """Raises UserError where a config, read from `path`, does not say all that a "train" or "test" needs."""
+    needed = (f"{split}_dataloader", f"{split}_cfg", "optim_wrapper" if split == "train" else f"{split}_evaluator")
+    if missing := [name for name in needed if config.get(name) is None]:
+        raise UserError(f"{path} has no {missing[0]}: it needs {', '.join(needed)}.")
+
+
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The Runner of a config.
 
@@ -189,12 +197,9 @@ def build_data(runner: Runner, split: str) -> None:
         split: "train", which takes the data for validation with it, or "test".
 
     Raises:
-        UserError: The config does not say how; files are missing or cannot be read, no image is left, or the
-            annotations do not fit the config.
+        UserError: Files are missing or cannot be read, no image is left, the annotations do not fit the config, or its
+            optimiser cannot be built.
     """
-    needed = (f"{split}_dataloader", f"{split}_cfg", "optim_wrapper" if split == "train" else f"{split}_evaluator")
-    if missing := [name for name in needed if runner.cfg.get(name) is None]:
-        raise UserError(f"the config has no {missing[0]}: it needs {', '.join(needed)}.")
     for part in ("train", "val") if split == "train" and runner.cfg.get("val_cfg") is not None else (split,):
         try:
             loop = getattr(runner, f"{part}_loop")
@@ -212,7 +217,11 @@ def build_data(runner: Runner, split: str) -> None:
         try:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the optim_wrapper of the config cannot be built: {_first_line(error)}.") from error
+            optimizer = runner.cfg.optim_wrapper.get("optimizer")
+            optimizer = optimizer.get("type") if isinstance(optimizer, dict) else optimizer
+            raise UserError(
+                f"the optim_wrapper with the optimizer {optimizer} cannot be built: {_first_line(error)}."
+            ) from error
 
 
 @contextlib.contextmanager
