@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "numba", "mamba_ssm", "torch")
-DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND", "auto")  # as it was on import
+DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND") or "auto"  # as it was on import; empty is unset
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # its compiled part, which is all we use
