@@ -152,8 +152,14 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{args.name}.", dir=output.parent) as folder:
             counts = DATA_SETS[args.name](args.source, Path(folder) / args.name)
             (Path(folder) / args.name).rename(output)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:  # of annotations
+        raise UserError(
+            f"{args.source} holds other files than {args.name}'s, or damaged ones ({error!r}); download them again."
+        ) from error
     print(f"{output}: {counts}.")
 
 
