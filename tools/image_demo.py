@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_rgb(path: Path) -> np.ndarray:
     """(height, width, 3) uint8, upright, as OpenCV hands images to the model."""
-    return np.asarray(read_pixels(path, "RGB", upright=True))
+    return np.asarray(read_pixels(path))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,13 @@ def test_only_ordinary_images_of_a_tar_are_read(tmp_path, capsys):
     )
 
 
+def test_what_lies_beside_a_tars_only_folder_is_left_out(tmp_path):
+    image = encoded(np.zeros((4, 4, 3), dtype=np.uint8))
+    files = dict.fromkeys(("._top", "top/a/1.png", "top/a/._1.png", "top/b/1.png"), image)
+    images = open_split("", make_tar(tmp_path / "mac.tar", files), "train")
+    assert images.dataset.reader.left_out == f"Left out of {tmp_path}/mac.tar/top: 2 hidden (../._top, a/._1.png)."
+
+
 def test_tars_that_cannot_be_read_are_one_line(data, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = tar_of(data, tmp_path / "whole.tar", LAYOUTS["splits"]).read_bytes()

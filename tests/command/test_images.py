@@ -33,7 +33,7 @@ def test_16_bits_in_big_endian_order_and_as_integers(tmp_path):
     # as Pillows before 11 open a PNG of 16 bits
     integers = Image.fromarray(RAMP.astype(np.int32))
     integers.format = "PNG"
-    assert np.asarray(to_8_bits(integers, "L", "a.png")).tolist() == SCALED
+    assert np.asarray(to_8_bits(integers, "L")).tolist() == SCALED
 
 
 def test_white_is_zero_and_12_bits_in_tiff(tmp_path):
@@ -89,7 +89,15 @@ def test_photographs_are_turned_where_that_is_asked_for(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned to the right
     path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 4)), exif=exif)
-    assert read_pixels(path).size == (8, 4) and read_pixels(path, upright=True).size == (4, 8)
+    assert read_image(path).size == (8, 4) and read_image(path, upright=True).size == (4, 8)
+    assert read_pixels(path).size == (4, 8)
+    turned = read_pixels(save(tmp_path / "a.png", RAMP, exif=exif), "L")
+    assert np.asarray(turned).T.tolist() == SCALED
+
+
+def test_damaged_exif_data_are_ignored(tmp_path):
+    path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 4)), exif=b"Exif\0\0" + b"no exif data")
+    assert read_image(path, upright=True).size == (8, 4)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):

@@ -91,14 +91,17 @@ class Images(Dataset):
             if hasattr(self.dataset, "reader"):
                 file, target = self.dataset.reader[index][:2]
                 with file:
-                    image = read_image(file, self.filename(index))
+                    image = read_image(file)
             else:
                 image, target = self.dataset[index]
                 image.load()
         except (UnreadableImage, *UNREADABLE):
             self.unreadable[index] = 1
             return None
-        return to_8_bits(image, self.mode, self.filename(index)), int(target)
+        try:
+            return to_8_bits(image, self.mode), int(target)
+        except ValueError as error:
+            raise UserError(f"{self.filename(index)} {error}", one_process=True) from None
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
         sample = self.load(self.indices[position])

@@ -3,6 +3,7 @@
 Classes are the first level of folders. All else, such as images one folder deeper, is left out and counted.
 """
 
+import dataclasses
 import functools
 import io
 import os
@@ -139,7 +140,9 @@ def open_tar(path: str | os.PathLike) -> TarFolder:
     info = os.stat(path)
     folder = TarFolder(Path(path), *_read_tar(str(path), info.st_size, info.st_mtime_ns))
     while len({name.split("/")[0] for name in folder.images}) == 1 and all(n.count("/") > 1 for n in folder.images):
-        folder = folder.inside(folder.images[0].split("/")[0])
+        top = folder.images[0].split("/")[0]
+        left_out = {why: [posixpath.relpath(name, top) for name in names] for why, names in folder.left_out.items()}
+        folder = dataclasses.replace(folder.inside(top), left_out=left_out)
     return folder
 
 

@@ -63,7 +63,7 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o.max_pictures, len(files))).tolist()}
     starts = range(0, len(files), o.batch_size)
     for start in progress_bar(starts, "predict", processes):
-        batch = [read_pixels(file, mode, upright=True) for file in files[start : start + o.batch_size]]
+        batch = [read_pixels(file, mode) for file in files[start : start + o.batch_size]]
         pictures += [image for i, image in enumerate(batch, start) if i in shown]
         inputs = torch.stack([transform(image) for image in batch]).to(processes.device)
         with torch.inference_mode(), context():

@@ -1,5 +1,6 @@
 """Image files, wherever a command reads them: which files of a folder are images, and what becomes of their pixels."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -40,12 +41,11 @@ class UnreadableImage(UserError):
     """A file that is missing, damaged, or no image."""
 
 
-def read_image(file: str | os.PathLike | BinaryIO, name: str | None = None, upright: bool = False) -> Image.Image:
+def read_image(file: str | os.PathLike | BinaryIO, upright: bool = False) -> Image.Image:
     """Decode an image, of an animated one the first frame.
 
     Args:
         file: Its path, or an open file.
-        name: What to call it in messages; by default, its path.
         upright: Turn it as its EXIF data say. Photographs carry their rotation aside.
 
     Raises:
@@ -57,34 +57,34 @@ def read_image(file: str | os.PathLike | BinaryIO, name: str | None = None, upri
             raise OSError("it is no ordinary file")
         with Image.open(file) as image:
             image.load()
-            return ImageOps.exif_transpose(image) if upright else image
+            if upright:
+                with contextlib.suppress(Exception):  # damaged EXIF data, which say nothing of the pixels
+                    ImageOps.exif_transpose(image, in_place=True)
+            return image
     except Exception as error:  # Pillow's readers each have their own ways to fail on a damaged file
         reason = "no format of an image is known in it" if isinstance(error, UnidentifiedImageError) else ""
         reason = reason or getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableImage(
-            f"{file if name is None else name} is no image that can be read ({reason}): leave it out or replace it."
-        ) from None
+        raise UnreadableImage(f"{file} is no image that can be read ({reason}): leave it out or replace it.") from None
 
 
-def to_8_bits(image: Image.Image, mode: str, name: str) -> Image.Image:
+def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
     """An image with 8 bits a channel. Pillow's own `convert` cuts all values above 255 off instead.
 
     Args:
         image: Of any of Pillow's modes; 16 bits a pixel are scaled, so that 65535 becomes 255.
         mode: "RGB" or "L".
-        name: What to call it in messages.
 
     Raises:
-        UserError: Floats or 32-bit integers, of which nothing says where white is.
+        ValueError: Floats or 32-bit integers, of which nothing says where white is. The message wants the image's name
+            before it.
     """
-    # Pillow keeps 16 bits of these two formats as 32-bit integers, of PNG before version 11
+    # Pillow keeps 16 bits of these two formats as 32-bit integers, of PNG in older versions
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode == "F" or (image.mode == "I" and not is_16_bit):
         kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise UserError(
-            f"{name} has {kind} pixels (mode {image.mode}), and nothing says which value of them is white: convert "
-            "such images to 8 or 16 bits a channel.",
-            one_process=True,
+        raise ValueError(
+            f"has {kind} pixels (mode {image.mode}), and nothing says which value of them is white: convert such "
+            "images to 8 or 16 bits a channel."
         )
     if is_16_bit:
         tags: Mapping = getattr(image, "tag_v2", {})
@@ -96,17 +96,18 @@ def to_8_bits(image: Image.Image, mode: str, name: str) -> Image.Image:
     return image.convert(mode)
 
 
-def read_pixels(
-    file: str | os.PathLike | BinaryIO, mode: str = "RGB", name: str | None = None, upright: bool = False
-) -> Image.Image:
-    """As `read_image`, with 8 bits a channel, as `to_8_bits` makes them.
+def read_pixels(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
+    """As `read_image`, turned as its EXIF data say, with 8 bits a channel, as `to_8_bits` makes them.
 
     Raises:
         UnreadableImage: As `read_image`.
         UserError: As `to_8_bits`.
     """
-    name = str(file) if name is None else name
-    return to_8_bits(read_image(file, name, upright), mode, name)
+    image = read_image(path, upright=True)
+    try:
+        return to_8_bits(image, mode)
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from None
 
 
 @dataclass
