@@ -11,7 +11,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "numba", "mamba_ssm", "torch")
-DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND", "auto")  # as it was on import
+DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND") or "auto"  # as it was on import; empty is unset
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # its compiled part, which is all we use
