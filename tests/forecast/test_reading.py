@@ -115,6 +115,7 @@ def test_integers_with_thousands(tmp_path, frame):
         (lambda f: text(f.assign(date=f.date.dt.strftime("%b-%y"))), ["row 1", "Feb-24", "no time stamp"]),
         (lambda f: text(f.assign(date=f.date.astype(str) + " CET")), ["row 1", "CET", "no time stamp"]),
         (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
+        (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
         (lambda f: b"PK\x03\x04\x00\x00", ["no text"]),
     ],
 )
@@ -154,6 +155,25 @@ def test_where_steps_do_not_tell_the_order_must_be_said(tmp_path):
     assert read(tmp_path, written, dates="month-first").step.freqstr == "MS"
     iso = text(days)
     assert read(tmp_path, iso, dates="month-first").times.equals(read(tmp_path, iso).times)
+
+
+def test_months_on_another_day_than_the_first(tmp_path):
+    months = make_frame(120, start="2010-01-01", step="MS")
+    fifth = months.assign(date=(months["date"] + pd.Timedelta(days=4)))
+    table = read(tmp_path, text(fifth.assign(date=fifth["date"].dt.strftime("%d/%m/%Y"))), times="keep")
+    assert (table.times == fifth["date"]).all() and "day, month, year" in table.repairs[0]
+    error = refusal(tmp_path, text(fifth))
+    assert "do not lie whole steps" in error and "--times keep" in error and "--times regular" not in error
+
+
+def test_days_without_separators(tmp_path):
+    days = make_frame(60, step="D")
+    written = days.assign(date=days["date"].dt.strftime("%Y%m%d"))
+    for given in (written, written.astype({"date": int})):
+        assert (read_table(given).times == days["date"]).all()
+    table = read(tmp_path, text(written, header=False))
+    assert len(table) == 60 and (table.times == days["date"]).all()
+    assert "'20240230' is no time stamp" in refusal(tmp_path, text(written.replace({"date": {"20240229": "20240230"}})))
 
 
 def test_business_days_with_holidays_do_not_become_weekends(tmp_path):

@@ -129,9 +129,11 @@ def parse_numbers(column: pd.Series, name: str) -> np.ndarray:
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     wrong = np.flatnonzero((np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers))
     if len(wrong):
+        cell = column.iloc[wrong[0]]
+        shown = repr(cell) if isinstance(cell, str) else cell
         raise UserError(
-            f"Column {column.name} of {name}, row {wrong[0] + 1}: {column.iloc[wrong[0]]!r} is no finite number "
-            f"({len(wrong)} such cells). Correct them, leave them empty, or choose other columns with --targets."
+            f"Column {column.name} of {name}, row {wrong[0] + 1}: {shown} is no finite number ({len(wrong)} such "
+            "cells). Correct them, leave them empty, or choose other columns with --targets."
         )
     return numbers
 

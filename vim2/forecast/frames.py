@@ -10,7 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Collection
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
 
@@ -32,6 +32,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+SAMPLE = 100  # rows that show separators, and whether there is a header
 SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in numbers
 NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column without a name
 
@@ -62,7 +63,16 @@ def read_frame(data: str | PathLike | pd.DataFrame) -> tuple[pd.DataFrame, str |
         raise UserError(f"Reading {path.suffix} needs {error.name or 'pyarrow'}: install it with pip.") from None
     except UserError:
         raise
-    except (zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+    except (
+        csv.Error,
+        zipfile.BadZipFile,
+        lzma.LZMAError,
+        zlib.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{path} cannot be read ({str(error).strip()}): is it a whole file?") from None
 
 
@@ -139,17 +149,14 @@ def read_csv(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
     else:
         separator = find_separator(text)
     lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-    try:
-        header, notes = next(lines, []), []
-        header_lines = lines.line_num
-        rows = [row for row in lines if row]
-    except csv.Error as error:
-        raise UserError(f"{path} cannot be read ({error}): is it a whole file?") from None
+    header, notes = next(lines), []
+    header_lines = lines.line_num
     if len(header) < 2:
         raise UserError(
             f"{path} has one column only, {''.join(header)}: commas, semicolons or tabs must separate columns."
         )
-    names = name_columns(header, rows[:100], path)
+    sample = list(islice(filter(None, lines), SAMPLE))
+    names = name_columns(header, sample, path)
     if names:
         called = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
         notes.append(f"{path.name} has no header: its columns are called {', '.join(called)}.")
@@ -159,15 +166,16 @@ def read_csv(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
             names.append(name or f"Unnamed: {i}" + ".1" * (f"Unnamed: {i}" in header))
         text = text.split("\n", header_lines)[-1]
     refuse_equal_names(names, path)
-    if not rows:
+    if not sample:
         raise UserError(f"{path} has a header but no rows.")
-    for number, row in enumerate(rows, 1):
+    widest = len(names)
+    for number, row in enumerate(chain(sample, filter(None, lines)), 1):
+        widest = max(widest, len(row))
         if any(map(str.strip, row[len(names) :])):
             raise UserError(
                 f"{path}, row {number} has {len(row)} cells, and the header {len(names)}: give each row as many. "
                 "A number with a comma needs quotes, or another separator than the comma."
             )
-    widest = max(map(len, rows))
     names += [f"Unnamed: {i}" for i in range(len(names), widest)]
     how = dict(sep=separator, header=None, names=names, index_col=False, skipinitialspace=True, low_memory=False)
     frame = pd.read_csv(io.StringIO(text), **how)
@@ -185,7 +193,7 @@ def find_separator(text: str) -> str:
     """That which cuts the first row and all that follow into cells; a comma if there is no other."""
     for separator in SEPARATORS[:-1]:
         lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-        rows = [row for row in islice(lines, 100) if row]
+        rows = filter(None, islice(lines, SAMPLE))
         if min(map(len, rows)) > 1:
             return separator
     return SEPARATORS[-1]

@@ -21,11 +21,14 @@ WORDS = {"D": "day", "M": "month", "Y": "year"}
 DATE = re.compile(r"\s*(\d{1,4})([/.-])(\d{1,2})\2(\d{1,4})(?!\d)(.*)", re.DOTALL)
 OFFSET = re.compile(r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?)\s*(Z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)\s*$")
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
+COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
 ZERO = pd.Timedelta(0)
 
 
 def is_date(text: str) -> bool:
-    """Whether a cell is a date, in any way of writing it, and no number."""
+    """Whether a cell is a date, in any way of writing it, and no other number."""
+    if COMPACT.fullmatch(text.strip()):
+        return True
     if is_number(text) or not any(c.isdigit() for c in text):
         return False
     match = DATE.fullmatch(text)
@@ -85,6 +88,10 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
             return local, "detect", []
         stamps, notes = choose_clock(local.tz_convert("UTC"), local.tz_localize(None))
         return stamps, "detect", notes
+    if all(COMPACT.fullmatch(str(cell).strip()) for cell in column):
+        stamps = pd.DatetimeIndex(pd.to_datetime(column.astype(str), format="%Y%m%d", errors="coerce"))
+        refuse_missing(stamps.isna(), column, called)
+        return stamps, "detect", []
     if pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all():
         raise UserError(
             f"{called} holds numbers, such as {column.iloc[0]}: give dates such as 2024-01-31 13:00:00, or name "
@@ -135,7 +142,7 @@ def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
     if missing.any():
         row = int(np.flatnonzero(missing)[0])
         raise UserError(
-            f"{called}, row {row + 1}: {column.iloc[row]!r} is no time stamp. Correct it, or name the time column with "
+            f"{called}, row {row + 1}: '{column.iloc[row]}' is no time stamp. Correct it, or name the time column with "
             "--time-column."
         )
 
@@ -234,19 +241,19 @@ def irregular_steps(times: pd.DatetimeIndex) -> int:
 
 
 def month_numbers(times: pd.DatetimeIndex) -> np.ndarray | None:
-    """Months since the year 0, where all time stamps are the first days or all the last days of months, at one time of
+    """Months since the year 0, where all time stamps are of one day of the month, or of its last day, at one time of
     the day; otherwise None."""
-    ends = times.is_month_start.all() or times.is_month_end.all()
-    return 12 * times.year + times.month if ends and (times - times.normalize()).nunique() == 1 else None
+    days = times.is_month_end.all() or times.day.nunique() == 1
+    return (12 * times.year + times.month).to_numpy() if days and (times - times.normalize()).nunique() == 1 else None
 
 
 def find_grid(times: pd.DatetimeIndex) -> tuple[pd.offsets.BaseOffset, int]:
     """The step of a table without gaps, for time stamps in order, and how many rows it would have."""
-    usual = usual_gap(times)
-    months = month_numbers(times)
+    usual, starts = usual_gap(times), times.is_month_start.all()
+    months = month_numbers(times) if starts or times.is_month_end.all() else None
     if months is not None and usual > pd.Timedelta(days=27):
         count = int(pd.Series(np.diff(months)).mode().iloc[0])
-        step = pd.offsets.MonthBegin(count) if times.is_month_start.all() else pd.offsets.MonthEnd(count)
+        step = pd.offsets.MonthBegin(count) if starts else pd.offsets.MonthEnd(count)
         return step, int(months[-1] - months[0]) // count + 1
     day = pd.Timedelta(days=1)
     if usual == day and times[-1] - times[0] > 7 * day and (times.day_of_week < 5).all():
@@ -273,6 +280,9 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
         raise UserError(f"All time stamps of {name} are {times[0]}: they must tell the rows apart.")
     step, rows = (find_step(distinct), len(distinct)) if find_step(distinct) is not None else find_grid(distinct)
     shown = usual_gap(distinct) if isinstance(step, pd.offsets.Tick | pd.offsets.Day) else step.freqstr
+    follows = times[:-1] + step
+    if (times[1:] == follows).all():  # a step for which pandas has no name
+        return numbers, []
     twice, added = len(times) - len(distinct), rows - len(distinct)
     fault = None
     if 2 * twice > len(times):
@@ -286,7 +296,13 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
             f"as {', '.join(str(t) for t in times[:3])}? If not, say how with --dates, or write them as 2024-01-31; if "
             "they are, add --times keep to take every row as one step"
         )
-    follows = times[:-1] + step
+    else:
+        grid = pd.date_range(distinct[0], distinct[-1], freq=step)
+        if len(strays := distinct.difference(grid)):
+            fault = (
+                f"{len(strays)}, such as {strays[0]}, do not lie whole steps of {shown} after {distinct[0]}: resample "
+                "the file, or add --times keep to take every row as one step"
+            )
     if how == "error" or fault:
         wrong = int(np.flatnonzero(times[1:] != follows)[0])
         remedy = fault or (
@@ -305,14 +321,7 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
     if twice:
         repairs.append(f"{twice} rows whose time stamp was there already were left out.")
         numbers = numbers[~numbers.index.duplicated()]
-    if find_step(numbers.index) is None:
-        grid = pd.date_range(distinct[0], distinct[-1], freq=step)
-        strays = distinct.difference(grid)
-        if len(strays):
-            raise UserError(
-                f"{len(strays)} time stamps of {name}, such as {strays[0]}, do not lie whole steps of {shown} "
-                f"after {distinct[0]}: resample the file, or add --times keep to take every row as one step."
-            )
-        repairs.append(f"{len(grid) - len(numbers)} missing rows were added, {shown} apart.")
+    if added:
+        repairs.append(f"{added} missing rows were added, {shown} apart.")
         numbers = numbers.reindex(grid)
     return numbers, repairs
