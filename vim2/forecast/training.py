@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
@@ -24,7 +25,7 @@ import vim2
 from ..checkpoints import save_checkpoint, write_atomically
 from ..command.errors import UserError
 from ..command.graphs import record
-from ..command.options import fill_in, plain, resolve, resume_options
+from ..command.options import fill_in, plain, resume_options
 from ..command.processes import Processes, choose_device
 from ..command.progress import progress_bar, say
 from ..command.runs import MAKE_ROOM, explain_disk_errors, find_last, make_folder, read_last, seed_everything
@@ -32,7 +33,7 @@ from ..tsm2 import TSM2
 from .baselines import Ridge
 from .data import Scaler, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
-from .options import MAY_CHANGE, FitOptions, model_config, reading_options
+from .options import MAY_CHANGE, FitOptions, model_config, open_options, reading_options
 from .recipes import RECIPES
 from .scores import baseline_scores, gain, model_forecast, pinball, quantile_scores, score, window_losses
 
@@ -46,7 +47,8 @@ def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
 
     Args:
         argv: Command line; or else
-        options: the same options by name, with underscores: `fit(data="sales.csv", horizon=28, lookback=112)`.
+        options: the same options by name, with underscores: `fit(data="sales.csv", horizon=28, lookback=112)`. The
+            data may be a DataFrame as well.
 
     Returns:
         What metrics.json holds, and the run's `folder`.
@@ -54,8 +56,8 @@ def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right. What was saved before is kept.
     """
-    given, explicit = resolve(FitOptions, argv, options)
-    run = Run(*recall(given, explicit))
+    given, explicit, data = open_options(FitOptions, argv, options)
+    run = Run(*recall(given, explicit), data)
     run.fit()
     return {**run.metrics(), "folder": str(run.folder)}
 
@@ -88,13 +90,17 @@ class Run:
     Args:
         options: Resolved.
         saved: Checkpoint to go on from.
+        data: The DataFrame to train on, instead of the options' file.
 
     Raises:
         UserError: Data or options that do not fit.
     """
 
-    def __init__(self, options: FitOptions, saved: dict[str, Any] | None = None):
+    def __init__(
+        self, options: FitOptions, saved: dict[str, Any] | None = None, data: str | pd.DataFrame | None = None
+    ):
         self.options = o = options
+        self.data = o.data if data is None else data
         self.folder = options.folder
         self.device = choose_device(o.device)
         self.amp = o.amp and self.device.type == "cuda"
@@ -111,7 +117,7 @@ class Run:
     def open_data(self) -> None:
         o = self.options
         targets, futures = o.targets, o.future_columns
-        self.table = read_table(o.data, targets=targets, future_columns=futures, **reading_options(o))
+        self.table = read_table(self.data, targets=targets, future_columns=futures, **reading_options(o))
         split = make_split(len(self.table), o.split, o.lookback, o.horizon)
         if not split.val:
             raise UserError("There are no rows to validate on: choose another --split.")
@@ -141,7 +147,7 @@ class Run:
             step.freqstr if step else None,
             self.table.season,
             split,
-            reading_options(o),
+            {**reading_options(o), "dates": self.table.dates},
         )
         values, future = self.forecaster.tensors(self.table, self.device)
         self.windows = {
