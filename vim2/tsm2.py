@@ -8,7 +8,8 @@ docs/forecasting.md says what was decided. Grids are (batch, variates, patches, 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ class TSM2Config:
         future_length: Their time steps T_Z; 0 is the horizon.
 
     Raises:
-        ValueError: A value out of its range, or an unknown choice.
+        ValueError: A value of another type or out of its range, or an unknown choice.
     """
 
     lookback: int = 512
@@ -84,7 +85,22 @@ class TSM2Config:
     future_length: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "quantiles", tuple(self.quantiles))  # lists, as JSON has them, are as good
+        if isinstance(self.quantiles, Iterable) and not isinstance(self.quantiles, str):
+            object.__setattr__(self, "quantiles", tuple(self.quantiles))  # lists, as JSON has them, are as good
+        for name, field in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if isinstance(field.default, tuple):
+                kind, right = "numbers", isinstance(value, tuple) and all(map(_is_finite, value))
+            elif isinstance(field.default, bool):
+                kind, right = "True or False", isinstance(value, bool)
+            elif isinstance(field.default, str):
+                kind, right = "text", isinstance(value, str)
+            elif isinstance(field.default, float):
+                kind, right = "a finite number", _is_finite(value)
+            else:
+                kind, right = "a whole number", isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not right:
+                raise ValueError(f"{name} must be {kind}, got {value!r}.")
         for name in ("lookback", "horizon", "patch", "stride", "d_model", "depth", "d_state", "d_conv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -129,6 +145,11 @@ class TSM2Config:
     def to_dict(self) -> dict:
         """Plain numbers, text and lists."""
         return {**dataclasses.asdict(self), "quantiles": list(self.quantiles)}
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that float32 can hold."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < 1e38
 
 
 class TimeMixer(nn.Module):

@@ -1,11 +1,26 @@
+import errno
+import os
 import random
+import signal
+import subprocess
+import sys
+import uuid
 
 import numpy as np
 import pytest
 import torch
 
+from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
-from vim2.command.runs import explain_disk_errors, find_last, make_folder, read_last, seed_everything
+from vim2.command.runs import (
+    explain_disk_errors,
+    find_last,
+    identity,
+    make_folder,
+    own_folder,
+    read_last,
+    seed_everything,
+)
 
 
 def test_a_run_is_only_gone_on_with_when_asked_for(tmp_path, capsys):
@@ -20,13 +35,87 @@ def test_a_run_is_only_gone_on_with_when_asked_for(tmp_path, capsys):
 
 def test_only_a_whole_last_pth_is_gone_on_with(tmp_path):
     path = tmp_path / "last.pth"
-    torch.save({"options": {}, "optimizer": {}, "more": torch.ones(2)}, path)
-    assert read_last(path, {"options", "optimizer"}).keys() == {"options", "optimizer", "more"}
+    content = {"options": dict, "optimizer": dict, "history": list}
+    whole = {"options": {}, "optimizer": {}, "history": [{"epoch": 1, "loss": 0.5}], "more": torch.ones(2)}
+    torch.save(whole, path)
+    assert read_last(path, content, {"loss"}).keys() == whole.keys()
     with pytest.raises(UserError, match=r"is not a last.pth .* Or else"):
-        read_last(path, {"options", "args"}, "Or else.")
+        read_last(path, {**content, "args": dict}, {"loss"}, "Or else.")
+    for changed in (
+        {"optimizer": [1]},
+        {"history": None},
+        {"history": [{"epoch": 2, "loss": 0.5}]},
+        {"history": [{"epoch": 1}]},
+        {"history": [{"epoch": 1, "loss": "low"}]},
+        {"history": [[1, 0.5]]},
+    ):
+        torch.save({**whole, **changed}, path)
+        with pytest.raises(UserError, match=f"its {next(iter(changed))} is damaged"):
+            read_last(path, content, {"loss"})
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(UserError, match="truncated"):
-        read_last(path, {"options"})
+        read_last(path, content, {"loss"})
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from vim2.command.runs import own_folder
+
+with own_folder(Path(sys.argv[1]), None):
+    child = os.fork()  # as a loader forks its workers
+    if child:
+        print(child, flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path):
+    with own_folder(tmp_path / "run", None), pytest.raises(UserError, match="Another run is writing to"):
+        own_folder(tmp_path / "run", None).__enter__()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UserError, match="Another run is writing to"), own_folder(tmp_path / "run", None):
+            pass
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # which lives on, but does not keep others out
+        with own_folder(tmp_path / "run", None):
+            pass
+        assert not list((tmp_path / "run").iterdir())
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_run_that_has_been_overtaken_is_refused(tmp_path):
+    last = tmp_path / "last.pth"
+    torch.save({}, last)
+    found = identity(last)
+    with own_folder(tmp_path, found):
+        write_atomically(last, last.read_bytes())
+    with pytest.raises(UserError, match="Another run"), own_folder(tmp_path, found):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with own_folder(tmp_path, None), own_folder(tmp_path, None):
+        write_atomically(tmp_path / "last.pth", b"")
+
+
+def test_a_run_sweeps_its_folder(tmp_path):
+    leftovers = [tmp_path / f".{name}.{uuid.uuid4().hex}" for name in ("last.pth", "curves.png")]
+    for path in leftovers:
+        path.touch()
+    with own_folder(tmp_path, None):
+        assert not any(path.exists() for path in leftovers)
 
 
 def test_a_folder_or_file_that_cannot_be_written(tmp_path):

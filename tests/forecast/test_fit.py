@@ -153,6 +153,71 @@ def test_an_order_of_dates_is_kept_for_files_that_do_not_tell_it(tmp_path):
         forecaster.read(day, dates="detect")
 
 
+def test_values_of_the_same_scale_are_other_data(tmp_path, data):
+    start(data, tmp_path, epochs=1, epoch_steps=1, experiment="r")
+    frame = make_frame()
+    frame.loc[290, "north"] += 0.01  # a row to validate on
+    other = write_csv(tmp_path / "other.csv", frame)
+    with pytest.raises(UserError, match="is not the data"):
+        start(other, tmp_path, experiment="r", resume=True, epochs=1, epoch_steps=1)
+    moved = write_csv(tmp_path / "moved.csv")
+    assert start(moved, tmp_path, experiment="r", resume=True, epochs=1, epoch_steps=1)["history"]
+
+
+def change_last(folder, **changes):
+    saved = read_checkpoint(folder / "last.pth")
+    saved.update(changes)
+    torch.save({name: value for name, value in saved.items() if value is not ...}, folder / "last.pth")
+
+
+def test_a_last_pth_from_before_tables_had_fingerprints_goes_on(tmp_path, data):
+    options = dict(epochs=2, epoch_steps=1, experiment="r")
+    start(data, tmp_path, **options)
+    change_last(tmp_path / "r", table=..., history=read_checkpoint(tmp_path / "r" / "last.pth")["history"][:1])
+    assert len(start(data, tmp_path, resume=True, **options)["history"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"history": ...}, "not a last.pth"),
+        ({"history": [1]}, "its history is damaged"),
+        ({"history": [{"epoch": 1}]}, "its history is damaged"),
+        ({"start": {"epoch": 0}}, "its start is damaged"),
+        ({"start": None, "start_losses": None}, "its start is damaged"),
+        ({"start_losses": torch.zeros(3)}, "its start is damaged"),
+        ({"optimizer": {}}, "does not fit"),
+        ({"optimizer": {"state": {}, "param_groups": [1]}}, "does not fit"),
+        ({"state_dict": {1: torch.ones(1)}}, "lacks weights"),
+        ({"state_dict": {"head.bias": torch.full((12,), torch.nan)}}, "NaN or infinite"),
+        ({"state_dict": {}}, "does not fit"),
+        ({"options": {"horizon": "12"}}, "horizon must be a whole number"),
+    ],
+    ids=str,
+)
+def test_a_last_pth_with_an_odd_inside(tmp_path, data, changes, words):
+    options = dict(epochs=1, epoch_steps=1, experiment="r", linear_path=True)
+    start(data, tmp_path, **options)
+    change_last(tmp_path / "r", **changes)
+    with pytest.raises(UserError, match=words):
+        start(data, tmp_path, resume=True, **options)
+
+
+def test_two_runs_in_one_folder(tmp_path, data):
+    argv = [sys.executable, TOOLS / "forecast.py", "fit", data, *TINY, "--output", tmp_path, "--experiment", "run"]
+    argv = [*map(str, argv), "--epochs", "400", "--patience", "400"]
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "last.pth").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        with pytest.raises(UserError, match="Another run is writing to"):
+            start(data, tmp_path, experiment="run", resume=True, epochs=400, patience=400)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_it_stops_without_progress_and_keeps_the_best_epoch(tmp_path, data):
     run = start(data, tmp_path, lr=0.5, epochs=30, patience=2, experiment="r")
     assert len(run["history"]) == run["best"]["epoch"] + 2 < 30

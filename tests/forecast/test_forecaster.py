@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from forecast_helpers import TINY, make_frame, write_csv
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vim2.forecast import Forecaster, UserError, evaluate, fit, predict
 from vim2.forecast.cli import main
@@ -144,6 +144,114 @@ def test_damaged_folders(trained, tmp_path):
         config.write_text(text)
         with pytest.raises(UserError, match="damaged"):
             Forecaster.from_pretrained(tmp_path / "f")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"columns": ["north", "south"]}, "2 columns with 3 means"),
+        ({"columns": ["north", "south", "south"]}, "twice"),
+        ({"columns": ["north", "south", "promotion"]}, "twice"),
+        ({"columns": [1, 2, 3]}, "columns must be text"),
+        ({"columns": []}, "columns must be one value or more"),
+        ({"mean": [1.0, 2.0]}, "2 means"),
+        ({"mean": [1.0, 2.0, NAN]}, "mean must be a finite number"),
+        ({"mean": [1.0, 2.0, 10**400]}, "mean must be a finite number"),
+        ({"mean": None}, "mean must be"),
+        ({"std": [1.0, 1.0, 0.0]}, "std must be positive"),
+        ({"std": [1.0, 1.0, -1.0]}, "std must be positive"),
+        ({"std": [1.0, 1.0, "1"]}, "std must be a finite number"),
+        ({"std": [1.0, 1.0]}, "2 deviations"),
+        ({"future_columns": []}, "0 columns with 1 means"),
+        ({"future_std": [0.0]}, "future_std must be positive"),
+        ({"calendar": ["day", "week"]}, "future features"),
+        ({"calendar": ["day", "day"]}, "twice"),
+        ({"step": 1}, "step must be text"),
+        ({"step": "banana"}, "banana"),
+        ({"season": 0}, "season must be 1 or more"),
+        ({"season": 2.5}, "season must be a whole number"),
+        ({"split": [280, -40, 80]}, "split must be 0 or more"),
+        ({"split": [280, 40]}, "split must be 3 values"),
+        ({"split": [20, 40, 80]}, "too few"),
+        ({"reading": None}, "reading must be"),
+        ({"reading": {"missing": "guess"}}, "missing must be one of"),
+        ({"reading": {"na_values": [NAN]}}, "na_values must be a finite number"),
+        ({"reading": {"path": "other.csv"}}, "unknown option path"),
+        ({"metrics": []}, "metrics must be"),
+        ({"model_type": "lstm"}, "model_type must be one of"),
+        ({"model": {"norm": "batch"}}, "norm must be one of"),
+        ({"model": {"norm": None}}, "norm must be text"),
+        ({"model": {"quantiles": [0.9, 0.5, 0.1]}}, "ascending"),
+        ({"model": {"quantiles": [0.1, NAN, 0.9]}}, "quantiles must be numbers"),
+        ({"model": {"quantiles": "0.5"}}, "quantiles must be numbers"),
+        ({"model": {"depth": 1.0}}, "depth must be a whole number"),
+        ({"model": {"depth": True}}, "depth must be a whole number"),
+        ({"model": {"expand": NAN}}, "expand must be a finite number"),
+        ({"model": {"dropout": "0"}}, "dropout must be a finite number"),
+        ({"model": {"linear_path": 1}}, "linear_path must be True or False"),
+        ({"model": {"static_features": 2}}, "future features"),
+        ({"model": {"future_length": 30}}, "future features of 30 steps"),
+        ({"model": {"depth": 10**9}}, "does not fit config.json"),
+        ({"model": {"d_model": 10**12}}, "does not fit config.json"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_true(trained, tmp_path, changed, words):
+    Forecaster.from_pretrained(trained).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    if isinstance(changed.get("model"), dict):
+        changed = {"model": {**saved["model"], **changed["model"]}}
+    (tmp_path / "config.json").write_text(json.dumps({**saved, **changed}))
+    with pytest.raises(UserError) as error:
+        Forecaster.from_pretrained(tmp_path)
+    assert words in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "split", "reading", "season", "model", "calendar"])
+def test_a_config_that_lacks_something(trained, tmp_path, name):
+    Forecaster.from_pretrained(trained).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if k != name}))
+    with pytest.raises(UserError, match=f"damaged .*{name}"):
+        Forecaster.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "[" * 100_000, "\0", '{"season": ' + "1" * 5000 + "}"])
+def test_a_config_that_is_none(trained, tmp_path, text):
+    Forecaster.from_pretrained(trained).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged or of something else"):
+        Forecaster.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w * torch.nan, "NaN or infinite"),
+        (lambda w: w.int(), "int32"),
+        (lambda w: w > 0, "bool"),
+        (lambda w: w[:-1], "size mismatch"),
+    ],
+    ids=["nan", "integer", "bool", "shape"],
+)
+def test_weights_that_no_training_writes(trained, tmp_path, change, words):
+    forecaster = Forecaster.from_pretrained(trained)
+    forecaster.save_pretrained(tmp_path)
+    weights = {k: v.clone() for k, v in forecaster.model.state_dict().items()}
+    save_file({**weights, "head.bias": change(weights["head.bias"]).contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.safetensors .*{words}"):
+        Forecaster.from_pretrained(tmp_path)
+
+
+def test_a_forecast_that_is_not_finite(trained, tmp_path):
+    frame = make_frame(412)
+    frame["north"] *= 1e300
+    path = future_csv(tmp_path / "a.csv", frame)
+    with pytest.raises(UserError, match="forecast is NaN or infinite"):
+        predict(data=str(path), checkpoint=str(trained), output=str(tmp_path), device="cpu")
 
 
 def test_files_that_do_not_fit_the_model(trained, tmp_path, fails):

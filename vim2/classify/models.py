@@ -1,7 +1,7 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,39 +9,55 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 import vim2  # noqa: F401  registers the models
 
 from ..checkpoints import load_weights
 from ..command.errors import UserError, did_you_mean
 from ..command.runs import read_saved
+from .facts import check_model_kwargs, read_facts
 from .options import InputOptions
 
 __all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model"]
 
 
-def create_model(name: str, **kwargs) -> nn.Module:
+def create_model(
+    name: str, model_kwargs: Mapping[str, Any] | None = None, called: str = "--model-kwargs", **own
+) -> nn.Module:
     """`timm.create_model`, with errors that a user can act on.
 
+    Args:
+        name: timm's name.
+        model_kwargs: Arguments of the model's constructor, from a user or a file.
+        called: What to call these in a message.
+        own: Arguments that the command sets itself.
+
     Raises:
-        UserError: Unknown model or argument of it, no pretrained weights.
+        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights.
     """
     if not timm.is_model(name):
         known = timm.list_models()
         ours = ", ".join(n for n in timm.list_models("vim2*"))
         raise UserError(f"There is no model {name}{did_you_mean(name, known)}; this package's own are {ours}.")
+    model_kwargs = model_kwargs or {}
+    check_model_kwargs(model_kwargs, called)
+    if twice := sorted(model_kwargs.keys() & own.keys()):
+        raise UserError(f"{called} hold {twice[0]}, which an option of this command sets: use that.")
+    problem = f"{name} cannot be made with {'these ' if called.startswith('-') else ''}{called}"
     try:
-        return timm.create_model(name, **kwargs)
-    except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{name} cannot be made with these --model-kwargs: {error}") from None
+        return timm.create_model(name, **own, **model_kwargs)
     except RuntimeError as error:
-        if "pretrained weights" not in str(error):
+        if "pretrained weights" in str(error):
+            raise UserError(
+                f"There are no pretrained weights of {name} to download: leave --pretrained out, or convert VMamba's "
+                "with tools/convert_vmamba.py and start from them with --initial-checkpoint."
+            ) from None
+        if not model_kwargs:
             raise
-        raise UserError(
-            f"There are no pretrained weights of {name} to download: leave --pretrained out, or convert VMamba's with "
-            "tools/convert_vmamba.py and start from them with --initial-checkpoint."
-        ) from None
+        raise UserError(f"{problem}: {error}") from None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise UserError(f"{problem}: {str(error) or type(error).__name__}") from None
 
 
 def load(model: nn.Module, path: str | os.PathLike, new_head: bool = False, use_ema: bool = True) -> None:
@@ -71,22 +87,24 @@ def load_checkpoint_model(
         num_classes: Classes of the data, where the checkpoint does not tell.
 
     Raises:
-        UserError: No weights, or weights of another model.
+        UserError: No weights, or weights of another model; what a checkpoint tells cannot be true.
     """
     if not checkpoint:
         if not (pretrained and model):
             raise UserError("Say what to use: --checkpoint FILE, or --model NAME --pretrained for timm's own weights.")
-        return create_model(model, pretrained=True, **(model_kwargs or {})), {}
+        return create_model(model, model_kwargs, pretrained=True), {}
     content = read_saved(checkpoint)
-    facts = content if isinstance(content, dict) and "arch" in content else {}
+    facts = read_facts(content, checkpoint)
     name = model or facts.get("arch")
     if name is None:
         raise UserError(f"{checkpoint} does not say which model it is of: add --model NAME.")
-    classes = facts.get("num_classes") or head_size(content) or num_classes
-    kwargs = dict(facts.get("model_kwargs", {}) if model_kwargs is None else model_kwargs)
-    if "in_chans" in facts:
-        kwargs.setdefault("in_chans", facts["in_chans"])
-    created = create_model(name, **({} if classes is None else {"num_classes": classes}), **kwargs)
+    known = {
+        "num_classes": facts.get("num_classes") or head_size(content) or num_classes,
+        "in_chans": facts.get("in_chans"),
+        **(facts.get("model_kwargs", {}) if model_kwargs is None else model_kwargs),
+    }
+    called = f"the arguments in {checkpoint}" if model_kwargs is None else "--model-kwargs"
+    created = create_model(name, {k: v for k, v in known.items() if v is not None}, called)
     load(created, checkpoint, use_ema=use_ema)
     return created, facts
 
@@ -98,7 +116,7 @@ def head_size(content: Any) -> int | None:
             content = content[key]
             break
     for key in ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight"):
-        if isinstance(content, dict) and key in content:
+        if isinstance(content, dict) and isinstance(content.get(key), Tensor) and content[key].dim() > 0:
             return content[key].shape[0]
     return None
 
@@ -122,7 +140,7 @@ def input_config(
     Raises:
         UserError: A mean or std of another number of channels.
     """
-    in_chans = getattr(model, "in_chans", None) or in_chans or (saved or {"input_size": (3,)})["input_size"][0]
+    in_chans = getattr(model, "in_chans", None) or in_chans or (saved or {}).get("input_size", (3,))[0]
     wanted = {k: getattr(options, k) for k in ("mean", "std", "interpolation", "crop_pct")}
     for name in ("mean", "std"):
         if wanted[name] is not None and len(wanted[name]) not in (1, in_chans):

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,40 @@ from ..command.graphs import record
 from ..command.options import resolve, resume_options
 from ..command.processes import Processes, start_processes
 from ..command.progress import progress_bar, say
-from ..command.runs import MAKE_ROOM, explain_disk_errors, find_last, make_folder, read_last, seed_everything
+from ..command.runs import (
+    MAKE_ROOM,
+    explain_disk_errors,
+    find_last,
+    identity,
+    own_folder,
+    read_last,
+    restore_optimizer,
+    restore_weights,
+    seed_everything,
+)
 from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
+from .fingerprints import fingerprint
 from .models import autocast, compile_model, create_model, freeze, input_config, load, train_mode
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
 
 __all__ = ["train"]
+
+# What a last.pth holds at least, beside moving averages, the loss's scale and, since they are kept, its images'
+# fingerprints.
+LAST = {
+    "args": dict,
+    "class_names": list | None,
+    "history": list,
+    "num_classes": int,
+    "optimizer": dict,
+    "state_dict": dict,
+    "updates": int,
+    "world_size": int,
+}
+COLUMNS = {"train_loss", "lr", "unreadable"}
 
 
 def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -76,14 +102,18 @@ def recall(
         path = path / "last.pth" if path.is_dir() else path
     if path is None:
         return apply_recipe(options, explicit, processes.world_size), None
-    saved = read_last(path, {"optimizer", "args"}, "To start from its weights: --initial-checkpoint.")
+    saved = read_last(path, LAST, COLUMNS, "To start from its weights: --initial-checkpoint.")
     if saved["world_size"] != processes.world_size:
         say(
             f"{path} was trained by {saved['world_size']} processes, not {processes.world_size}: expect other losses.",
             processes,
         )
     otherwise = "start a new one with --initial-checkpoint and another --experiment"
-    return resume_options(options, explicit, saved["args"], path, MAY_CHANGE, otherwise), saved
+    resumed = resume_options(options, explicit, saved["args"], path, MAY_CHANGE, otherwise)
+    if resumed.folder.resolve() != path.parent.resolve():
+        find_last(resumed.folder, False, processes)  # it may not be another run's
+    # nothing is downloaded because a file says so
+    return replace(resumed, dataset_download=options.dataset_download), saved
 
 
 class Run:
@@ -102,6 +132,7 @@ class Run:
         self.options = o = options
         self.processes = processes
         self.folder = options.folder
+        self.last = identity(self.folder / "last.pth")
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
         self.updates = saved["updates"] if saved else 0
         if o.deterministic:
@@ -155,18 +186,24 @@ class Run:
                 f"The run was started on {saved['num_classes']} classes, and these data have others ({found}): give it "
                 "its old data, or fine-tune on these with --initial-checkpoint and another --experiment."
             )
+        self.fingerprints = {"train": fingerprint(self.train_images), "val": fingerprint(self.val_images)}
+        if saved and saved.get("images", self.fingerprints) != self.fingerprints:
+            raise UserError(
+                "The images are not those that the run was started on, whose names, classes or sizes were others: give "
+                "it its old data, or fine-tune on these with --initial-checkpoint and another --experiment."
+            )
 
     def create_model(self, saved: dict[str, Any] | None) -> None:
         o = self.options
-        in_chans = {} if o.in_chans == 3 else {"in_chans": o.in_chans}
+        in_chans = {} if o.in_chans == 3 and "in_chans" not in o.model_kwargs else {"in_chans": o.in_chans}
         self.model = create_model(
             o.model,
+            o.model_kwargs,
             pretrained=o.pretrained and not saved,
             num_classes=self.num_classes,
             drop_rate=o.drop,
             drop_path_rate=o.drop_path,
             **in_chans,
-            **o.model_kwargs,
         )
         if o.initial_checkpoint and not saved:
             load(self.model, o.initial_checkpoint, new_head=True)
@@ -276,18 +313,16 @@ class Run:
         self.autocast = autocast(device, o.amp, o.amp_dtype)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(saved["state_dict"])
-            if self.ema:
-                self.ema.module.load_state_dict(saved["state_dict_ema"])
-            for group in saved["optimizer"]["param_groups"]:
-                if "fused" in group:  # the device may be another one
-                    group["fused"] = self.optimizer.defaults["fused"]
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"The checkpoint does not fit {self.options.model} with these options: {error}") from None
+        called = "The last.pth of the run"
+        restore_weights(self.model, saved["state_dict"], called)
+        if self.ema:
+            restore_weights(self.ema.module, saved.get("state_dict_ema"), called)
+        restore_optimizer(self.optimizer, saved["optimizer"], called)
         if self.scaler:
-            self.scaler.load_state_dict(saved["scaler"])
+            try:
+                self.scaler.load_state_dict(saved["scaler"])
+            except (LookupError, RuntimeError, TypeError) as error:
+                raise UserError(f"{called} has no scale for float16: {error}.") from None
 
     @property
     def measure(self) -> str:
@@ -304,7 +339,7 @@ class Run:
 
         Raises:
             DivergenceError: The loss became NaN or infinite. The last good checkpoint is kept.
-            UserError: A file could not be written. The last good checkpoint is kept.
+            UserError: A file could not be written, and the last good checkpoint is kept; another run is in the folder.
         """
         o, first = self.options, len(self.history)
         images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
@@ -313,38 +348,38 @@ class Run:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         say(f"{o.model}: {parameters:.2f} M parameters, {self.num_classes} classes, {size} pixels", self.processes)
         say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
-        if first:
-            say(f"Going on after epoch {first} of {o.epochs}.", self.processes)
-            self.write_metrics()
-        elif self.processes.device.type == "cuda" and self.processes.world_size == 1 and torch.cuda.device_count() > 1:
-            n = torch.cuda.device_count()
+        n = torch.cuda.device_count()
+        if not first and self.processes.device.type == "cuda" and self.processes.world_size == 1 and n > 1:
             say(f"Using one of {n} GPUs; for all: torchrun --nproc-per-node={n} tools/classify.py train ...")
-        if self.processes.is_first:
-            make_folder(self.folder)
-        if o.cuda_graph and self.processes.device.type == "cuda" and first < o.epochs:
-            self.record()
-        for epoch in range(first, o.epochs):
-            row = self.train_epoch(epoch)
-            if (epoch + 1) % o.val_interval == 0 or epoch + 1 == o.epochs:
-                row.update(self.validate())
-            self.require_finite(epoch, row["train_loss"], row.get("val_loss", 0.0), weights=True)
-            skipped = 0
-            for images in (self.train_images, self.val_images):
-                number, names = images.report_unreadable(self.processes)
-                skipped += number
-                for name in names[:20]:
-                    say(f"Skipped, cannot be read: {name}", self.processes)
-                if len(names) > 20:
-                    say(f"Skipped, cannot be read: {len(names) - 20} more", self.processes)
-            row["unreadable"] = skipped
-            self.history.append(row)
-            self.write()
-            say(describe(row, o.epochs), self.processes)
-        if self.best:
-            say(
-                f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
-                self.processes,
-            )
+        with own_folder(self.folder, self.last, self.processes):
+            if first:
+                say(f"Going on after epoch {first} of {o.epochs}.", self.processes)
+                with explain_disk_errors(MAKE_ROOM):
+                    self.write_metrics()
+            if o.cuda_graph and self.processes.device.type == "cuda" and first < o.epochs:
+                self.record()
+            for epoch in range(first, o.epochs):
+                row = self.train_epoch(epoch)
+                if (epoch + 1) % o.val_interval == 0 or epoch + 1 == o.epochs:
+                    row.update(self.validate())
+                self.require_finite(epoch, row["train_loss"], row.get("val_loss", 0.0), weights=True)
+                skipped = 0
+                for images in (self.train_images, self.val_images):
+                    number, names = images.report_unreadable(self.processes)
+                    skipped += number
+                    for name in names[:20]:
+                        say(f"Skipped, cannot be read: {name}", self.processes)
+                    if len(names) > 20:
+                        say(f"Skipped, cannot be read: {len(names) - 20} more", self.processes)
+                row["unreadable"] = skipped
+                self.history.append(row)
+                self.write()
+                say(describe(row, o.epochs), self.processes)
+            if self.best:
+                say(
+                    f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
+                    self.processes,
+                )
 
     def record(self) -> None:
         """From here on, training runs the model's passes as CUDA graphs."""
@@ -465,6 +500,7 @@ class Run:
             "updates": self.updates,
             "history": self.history,
             "world_size": self.processes.world_size,
+            "images": self.fingerprints,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }

@@ -2,20 +2,33 @@
 
 import os
 import random
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from ..checkpoints import read_checkpoint
+from ..checkpoints import check_weights, read_checkpoint, remove_leftovers, try_lock
 from .errors import UserError
 from .processes import Processes
 from .progress import say
 
-__all__ = ["explain_disk_errors", "find_last", "make_folder", "read_last", "read_saved", "seed_everything"]
+__all__ = [
+    "explain_disk_errors",
+    "find_last",
+    "identity",
+    "make_folder",
+    "own_folder",
+    "read_last",
+    "read_saved",
+    "restore_optimizer",
+    "restore_weights",
+    "seed_everything",
+]
 
 MAKE_ROOM = ". Make room, then go on with --resume"
 
@@ -46,21 +59,95 @@ def read_saved(path: str | os.PathLike) -> Any:
         raise UserError(error) from None
 
 
-def read_last(path: Path, keys: Set[str], instead: str = "") -> dict[str, Any]:
+def read_last(path: Path, content: Mapping[str, type | tuple], columns: Set[str], instead: str = "") -> dict[str, Any]:
     """Read a last.pth.
 
     Args:
         path: Where it lies.
-        keys: What it must hold.
+        content: What it must hold, by name, of which type.
+        columns: What each row of its `history` must hold, beside the epoch's number.
         instead: What to do with a file that is none, a sentence.
 
     Raises:
         UserError: As `read_saved`; it is something else.
     """
     saved = read_saved(path)
-    if not (isinstance(saved, dict) and keys <= saved.keys()):
+    if not (isinstance(saved, dict) and content.keys() <= saved.keys()):
         raise UserError(f"{path} cannot be resumed: it is not a last.pth of this command. {instead}")
+    for name, kind in content.items():
+        if not isinstance(saved[name], kind):
+            raise UserError(f"{path} cannot be resumed: its {name} is damaged. {instead}")
+    rows = saved["history"]
+    whole = all(_is_row(row, columns | {"epoch"}) for row in rows)
+    if not whole or [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise UserError(f"{path} cannot be resumed: its history is damaged. {instead}")
     return saved
+
+
+def _is_row(row: Any, columns: Set[str]) -> bool:
+    """Whether it is numbers, or None, by name, with these columns."""
+    return (
+        isinstance(row, dict)
+        and columns <= row.keys()
+        and all(isinstance(n, str) and isinstance(v, int | float | None) for n, v in row.items())
+    )
+
+
+def restore_weights(model: nn.Module, weights: Any, called: str) -> None:
+    """Load a model's weights from a last.pth, which a message calls `called`.
+
+    Raises:
+        UserError: They are another model's, or `check_weights` refuses them.
+    """
+    items = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
+        raise UserError(f"{called} cannot be resumed: it lacks weights.")
+    try:
+        check_weights(weights, model.state_dict(), called)
+    except ValueError as error:
+        raise UserError(error) from None
+    with _explain_misfit(called):
+        model.load_state_dict(weights)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str) -> None:
+    """Load an optimiser's state from a last.pth, which a message calls `called`.
+
+    Raises:
+        UserError: It is another optimiser's, or of other parameters, or holds NaN or infinite values.
+    """
+    with _explain_misfit(called):
+        for group in state["param_groups"]:
+            if "fused" in group:  # the device may be another one
+                group["fused"] = optimizer.defaults["fused"]
+        optimizer.load_state_dict(state)
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if name in _MOMENTS and value is not None and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of the optimiser has the shape {tuple(value.shape)}")
+                if isinstance(value, Tensor) and not value.isfinite().all():
+                    raise ValueError(f"{name} of the optimiser holds NaN or infinite values")
+
+
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}  # of a parameter's shape
+
+
+@contextmanager
+def _explain_misfit(called: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of what is not so
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+        raise UserError(f"{called} does not fit the model of these options: {reason}") from None
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file's content from what replaced it; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def make_folder(folder: Path) -> None:
@@ -75,6 +162,76 @@ def make_folder(folder: Path) -> None:
         raise UserError(
             f"Cannot make the folder {folder} ({error.strerror}): choose another --output.", one_process=True
         ) from None
+
+
+_locks: set[int] = set()  # descriptors of the folders that this process has locked
+
+
+def _leave_locks() -> None:
+    """In a forked process, such as a loader's worker: it shall not hold the lock of a run that has been killed."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
+
+
+@contextmanager
+def own_folder(folder: Path, last: tuple[int, ...] | None, processes: Processes | None = None) -> Iterator[None]:
+    """Make a run's folder, keep other runs out of it, and remove what killed ones left half-written.
+
+    The first of several processes locks the folder's file .lock for all of them. When it ends, however it does, the
+    kernel unlocks it. Where the file system has no locks, nothing keeps others out.
+
+    Args:
+        folder: The run's.
+        last: The `identity` of the folder's last.pth that the run goes on from.
+        processes: Those of the run.
+
+    Raises:
+        UserError: Another run is there, or has been there since `last`; the folder cannot be made.
+    """
+    path, descriptor, refused = folder / ".lock", None, torch.zeros((), dtype=torch.int64)
+    if processes is None or processes.is_first:
+        make_folder(folder)
+        try:
+            descriptor = _lock(path)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to {folder} ({error.strerror}): choose another --output.", one_process=True
+            ) from None
+        if descriptor is None or identity(folder / "last.pth") != last:
+            refused += 1
+    try:
+        if (refused if processes is None else processes.maximum(refused)).item():
+            raise UserError(
+                f"Another run is writing to {folder}: wait for its end, then add --resume, or choose another "
+                "--experiment."
+            )
+        if descriptor is not None:
+            remove_leftovers(folder)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                path.unlink()
+            _locks.discard(descriptor)
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of a locked file, which is made; None if another has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if try_lock(descriptor) is False:
+            os.close(descriptor)
+            return None
+        found = identity(path)
+        if found and found[0] == os.fstat(descriptor).st_ino:
+            _locks.add(descriptor)
+            return descriptor
+        os.close(descriptor)  # the run that had it has just removed it
 
 
 @contextmanager

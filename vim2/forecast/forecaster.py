@@ -2,9 +2,9 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..checkpoints import write_atomically
+from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean
+from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
 from ..tsm2 import TSM2, TSM2Config
-from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, read_table, usual_gap
+from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
+from .options import ReadingOptions
 
 __all__ = ["Forecaster"]
 
@@ -119,9 +121,13 @@ class Forecaster:
         with torch.no_grad():
             y = self.model(x[None], future=None if future is None else future[None].to(device))[0]
         y = y.double().cpu().numpy()
-        if c.quantiles:
-            return times, self.scaler.inverse(y.transpose(0, 2, 1)).transpose(0, 2, 1)
-        return times, self.scaler.inverse(y)
+        values = self.scaler.inverse(y.transpose(0, 2, 1)).transpose(0, 2, 1) if c.quantiles else self.scaler.inverse(y)
+        if not np.isfinite(values).all():
+            raise UserError(
+                "The forecast is NaN or infinite: the values of the file are too far from those of training, or the "
+                "forecaster is damaged."
+            )
+        return times, values
 
     def times_ahead(self, table: Table) -> pd.DatetimeIndex:
         horizon = self.model.config.horizon
@@ -173,7 +179,8 @@ class Forecaster:
         """Read what `save_pretrained` wrote, or the best epoch of a run's folder. No pickle is read.
 
         Raises:
-            UserError: No such folder, damaged files, or weights of another configuration.
+            UserError: No such folder; damaged files, in which something cannot be true; weights of another
+                configuration.
         """
         folder = Path(folder)
         if not (folder / CONFIG_NAME).is_file() and (folder / "best" / CONFIG_NAME).is_file():
@@ -182,32 +189,94 @@ class Forecaster:
             if not (folder / name).is_file():
                 raise UserError(f"There is no {name} in {folder}: give the folder of a run, or of a saved forecaster.")
         try:
-            saved = json.loads((folder / CONFIG_NAME).read_text())
-            known = {f.name for f in TSM2Config.__dataclass_fields__.values()}
-            for name in saved["model"].keys() - known:
-                raise UserError(f"{folder / CONFIG_NAME} has an unknown option {name}{did_you_mean(name, known)}")
-            model = TSM2(TSM2Config(**saved["model"]))
-            forecaster = cls(
-                model,
-                saved["columns"],
-                Scaler(np.array(saved["mean"]), np.array(saved["std"])),
-                saved["future_columns"],
-                Scaler(np.array(saved["future_mean"]), np.array(saved["future_std"])),
-                list({name: CYCLES[name] for name in saved["calendar"]}),  # a KeyError tells unknown ones
-                saved["step"],
-                saved["season"],
-                Split(*saved["split"]) if saved["split"] else None,
-                saved["reading"],
-                saved["metrics"],
-            )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / CONFIG_NAME} is damaged or of something else ({error!r}).") from None
+            saved, config = _read_config(json.loads((folder / CONFIG_NAME).read_text()))
+        except (UserError, OSError, RecursionError, ValueError) as error:  # of JSON, and of its encoding
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"{folder / CONFIG_NAME} is damaged or of something else ({reason}).") from None
         try:
-            model.load_state_dict(load((folder / WEIGHTS_NAME).read_bytes()))
-        except SafetensorError as error:
+            weights = load((folder / WEIGHTS_NAME).read_bytes())
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / WEIGHTS_NAME} is truncated or no safetensors file ({error}).") from None
-        except RuntimeError as error:
+        try:
+            # without memory until it is known to fit, and no deeper than there are weights for
+            model = TSM2(replace(config, depth=min(config.depth, len(weights) + 1)), device="meta")
+            wanted = model.state_dict()
+            check_weights(weights, wanted, folder / WEIGHTS_NAME)
+            weights = {n: v.to(wanted.get(n, v).dtype, copy=True) for n, v in weights.items()}
+            model.load_state_dict(weights, assign=True)
+        except (OverflowError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME} beside it: {reason}") from None
+        except ValueError as error:
+            raise UserError(error) from None
+        forecaster = cls(
+            model,
+            saved.columns,
+            Scaler(np.array(saved.mean), np.array(saved.std)),
+            saved.future_columns,
+            Scaler(np.array(saved.future_mean), np.array(saved.future_std)),
+            saved.calendar,
+            saved.step,
+            saved.season,
+            Split(*saved.split) if saved.split else None,
+            saved.reading,
+            saved.metrics,
+        )
         model.to(device).eval()
         return forecaster
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedConfig(Options):
+    """What a config.json holds beside the model's own options, which `TSM2Config` checks."""
+
+    program = CONFIG_NAME
+    model_type: str = option("tsm2", "what it is of", choices=("tsm2",))
+    model: dict[str, Any] = option(REQUIRED, "options of the model")
+    columns: list[str] = option(REQUIRED, "names of the variates")
+    mean: list[float] = option(REQUIRED, "of the variates")
+    std: list[PositiveFloat] = option(REQUIRED, "of the variates")
+    future_columns: list[str] = option(REQUIRED, "names of known-future features", nargs="*")
+    future_mean: list[float] = option(REQUIRED, "of those", nargs="*")
+    future_std: list[PositiveFloat] = option(REQUIRED, "of those", nargs="*")
+    calendar: list[str] = option(REQUIRED, "cycles", nargs="*", choices=tuple(CYCLES))
+    step: str | None = option(REQUIRED, "time step")
+    season: Positive = option(REQUIRED, "steps of a season")
+    split: Annotated[list[Count], length(3)] | None = option(REQUIRED, "rows")
+    reading: dict[str, Any] = option(REQUIRED, "options of read_table")
+    metrics: dict[str, Any] = option(REQUIRED, "of the chosen epoch")
+
+
+def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
+    """The content of a config.json.
+
+    Raises:
+        UserError, ValueError: Something that cannot be true.
+    """
+    if not isinstance(saved, dict):
+        raise UserError("it is no JSON object")
+    config, _ = resolve(SavedConfig, given={n: v for n, v in saved.items() if n in SavedConfig.__dataclass_fields__})
+    known = TSM2Config.__dataclass_fields__
+    for name in config.model.keys() - known:
+        raise UserError(f"it has an unknown option {name}{did_you_mean(name, known)}")
+    model = TSM2Config(**config.model)
+    for names, mean, std in (
+        (config.columns, config.mean, config.std),
+        (config.future_columns, config.future_mean, config.future_std),
+    ):
+        if not len(names) == len(mean) == len(std):
+            raise UserError(f"it has {len(names)} columns with {len(mean)} means and {len(std)} deviations")
+    names = [*config.columns, *config.future_columns]
+    if len(set(names)) < len(names) or len(set(config.calendar)) < len(config.calendar):
+        raise UserError("it names a column or cycle twice")
+    features = len(config.future_columns) + 2 * len(config.calendar)
+    if (model.future_features, model.static_features) != (features, 0):
+        raise UserError(f"its columns make {features} future features, its model takes {model.future_features}")
+    if features and model.future_steps != model.horizon:
+        raise UserError(f"its model takes future features of {model.future_steps} steps, and forecasts {model.horizon}")
+    if config.split is not None:
+        make_split(sum(config.split), config.split, model.lookback, model.horizon)
+    resolve(ReadingOptions, given=config.reading)
+    if config.step is not None:
+        pd.tseries.frequencies.to_offset(config.step)
+    return config, model

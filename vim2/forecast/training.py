@@ -5,6 +5,7 @@ needed to go on) and metrics.json. Every epoch begins with random states that de
 with last.pth, so that a run which was cut off goes on as if it had not been. The test rows are never looked at here.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -22,16 +23,26 @@ from torch import Tensor, nn
 
 import vim2
 
-from ..checkpoints import save_checkpoint, write_atomically
+from ..checkpoints import remove_leftovers, save_checkpoint, write_atomically
 from ..command.errors import UserError
 from ..command.graphs import record
 from ..command.options import fill_in, plain, resume_options
 from ..command.processes import Processes, choose_device
 from ..command.progress import progress_bar, say
-from ..command.runs import MAKE_ROOM, explain_disk_errors, find_last, make_folder, read_last, seed_everything
+from ..command.runs import (
+    MAKE_ROOM,
+    explain_disk_errors,
+    find_last,
+    identity,
+    own_folder,
+    read_last,
+    restore_optimizer,
+    restore_weights,
+    seed_everything,
+)
 from ..tsm2 import TSM2
 from .baselines import Ridge
-from .data import Scaler, Windows, calendar_cycles, is_constant, make_split, read_table
+from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
 from .options import MAY_CHANGE, FitOptions, model_config, open_options, reading_options
 from .recipes import RECIPES
@@ -39,6 +50,18 @@ from .scores import baseline_scores, gain, model_forecast, pinball, quantile_sco
 
 __all__ = ["fit"]
 
+# What a last.pth holds at least; since its table's fingerprint is kept, that too.
+LAST = {
+    "forecaster": dict,
+    "history": list,
+    "optimizer": dict,
+    "options": dict,
+    "start": dict | None,
+    "start_losses": Tensor | None,
+    "state_dict": dict,
+}
+COLUMNS = {"train_loss", "val_loss", "val_mse", "val_mae"}
+START = {"epoch", "val_loss", "val_mse"}
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
@@ -69,7 +92,7 @@ def recall(options: FitOptions, explicit: set[str]) -> tuple[FitOptions, dict[st
     path = find_last(options.folder, options.resume)
     if path is None:
         return options, None
-    saved = read_last(path, {"optimizer", "options", "start_losses"})
+    saved = read_last(path, LAST, COLUMNS)
     return resume_options(options, explicit, saved["options"], path, MAY_CHANGE, "choose another --experiment"), saved
 
 
@@ -102,6 +125,7 @@ class Run:
         self.options = o = options
         self.data = o.data if data is None else data
         self.folder = options.folder
+        self.last = identity(self.folder / "last.pth")
         self.device = choose_device(o.device)
         self.amp = o.amp and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
@@ -149,6 +173,7 @@ class Run:
             split,
             {**reading_options(o), "dates": self.table.dates},
         )
+        self.fingerprint = fingerprint(self.table, split.train + split.val)
         values, future = self.forecaster.tensors(self.table, self.device)
         self.windows = {
             part: Windows(values, o.lookback, o.horizon, *split.borders(part, o.lookback), future)
@@ -193,16 +218,20 @@ class Run:
         )
 
     def restore(self, saved: dict[str, Any]) -> None:
-        if plain(saved["forecaster"]) != plain(described(self.forecaster)):
+        same = saved.get("table", self.fingerprint) == self.fingerprint
+        if not same or plain(saved["forecaster"]) != plain(described(self.forecaster)):
             raise UserError(
                 f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
-                "rows or scale differ. Give the run its old file, or start another --experiment."
+                "rows or values differ. Give the run its old file, or start another --experiment."
             )
-        try:
-            self.model.load_state_dict(saved["state_dict"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{self.folder / 'last.pth'} does not fit these options: {error}") from None
+        called = str(self.folder / "last.pth")
+        if self.start is not None or self.model.linear_path is not None:
+            losses = getattr(self.start_losses, "shape", None)
+            whole = self.start is not None and self.start.keys() >= START and losses == (len(self.windows["val"]),)
+            if not whole or not all(row.keys() >= {"gain", "gain_error"} for row in self.history):
+                raise UserError(f"{called} cannot be resumed: its start is damaged.")
+        restore_weights(self.model, saved["state_dict"], called)
+        restore_optimizer(self.optimizer, saved["optimizer"], called)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -221,7 +250,8 @@ class Run:
         """Train until there is no more progress, or the last epoch.
 
         Raises:
-            UserError: The loss became NaN, or a file could not be written. The last good checkpoint is kept.
+            UserError: The loss became NaN, or a file could not be written, and the last good checkpoint is kept; or
+                another run is in the folder.
         """
         o, split = self.options, self.forecaster.split
         for note in self.notes:
@@ -239,30 +269,32 @@ class Run:
             say(f"{name:<15} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
             say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
-        make_folder(self.folder)
-        if self.model.linear_path is not None and self.start is None:
-            self.start = {"epoch": 0, **self.validate()}
-            self.start_losses = window_losses(self.model, self.windows["val"], self.amp)
-            self.save_best(self.start)
-        if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
-            self.capture()
-        while not self.is_finished:
-            epoch = len(self.history)
-            row = self.train_epoch(epoch)
-            row.update(self.validate())
-            if self.start:
-                losses = window_losses(self.model, self.windows["val"], self.amp)
-                row["gain"], row["gain_error"] = gain(self.start_losses, losses, o.horizon)
-            self.require_finite(epoch, row["train_loss"], row["val_loss"])
-            self.history.append(row)
-            self.write()
-            say(
-                f"epoch {row['epoch']:>3}/{o.epochs} · loss {row['train_loss']:.4f} · validation "
-                f"MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
-            )
-        self.write_metrics()
-        best, ridge = self.best, self.baselines["ridge"]["mse"]
-        say(f"Best: epoch {best['epoch']}, validation MSE {best['val_mse']:.4f} (ridge {ridge:.4f}); {self.folder}")
+        with own_folder(self.folder, self.last):
+            remove_leftovers(self.folder / "best")
+            if self.model.linear_path is not None and self.start is None:
+                self.start = {"epoch": 0, **self.validate()}
+                self.start_losses = window_losses(self.model, self.windows["val"], self.amp)
+                self.save_best(self.start)
+            if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
+                self.capture()
+            while not self.is_finished:
+                epoch = len(self.history)
+                row = self.train_epoch(epoch)
+                row.update(self.validate())
+                if self.start:
+                    losses = window_losses(self.model, self.windows["val"], self.amp)
+                    row["gain"], row["gain_error"] = gain(self.start_losses, losses, o.horizon)
+                self.require_finite(epoch, row["train_loss"], row["val_loss"])
+                self.history.append(row)
+                self.write()
+                say(
+                    f"epoch {row['epoch']:>3}/{o.epochs} · loss {row['train_loss']:.4f} · validation "
+                    f"MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
+                )
+            with explain_disk_errors(MAKE_ROOM):
+                self.write_metrics()
+            best, ridge = self.best, self.baselines["ridge"]["mse"]
+            say(f"Best: epoch {best['epoch']}, validation MSE {best['val_mse']:.4f} (ridge {ridge:.4f}); {self.folder}")
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         seed_everything(self.options.seed, epoch + 1)
@@ -344,6 +376,7 @@ class Run:
         checkpoint = {
             "options": self.options.to_dict(),
             "forecaster": described(self.forecaster),
+            "table": self.fingerprint,
             "start": self.start,
             "start_losses": self.start_losses,
             "history": self.history,
@@ -380,6 +413,14 @@ class Run:
 
     def write_metrics(self) -> None:
         write_atomically(self.folder / "metrics.json", json.dumps(self.metrics(), indent=1) + "\n")
+
+
+def fingerprint(table: Table, rows: int) -> str:
+    """Text that depends on the first rows of a table, which a run is trained and validated on."""
+    digest = hashlib.sha256(str(table.times[0]).encode())
+    for values in (table.values, table.future):
+        digest.update(np.ascontiguousarray(values[:rows]).tobytes())
+    return digest.hexdigest()
 
 
 def described(forecaster: Forecaster) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""What a checkpoint tells about its model: read from a file, so believed only where it can be true."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+from timm.models import build_model_with_cfg
+
+from ..command.errors import UserError
+from ..command.options import REQUIRED, Options, Positive, PositiveFloat, Share, length, option, resolve
+from .options import INTERPOLATIONS, PositiveShare
+
+__all__ = ["check_model_kwargs", "read_facts"]
+
+# What timm takes beside the arguments of a model's constructor: where to find and keep weights, how to wrap the model.
+_TIMMS_OWN = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    *("pruned", "features_only", "out_indices", "feature_cls"),
+}
+_COMMANDS_OWN = {"device", "dtype"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(Options):
+    program = "checkpoint"
+    arch: str = option(REQUIRED, "timm's name of the model")
+    model_kwargs: dict[str, Any] = option({}, "arguments of its constructor")
+    num_classes: Positive | None = option(None, "its classes")
+    in_chans: Positive | None = option(None, "channels of its images")
+    class_names: list[str] | None = option(None, "of the classes, from the first on")
+    data_config: dict[str, Any] | None = option(None, "timm's data config")
+    held_out: bool = option(False, "whether training set images to validate on aside")
+    args: dict[str, Any] = option({}, "options of training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Options):
+    program = "data_config"
+    input_size: Annotated[list[Positive], length(3)] | None = option(None, "channels, height and width")
+    interpolation: str | None = option(None, "of resizing", choices=INTERPOLATIONS)
+    mean: list[float] | None = option(None, "of the pixels, a number a channel")
+    std: list[PositiveFloat] | None = option(None, "of the pixels, a number a channel")
+    crop_pct: PositiveShare | None = option(None, "size over the size to resize to")
+    crop_mode: str | None = option(None, "of resizing", choices=("center", "squash", "border"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut(Options):
+    program = "args"
+    data_dir: str | None = option(None, "where the images were")
+    holdout: Share = option(REQUIRED, "share of each class")
+
+
+def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
+    """The facts in a checkpoint of `vim2.classify.train` or `tools/convert_vmamba.py`, those of `Facts`.
+
+    Args:
+        content: What the file holds.
+        path: Of the file, for messages.
+
+    Returns:
+        Those that it holds, by name; none of a bare file of weights.
+
+    Raises:
+        UserError: One that cannot be true.
+    """
+    if not isinstance(content, dict) or "arch" not in content:
+        return {}
+    try:
+        facts = _read(Facts, content)
+        check_model_kwargs(facts.get("model_kwargs", {}), "its model_kwargs")
+        names, classes = facts.get("class_names"), facts.get("num_classes")
+        if names is not None and (len(set(names)) < len(names) or len(names) > (classes or len(names))):
+            raise UserError(f"it names {len(names)} classes, some twice or more than its model has")
+        if facts.get("data_config") is not None:
+            config = _read(DataConfig, facts["data_config"])
+            # tuples, as timm has them
+            facts["data_config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+            channels = config["input_size"][0] if "input_size" in config else facts.get("in_chans") or 3
+            if any(len(config[k]) != channels for k in ("mean", "std") if k in config):
+                raise UserError(f"its data_config is not for images of {channels} channels")
+        if facts.get("held_out"):
+            facts["args"] = _read(HoldOut, facts.get("args", {}))
+    except UserError as error:
+        raise UserError(f"{path} is damaged, or no checkpoint of this program: {str(error).rstrip('.')}.") from None
+    return facts
+
+
+def _read(cls: type[Options], given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Of the values that a class declares, those that are given."""
+    known = {name: value for name, value in given.items() if name in cls.__dataclass_fields__ and value is not None}
+    options, _ = resolve(cls, given=known)
+    return {name: getattr(options, name) for name in known}
+
+
+def check_model_kwargs(given: Mapping[str, Any], called: str) -> None:
+    """Refuse what is no argument of a model's constructor that a file could hold.
+
+    timm would also take, by the same way, addresses and files to get weights from and folders to write them to.
+
+    Args:
+        given: Arguments by name.
+        called: What to call them in a message.
+
+    Raises:
+        UserError: An argument of timm's own, or a value that is more than numbers, text and lists of them.
+    """
+    for name, value in given.items():
+        if name in _TIMMS_OWN | _COMMANDS_OWN:
+            raise UserError(f"{called} may hold arguments of the model's constructor only, and {name} is none.")
+        if not _is_plain(value):
+            raise UserError(f"{called} may hold finite numbers, text and lists of them only, and {name} is none.")
+    if given.get("global_pool") == "":
+        raise UserError(f"{called} leave pooling out (global_pool), without which there are no classes.")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):  # such as the arguments of a norm
+        return all(isinstance(name, str) and name not in _COMMANDS_OWN for name in value) and all(
+            map(_is_plain, value.values())
+        )
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
