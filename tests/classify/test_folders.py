@@ -69,6 +69,15 @@ def test_compressed_tars(name, data, tmp_path):
         assert pixels(ours) == pixels(files)
 
 
+def test_a_tar_for_each_split(data, tmp_path):
+    for split in ("train", "val"):
+        files = {f"{file.parent.name}/{file.name}": file.read_bytes() for file in (data / split).rglob("*.png")}
+        make_tar(tmp_path / f"{split}.tar", files)
+    opened = open_train_and_val("", tmp_path, "train.tar", "val.tar")
+    for ours, files in zip(opened[:2], open_train_and_val("", data)[:2]):
+        assert pixels(ours) == pixels(files)
+
+
 @pytest.mark.parametrize("name", ["flowers.tar", "flowers.tar.gz"])
 @pytest.mark.parametrize("how", [["-j", "2"], ["--in-memory"]], ids=["files", "memory"])
 def test_training_and_validating_from_a_tar(name, how, data, tmp_path):
