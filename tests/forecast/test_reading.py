@@ -237,8 +237,10 @@ def test_a_value_beside_which_the_others_vanish_is_named(tmp_path, frame, value)
     assert np.abs(table.values).max() < 1e5
 
 
-def test_a_variance_that_is_rounded_to_zero_is_named(tmp_path, frame):
-    assert "Column a" in (error := refusal(tmp_path, text(frame.assign(a=frame["a"] * 1e-200)))) and "units" in error
+@pytest.mark.parametrize("factor", [1e-200, 1e300])
+def test_columns_of_values_without_a_deviation_are_named(tmp_path, frame, factor):
+    error = refusal(tmp_path, text(frame.assign(a=frame["a"].abs() * factor)))
+    assert "Column a" in error and "other units" in error
 
 
 @pytest.mark.parametrize("times", ["error", "regular"])
