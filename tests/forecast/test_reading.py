@@ -186,6 +186,8 @@ def test_days_without_separators(tmp_path):
     written = days.assign(date=days["date"].dt.strftime("%Y%m%d"))
     for given in (written, written.astype({"date": int})):
         assert (read_table(given).times == days["date"]).all()
+    indexed = read(tmp_path, written.set_index("date").rename_axis(None).to_csv())
+    assert (indexed.times == days["date"]).all() and not indexed.repairs
     table = read(tmp_path, text(written, header=False))
     assert len(table) == 60 and (table.times == days["date"]).all()
     assert "'20240230' is no time stamp" in refusal(tmp_path, text(written.replace({"date": {"20240229": "20240230"}})))

@@ -173,8 +173,8 @@ def refuse_extremes(numbers: pd.DataFrame, name: str) -> None:
         value, usual = float(values[row]), float(np.median(values[rows]))
         if deviation == 0 or abs(usual) > LARGEST:
             raise UserError(
-                f"Column {label} of {name} holds values of about {usual:g}, whose deviation is 0 or infinite in float64: "
-                "give it in other units, or leave it out with --targets."
+                f"Column {label} of {name} holds values of about {usual:g}, whose deviation is 0 or infinite in "
+                "float64: give it in other units, or leave it out with --targets."
             )
         if np.abs(values[rows]).max() > LARGEST or 0 < spread < RESOLUTION * deviation:
             raise UserError(
