@@ -112,7 +112,6 @@ def test_integers_with_thousands(tmp_path, frame):
         (lambda f: text(f.assign(a="1,5", b="1.25")), ["two ways", "1,5 and 1.25"]),
         (lambda f: text(f.assign(a="1,5", b="1.234")), ["decimal commas (1,5)", "1.234"]),
         (lambda f: text(f.assign(date=f.date.dt.strftime("%H:%M"))), ["times without dates", "00:00"]),
-        (lambda f: text(f.assign(date=f.date.dt.strftime("%b-%y"))), ["row 1", "Feb-24", "no time stamp"]),
         (lambda f: text(f.assign(date=f.date.astype(str) + " CET")), ["row 1", "CET", "no time stamp"]),
         (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
         (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
@@ -123,6 +122,22 @@ def test_what_may_mean_several_things_is_refused(tmp_path, frame, change, words)
     error = refusal(tmp_path, change(frame))
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["%d-%b-%y %H:%M", "%d %B %Y %H:%M", "%H:%M %d/%m/%Y", "%a %d/%m/%Y %H:%M", "%d/%m/%y %I:%M %p", "%Y/%m/%d %H"],
+)
+def test_dates_in_other_forms(tmp_path, frame, form):
+    frame["date"] += pd.Timedelta(days=1)  # to the thirteenth
+    table = read(tmp_path, text(frame.assign(date=frame["date"].dt.strftime(form))))
+    assert (table.times == frame["date"]).all()
+
+
+def test_a_month_and_two_digits_are_of_a_year(tmp_path):
+    months = make_frame(120, start="1995-01-01", step="MS")
+    table = read(tmp_path, text(months.assign(date=months["date"].dt.strftime("%b-%y"))))
+    assert (table.times == months["date"]).all()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +186,8 @@ def test_days_without_separators(tmp_path):
     written = days.assign(date=days["date"].dt.strftime("%Y%m%d"))
     for given in (written, written.astype({"date": int})):
         assert (read_table(given).times == days["date"]).all()
+    indexed = read(tmp_path, written.set_index("date").rename_axis(None).to_csv())
+    assert (indexed.times == days["date"]).all() and not indexed.repairs
     table = read(tmp_path, text(written, header=False))
     assert len(table) == 60 and (table.times == days["date"]).all()
     assert "'20240230' is no time stamp" in refusal(tmp_path, text(written.replace({"date": {"20240229": "20240230"}})))
@@ -194,6 +211,13 @@ def test_offsets_over_a_change_to_summer_time_and_back(tmp_path, frame, start):
     assert read(tmp_path, text(utc)).times.equals(table.times) and not read(tmp_path, text(utc)).repairs
 
 
+@pytest.mark.parametrize("form", ["%d/%m/%Y %H:%M %z", "%m/%d/%Y %I:%M %p %z", "%a %b %d %Y %H:%M:%S GMT%z (CET)"])
+def test_offsets_after_other_forms(tmp_path, frame, form):
+    times = pd.date_range("2024-03-30", periods=60, freq="h", tz="Europe/Berlin")
+    table = read(tmp_path, text(frame.assign(date=times.strftime(form))))
+    assert (table.times == times).all() and "Time stamps were converted to UTC." in table.repairs
+
+
 def test_midnights_over_a_change_to_summer_time_stay_days(tmp_path, frame):
     times = pd.date_range("2024-03-01", periods=60, freq="D", tz="Europe/Berlin")
     table = read(tmp_path, text(frame.assign(date=[t.isoformat() for t in times])))
@@ -215,8 +239,10 @@ def test_a_value_beside_which_the_others_vanish_is_named(tmp_path, frame, value)
     assert np.abs(table.values).max() < 1e5
 
 
-def test_a_variance_that_is_rounded_to_zero_is_named(tmp_path, frame):
-    assert "Column a" in (error := refusal(tmp_path, text(frame.assign(a=frame["a"] * 1e-200)))) and "units" in error
+@pytest.mark.parametrize("factor", [1e-200, 1e300])
+def test_columns_of_values_without_a_deviation_are_named(tmp_path, frame, factor):
+    error = refusal(tmp_path, text(frame.assign(a=frame["a"].abs() * factor)))
+    assert "Column a" in error and "other units" in error
 
 
 @pytest.mark.parametrize("times", ["error", "regular"])

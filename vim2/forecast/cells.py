@@ -171,14 +171,14 @@ def refuse_extremes(numbers: pd.DataFrame, name: str) -> None:
             deviation = values[rows].std()
         row = int(rows[order[-1]])
         value, usual = float(values[row]), float(np.median(values[rows]))
+        if deviation == 0 or abs(usual) > LARGEST:
+            raise UserError(
+                f"Column {label} of {name} holds values of about {usual:g}, whose deviation is 0 or infinite in "
+                "float64: give it in other units, or leave it out with --targets."
+            )
         if np.abs(values[rows]).max() > LARGEST or 0 < spread < RESOLUTION * deviation:
             raise UserError(
                 f"Column {label} of {name}, row {row + 1}: beside {value!r} the other values, about {usual:g}, cannot "
                 f"be told apart. Correct it, or add --na-values {value!r} --missing interpolate if it stands for a "
                 "missing value."
-            )
-        if deviation == 0:
-            raise UserError(
-                f"Column {label} of {name} varies by so little, about {usual:g}, that its deviation is rounded to 0: "
-                "give it in other units, or leave it out with --targets."
             )

@@ -239,6 +239,8 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
             counts = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
             if pd.api.types.is_datetime64_any_dtype(column) or counts.isna().any() or (counts % 1 != 0).any():
                 continue
+            if all(is_date(str(cell)) for cell in column):  # 20240131
+                continue
             if (counts.to_numpy() == np.arange(len(counts))).all() or (nameless and counts.is_unique):
                 frame = frame.drop(columns=name)
                 notes.append(f"Column {name}, which counts the rows, was left out.")

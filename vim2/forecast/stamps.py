@@ -18,8 +18,18 @@ TIMES = ("error", "regular", "keep")
 ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
 DATES = ("detect", *ORDERS)
 WORDS = {"D": "day", "M": "month", "Y": "year"}
-DATE = re.compile(r"\s*(\d{1,4})([/.-])(\d{1,2})\2(\d{1,4})(?!\d)(.*)", re.DOTALL)
-OFFSET = re.compile(r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?)\s*(Z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)\s*$")
+DATE = re.compile(
+    r"\s*(?:[A-Za-z]{2,9}[.,]?\s+)?"  # a weekday
+    r"(?P<time>\d{1,2}:\d{2}(?::\d{2})?\s+)?"
+    r"(?P<first>\d{1,4})(?P<sign>[/.-])(?P<second>\d{1,2})(?P=sign)(?P<third>\d{1,4})(?!\d)(?P<rest>.*)",
+    re.DOTALL,
+)
+# 31-Jan-24, and Jan-24, which is no day of an unknown year
+NAMED = re.compile(r"\s*(?:(\d{1,2})[-/ .]+([A-Za-z]{3,9})[-/ .]+(\d{2})(?!\d)(.*)|([A-Za-z]{3,9})[-/ .']+(\d{2})\s*)")
+OFFSET = re.compile(
+    r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?(?:\s*[AaPp][Mm])?)"
+    r"\s*(Z|UTC|GMT|(?:UTC|GMT)?\s*([+-])(\d{1,2}):?(\d{2})?)\s*(?:\(.*\)\s*)?$"
+)
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
 COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
 ZERO = pd.Timedelta(0)
@@ -32,31 +42,58 @@ def is_date(text: str) -> bool:
     if is_number(text) or not any(c.isdigit() for c in text):
         return False
     match = DATE.fullmatch(text)
-    return bool(match and 4 in (len(match[1]), len(match[4]))) or to_stamps([text])[0] is not pd.NaT
+    return bool(match and 4 in (len(match["first"]), len(match["third"]))) or to_stamps([text])[0] is not pd.NaT
 
 
 def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
-    """Time stamps, NaT for what is none; a cell without a year is none, which pandas would say is of today."""
-    with warnings.catch_warnings():  # of quarters, which pandas 4 will not read
-        warnings.simplefilter("ignore")
-        stamps = pd.DatetimeIndex(pd.to_datetime(cells, errors="coerce", format="mixed", utc=False))
+    """Time stamps without offset, NaT for what is none; a cell without a year is none, which pandas would say is of
+    today."""
+    cells = [with_century(cell) for cell in cells]
+    try:
+        with warnings.catch_warnings():  # of quarters, which pandas 4 will not read
+            warnings.simplefilter("ignore")
+            stamps = pd.DatetimeIndex(pd.to_datetime(cells, errors="coerce", format="mixed"))
+    except ValueError:  # offsets of a kind that is not known here
+        stamps = pd.DatetimeIndex([pd.NaT] * len(cells))
     dated = [bool(re.search(r"\d{4}", cell)) for cell in cells]
-    return stamps.where(dated)
+    return stamps.where(np.array(dated) & (stamps.tz is None))
+
+
+def with_century(cell: str) -> str:
+    """A date with the month's name and a year of two digits, with four."""
+    match = NAMED.fullmatch(cell) if not re.search(r"\d{4}", cell) else None
+    if match is None:
+        return cell
+    day, month, year, rest = match.group(1, 2, 3, 4) if match[1] else ("1", match[5], match[6], "")
+    return f"{day} {month} {full_year(year)}{rest}"
+
+
+def full_year(year: str) -> int:
+    """Of two digits, as POSIX has it: 1969 to 2068."""
+    return int(year) + (0 if len(year) > 2 else 1900 if int(year) > 68 else 2000)
 
 
 def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> tuple[pd.DataFrame, str, list[str]]:
-    """A frame whose time column also has the time of day where that is in a column of its own; its name; a note."""
+    """Columns date and time as one, where one has days and the other the times of day.
 
-    def is_of(column, pattern):
-        return is_text(column) and all(isinstance(c, str) and bool(pattern.fullmatch(c)) for c in column)
+    Args:
+        frame: As read.
+        time: Its time column.
+        wanted: Columns that were asked for, which stay.
 
+    Returns:
+        The frame, its time column, and a note if two became one.
+    """
     names = {name.lower(): name for name in frame.columns if name not in wanted}
     date, hours = (time, names.get("time")) if time.lower() != "time" else (names.get("date"), time)
-    if None in (date, hours) or date == hours or not is_of(frame[hours], TIME_OF_DAY):
+    if date is None or hours is None:
         return frame, time, []
-    if not is_text(frame[date]) or not all(isinstance(c, str) and not re.search(r"\d\s*[:T]", c) for c in frame[date]):
+    days, clock = (frame[name].astype(object) if is_text(frame[name]) else [None] for name in (date, hours))
+    if not all(isinstance(cell, str) and TIME_OF_DAY.fullmatch(cell) for cell in clock):
         return frame, time, []
-    joined = frame[date].astype(object) + " " + frame[hours].astype(object).str.strip().str.replace(".", ":")
+    if not all(isinstance(cell, str) and not re.search(r"\d\s*[:T]", cell) for cell in days):
+        return frame, time, []
+    joined = days + " " + clock.str.strip().str.replace(".", ":")
     frame = frame.assign(**{date: joined}).drop(columns=hours)
     return frame, date, [f"Columns {date} and {hours} were read together as the time stamps."]
 
@@ -111,7 +148,7 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
     offsets = None
     if marks and marks[0]:
         cells = [cell[: mark.end(1)] for cell, mark in zip(cells, marks, strict=True)]
-        offsets = pd.to_timedelta([seconds(mark[2]) for mark in marks], unit="s")
+        offsets = pd.to_timedelta([minutes(*mark.group(3, 4, 5)) for mark in marks], unit="min")
     matches = [DATE.fullmatch(cell) for cell in cells]
     clocks = {
         order: to_stamps([rewritten(cell, match, order) for cell, match in zip(cells, matches, strict=True)])
@@ -130,12 +167,9 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
     )
 
 
-def seconds(offset: str) -> int:
-    """Of an offset such as +02:00."""
-    if offset[0] not in "+-":
-        return 0
-    digits = offset[1:].replace(":", "").ljust(4, "0")
-    return (int(digits[:2]) * 3600 + int(digits[2:]) * 60) * (-1 if offset[0] == "-" else 1)
+def minutes(sign: str | None, hours: str | None, rest: str | None) -> int:
+    """Of an offset such as +02:00; none of Z."""
+    return 0 if sign is None else int(sign + "1") * (60 * int(hours) + int(rest or 0))
 
 
 def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
@@ -150,10 +184,10 @@ def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
 def find_orders(matches: list[re.Match], dates: str) -> list[str | None]:
     """Orders that dates of numbers may be in, or that which was asked for; None where the year of four digits stands
     first in all, which the month then follows."""
-    last = [m for m in matches if len(m[1]) <= 2]
+    last = [m for m in matches if len(m["first"]) <= 2]
     if not last:
         return [None]
-    orders = [o for o in ORDERS.values() if o != "YMD" or all(len(m[4]) == 2 for m in last)]
+    orders = [o for o in ORDERS.values() if o != "YMD" or all(len(m["third"]) == 2 for m in last)]
     return [o for o in orders if o == ORDERS.get(dates)] or orders
 
 
@@ -161,14 +195,12 @@ def rewritten(cell: str, match: re.Match | None, order: str | None) -> str:
     """A date of numbers with the year first, which pandas reads in one way alone."""
     if match is None:
         return cell
-    order = order if len(match[1]) <= 2 else "YMD"
-    part = dict(zip(order, (match[1], match[3], match[4]), strict=True))
-    year, month, day = (int(part[letter]) for letter in "YMD")
-    if len(part["Y"]) == 2:
-        year += 1900 if year > 68 else 2000  # as POSIX has it
+    order = order if len(match["first"]) <= 2 else "YMD"
+    part = dict(zip(order, match.group("first", "second", "third"), strict=True))
+    year, month, day = full_year(part["Y"]), int(part["M"]), int(part["D"])
     if len(part["Y"]) % 2 or not 1 <= month <= 12 or not 1 <= day <= calendar.monthrange(max(year, 1), month)[1]:
         return ""
-    return f"{year:04}-{month:02}-{day:02}{match[5]}"
+    return f"{year:04}-{month:02}-{day:02}{match['rest']} {match['time'] or ''}".rstrip()
 
 
 def choose_clock(utc: pd.DatetimeIndex, clock: pd.DatetimeIndex) -> tuple[pd.DatetimeIndex, list[str]]:
