@@ -4,10 +4,11 @@ Channels are the vector lanes: the inner loops run over a block of channels, wit
 block in the cache. They index rows that begin at the block, never `first + e`: Numba cannot tell that such an index is
 not negative, looks at its sign, and reads element by element. Exponentials and logarithms are polynomials here, since
 calls into libm would not be vectorised; they are as accurate as float32. The first call ever compiles for some seconds;
-Numba keeps the result on disk.
+Numba keeps the result on disk, if it can.
 """
 
 import math
+import pickle
 
 import numba
 import numpy as np
@@ -33,7 +34,27 @@ _WHOLE = np.float32(1.5 * 2**23 + 127)  # added to a number, leaves its nearest 
 # of products are fused where `_fma` says so; the compiler may neither fuse others ("contract") nor reorder ("reassoc").
 _FAST = {"nsz"}
 _jit = numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
-_kernel = numba.njit(fastmath=_FAST, error_model="numpy", parallel=True, cache=True)
+
+
+def _kernel(function):
+    """A function that is compiled when it is first called, and kept on disk for other processes where that works."""
+    options = dict(fastmath=_FAST, error_model="numpy", parallel=True)
+    try:
+        compiled = numba.njit(**options, cache=True)(function)
+    except RuntimeError:  # there is no folder that can be written to
+        return numba.njit(**options)(function)
+
+    def call(*args):
+        nonlocal compiled
+        known = len(compiled.signatures)
+        try:
+            return compiled(*args)
+        except (OSError, EOFError, pickle.PickleError):
+            if len(compiled.signatures) == known:  # what is kept is damaged; else there is no room, and it is compiled
+                compiled = numba.njit(**options)(function)
+            return compiled(*args)
+
+    return call
 
 
 @intrinsic
