@@ -7,7 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import uuid
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +18,15 @@ from torch import nn
 from vmamba_reference import SIZES, VMamba, vanilla_vmamba
 
 from tools.convert_vmamba import main as convert
-from vim2.checkpoints import convert_vmamba, load_weights, read_checkpoint, read_state_dict, save_checkpoint
+from vim2.checkpoints import (
+    convert_vmamba,
+    load_weights,
+    read_checkpoint,
+    read_state_dict,
+    remove_leftovers,
+    save_checkpoint,
+    try_lock,
+)
 
 
 def images(*shape):
@@ -111,9 +122,24 @@ class TestConversion:
             (lambda d: d.update({"layers.1.blocks.0.op.A_logs": torch.zeros(1536, 1)}), r"A_logs is \(1536, 1\)"),
             (lambda d: d.update({"layers.1.downsample.reduction.weight": torch.zeros(768, 384)}), r"is \(768, 384\)"),
             (lambda d: d.pop("patch_embed.0.weight"), "not the weights of a vanilla VMamba"),
+            (lambda d: d.update({"patch_embed.0.weight": torch.tensor(1.0)}), "not the weights of a vanilla VMamba"),
+            (lambda d: d.update({"classifier.head.weight": torch.tensor(1.0)}), "classifier.head.weight"),
+            (lambda d: d["layers.0.blocks.0.norm.bias"].fill_(torch.nan), "layers.0.blocks.0.norm.bias holds NaN"),
             (lambda d: [d.pop(k) for k in list(d) if "layers.2.blocks.8" in k], "found 96 and 8"),
         ],
-        ids=["mlp", "stage", "twice", "missing", "d_state", "shape", "stem", "depth"],
+        ids=[
+            "mlp",
+            "stage",
+            "twice",
+            "missing",
+            "d_state",
+            "shape",
+            "stem",
+            "0-dim stem",
+            "0-dim head",
+            "nan",
+            "depth",
+        ],
     )
     def test_refuses_what_it_cannot_convert(self, change, message):
         state_dict = {k: torch.zeros(v.shape) for k, v in meta_state_dict("tiny").items()}
@@ -160,12 +186,13 @@ class TestReading:
             (lambda path: torch.save([1, 2], path), "holds no model weights"),
             (lambda path: torch.save({}, path), "holds no model weights"),
             (lambda path: torch.save({"epoch": 1}, path), "holds no model weights"),
+            (lambda path: torch.save({"model": {1: torch.ones(1)}}, path), "holds no model weights"),
             (
                 lambda path: torch.save({"model": {}, "c": MoreThanWeights()}, path),
                 "more than weights .*MoreThanWeights",
             ),
         ],
-        ids=["absent", "folder", "empty", "text", "list", "no keys", "no weights", "pickle"],
+        ids=["absent", "folder", "empty", "text", "list", "no keys", "no weights", "numbers as keys", "pickle"],
     )
     def test_bad_files_get_one_clear_error(self, content, message, tmp_path):
         path = tmp_path / "file.pth"
@@ -189,6 +216,25 @@ class TestReading:
         path.write_bytes(data[: int(share * len(data))])
         with pytest.raises(ValueError, match="truncated or not a checkpoint"):
             read_checkpoint(path)
+
+    def test_a_changed_bit_does_not_go_unnoticed(self, model, tmp_path):
+        path = tmp_path / "file.pth"
+        save_checkpoint({"state_dict": model.state_dict()}, path)
+        data, noticed = path.read_bytes(), 0
+        for position in np.random.default_rng(0).integers(0, 8 * len(data), 60):
+            changed = bytearray(data)
+            changed[position // 8] ^= 1 << position % 8
+            path.write_bytes(changed)
+            try:  # but for the archive's padding and dates
+                assert equal(read_checkpoint(path)["state_dict"], model.state_dict())
+            except ValueError as error:
+                assert "damaged" in str(error) and "\n" not in str(error)
+                noticed += 1
+        assert noticed > 40
+
+    def test_files_of_pytorchs_older_format(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / "file.pth", _use_new_zipfile_serialization=False)
+        assert equal(read_state_dict(tmp_path / "file.pth"), model.state_dict())
 
     def test_the_remedy_for_a_pickle_works(self, tmp_path):
         path = tmp_path / "file.pth"
@@ -228,6 +274,41 @@ class TestLoading:
         assert not torch.equal(other(x), model(x))
         load_weights(other, path)
         assert torch.equal(other(x), model(x))
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda w: w.fill_(torch.nan), "NaN or infinite"),
+            (lambda w: torch.cat((w[:-1], torch.full_like(w[-1:], -torch.inf))), "NaN or infinite"),
+            (lambda w: w.long(), "int64, where the model has torch.float32"),
+            (lambda w: w > 0, "bool"),
+            (lambda w: w.to(torch.complex64), "complex64"),
+            (lambda w: w.to(torch.float8_e4m3fn), "float8"),
+            (lambda w: w.to_sparse(), "not a dense tensor"),
+            (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "not a dense tensor"),
+            (lambda w: w.to("meta"), "not a dense tensor"),
+        ],
+        ids=["nan", "inf", "integer", "bool", "complex", "float8", "sparse", "quantised", "meta"],
+    )
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of kinds of tensors that it gives up
+    def test_weights_that_no_training_writes(self, model, path, change, words):
+        weights = {k: v.clone() for k, v in model.state_dict().items()}
+        torch.save({**weights, "norm.weight": change(weights["norm.weight"])}, path)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"norm.weight .*{words}") as error:
+            load_weights(model, path)
+        assert "\n" not in str(error.value) and equal(model.state_dict(), before)
+
+    def test_half_precision_weights(self, model, path):
+        torch.save({k: v.bfloat16() for k, v in model.state_dict().items()}, path)
+        load_weights(model, path)
+        assert model.norm.weight.dtype == torch.float32
+
+    def test_a_head_without_classes(self, model, path):
+        torch.save({**model.state_dict(), "head.fc.weight": torch.tensor(1.0)}, path)
+        for new_head in (False, True):
+            with pytest.raises(ValueError, match=r"head\.fc\.weight, is a single number"):
+                load_weights(model, path, new_head=new_head)
 
     def test_grey_images(self, model, path):
         grey = timm.create_model("test_vim2", num_classes=10, in_chans=1).eval()
@@ -310,6 +391,37 @@ class TestWriting:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert read_checkpoint(path)["a"] == 0
         assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+    def test_what_a_killed_writer_left_is_removed_and_nothing_else(self, tmp_path):
+        def temporary(name):
+            return tmp_path / f".{name}.{uuid.uuid4().hex}"
+
+        left, other, folder, link = (temporary(name) for name in ("file.pth", "other.pth", "file.pth", "file.pth"))
+        files = [tmp_path / ".file.pth.bak", tmp_path / f"file.pth.{uuid.uuid4().hex}", other]
+        for path in (left, *files):
+            path.touch()
+        folder.mkdir()
+        link.symlink_to(other)
+        with open(temporary("file.pth"), "wb") as written:  # by another process
+            assert try_lock(written.fileno())
+            save_checkpoint({}, tmp_path / "file.pth")
+            kept = {*files, folder, link, Path(written.name), tmp_path / "file.pth"}
+            assert set(tmp_path.iterdir()) == kept
+        remove_leftovers(tmp_path)
+        assert set(tmp_path.iterdir()) == kept - {other, Path(written.name)}
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+    def test_a_killed_writer_leaves_nothing_for_long(self, tmp_path):
+        code = (
+            "import os, sys, signal; from vim2.checkpoints import write_atomically\n"
+            "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "write_atomically(sys.argv[1], b'0' * 1000)"
+        )
+        subprocess.run([sys.executable, "-c", code, tmp_path / "file.pth"], check=False)
+        assert len(list(tmp_path.iterdir())) == 1
+        save_checkpoint({}, tmp_path / "file.pth")
+        assert list(tmp_path.iterdir()) == [tmp_path / "file.pth"]
 
     def test_parent_is_a_file(self, tmp_path):
         (tmp_path / "file").touch()

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import uuid
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,23 @@ import torch
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # there are no such locks on Windows
+    fcntl = None
+
 __all__ = [
+    "check_weights",
     "convert_vmamba",
     "find_state_dict",
     "load_weights",
     "read_checkpoint",
     "read_state_dict",
+    "remove_leftovers",
     "save_checkpoint",
+    "try_lock",
+    "verify_archive",
+    "write_atomically",
 ]
 
 
@@ -33,7 +45,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A truncated file, no checkpoint at all, or a pickle that holds more than weights.
+        ValueError: A truncated or changed file, no checkpoint at all, or a pickle that holds more than weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,6 +55,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        verify_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -62,7 +75,23 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
 def _damaged(path: Path, error: Exception) -> str:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{path} is truncated or not a checkpoint; copy or download it again. (The reader says: {reason})"
+    return f"{path} is damaged, truncated or not a checkpoint; copy or download it again. (The reader says: {reason})"
+
+
+def verify_archive(path: str | os.PathLike) -> None:
+    """Compare the content of a .pth with the checksums in it, which `torch.load` does not do.
+
+    PyTorch's format from before 1.6, which is no zip archive, has none.
+
+    Raises:
+        zipfile.BadZipFile, OSError, and others of zipfile and zlib: The file is not as it was written.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # by which torch.load, too, tells its formats apart
+            return
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
 
 
 def read_state_dict(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Tensor]:
@@ -83,10 +112,46 @@ def find_state_dict(checkpoint: Any, path: str | os.PathLike, use_ema: bool = Tr
     if (
         not isinstance(checkpoint, dict)
         or not checkpoint
-        or not all(isinstance(v, Tensor) for v in checkpoint.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in checkpoint.items())
     ):
         raise ValueError(f"{path} holds no model weights: expected a state dict, or one under 'state_dict' or 'model'.")
     return clean_state_dict(checkpoint)
+
+
+def check_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Refuse weights that PyTorch would load without a word, but no training can have written.
+
+    Args:
+        given: Weights by name, from a file.
+        wanted: The model's, on any device. Only those of the same names are compared.
+        path: Of the file, for the message.
+
+    Raises:
+        ValueError: A weight with a NaN or infinite value, one that is not dense, or one of another kind of numbers
+            than the model's: integer, bool or complex for floating, or the reverse.
+    """
+    for name, value in given.items():
+        if name in wanted and (fault := _fault(value, wanted[name])):
+            raise ValueError(f"{path} holds no weights of a trained model: {name} {fault}. Use another checkpoint.")
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of lower precision are no model's weights
+
+
+def _fault(value: Tensor, wanted: Tensor) -> str:
+    """What keeps a weight from being the model's, but for its shape; "" if nothing does."""
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+        return "is not a dense tensor"
+    floating = value.dtype in _FLOATS
+    if _kind(value) != _kind(wanted) or value.is_floating_point() != floating:
+        return f"is of {value.dtype}, where the model has {wanted.dtype}"
+    return "holds NaN or infinite values" if floating and not value.isfinite().all() else ""
+
+
+def _kind(t: Tensor) -> str:
+    if t.is_floating_point() or t.is_complex():
+        return "floating" if t.is_floating_point() else "complex"
+    return "bool" if t.dtype is torch.bool else "integer"
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True, new_head: bool = False) -> None:
@@ -99,12 +164,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
         new_head: Leave the model's own classifier as it is where the checkpoint's has another number of classes.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_state_dict`; weights of another architecture, or for images
-            of another number of channels than 3 or the model's; without new_head, another number of classes.
+        FileNotFoundError, ValueError: As `read_state_dict` and `check_weights`; weights of another architecture, or
+            for images of another number of channels than 3 or the model's; without new_head, another number of classes.
     """
     state_dict = read_state_dict(path, use_ema)
     cfg = dict(model.pretrained_cfg)
     classifier = state_dict.get(cfg["classifier"] + ".weight")
+    if classifier is not None and classifier.dim() == 0:
+        raise ValueError(f"{path} is damaged: its classifier, {cfg['classifier']}.weight, is a single number.")
     classes = 0 if classifier is None else classifier.shape[0]
     wanted = model.state_dict()
     ignored = {cfg["classifier"] + ".weight", cfg["classifier"] + ".bias"} if classes != model.num_classes else set()
@@ -124,6 +191,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             if names
         )
         raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {found}.")
+    check_weights(state_dict, wanted, path)
     if classes != model.num_classes and not new_head:
         raise ValueError(
             f"{path} has {classes} classes, the model {model.num_classes}: create the model with "
@@ -159,7 +227,7 @@ def save_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Replace a file's contents in one step.
+    """Replace a file's contents in one step, and remove what was left where that was killed before.
 
     Raises:
         OSError: The disk is full or cannot be written; what was at `path` is untouched.
@@ -168,11 +236,16 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
         with open(temporary, "wb") as file:
+            try_lock(file.fileno())  # until it is closed: for remove_leftovers, it has a writer
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if fcntl is not None:
+                os.replace(temporary, path)
+        if fcntl is None:  # Windows renames no open file
+            os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -181,6 +254,43 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         raise OSError(
             error.errno, f"Could not write {path} ({error.strerror}); what was there before is unchanged"
         ) from None
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Remove the half-written files that a killed `write_atomically` left in a folder.
+
+    A writer holds a lock on its file, which the kernel releases when it dies: only files that nobody holds are removed,
+    and none where the file system has no locks.
+
+    Args:
+        folder: Where to look, not in folders within.
+        name: Of the file that was to be written; None takes all.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}", entry.name)
+            if not match or name not in (None, match[1]) or not entry.is_file(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
+                if try_lock(file.fileno()):
+                    os.unlink(entry.path)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed; the kernel does that, too, when the process dies.
+
+    Returns:
+        Whether it could be locked: not where another open file, of any process, has it. None where there are no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # file systems have different words for having none
+        return None
+    return True
 
 
 _VMAMBA_NAMES = (  # vanilla VMamba's names, of its first release and its later ones, and ours
@@ -208,20 +318,23 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
         The model's name, vim2_{tiny,small,base}_vmamba, and its complete state dict.
 
     Raises:
-        ValueError: Weights of anything but vanilla VMamba-T, -S or -B; a key unused or missing; another shape.
+        ValueError: Weights of anything but vanilla VMamba-T, -S or -B; a key unused or missing; another shape; what
+            `check_weights` refuses.
     """
     variants = {(96, 9): "vim2_tiny_vmamba", (96, 27): "vim2_small_vmamba", (128, 27): "vim2_base_vmamba"}
     stem = next((state_dict[k] for k in ("patch_embed.0.weight", "patch_embed.proj.weight") if k in state_dict), None)
     depth = len({k.split(".")[3] for k in state_dict if k.startswith("layers.2.blocks.")})
-    variant = variants.get((stem.shape[0], depth)) if stem is not None else None
+    channels = stem.shape[0] if stem is not None and stem.dim() else None
+    variant = variants.get((channels, depth))
     if variant is None:
         raise ValueError(
             "These are not the weights of a vanilla VMamba-T, -S or -B: expected a patch embedding of 96 or 128 "
-            f"channels and 9 or 27 blocks in stage 3, found {'none' if stem is None else stem.shape[0]} and {depth}."
+            f"channels and 9 or 27 blocks in stage 3, found {channels or 'none'} and {depth}."
         )
     head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
     with torch.device("meta"):
-        model = timm.create_model(variant, num_classes=0 if head is None else head.shape[0])
+        # a head without classes, of a damaged file, has no place in the model without one
+        model = timm.create_model(variant, num_classes=0 if head is None or head.dim() == 0 else head.shape[0])
     for block in (block for stage in model.stages for block in stage.blocks):
         block.layers[-1].to_empty(device="cpu")  # the channel mixer, the only weights that VMamba does not give
     with torch.random.fork_rng(devices=[]):
@@ -248,6 +361,8 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
         shape = wanted[name].flatten(0, 1).shape if merged else wanted[name].shape
         if value.shape != shape:
             raise ValueError(f"{key} is {tuple(value.shape)}, where {variant} needs {tuple(shape)}.")
+        if fault := _fault(value, wanted[name]):
+            raise ValueError(f"{key} {fault}: these are no weights of a trained model.")
         converted[name] = value.reshape(wanted[name].shape)
     for name, value in wanted.items():
         if name.endswith("average.weight"):
