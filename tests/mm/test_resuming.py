@@ -34,24 +34,19 @@ def read(path):
 @pytest.mark.parametrize("kind, length", [("mmdet", "train_cfg.max_epochs=2"), ("mmseg", "train_cfg.max_iters=4")])
 def test_a_resumed_run_ends_with_the_same_weights(kind, length, workers, data, tmp_path):
     """By epochs (two of two steps) and by iterations, with models and images that are changed at random, from a
-    checkpoint within an epoch; without a seed in the config, from the one that the first run drew."""
+    checkpoint within an epoch or between two; without a seed in the config, from the one that the first run drew."""
     config = write_config(tmp_path / "config.py", kind, data, workers, RANDOM)
     seed = [] if workers else ["randomness.seed=None"]
     options = ["--cfg-options", length, *EVERY_STEP, *NO_VALIDATION, *seed]
     call(train, config, "--work-dir", tmp_path / "whole", *options)
-    for cut in (1, 2):
-        folder = tmp_path / f"cut{cut}"
-        folder.mkdir()
-        shutil.copy(tmp_path / "whole" / f"iter_{cut}.pth", folder)
-        call(train, config, "--work-dir", folder, "--resume", *options)
-        whole, resumed = (read(run / "iter_4.pth") for run in (tmp_path / "whole", folder))
-        different = [
-            name for name, value in whole["state_dict"].items() if not value.equal(resumed["state_dict"][name])
-        ]
-        assert different == []
-        assert (whole["meta"]["epoch"], whole["meta"]["iter"]) == (resumed["meta"]["epoch"], resumed["meta"]["iter"])
-        losses = [c["message_hub"]["log_scalars"]["train/loss"].data[0].tolist() for c in (whole, resumed)]
-        assert losses[0] == losses[1] and len(set(losses[0])) == 4
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "whole" / f"iter_{1 if workers else 2}.pth", tmp_path / "cut")
+    call(train, config, "--work-dir", tmp_path / "cut", "--resume", *options)
+    whole, resumed = (read(tmp_path / run / "iter_4.pth") for run in ("whole", "cut"))
+    assert [name for name, value in whole["state_dict"].items() if not value.equal(resumed["state_dict"][name])] == []
+    assert (whole["meta"]["epoch"], whole["meta"]["iter"]) == (resumed["meta"]["epoch"], resumed["meta"]["iter"])
+    losses = [c["message_hub"]["log_scalars"]["train/loss"].data[0].tolist() for c in (whole, resumed)]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 4
 
 
 class Stopped(Exception):
@@ -103,6 +98,13 @@ class TestOneCheckpointIsKept:
         monkeypatch.setitem(CheckpointHook.rule_map, "greater", lambda new, old: True)
         call(train, configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", *options)
         assert sorted(path.name for path in tmp_path.glob("best*"))[-1] == "best_mIoU_iter_2.pth"
+
+
+def test_what_a_killed_run_was_writing_is_removed(configs, tmp_path):
+    half = tmp_path / f".iter_7.pth.{'0f' * 16}"
+    half.write_bytes(b"half of it")
+    call(train, configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", *NO_VALIDATION, "train_cfg.max_iters=1")
+    assert not half.exists() and (tmp_path / "iter_1.pth").is_file()
 
 
 class TestNewestCheckpoint:

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import weakref
+import zipfile
 
 import numpy as np
 import pytest
@@ -161,8 +162,14 @@ class TestOneProcess:
     def test_a_damaged_checkpoint(self, kind, trained, configs, data, tmp_path):
         path = tmp_path / "cut.pth"
         path.write_bytes((trained[kind] / LAST[kind]).read_bytes()[:1000])
-        with pytest.raises(UserError, match=r"cut\.pth is damaged"):
-            call(evaluate, configs[kind], path, "--work-dir", tmp_path)
+        flipped = bytearray((trained[kind] / LAST[kind]).read_bytes())
+        with zipfile.ZipFile(trained[kind] / LAST[kind]) as archive:
+            largest = max(archive.infolist(), key=lambda info: info.file_size)
+            flipped[flipped.index(archive.read(largest))] ^= 1  # one bit
+        (tmp_path / "flipped.pth").write_bytes(flipped)
+        for name in ("cut", "flipped"):
+            with pytest.raises(UserError, match=rf"{name}\.pth is damaged"):
+                call(evaluate, configs[kind], tmp_path / f"{name}.pth", "--work-dir", tmp_path)
         with pytest.raises(UserError, match=r"cut\.pth is damaged"):
             call(demo, data / "images", "--config", configs[kind], "--checkpoint", path, "--out-dir", tmp_path)
         for options in (["--resume", path], ["--cfg-options", f"load_from={path}"]):

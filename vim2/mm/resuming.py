@@ -216,6 +216,12 @@ class _IterationLoop(_SeededSteps, IterBasedTrainLoop):
         super().__init__(*args, **kwargs)
         self.dataloader_iterator = self._endless_batches()
 
+    def run(self) -> Any:
+        try:
+            return super().run()
+        finally:
+            self.dataloader_iterator.close()  # and with it the workers, which else prepare batches to no end
+
     def _endless_batches(self) -> Iterator:
         # MMEngine's loop asks first for the batches that are done, and drops them: it gets nothing in their place
         yield from itertools.repeat(None, self.iter)

@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import textwrap
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import write_atomically
+from ..checkpoints import check_weights, remove_leftovers, verify_archive, write_atomically
 from ..command.errors import UserError
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
@@ -116,12 +118,12 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         config.merge_from_dict(options or {})
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options does not fit {path}: {_first_line(error)}.") from None
-    if not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} has no model: a config for these tools describes a model, its data and its training.")
     scope = config.get("default_scope", "mmengine")
     if scope != "mmengine" and importlib.util.find_spec(scope) is None:
         package = _LIBRARIES.get(scope, scope)
         raise UserError(f'{path} is for {scope}, which is not installed: pip install "vim2[mm]", or {package}.')
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path} has no model: a config for these tools describes a model, its data and its training.")
     return config
 
 
@@ -164,6 +166,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     for name in ("optim_wrapper", "param_scheduler"):
         _check_numbers(config.get(name), name)
     register_backend("local", _AtomicBackend, force=True, prefixes="")
+    remove_leftovers(config.work_dir)
     if config.get("resume") and not config.get("load_from"):
         hook = (config.get("default_hooks") or {}).get("checkpoint") or {}
         config.load_from = find_newest_checkpoint(config.work_dir, hook.get("out_dir"))
@@ -263,12 +266,14 @@ def check_device(device: str) -> None:
 def checkpoint_errors(path: str) -> Iterator[None]:
     """Turns what goes wrong in loading the checkpoint at `path`, all weights of it, into a UserError."""
     try:
+        if os.path.isfile(path):
+            verify_archive(path)
         yield
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint at {path}.") from None
     except OSError as error:  # URLError is one, too
         raise UserError(f"The checkpoint at {path} cannot be read: {_first_line(error)}.") from None
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         text = str(error)
         if "state dict" in text or "state_dict" in text:
             text = textwrap.shorten(text, 300, placeholder=" ...")  # of hundreds of names
@@ -308,7 +313,7 @@ class _Runner(Runner):
         with checkpoint_errors(filename):
             checkpoint = super().load_checkpoint(filename, map_location, strict or self._resume, **kwargs)
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        _check_backbone(model, checkpoint.get("state_dict", checkpoint), filename)
+        _check_weights(model, checkpoint.get("state_dict", checkpoint), filename)
         self._resumed_meta = checkpoint.get("meta", {})
         return checkpoint
 
@@ -322,9 +327,14 @@ class _PretrainedInit(PretrainedInit):
             super().__call__(module)
 
 
-def _check_backbone(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+def _check_weights(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
     """Heads may be new, for other classes; a backbone that is in part at random is a mistake."""
-    shapes = {name.removeprefix("module."): value.shape for name, value in weights.items()}
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    try:
+        check_weights(weights, model.state_dict(), path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    shapes = {name: value.shape for name, value in weights.items()}
     wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith("backbone.")}
     wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape and "num_batches" not in name]
     if wrong:
