@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mm_helpers import call, make_data, write_config
+from mm_helpers import call, make_data, metrics, write_config
 from mmengine.hooks import CheckpointHook
+from mmengine.runner import ValLoop
 
 from tools.train import main as train
 from vim2.command.errors import UserError
@@ -105,6 +106,26 @@ def test_what_a_killed_run_was_writing_is_removed(configs, tmp_path):
     half.write_bytes(b"half of it")
     call(train, configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", *NO_VALIDATION, "train_cfg.max_iters=1")
     assert not half.exists() and (tmp_path / "iter_1.pth").is_file()
+
+
+@pytest.mark.parametrize("kind", ["mmdet", "mmseg"])
+def test_a_run_that_was_cut_off_in_validation(kind, configs, tmp_path, monkeypatch):
+    """Is validated when it is resumed, once."""
+
+    def stop(loop):
+        raise Stopped
+
+    monkeypatch.setattr(ValLoop, "run", stop)
+    with pytest.raises(Stopped):
+        call(train, configs[kind], "--work-dir", tmp_path)
+    monkeypatch.undo()
+    option = f"default_hooks.checkpoint.save_best={'coco/bbox_mAP' if kind == 'mmdet' else 'mIoU'}"
+    call(train, configs[kind], "--work-dir", tmp_path, "--resume", "--cfg-options", option)
+    assert ("coco/bbox_mAP" if kind == "mmdet" else "mIoU") in metrics(tmp_path)
+    assert len(list(tmp_path.glob("best_*.pth"))) == 1
+    logs = set(tmp_path.glob("*/vis_data/scalars.json"))
+    call(train, configs[kind], "--work-dir", tmp_path, "--resume", "--cfg-options", option)
+    assert set(tmp_path.glob("*/vis_data/scalars.json")) == logs
 
 
 class TestNewestCheckpoint:

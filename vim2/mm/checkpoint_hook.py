@@ -44,11 +44,21 @@ class _LateRemoval:
 
 @HOOKS.register_module(name="CheckpointHook", force=True)
 class _CheckpointHook(CheckpointHook):
-    """MMEngine's, which would remove the old checkpoint, or the best one, before it writes the new one."""
+    """MMEngine's, which would remove the old checkpoint, or the best one, before it writes the new one.
+
+    Attributes:
+        validated: Whether the validation of a step has been before its checkpoint is written, which then has the best
+            checkpoint's name.
+    """
+
+    validated = False
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         self.file_backend = _LateRemoval(self.file_backend)
+        resumed = self._path(runner.epoch if self.by_epoch else runner.iter)
+        if self.file_backend.isfile(resumed):  # which is to be written anew if a late validation finds it the best
+            self.last_ckpt = resumed
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = []
@@ -65,7 +75,7 @@ class _CheckpointHook(CheckpointHook):
             self.file_client_args,
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
+            meta={**meta, "validated": self.validated},
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
             **self.args,
@@ -80,7 +90,9 @@ class _CheckpointHook(CheckpointHook):
             self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        self.validated = True
         super()._save_best_checkpoint(runner, metrics)
+        self.validated = False
         self._remove_outdated()  # where there is no last checkpoint that was written anew
 
     def _path(self, step: int) -> str:

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..command.errors import UserError
 from ..command.runs import seed_everything
 
-__all__ = ["describe_data", "make_exact", "resume_data"]
+__all__ = ["LateValidation", "describe_data", "is_validation_due", "make_exact", "resume_data"]
 
 
 class _Draw(NamedTuple):
@@ -168,6 +169,28 @@ def resume_data(loop: EpochBasedTrainLoop | IterBasedTrainLoop, meta: dict[str, 
             "current",
             level=30,
         )
+
+
+def is_validation_due(loop: EpochBasedTrainLoop | IterBasedTrainLoop, meta: dict[str, Any]) -> bool:
+    """Whether a run was cut off between a checkpoint, whose `meta` this is, and the end of the validation after it."""
+    if loop.runner.val_loop is None or meta.get("validated", True):  # MMEngine's own checkpoints do not say
+        return False
+    step, last = loop.iter, loop.max_iters
+    if isinstance(loop, EpochBasedTrainLoop):
+        if loop.iter != loop.epoch * len(loop.dataloader):
+            return False
+        step, last = loop.epoch, loop.max_epochs
+    loop._decide_current_val_interval()
+    return step >= loop.val_begin and (step % loop.val_interval == 0 or step == last)
+
+
+class LateValidation(Hook):
+    """Validates before a resumed run goes on: the best checkpoint, the schedule or an early end may depend on it."""
+
+    priority = "LOWEST"  # when all other hooks are ready
+
+    def before_train(self, runner: Runner) -> None:
+        runner.val_loop.run()
 
 
 def _sampler(loader: DataLoader) -> Any:

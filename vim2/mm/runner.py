@@ -33,7 +33,7 @@ from ..checkpoints import check_weights, remove_leftovers, verify_archive, write
 from ..command.errors import UserError
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
-from .resuming import describe_data, make_exact, resume_data
+from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
 
 __all__ = [
     "add_config_arguments",
@@ -304,6 +304,8 @@ class _Runner(Runner):
     def resume(self, filename: str, *args, **kwargs) -> None:
         super().resume(filename, *args, **kwargs)
         resume_data(self.train_loop, self._resumed_meta, filename)
+        if is_validation_due(self.train_loop, self._resumed_meta):
+            self.register_hook(LateValidation())
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, meta: dict | None = None, **kwargs) -> None:
         meta = {**(meta or {}), "data": describe_data(self.train_dataloader)}
