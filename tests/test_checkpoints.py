@@ -88,6 +88,15 @@ class TestConversion:
         first = {old(k): v for k, v in state_dict.items()}
         assert not first.keys() & {k for k in state_dict if "blocks" in k or "classifier" in k}
         assert equal(convert_vmamba(first)[1], convert_vmamba(state_dict)[1])
+        # those of its own top-level file, where patch merging is a sequence
+        parts = {".downsample.norm.": ".downsample.1.", ".downsample.reduction.": ".downsample.2."}
+        sequence = {}
+        for key, value in state_dict.items():
+            for part, number in parts.items():
+                key = key.replace(part, number)
+            sequence[key] = value
+        assert sequence.keys() != state_dict.keys()
+        assert equal(convert_vmamba(sequence)[1], convert_vmamba(state_dict)[1])
 
     def test_same_result_every_time_and_leaves_the_generator_alone(self, vmamba):
         torch.manual_seed(1)

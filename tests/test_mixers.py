@@ -2,9 +2,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
-from vim2.mixers import MambaMixerBlock, SelectiveChannelMixer, SelectiveTokenMixer, WeightedAverage
+from vim2.mixers import (
+    MambaMixerBlock,
+    MixerLayer,
+    PatchMerging,
+    SelectiveChannelMixer,
+    SelectiveTokenMixer,
+    WeightedAverage,
+)
 from vim2.ops import selective_scan_fn
+from vim2.tsm2 import TimeMixer, VariateMixer
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -114,3 +123,65 @@ def test_channel_patch_must_divide_the_width():
 def test_unknown_channel_mixer():
     with pytest.raises(ValueError, match="channel_mixer must be one of s6, mlp, none, got 'conv'"):
         MambaMixerBlock(8, 1, channel_mixer="conv")
+
+
+def layers_of_every_kind() -> nn.ModuleList:
+    """On maps (batch, H, W, 8), grids (batch, variates, patches, 8) among them; the same ones at every call."""
+    torch.manual_seed(0)
+    mixers = [
+        SelectiveTokenMixer(8, d_state=2),
+        SelectiveChannelMixer(8, d_state=2, channel_patch=4),
+        TimeMixer(8, d_state=2),
+        VariateMixer(8, d_state=2),
+    ]
+    layers = [MixerLayer(8, mixer, 1) for mixer in mixers]
+    return nn.ModuleList([*map(randomise, [*layers, PatchMerging(8)])])
+
+
+HELD = ("conv", "out_norm", "average", "norm")  # modules whose parameters operators read
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_modules_that_somebody_holds_on_to_are_called(index):
+    layer = layers_of_every_kind()[index]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    inputs = x if isinstance(layer, PatchMerging) else [x]
+    expected = layer(inputs)
+    held = {name: module for name, module in layer.named_modules() if name.split(".")[-1] in HELD}
+    assert held
+    for name, module in held.items():
+        seen = []
+        hook = module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        torch.testing.assert_close(layer(inputs), expected, msg=name)
+        hook.remove()
+        assert seen, name
+        assert layer(inputs).equal(expected)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_pruned_and_adapted_weights_count(index):
+    layer = layers_of_every_kind()[index]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    reference = layers_of_every_kind()[index]
+    with torch.no_grad():
+        reference.mixer.conv.weight.zero_()
+    prune.l1_unstructured(layer.mixer.conv, "weight", amount=1.0)
+    torch.testing.assert_close(layer([x]), reference([x]))
+    layer([x]).sum().backward()
+    assert layer.mixer.conv.weight_orig.grad is not None
+
+    class Adapted(nn.Module):  # as LoRA wraps a layer
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.weight, self.bias = base.weight, base.bias
+            self.kernel_size, self.groups = base.kernel_size, base.groups
+
+        def forward(self, x):
+            return 0 * self.base(x)
+
+    adapted = layers_of_every_kind()[index]
+    adapted.mixer.conv = Adapted(adapted.mixer.conv)
+    with torch.no_grad():
+        reference.mixer.conv.bias.zero_()
+    torch.testing.assert_close(adapted([x]), reference([x]))

@@ -138,6 +138,33 @@ def test_bad_images(model, shape, message):
         model(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(drop_path_rate=2),
+        dict(drop_path_rate=float("nan")),
+        dict(drop_rate=1.0),
+        dict(patch_size=0),
+        dict(depths=(0, 0, 0, 0)),
+        dict(depths=()),
+        dict(dims=(0, 1, 2, 3)),
+        dict(token_mixers=0),
+        dict(num_classes=-1),
+        dict(in_chans=0),
+        dict(d_state=0),
+        dict(token_expand=0.0),
+        dict(channel_expand=-1.0),
+        dict(channel_patch=0),
+        dict(channel_mixer="mlp", mlp_ratio=0),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_their_range(change):
+    name = list(change)[-1].replace("_expand", "").replace("mlp_ratio", "ratio")
+    with pytest.raises(ValueError, match=f"{name}.* must|ratio"):
+        timm.create_model("test_vim2", **change)
+
+
 def test_bad_arguments():
     with pytest.raises(RuntimeError, match="vim2_huge"):
         timm.create_model("vim2_huge")
@@ -199,7 +226,7 @@ def test_features_only(feature_cls, out_indices):
     features = list(features.values()) if feature_cls == "dict" else features
     assert model.feature_info.channels() == [(16, 24, 32, 48)[i] for i in out_indices]
     assert model.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in out_indices]
-    channels_last = feature_cls != "getter"
+    channels_last = feature_cls == "dict"  # by default, NCHW as timm's getter has it
     for feature, channels, reduction in zip(
         features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
@@ -318,6 +345,21 @@ def test_compiles_without_graph_breaks(small_model):
     torch.testing.assert_close(compiled(x), small_model(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_traces(model, grad):
+    x = images(2, 3, 64, 64)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (x,))
+        torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(RuntimeError):  # and does not read beyond the map
+        traced(images(2, 3, 96, 64))
+    if grad:
+        parameters = [model.stages[0].blocks[0].layers[0].mixer.s6.x_proj_weight, model.patch_embed.proj.weight]
+        for a, b in zip(*(torch.autograd.grad(f(x).square().sum(), parameters) for f in (traced, model))):
+            torch.testing.assert_close(a, b)
+
+
 def test_exports(small_model):
     x = images(2, 3, 64, 64)
     torch.testing.assert_close(torch.export.export(small_model, (x,)).module()(x), small_model(x))
@@ -376,7 +418,21 @@ def test_loading_adapts_channels_and_classes(model, tmp_path):
         other.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True), rtol=1e-5, atol=1e-6
     )
     features = timm.create_model("test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-    torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)))
+    torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)).permute(0, 3, 1, 2))
+
+
+def test_saved_for_the_hub_and_loaded_from_the_folder(model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for size in ((64, 64), (96, 64)):
+        x = images(1, 3, *size)
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_dilated_decoders_are_told_that_there_is_no_dilation():
+    assert timm.create_model("test_vim2", features_only=True, output_stride=32).feature_info.reduction()[-1] == 32
+    with pytest.raises(ValueError, match="output_stride must be 32, got 16"):
+        timm.create_model("test_vim2", features_only=True, output_stride=16)
 
 
 def test_pickles(model):

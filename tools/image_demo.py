@@ -8,8 +8,10 @@ from common.command import run_tool
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from mmengine.dataset import Compose
@@ -18,23 +20,31 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner import load_checkpoint
 from mmengine.utils import track_iter_progress
-from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
+from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
+from vim2.command.images import SUFFIXES, ImageFolder, describe_left_out, read_pixels
+from vim2.command.runs import explain_disk_errors
 from vim2.mm.runner import add_config_arguments, check_device, checkpoint_errors, load_config
-
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def find_images(paths: list[Path]) -> list[Path]:
+    """The images that are named, and those in folders that are.
+
+    Raises:
+        UserError: An image that cannot be read, a folder without any, or two that would be drawn into one file.
+    """
     images = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            folder = ImageFolder(path)
+            inside = [path / name for name in folder.images if "/" not in name]
             if not inside:
-                raise UserError(f"{path} holds no images.")
+                raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}).")
+            if folder.left_out:
+                print(describe_left_out(path, folder.left_out))
             images += inside
         else:
             images.append(path)
@@ -43,11 +53,22 @@ def find_images(paths: list[Path]) -> list[Path]:
     for path in images:
         if (other := named.setdefault(path.stem, path)) != path:
             raise UserError(f"{other} and {path} would both be drawn into {path.stem}.png; draw them one at a time.")
-        try:
-            Image.open(path).verify()
-        except (OSError, SyntaxError, UnidentifiedImageError) as error:
-            raise UserError(f"{path} is no image that can be read: {error}.") from None
+    for path in images:
+        load_rgb(path)
     return images
+
+
+def check_output(folder: Path) -> None:
+    """Make the folder for the pictures and try to write there, before anything is computed.
+
+    Raises:
+        UserError: It is a file, or may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"Nothing can be written into {folder} ({error.strerror}): choose another --out-dir.") from None
 
 
 def load_model(config, path: str, device: str) -> nn.Module:
@@ -74,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_device(args.device)
     images = find_images(args.images)
+    check_output(args.out_dir)
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)
     model = load_model(config, args.checkpoint, args.device)
@@ -84,7 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     if is_detector and len(model.dataset_meta["classes"]) == 1:  # its name on every object would only hide objects
         visualizer.draw_texts = lambda *args, **kwargs: visualizer
     for i, path in enumerate(track_iter_progress(images)):
-        data = pipeline(dict(img_path=str(path), img_id=i))
+        try:
+            data = pipeline(dict(img_path=str(path), img_id=i))
+        except (AssertionError, OSError, cv2.error) as error:  # of a format that OpenCV does not know
+            raise UserError(
+                f"{path} cannot be read by the config's pipeline: {error or type(error).__name__}"
+            ) from error
         try:
             with torch.no_grad():
                 sample = model.test_step(dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]))[0].cpu()
@@ -93,14 +120,17 @@ def main(argv: list[str] | None = None) -> None:
         options = dict(pred_score_thr=args.score_thr) if is_detector else dict(with_labels=False)
         image = load_rgb(path)
         visualizer.line_width = max(1, min(image.shape[:2]) // 250)  # of boxes
-        visualizer.add_datasample(
-            path.stem,
-            image,
-            data_sample=sample,
-            draw_gt=False,
-            out_file=str(args.out_dir / f"{path.stem}.png"),
-            **options,
-        )
+        with explain_disk_errors(": choose another --out-dir"), tempfile.TemporaryDirectory() as folder:
+            drawn = Path(folder) / f"{path.stem}.png"
+            visualizer.add_datasample(
+                path.stem,
+                image,
+                data_sample=sample,
+                draw_gt=False,
+                out_file=str(drawn),
+                **options,
+            )
+            write_atomically(args.out_dir / drawn.name, drawn.read_bytes())
         if is_detector:
             scores = sample.pred_instances.scores
             print(f"{path}: {int((scores >= args.score_thr).sum())} objects")
@@ -108,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_rgb(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
+    """(height, width, 3) uint8, upright, as OpenCV hands images to the model."""
+    return np.asarray(read_pixels(path))
 
 
 if __name__ == "__main__":

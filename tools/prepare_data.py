@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vim2.command.errors import UserError
+from vim2.command.images import read_image
 
 IGNORED = 255  # the label of pixels that count neither in training nor in evaluation
 CAMVID_VOID = 11
@@ -120,8 +121,18 @@ def label_table(labels: dict[int, int]) -> np.ndarray:
 
 
 def relabel(source: Path, target: Path, table: np.ndarray) -> None:
+    """Replace the labels in a map by those of a table. Labels beyond the table, as 16 bits may hold, are IGNORED.
+
+    Raises:
+        UserError: A file that cannot be read, or a picture in colours.
+    """
+    values = np.asarray(read_image(source))
+    if values.ndim != 2 or values.dtype.kind not in "bui":
+        raise UserError(f"{source} is no map of labels, which has one whole number a pixel: download the data again.")
+    known = (values >= 0) & (values < len(table))
+    labels = np.where(known, table[np.where(known, values, 0).astype(np.uint8)], np.uint8(IGNORED))
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(table[np.asarray(Image.open(source))]).save(target)
+    Image.fromarray(labels).save(target)
 
 
 DATA_SETS: dict[str, Callable[[Path, Path], str]] = {"nuclei": nuclei, "coco549": coco549, "camvid": camvid}
@@ -141,8 +152,14 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{args.name}.", dir=output.parent) as folder:
             counts = DATA_SETS[args.name](args.source, Path(folder) / args.name)
             (Path(folder) / args.name).rename(output)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:  # of annotations
+        raise UserError(
+            f"{args.source} holds other files than {args.name}'s, or damaged ones ({error!r}); download them again."
+        ) from error
     print(f"{output}: {counts}.")
 
 

@@ -20,7 +20,9 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
+    check_parts,
     load_config,
+    run_errors,
 )
 
 
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--wait-time", type=float, default=2, metavar="S", help="for each picture shown, in seconds")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
+    check_parts(config, args.config, "test")
     if args.show or args.show_dir:
         draw(config, args)
     if args.tta:
@@ -47,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     runner = build_runner(config, args)
     runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
     build_data(runner, "test")
-    runner.test()
+    with run_errors():
+        runner.test()
 
 
 def draw(config: Config, args: argparse.Namespace) -> None:
@@ -56,14 +60,14 @@ def draw(config: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--show and --show-dir need a visualization hook in default_hooks, which {args.config} lacks.")
     hook.update(draw=True, show=args.show, wait_time=args.wait_time, interval=1)
     if args.show_dir:
-        if config.default_scope == "mmdet":
+        if config.get("default_scope") == "mmdet":
             hook.test_out_dir = os.path.abspath(args.show_dir)  # which else lies within the work dir
         else:
             config.visualizer.save_dir = args.show_dir
 
 
 def augment(config: Config) -> None:
-    if config.default_scope == "mmdet":
+    if config.get("default_scope") == "mmdet":
         parts = {**config.model, **(config.model.get("roi_head") or {})}
         if parts.get("mask_head") or parts.get("panoptic_head"):
             raise UserError("MMDetection has no test-time augmentation of masks, only of boxes; leave out --tta.")
@@ -94,7 +98,7 @@ def innermost(dataset: dict) -> dict:
 
 def write_predictions(config: Config, out: str) -> None:
     evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
-    if config.default_scope == "mmdet":
+    if config.get("default_scope") == "mmdet":
         if not out.endswith((".pkl", ".pickle")):
             raise UserError(f"--out must be a .pkl file for a detector, got {out}.")
         config.test_evaluator = [*evaluators, dict(type="DumpDetResults", out_file_path=out)]

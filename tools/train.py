@@ -17,7 +17,9 @@ from vim2.mm.runner import (
     add_launcher_arguments,
     build_data,
     build_runner,
+    check_parts,
     load_config,
+    run_errors,
 )
 
 
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.cfg_options)
+    check_parts(config, args.config, "train")
     if args.amp:
         config.optim_wrapper.type = "AmpOptimWrapper"
         config.optim_wrapper.setdefault("loss_scale", "dynamic")
@@ -50,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         config.load_from = None if args.resume == "auto" else args.resume
     runner = build_runner(config, args)
     build_data(runner, "train")
-    runner.train()
+    with run_errors():
+        runner.train()
 
 
 if __name__ == "__main__":

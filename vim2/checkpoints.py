@@ -300,6 +300,8 @@ _VMAMBA_NAMES = (  # vanilla VMamba's names, of its first release and its later 
     (r"^(?:classifier\.)?norm\.", "norm."),
     (r"^(?:classifier\.)?head\.", "head.fc."),
     (r"\.(?:ln_1|norm)\.(weight|bias)$", r".norm.\1"),
+    (r"\.downsample\.1\.", ".downsample.norm."),
+    (r"\.downsample\.2\.", ".downsample.reduction."),
     (r"\.(?:self_attention|op)\.", ".mixer."),
     (r"\.mixer\.conv2d\.", ".mixer.conv."),
     (r"\.mixer\.x_proj_weight$", ".mixer.s6.x_proj_weight"),

@@ -7,9 +7,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from timm.models import swin_transformer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ops import (
     BIDIRECTIONAL,
@@ -37,6 +40,34 @@ torch.fx.wrap("weighted_average_norm")
 CHANNEL_MIXERS = ("s6", "mlp", "none")
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is just its parameters, so that an operator which reads them may stand for it and others.
+
+    It is not where somebody holds on to it: pruning, hooks, adapters, offloading and sharding change its class, its
+    `forward` or its parameters' class, or add hooks. Then it must be called.
+
+    Args:
+        module: Of a mixer.
+        kind: The class that it was made as.
+    """
+    return (
+        type(module) is kind
+        and not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks)
+        and not (module._backward_hooks or "forward" in module.__dict__ or _has_any_global_hook())
+        and not any(map(is_traceable_wrapper_subclass, module._parameters.values()))
+    )
+
+
+def inner_width(dim: int, ratio: float) -> int:
+    """The width inside a mixer of this ratio to dim. Raises a ValueError where it is none."""
+    width = int(ratio * dim)
+    if width < 1:
+        raise ValueError(
+            f"A mixer's inner width, {dim} channels times its ratio, must be at least 1; got ratio {ratio}."
+        )
+    return width
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over channels, with weight and bias, whose result is in autocast's dtype, see `vim2.ops.layer_norm`."""
 
@@ -53,6 +84,8 @@ class PatchMerging(swin_transformer.PatchMerging):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H / 2, W / 2, out_dim), halves rounded up."""
         norm = self.norm
+        if not is_plain(norm, nn.LayerNorm):
+            return super().forward(x)
         return self.reduction(patch_merging_norm(x, norm.weight, norm.bias, norm.eps))
 
 
@@ -131,7 +164,7 @@ class SelectiveTokenMixer(nn.Module):
     def __init__(self, dim: int, d_state: int = 16, expand: float = 2.0, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        inner = int(expand * dim)
+        inner = inner_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, **dd)
         self.s6 = S6(inner, CROSS_SCAN, d_state=d_state, dt_rank=math.ceil(dim / 16), **dd)
@@ -140,11 +173,16 @@ class SelectiveTokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
+        conv, norm = self.conv, self.out_norm
         value, gate = self.in_proj(x).chunk(2, dim=-1)
-        value = depthwise_conv_silu(value, self.conv.weight, self.conv.bias)
-        y = self.s6(value, merge=False).unsqueeze(-3)
-        norm = self.out_norm
-        return self.out_proj(norm_gate(y, gate, norm.weight, norm.bias, norm.eps))
+        if is_plain(conv, nn.Conv2d):
+            value = depthwise_conv_silu(value, conv.weight, conv.bias)
+        else:
+            value = F.silu(conv(value.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        if is_plain(norm, nn.LayerNorm):
+            y = self.s6(value, merge=False).unsqueeze(-3)
+            return self.out_proj(norm_gate(y, gate, norm.weight, norm.bias, norm.eps))
+        return self.out_proj(norm_gate(norm(self.s6(value)), gate))
 
 
 class SelectiveChannelMixer(nn.Module):
@@ -162,7 +200,7 @@ class SelectiveChannelMixer(nn.Module):
         d_conv: Width of the convolution, in steps.
 
     Raises:
-        ValueError: If channel_patch does not divide the inner width.
+        ValueError: If channel_patch does not divide the inner width, or that is below 1.
     """
 
     def __init__(
@@ -177,7 +215,7 @@ class SelectiveChannelMixer(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        inner = int(expand * dim)
+        inner = inner_width(dim, expand)
         if channel_patch < 1 or inner % channel_patch:
             raise ValueError(f"channel_patch must divide the channel mixer's width {inner}, got {channel_patch}.")
         self.channel_patch = channel_patch
@@ -197,8 +235,20 @@ class SelectiveChannelMixer(nn.Module):
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         steps = value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2)
-        y = self.s6(directional_conv_silu(steps, self.conv.weight, self.conv.bias), merge=False)
+        y = self.s6(convolve_both_ways(steps, self.conv), merge=False)
         return self.out_proj(norm_gate(y.unflatten(0, gate.shape[:-1]), gate))
+
+
+def convolve_both_ways(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """`vim2.ops.directional_conv_silu` with the parameters of a module: (n, steps, P) -> (n, steps, 2, P)."""
+    if is_plain(conv, nn.Conv1d):
+        return directional_conv_silu(x, conv.weight, conv.bias)
+    x = x.transpose(1, 2)
+    padding = (conv.kernel_size[0] - 1, 0)
+    # every second of its outputs is of the direction that sees the sequence from its end
+    forward = conv(F.pad(x, padding))[:, 0::2]
+    backward = conv(F.pad(x.flip(-1), padding))[:, 1::2].flip(-1)
+    return F.silu(torch.stack((forward, backward), dim=2)).permute(0, 3, 2, 1)
 
 
 class WeightedAverage(nn.Module):
@@ -220,6 +270,13 @@ class WeightedAverage(nn.Module):
         return weighted_average(features, self.weight)
 
 
+def average_and_normalise(features: Sequence[Tensor], average: WeightedAverage, norm: nn.Module) -> Tensor:
+    """A norm of a weighted average, by `vim2.ops.weighted_average_norm` where both modules are plain."""
+    if is_plain(average, WeightedAverage) and is_plain(norm, nn.LayerNorm):
+        return weighted_average_norm(features, average.weight, norm.weight, norm.bias, norm.eps)
+    return norm(average(features).contiguous())
+
+
 class MixerLayer(nn.Module):
     """One mixer on the normalised weighted average of everything before it."""
 
@@ -231,9 +288,7 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        norm = self.norm
-        x = weighted_average_norm(features, self.average.weight, norm.weight, norm.bias, norm.eps)
-        return self.drop_path(self.mixer(x))
+        return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
 
 
 class MambaMixerBlock(nn.Module):
@@ -279,7 +334,7 @@ class MambaMixerBlock(nn.Module):
         if channel_mixer == "s6":
             mixers.append(SelectiveChannelMixer(dim, d_state, channel_expand, channel_patch, **dd))
         elif channel_mixer == "mlp":
-            mixers.append(Mlp(dim, int(mlp_ratio * dim), **dd))
+            mixers.append(Mlp(dim, inner_width(dim, mlp_ratio), **dd))
         elif channel_mixer != "none":
             raise ValueError(f"channel_mixer must be one of {', '.join(CHANNEL_MIXERS)}, got {channel_mixer!r}.")
         self.layers = nn.ModuleList(

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .mixers import S6, WeightedAverage
-from .ops import BIDIRECTIONAL, FORWARD, directional_conv_silu, norm_gate, weighted_average_norm
+from .mixers import S6, WeightedAverage, average_and_normalise, convolve_both_ways, is_plain
+from .ops import BIDIRECTIONAL, FORWARD, norm_gate
 
 __all__ = ["TSM2", "TSM2Config", "TimeMixer", "VariateMixer"]
 
@@ -176,10 +176,14 @@ class TimeMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, variates, patches, dim) -> (batch, variates, patches, dim)."""
         value, gate = self.in_proj(x).flatten(0, 1).chunk(2, dim=-1)
-        # a 2-D convolution, channels-last as memory has them: PyTorch's 1-D form is slower on CPUs
-        steps = F.pad(value, (0, 0, self.conv.kernel_size[0] - 1, 0)).transpose(1, 2).unsqueeze(2)
-        value = F.conv2d(steps, self.conv.weight.unsqueeze(2), self.conv.bias, groups=self.conv.groups)
-        value = F.silu(value).squeeze(2).transpose(1, 2).contiguous()
+        conv = self.conv
+        steps = F.pad(value, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)
+        if is_plain(conv, nn.Conv1d):
+            # a 2-D convolution, channels-last as memory has them: PyTorch's 1-D form is slower on CPUs
+            value = F.conv2d(steps.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, groups=conv.groups).squeeze(2)
+        else:
+            value = conv(steps)
+        value = F.silu(value).transpose(1, 2).contiguous()
         return self.out_proj(norm_gate(self.s6(value), gate)).unflatten(0, x.shape[:2])
 
 
@@ -224,7 +228,7 @@ class VariateMixer(nn.Module):
         """(batch, variates, patches, dim) -> (batch, variates, patches, dim)."""
         x = x.transpose(1, 2)
         value, gate = self.in_proj(x).flatten(0, 1).chunk(2, dim=-1)
-        y = self.s6(directional_conv_silu(value, self.conv.weight, self.conv.bias), merge=False)
+        y = self.s6(convolve_both_ways(value, self.conv), merge=False)
         return self.out_proj(norm_gate(y.unsqueeze(-3), gate)).unflatten(0, x.shape[:2]).transpose(1, 2)
 
 
@@ -248,12 +252,7 @@ class SeriesMixerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        norm = self.norm
-        if isinstance(norm, nn.LayerNorm):
-            x = weighted_average_norm(features, self.average.weight, norm.weight, norm.bias, norm.eps)
-        else:
-            x = norm(self.average(features).contiguous())
-        return self.dropout(self.mixer(x))
+        return self.dropout(self.mixer(average_and_normalise(features, self.average, self.norm)))
 
 
 class TSM2(nn.Module):

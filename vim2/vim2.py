@@ -6,6 +6,7 @@ package. Maps are channels-last, (batch, H, W, C), throughout.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ class ViM2(nn.Module):
         drop_path_rate: Stochastic depth of the last mixer; rates rise linearly from 0 at the first.
 
     Raises:
-        ValueError: An unknown channel_mixer, a channel_patch that does not divide a channel mixer's width, or not as
-            many dims, token_mixers, ... as depths.
+        ValueError: An unknown channel_mixer, a channel_patch that does not divide a channel mixer's width, not as many
+            dims, token_mixers, ... as depths, or numbers out of their range.
     """
 
     def __init__(
@@ -116,6 +117,9 @@ class ViM2(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_sizes(0, num_classes=num_classes)
+        check_sizes(1, in_chans=in_chans, patch_size=patch_size, depths=depths, dims=dims, token_mixers=token_mixers)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -130,6 +134,7 @@ class ViM2(nn.Module):
             embed_dim=dims[0],
             norm_layer=LayerNorm,
             output_fmt="NHWC",
+            strict_img_size=False,  # or timm would say, where it saves the model, that it takes one size only
             **dd,
         )
 
@@ -301,6 +306,21 @@ class ViM2(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def check_rates(**rates: float) -> None:
+    """Raise a ValueError unless all lie in [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
+
+
+def check_sizes(least: int, **sizes: int | Sequence[int]) -> None:
+    """Raise a ValueError unless all, or all in them, are whole numbers from `least` on."""
+    for name, size in sizes.items():
+        values = size if isinstance(size, Sequence) else [size]
+        if not values or any(not isinstance(value, Integral) or value < least for value in values):
+            raise ValueError(f"{name} must be {least} or more, in whole numbers, got {size}.")
+
+
 def check_image(x: Tensor, in_chans: int) -> None:
     """Raise a ValueError unless x is (batch, in_chans, H, W) with H and W at least MIN_SIZE."""
     if x.dim() != 4 or x.shape[1] != in_chans:
@@ -353,13 +373,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state_dict.get("state_dict", state_dict)
 
 
-def _create_vim2(variant: str, pretrained: bool, **kwargs) -> ViM2:
+def _create_vim2(variant: str, pretrained: bool, output_stride: int = 32, **kwargs) -> ViM2:
+    """timm's builder. Decoders with dilation ask for another `output_stride`, which patch merging cannot give."""
+    if output_stride != 32:
+        raise ValueError(f"output_stride must be 32, got {output_stride}: ViM2 has no dilated form.")
     return build_model_with_cfg(
         ViM2,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

@@ -178,6 +178,9 @@ def test_unknown_and_missing_options_and_both_ways_at_once():
         given(epoch=3)
     with pytest.raises(UserError, match="try needs data: a file"):
         resolve(SampleOptions)
+    for alone in ("sales.csv", np.zeros(3)):
+        with pytest.raises(UserError, match=rf"as in try\(data=...\), not a {type(alone).__name__} alone"):
+            resolve(SampleOptions, alone)
     with pytest.raises(UserError, match="not both"):
         resolve(SampleOptions, ["a.csv"], {"epochs": 3})
     assert resolve(SampleOptions, ["a.csv", "--epochs", "10"])[1] == {"data", "epochs"}  # though it is the default

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from vim2.classify.cli import main as classify
 from vim2.command.errors import UserError
 from vim2.command.processes import choose_device, start_processes
+from vim2.forecast.cli import main as forecast
 
 
-@pytest.mark.parametrize("name", ["gpu", "tpu9", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "tpu9", "meta", "mps"])
 def test_a_device_that_cannot_be_used_is_one_line(name):
     with pytest.raises(UserError, match=rf"{name}.*--device cpu"):
         choose_device(name)
@@ -18,7 +20,33 @@ def test_no_gpu():
         choose_device("cuda")
 
 
+@pytest.mark.parametrize("command", ["classify.py train --data-dir", "forecast.py fit"])
+def test_a_device_without_float64_is_refused_before_anything_starts(command, monkeypatch, tmp_path, failing):
+    """As Apple's is."""
+    program, *argv = command.split()
+    if program == "forecast.py":
+        pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+    zeros = torch.zeros
+
+    def without_float64(*size, dtype=None, device=None, **options):
+        if torch.device(device or "cpu").type == "mps":
+            assert dtype == torch.float64
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return zeros(*size, dtype=dtype, device=device, **options)
+
+    monkeypatch.setattr(torch, "zeros", without_float64)
+    main = {"classify.py": classify, "forecast.py": forecast}[program]
+    error = failing(main, program)(*argv, tmp_path / "none", "--device", "mps", "--output", tmp_path / "runs")
+    assert "The device mps cannot be used (Cannot convert" in error and "--device cpu" in error
+    assert not any(tmp_path.iterdir())
+
+
 def test_launching_wrongly(monkeypatch):
+    assert start_processes("cpu", "tools/x.py").world_size == 1
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # empty is unset
+        monkeypatch.setenv(name, "")
     assert start_processes("cpu", "tools/x.py").world_size == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(UserError, match=r"torchrun --nproc-per-node=GPUS tools/x.py \.\.\."):

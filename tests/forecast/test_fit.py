@@ -315,6 +315,38 @@ def test_bad_files_are_one_line(tmp_path, fails):
     assert "the following arguments are required" in fails("fit")
 
 
+def test_a_data_frame_trains_and_resumes_as_its_file_does(tmp_path, data):
+    frame = make_frame()
+    options = dict(epochs=2, epoch_steps=2, patience=9)
+    a = start(data, tmp_path, experiment="file", **options)
+    b = fit(data=frame, output=str(tmp_path), experiment="frame", **{**OPTIONS, **options})
+    assert b["options"]["data"] == "DataFrame" and a["best"]["val_mse"] == pytest.approx(b["best"]["val_mse"], rel=1e-6)
+    assert json.loads((tmp_path / "frame" / "metrics.json").read_text())["options"]["data"] == "DataFrame"
+    again = dict(output=str(tmp_path), experiment="frame", resume=True)
+    indexed = fit(data=frame.set_index("date"), **again)
+    assert indexed["best"] == b["best"] and indexed["options"]["epochs"] == 2
+    with pytest.raises(UserError, match=r"^DataFrame is not the data"):
+        fit(data=make_frame(seed=1), **again)
+    assert fit(data=frame, output=str(tmp_path), **{**OPTIONS, **options})["folder"].endswith("tsm2-DataFrame-12")
+
+
+@pytest.mark.parametrize("given", [np.zeros((9, 2)), [1, 2], make_frame()["north"]], ids=lambda g: type(g).__name__)
+def test_data_of_another_type_is_one_line(given):
+    with pytest.raises(UserError, match=rf"path or a pandas DataFrame, got {type(given).__name__}\.$"):
+        fit(data=given)
+
+
+def test_an_order_of_dates_is_kept_for_files_that_do_not_tell_it(tmp_path):
+    frame = make_frame(400, start="2024-02-01")
+    written = frame.assign(date=frame["date"].dt.strftime("%d/%m/%Y %H:%M"))
+    run = start(write_csv(tmp_path / "a.csv", written), tmp_path, epochs=1, epoch_steps=1, lookback=18)
+    day = write_csv(tmp_path / "day.csv", written.iloc[48:72])
+    forecaster = Forecaster.from_pretrained(run["folder"])
+    assert forecaster.read(day).times[0] == pd.Timestamp("2024-02-03")
+    with pytest.raises(UserError, match="--dates day-first or --dates month-first"):
+        forecaster.read(day, dates="detect")
+
+
 @pytest.mark.parametrize("options", [{"patience": 0}, {"batch_size": 0}, {"horizon": 12.0}, {"split": [1, 2]}], ids=str)
 def test_options_by_name_have_the_same_ranges(tmp_path, data, options):
     with pytest.raises(UserError, match=rf"^{next(iter(options))} must be "):

@@ -83,6 +83,31 @@ def test_columns_are_taken_in_the_order_of_training(trained, data, tmp_path):
     assert a["TSM2"]["mse"] == b["TSM2"]["mse"]
 
 
+def test_data_frames_as_their_file(trained, data, tmp_path):
+    frame = make_frame()
+    forecaster = Forecaster.from_pretrained(trained)
+    for given in (frame, frame.set_index("date")):
+        np.testing.assert_allclose(forecaster.read(given).values, forecaster.read(data).values, rtol=1e-12)
+        a, b = (evaluate(data=d, checkpoint=str(trained), output=str(tmp_path))["scores"] for d in (data, given))
+        assert a["TSM2"]["mse"] == pytest.approx(b["TSM2"]["mse"], rel=1e-6)
+    ahead = pd.read_csv(path := future_csv(tmp_path / "a.csv"), parse_dates=["date"])
+    a, b = (predict(data=d, checkpoint=str(trained), output=str(tmp_path)) for d in (path, ahead))
+    assert (a["times"] == b["times"]).all()
+    np.testing.assert_allclose(a["values"], b["values"], rtol=1e-5)
+    with pytest.raises(UserError, match=r"^Rows of DataFrame are 15min apart"):
+        forecaster.read(make_frame(step="15min"))
+
+
+def test_every_quantile_has_its_column(data, tmp_path):
+    levels = [0.1, 0.5, 0.50000001, 0.9]
+    options = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1)
+    run = fit(data=str(data), output=str(tmp_path), device="cpu", quantiles=levels, **options)
+    result = predict(data=str(data), checkpoint=run["folder"], output=str(tmp_path))
+    frame = pd.read_csv(result["csv"], index_col=0)
+    assert list(frame)[:4] == [f"north_q{level}" for level in levels] and frame.shape == (3, 4 * 4)
+    np.testing.assert_allclose(frame["north_q0.50000001"], result["values"][:, 0, 2])
+
+
 def test_save_and_load_without_pickle(trained, data, tmp_path):
     forecaster = Forecaster.from_pretrained(trained)
     forecaster.save_pretrained(tmp_path / "copy")
@@ -223,7 +248,7 @@ def test_weights_that_no_training_writes(trained, tmp_path, change, words):
 
 def test_a_forecast_that_is_not_finite(trained, tmp_path):
     frame = make_frame(412)
-    frame["north"] *= 1e300
+    frame["north"] *= 1e100
     path = future_csv(tmp_path / "a.csv", frame)
     with pytest.raises(UserError, match="forecast is NaN or infinite"):
         predict(data=str(path), checkpoint=str(trained), output=str(tmp_path), device="cpu")

@@ -219,6 +219,15 @@ class TestWeights:
         with pytest.raises(UserError, match="truncated or not a checkpoint"):
             self.loaded(tmp_path / "damaged.pth")
 
+    def test_weights_that_no_training_writes(self, classifier, tmp_path):
+        weights = classifier.state_dict()
+        weights["patch_embed.norm.weight"] = weights["patch_embed.norm.weight"].index_fill(
+            0, torch.tensor(1), torch.nan
+        )
+        torch.save(weights, tmp_path / "nan.pth")
+        with pytest.raises(UserError, match=r"patch_embed\.norm\.weight holds NaN"):
+            self.loaded(tmp_path / "nan.pth")
+
     def test_nothing_at_an_address(self):
         with pytest.raises(UserError, match=r"Nothing can be loaded from http://127\.0\.0\.1:9/weights\.pth; check"):
             self.loaded("http://127.0.0.1:9/weights.pth")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from devices import DEVICE
@@ -239,6 +240,42 @@ class TestDeformable:
             got[: len(inputs)], torch.autograd.grad(expected, inputs, grad), rtol=1e-4, atol=1e-4
         )
         torch.testing.assert_close(got[-1].sum(), ((y - (conv.bias[:, None, None] if bias else 0)) * grad).sum() / 0.5)
+
+    def test_modulated_convolution_with_more_offsets_than_outputs(self, device):
+        """As mmcv's kernels read them: the first numbers of each image, in the output's shape. DyHead does so."""
+        x, weight = random(2, 2, 5, 6, device=device), random(3, 2, 3, 3, seed=1, device=device).requires_grad_()
+        offset = random(2, 18, 9, 11, seed=2, device=device).round().requires_grad_()
+        mask = torch.rand(2, 9, 9, 11, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+        y = ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1)
+        expected = torch.zeros(2, 3, 5, 6)
+        for b, k, row, column in np.ndindex(2, 9, 5, 6):
+            place = lambda c: (c * 5 + row) * 6 + column  # noqa: B023, E731
+            moved = [int(offset[b].flatten()[place(2 * k + axis)]) for axis in (0, 1)]
+            at = row + k // 3 - 1 + moved[0], column + k % 3 - 1 + moved[1]
+            if 0 <= at[0] < 5 and 0 <= at[1] < 6:
+                taken = x[b, :, at[0], at[1]] * mask[b].flatten()[place(k)]
+                expected[b, :, row, column] += (weight[:, :, k // 3, k % 3] @ taken).detach().cpu()
+        torch.testing.assert_close(y.detach().cpu(), expected, rtol=1e-4, atol=1e-5)
+        y.sum().backward()
+        for tensor, channels in ((offset, 18), (mask, 9)):
+            grad = tensor.grad.flatten(1)
+            assert grad[:, : channels * 30].count_nonzero() > channels * 20
+            assert not grad[:, channels * 30 :].any()
+
+    def test_modulated_convolution_with_fewer_offsets_than_outputs(self, device):
+        conv = ops.ModulatedDeformConv2d(4, 6, 3, padding=1).to(device)
+        with pytest.raises(RuntimeError, match=r"a place for each of the output's \(9, 10\); they are \(5, 5\)"):
+            conv(random(2, 4, 9, 10, device=device), *(torch.zeros(2, c, 5, 5, device=device) for c in (18, 9)))
+
+    def test_dyhead(self, device):
+        from mmdet.models.necks import DyHead
+
+        neck = DyHead(16, 16, num_blocks=2, zero_init_offset=False).to(device)
+        maps = [random(2, 16, *size, device=device).requires_grad_() for size in ((13, 10), (7, 5), (4, 3))]
+        outputs = neck(maps)
+        assert [tuple(y.shape[2:]) for y in outputs] == [(13, 10), (7, 5), (4, 3)]
+        sum(y.square().sum() for y in outputs).backward()
+        assert all(torch.isfinite(m.grad).all() and m.grad.any() for m in maps)
 
     def test_attention_reads_where_it_is_told(self, device):
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction

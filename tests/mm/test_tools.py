@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import lzma
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -74,6 +75,27 @@ class TestPreparing:
         assert np.asarray(Image.open(tmp_path / "out/semantic/val2017/2.png")).tolist() == [[11, 255]]
         assert (tmp_path / "out/semantic/val.txt").read_text() == "2\n" and not (tmp_path / "out/semantic130").exists()
 
+    def test_maps_of_16_bits_hold_the_same_labels(self, tmp_path):
+        wide = io.BytesIO()
+        Image.fromarray(np.uint16([[0, 10, 11, 256, 65535]])).save(wide, "PNG")
+        make_tar(tmp_path / "camvid701.tar", {f"{split}annot/a.png": wide.getvalue() for split in ("train", "val")})
+        assert run_tool(prepare, ["camvid", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+        assert np.asarray(Image.open(tmp_path / "out/valannot/a.png")).tolist() == [[0, 10, 255, 255, 255]]
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (png(np.zeros((2, 2, 3))), "is no map of labels"),
+            (png(np.random.default_rng(0).integers(0, 9, (64, 64)))[:999], "no image that can be read"),
+        ],
+        ids=["colours", "cut off"],
+    )
+    def test_what_is_no_map_of_labels(self, content, words, tmp_path, capsys):
+        make_tar(tmp_path / "camvid701.tar", {"valannot/a.png": content})
+        assert run_tool(prepare, ["camvid", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert words in error and "valannot/a.png" in error and error.count("\n") == 1
+
     def test_ids_are_those_of_mmdetections_classes(self):
         from mmdet.datasets import CocoPanopticDataset
 
@@ -134,6 +156,13 @@ class TestPreparing:
         (tmp_path / "nuclei664.instances.json.xz").write_bytes(lzma.compress(b"{}" * 1000)[:40])
         assert run_tool(prepare, ["nuclei", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
         assert "instances.json.xz is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("content", [b"{", b"[]", b"{}"])
+    def test_annotations_of_another_kind(self, content, tmp_path, capsys):
+        make_tar(tmp_path / "coco549.tar", {f"annotations/instances_{s}2017.json": content for s in ("train", "val")})
+        assert run_tool(prepare, ["coco549", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "other files than coco549's" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
     @needs_data
     @pytest.mark.parametrize(
@@ -216,6 +245,47 @@ def test_no_images_to_draw(images, message, configs, tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(UserError, match=message):
         demo([*images, "--config", str(configs["mmdet"]), "--checkpoint", "none.pth"])
+
+
+@pytest.fixture
+def fails_to_draw(configs, capsys):
+    """Runs the demo, which must fail before it reads the checkpoint, and returns its one line."""
+
+    def run(*argv):
+        argv = [*argv, "--config", configs["mmdet"], "--checkpoint", "none.pth"]
+        capsys.readouterr()
+        assert run_tool(demo, [str(a) for a in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+@pytest.mark.timeout(60)
+def test_images_that_cannot_be_drawn(fails_to_draw, tmp_path):
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    Image.fromarray(np.ones((64, 64), np.float32)).save(tmp_path / "float.tif")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, words in (
+        ("cut.jpg", "truncated"),
+        ("bomb.png", "decompression bomb"),
+        ("float.tif", "floating-point"),
+        ("pipe.png", "no ordinary file"),
+    ):
+        error = fails_to_draw(tmp_path / name, "--out-dir", tmp_path / "out")
+        assert name in error and words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be_written(fails_to_draw, data, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside", "/proc/none"):
+        error = fails_to_draw(data / "images" / "0.png", "--out-dir", folder)
+        assert f"{folder} (" in error and "choose another --out-dir" in error
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import weakref
+import zipfile
 
 import numpy as np
 import pytest
@@ -95,6 +96,31 @@ class TestOneProcess:
         if kind == "mmdet":
             assert re.search(r"0\.png: [1-9]\d* objects", capsys.readouterr().out)
 
+    def test_draws_upright_and_leaves_out_what_is_hidden(self, kind, trained, configs, tmp_path, capsys):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned to the right
+        (tmp_path / "in").mkdir()
+        Image.new("RGB", (96, 64)).save(tmp_path / "in" / "turned.jpg", exif=exif)
+        Image.fromarray(np.linspace(0, 65535, 64 * 96, dtype=np.uint16).reshape(64, 96)).save(
+            tmp_path / "in" / "16.png"
+        )
+        (tmp_path / "in" / "._16.png").write_bytes(b"no image")
+        argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path / "out"]
+        call(demo, tmp_path / "in", *argv, "--score-thr", "1")
+        assert "1 hidden (._16.png)" in capsys.readouterr().out
+        width, height = Image.open(tmp_path / "out" / "turned.png").size
+        assert height > width
+        if kind == "mmdet":  # with nothing drawn, the picture is the image
+            drawn = np.asarray(Image.open(tmp_path / "out" / "16.png").convert("L"), np.int64)
+            assert drawn[0, 0] == 0 and drawn[-1, -1] == 255 and abs(drawn.mean() - 127.5) < 1
+
+    def test_a_picture_that_cannot_be_written(self, kind, trained, configs, data, tmp_path):
+        (tmp_path / "0.png").mkdir()
+        argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path]
+        with pytest.raises(UserError, match=r"Could not write .*0\.png .*choose another --out-dir"):
+            call(demo, data / "images" / "0.png", *argv)
+        assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+
     def test_draws_no_image_that_is_too_small(self, kind, trained, configs, tmp_path):
         Image.new("RGB", (16, 12)).save(tmp_path / "small.png")
         argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path / "out"]
@@ -136,8 +162,14 @@ class TestOneProcess:
     def test_a_damaged_checkpoint(self, kind, trained, configs, data, tmp_path):
         path = tmp_path / "cut.pth"
         path.write_bytes((trained[kind] / LAST[kind]).read_bytes()[:1000])
-        with pytest.raises(UserError, match=r"cut\.pth is damaged"):
-            call(evaluate, configs[kind], path, "--work-dir", tmp_path)
+        flipped = bytearray((trained[kind] / LAST[kind]).read_bytes())
+        with zipfile.ZipFile(trained[kind] / LAST[kind]) as archive:
+            largest = max(archive.infolist(), key=lambda info: info.file_size)
+            flipped[flipped.index(archive.read(largest))] ^= 1  # one bit
+        (tmp_path / "flipped.pth").write_bytes(flipped)
+        for name in ("cut", "flipped"):
+            with pytest.raises(UserError, match=rf"{name}\.pth is damaged"):
+                call(evaluate, configs[kind], tmp_path / f"{name}.pth", "--work-dir", tmp_path)
         with pytest.raises(UserError, match=r"cut\.pth is damaged"):
             call(demo, data / "images", "--config", configs[kind], "--checkpoint", path, "--out-dir", tmp_path)
         for options in (["--resume", path], ["--cfg-options", f"load_from={path}"]):

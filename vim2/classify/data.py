@@ -5,6 +5,7 @@ many processes there are, and a folder of images that nobody has split yet is sp
 """
 
 import os
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import (
-    ImageDataset,
-    add_img_extensions,
-    auto_augment,
-    create_dataset,
-    create_loader,
-    get_img_extensions,
-)
+from timm.data import ImageDataset, auto_augment, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..command.errors import UserError
+from ..command.images import UnreadableImage, first_names, read_image, to_8_bits
 from ..command.processes import Processes
+from ..command.progress import say
+from .folders import SPLITS, ClassFolderReader, find_split, is_tar, open_class_folders, read_class_map
 from .packs import PackReader, is_pack, open_packs
 
-__all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "train_loader"]
+__all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "say_left_out", "train_loader"]
 
-SPLITS = (
-    ("train", "training"),
-    ("val", "valid", "validation", "eval", "evaluation"),
-)  # folder names that mean the same
 MAX_UNREADABLE = 100  # neighbours tried in place of an unreadable training image
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
-
-add_img_extensions((".webp", ".bmp", ".tif", ".tiff"))
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of data sets that decode by themselves
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
@@ -91,17 +82,26 @@ class Images(Dataset):
         return [self.dataset.reader.samples[i][1] for i in self.indices]
 
     def load(self, index: int) -> tuple[Image.Image, int] | None:
-        """Image `index` of the dataset and its class, or None if it cannot be read."""
+        """Image `index` of the dataset and its class, or None if it cannot be read.
+
+        Raises:
+            UserError: Its pixels are of a kind that says nothing of their range.
+        """
         try:
-            if not hasattr(self.dataset, "reader"):
+            if hasattr(self.dataset, "reader"):
+                file, target = self.dataset.reader[index][:2]
+                with file:
+                    image = read_image(file)
+            else:
                 image, target = self.dataset[index]
-                return image.convert(self.mode), int(target)
-            file, target = self.dataset.reader[index][:2]
-            with Image.open(file) as image:
-                return image.convert(self.mode), int(target)
-        except UNREADABLE:
+                image.load()
+        except (UnreadableImage, *UNREADABLE):
             self.unreadable[index] = 1
             return None
+        try:
+            return to_8_bits(image, self.mode), int(target)
+        except ValueError as error:
+            raise UserError(f"{self.filename(index)} {error}", one_process=True) from None
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
         sample = self.load(self.indices[position])
@@ -151,8 +151,10 @@ def open_split(
             f"{name} can only be streamed, and then neither exact resuming nor counting every image once in validation "
             "is possible: use class folders, torch/... or hfds/... instead."
         )
-    if class_map is not None and not isinstance(class_map, dict) and not Path(class_map).is_file():
-        raise UserError(f"There is no class map {class_map}: give a text file with a class name a line.")
+    if name.lower() in ("torch/folder", "torch/image_folder") or (name and "/" not in name):
+        raise UserError(f"There is no --dataset {name}: leave it out for class folders, or name torch/... or hfds/...")
+    if class_map is not None:
+        class_map = read_class_map(class_map)
     if not name and (is_pack(root) or is_pack(split)):
         number = next((number for number, group in enumerate(SPLITS) if split in group), None)
         return Images(ImageDataset(root, reader=open_packs(root, split, number, class_map)), mode)
@@ -160,8 +162,9 @@ def open_split(
         if not root:
             raise UserError("Say where the images are: --data-dir FOLDER, with a folder of images for each class.")
         if not Path(root).exists():
-            raise UserError(f"There is no {root}: give --data-dir the folder or pack that holds your images.")
-        root = find_split(root, split) or root
+            raise UserError(f"There is no {root}: give --data-dir the folder, tar or pack that holds your images.")
+        reader = open_class_folders(find_split(root, split) or root, class_map)
+        return Images(ImageDataset(root, reader=reader), mode)
     try:
         dataset = create_dataset(
             name,
@@ -173,13 +176,7 @@ def open_split(
             input_img_mode=mode,
         )
     except Exception as error:
-        if not name and "Found 0 images" in str(error):
-            known = f", in folders named as these classes: {shorten(class_map)}" if isinstance(class_map, dict) else ""
-            raise UserError(
-                f"There are no images in {root}{known}; expected a folder of images "
-                f"({', '.join(get_img_extensions())}) for each class."
-            ) from None
-        raise UserError(f"Cannot open the data set {name or root}: {str(error) or type(error).__name__}") from None
+        raise UserError(f"Cannot open the data set {name}: {str(error) or type(error).__name__}") from None
     if isinstance(dataset, IterableDataset):
         raise UserError(f"{name} can only be streamed: use class folders, torch/... or hfds/... instead.")
     if len(dataset) == 0:
@@ -197,10 +194,12 @@ def class_names(images: Images) -> list[str] | None:
     return [names.get(i, str(i)) for i in range(max(names) + 1)]
 
 
-def find_split(root: str | os.PathLike, split: str) -> Path | None:
-    """The folder of a split, under its own name or one that means the same."""
-    names = (split, *next((group for group in SPLITS if split in group), ()))
-    return next((Path(root) / name for name in names if (Path(root) / name).exists()), None)
+def say_left_out(processes: Processes, *opened: Images) -> None:
+    """Say what was left out of class folders, a line for each folder or archive that was read."""
+    readers = dict.fromkeys(getattr(images.dataset, "reader", None) for images in opened)
+    for reader in readers:
+        if isinstance(reader, ClassFolderReader) and reader.left_out:
+            say(reader.left_out, processes)
 
 
 def hold_out(images: Images, share: float) -> tuple[Images, Images]:
@@ -257,8 +256,9 @@ def open_train_and_val(
             f"--train-split {train_split} --val-split {val_split} name a pack for one split only: name one for each, "
             "or give --data-dir a pack to have a part of it set aside."
         )
-    if name or not root or not val_split or is_pack(train_split) or not Path(root).is_dir():
-        held_out = not name and bool(root) and not is_pack(train_split)  # a tar of class folders, or a pack
+    may_have_splits = not name and bool(root) and (is_tar(root) or Path(root).is_dir())
+    if not may_have_splits or not val_split or is_pack(train_split):
+        held_out = not name and bool(root) and not is_pack(train_split)  # of a pack
     else:
         found = {split: find_split(root, split) for split in (train_split, val_split)}
         held_out = not any(found.values())
@@ -268,33 +268,30 @@ def open_train_and_val(
             )
         if not held_out and not all(found.values()):
             here, missing = (train_split, val_split) if found[train_split] else (val_split, train_split)
+            where, unpacked = str(found[here]), ", unpacked," if is_tar(root) else ""
             raise UserError(
-                f"{root} has a folder {found[here].name}, but none for {missing}: add it beside, name it with "
-                f"--train-split or --val-split, or give --data-dir {found[here]} to have a part of it set aside."
+                f"{root} has a folder {posixpath.basename(where)}, but none for {missing}: add it beside, name it with "
+                f"--train-split or --val-split, or give --data-dir {where}{unpacked} to have a part of it set aside."
             )
     train = open_split(name, root, train_split, **options)
     names = class_names(train)
     if names is not None and len(names) < 2:
-        where = f"all lie in {root} itself" if names == [""] else f"are all of one class, {names[0]}"
-        raise UserError(f"The images to train on {where}: put them into a folder for each of two classes or more.")
+        raise UserError(
+            f"The images to train on are all of one class, {names[0]}: put them into a folder for each of two classes "
+            "or more."
+        )
     if not val_split or (held_out and not (train.is_packed and train.dataset.reader.has_splits)):
         return *hold_out(train, holdout), names, True
     val = open_split(name, root, val_split, **options)
     if names is not None and class_map is None and names != (class_names(val) or names):
         only = [sorted(set(a) - set(b)) for a, b in ((names, class_names(val)), (class_names(val), names))]
-        which = "; ".join(f"only in {s}: {shorten(o)}" for s, o in zip((train_split, val_split), only) if o)
+        which = "; ".join(f"only in {s}: {first_names(o)}" for s, o in zip((train_split, val_split), only) if o)
         which = which or "they come in another order"
         raise UserError(
             f"The classes to train and to validate on differ ({which}): make the folders' names agree, "
             "or list the classes to use in a file and give it as --class-map."
         )
     return train, val, names, False
-
-
-def shorten(names: Sequence[str], number: int = 5) -> str:
-    """The first of some names, for a message."""
-    names = list(names)
-    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
 def common_options(images: Images, data_config: dict[str, Any], workers: int, device: torch.device) -> dict[str, Any]:

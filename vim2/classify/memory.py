@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..command.errors import UserError
-from ..command.processes import Processes
+from ..command.processes import Processes, free_memory
 from ..command.progress import progress_bar, say
 from .augmentation import Augmentation, Normalize, to_device
 from .data import Images
@@ -47,18 +47,6 @@ class HeldImages:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device, if it tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def hold(

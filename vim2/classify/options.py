@@ -86,7 +86,7 @@ def cpus() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options, group="data"):
-    data_dir: str | None = option(None, "folder of the data, or a pack (.npz)", metavar="DIR")
+    data_dir: str | None = option(None, "folder or tar archive of class folders, or packs (.npz)", metavar="DIR")
     dataset: str = option(
         "",
         "timm's name of a data set, such as torch/cifar10 or hfds/<user>/<name>; default: a folder for each class",

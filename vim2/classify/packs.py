@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 from timm.utils import natural_key
 
 from ..command.errors import UserError
+from .folders import read_class_map
 
 __all__ = ["Pack", "PackReader", "find_packs", "is_pack", "open_packs", "read_pack"]
 
@@ -70,7 +70,7 @@ class PackReader(Reader):
         super().__init__()
         self.packs = packs
         names = packs[0].names
-        self.class_to_idx = load_class_map(class_map) if class_map else {name: i for i, name in enumerate(names)}
+        self.class_to_idx = read_class_map(class_map) if class_map else {name: i for i, name in enumerate(names)}
         targets = [self.class_to_idx.get(name) for name in names]
         self.samples = [
             ((number, int(i)), targets[pack.labels[i]])

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform, get_img_extensions
+from PIL import Image
+from timm.data import create_transform
 from timm.utils import natural_key
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
+from ..command.images import SUFFIXES, ImageFolder, describe_left_out, first_names, read_pixels
 from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import progress_bar, say
 from ..command.runs import explain_disk_errors
-from .data import UNREADABLE
 from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import PredictOptions
 from .plots import plot_predictions
@@ -63,7 +63,7 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o.max_pictures, len(files))).tolist()}
     starts = range(0, len(files), o.batch_size)
     for start in progress_bar(starts, "predict", processes):
-        batch = [open_image(file, mode) for file in files[start : start + o.batch_size]]
+        batch = [read_pixels(file, mode) for file in files[start : start + o.batch_size]]
         pictures += [image for i, image in enumerate(batch, start) if i in shown]
         inputs = torch.stack([transform(image) for image in batch]).to(processes.device)
         with torch.inference_mode(), context():
@@ -88,27 +88,37 @@ def find_images(given: Sequence[str]) -> list[Path]:
     Raises:
         UserError: One that stands for none.
     """
-    extensions = get_img_extensions(as_set=True)
-    files = []
+    files: list[Path] = []
+    left_out: dict[str, dict[str, None]] = {}
     for item in given:
-        matches = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+        matches = [Path(item)] if os.path.exists(item) else match(item)
         if not matches:
             raise UserError(f"There is no {item}: give an image, a folder, or a glob in quotation marks.")
-        found = [p for match in matches for p in ([Path(match)] if os.path.isfile(match) else Path(match).rglob("*"))]
-        found = [p for p in found if p.is_file() and (p.suffix.lower() in extensions or str(p) == item)]
+        found = [p for p in matches if p.is_file() and (p.suffix.lower() in SUFFIXES or p == Path(item))]
+        for path in (p for p in matches if p.is_dir()):
+            folder = ImageFolder(path)
+            found += [path / name for name in folder.images]
+            for why, names in folder.left_out.items():
+                left_out.setdefault(why, {}).update((folder.name(name), None) for name in names)
         if not found:
-            raise UserError(f"There are no images in {item} ({', '.join(sorted(extensions))}).")
+            raise UserError(f"There are no images in {item} ({', '.join(SUFFIXES)}).")
         files += sorted(found, key=lambda p: natural_key(str(p)))
+    if left_out:
+        say(describe_left_out(first_names(given), {why: list(names) for why, names in left_out.items()}))
     return list(dict.fromkeys(files))
 
 
-def open_image(file: Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            # photographs carry their rotation aside; training data seldom do, and timm ignores it there
-            return ImageOps.exif_transpose(image).convert(mode)
-    except UNREADABLE as error:
-        raise UserError(f"{file} cannot be read as an image ({error}): leave it out or replace it.") from None
+def match(pattern: str) -> list[Path]:
+    """What a glob stands for. Unlike glob's, its `**` enters no links to folders, which may lead in circles."""
+    parts = Path(pattern).parts
+    plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if plain == len(parts):
+        return []
+    start = Path(*parts[:plain])
+    # pathlib knows two stars as a whole name only
+    found = start.glob("/".join(part if part == "**" else part.replace("**", "*") for part in parts[plain:]))
+    hidden = any(part.startswith(".") for part in parts[plain:])
+    return [path for path in found if hidden or not any(p.startswith(".") for p in path.relative_to(start).parts)]
 
 
 def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], shown: list[int], folder: Path) -> None:

@@ -45,7 +45,7 @@ from ..command.runs import (
     seed_everything,
 )
 from . import data, memory
-from .data import count_classes, open_train_and_val
+from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
 from .fingerprints import fingerprint
 from .models import autocast, compile_model, create_model, freeze, input_config, load, train_mode
@@ -174,6 +174,7 @@ class Run:
         self.train_images, self.val_images, self.class_names, self.held_out = open_train_and_val(
             *options, mode=mode, download=o.dataset_download
         )
+        say_left_out(self.processes, self.train_images, self.val_images)
         found = len(self.class_names) if self.class_names else count_classes(self.train_images)
         if found is None and o.num_classes is None:
             raise UserError(f"{o.dataset} does not tell its number of classes: add --num-classes.")

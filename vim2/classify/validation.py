@@ -10,13 +10,15 @@ from timm.data import ImageNetInfo
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
+from ..command.images import first_names
 from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from . import data, memory
-from .data import class_names, count_classes, find_split, hold_out, open_split, shorten
+from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate
+from .folders import find_split, read_class_map
 from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import ValidateOptions
 from .plots import plot_input_scaling
@@ -42,6 +44,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
     name = o.model or facts["arch"]
     images = open_images(o, facts, model)
+    say_left_out(processes, images)
     model.to(processes.device).eval()
     compiled = compile_model(model, o.torchcompile)
     rows = []
@@ -92,8 +95,8 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
     unknown = sorted(set(found) - set(names)) if found is not None and isinstance(class_map, dict) else []
     if unknown:
         raise UserError(
-            f"The data have classes that {options.checkpoint} does not know ({shorten(unknown)}; it knows "
-            f"{shorten(names)}): check --data-dir, or list the classes to use in a file and give it as --class-map."
+            f"The data have classes that {options.checkpoint} does not know ({first_names(unknown)}; it knows "
+            f"{first_names(names)}): check --data-dir, or list the classes to use in a file and give it as --class-map."
         )
     images = open_split(*opened, class_map=class_map, mode=mode)
     classes = len(found) if found is not None else count_classes(images)
@@ -136,10 +139,7 @@ def label_names(facts: dict[str, Any], class_map: str | None, num_classes: int) 
         UserError: A file that is missing or names another number of classes.
     """
     if class_map is not None:
-        try:
-            names = [line.strip() for line in Path(class_map).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read the class map {class_map}: {error}") from None
+        names = list(read_class_map(class_map))
         if len(names) != num_classes:
             raise UserError(f"{class_map} names {len(names)} classes, the model has {num_classes}.")
         return names

@@ -80,7 +80,7 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
             raise UserError(f"The GPU's memory is full: {command.less_memory}.", one_process=True) from None
     except UserError as error:
         # one line from one process; a worker's error comes with the worker's trace before it
-        if error.one_process or os.environ.get("RANK", "0") == "0":
+        if error.one_process or (os.environ.get("RANK") or "0") == "0":
             print(f"{program}: error: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

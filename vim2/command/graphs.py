@@ -29,6 +29,9 @@ def record(module: nn.Module, inputs: tuple[Tensor, ...], amp_dtype: torch.dtype
     Raises:
         UserError: It does something that cannot be recorded, such as waiting for the GPU.
     """
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        # recorded on a stream of their own and launched on another, graphs are what PyTorch would warn of
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     buffers = [buffer.clone() for buffer in module.buffers()]
     try:
         with torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False):

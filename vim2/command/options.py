@@ -270,6 +270,10 @@ def resolve(
         UserError: An unknown or missing option, or a value that cannot be one.
     """
     if argv is not None:
+        if isinstance(argv, str) or not isinstance(argv, Sequence):
+            name, kind = cls.program.split()[-1], type(argv).__name__
+            first, *_ = *_required(cls), *cls.__dataclass_fields__
+            raise UserError(f"{name} takes options by name, as in {name}({first}=...), not a {kind} alone.")
         if given:
             raise UserError(f"Give {cls.program} a command line or options by name, not both.")
         parser = make_parser(cls)
@@ -283,9 +287,9 @@ def resolve(
     for name in given:
         if name not in fields:
             raise UserError(f"unknown option {name}{did_you_mean(name, fields)}")
-    for name, field in fields.items():
-        if name not in given and _default(field) is REQUIRED:
-            raise UserError(f"{cls.program.split()[-1]} needs {name}: {field.metadata['help']}.")
+    for name in _required(cls):
+        if name not in given:
+            raise UserError(f"{cls.program.split()[-1]} needs {name}: {fields[name].metadata['help']}.")
     try:
         return cls(**_read(cls, given, str)), set(given)
     except ValueError as error:
@@ -340,6 +344,10 @@ def plain(value: Any) -> Any:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _required(cls: type[Options]) -> list[str]:
+    return [name for name, field in cls.__dataclass_fields__.items() if _default(field) is REQUIRED]
 
 
 def _default(field: dataclasses.Field) -> Any:

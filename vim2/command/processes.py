@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["Processes", "choose_device", "start_processes"]
+__all__ = ["Processes", "choose_device", "free_memory", "start_processes"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,18 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device, if it tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def start_processes(device: str | None, tool: str) -> Processes:
     """Join the other processes if torchrun started several, and choose a device.
 
@@ -86,15 +98,15 @@ def start_processes(device: str | None, tool: str) -> Processes:
         UserError: No such device, or a launch that cannot work.
     """
     device = choose_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size == 1:
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
             raise UserError(
                 "srun started several copies of this command, which would all do the same: start one a node, "
                 f"srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS {tool} ..."
             )
         return Processes(device)
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {missing[0]} is not set: start several processes with "

@@ -1,11 +1,8 @@
-"""Time series from files: reading, checks and stated repairs, splits, standardisation, windows on the device."""
+"""Time series: read from files and DataFrames with stated repairs, split, standardised, cut into windows."""
 
-import lzma
-import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -14,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
+from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite
+from .frames import describe, leave_out_index, read_frame
+from .stamps import find_step, join_time_of_day, parse_times, repair_times, to_step, usual_gap
 
 __all__ = ["Scaler", "Split", "Table", "Windows", "calendar_cycles", "calendar_features", "make_split", "read_table"]
 
 TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
-SENTINELS = (-9999.0, -999.0, -99999.0, -999.9, -9999.9, 9999.0, 99999.0, 999999.0)
 MISSING = ("error", "interpolate", "previous")
-TIMES = ("error", "regular", "keep")
 SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
 
 
@@ -36,6 +34,7 @@ class Table:
         future_columns: C names.
         future_times: Time stamps of the rows of `future`: those of the targets, and any that follow.
         repairs: What was changed in the file's data, a sentence each.
+        dates: Order in which its dates were read, an option of `read_table`.
     """
 
     times: pd.DatetimeIndex
@@ -45,6 +44,7 @@ class Table:
     future_columns: list[str]
     future_times: pd.DatetimeIndex
     repairs: list[str] = field(default_factory=list)
+    dates: str = "detect"
 
     def __len__(self) -> int:
         return len(self.values)
@@ -67,7 +67,7 @@ class Table:
 
 
 def read_table(
-    path: str | Path,
+    data: str | PathLike | pd.DataFrame,
     time_column: str | None = None,
     targets: Sequence[str] | None = None,
     future_columns: Sequence[str] = (),
@@ -75,14 +75,16 @@ def read_table(
     keep_values: Sequence[float] = (),
     missing: str = "error",
     times: str = "error",
+    dates: str = "detect",
 ) -> Table:
     """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
 
     Rows at the end that hold known-future columns but no target are the future to forecast.
 
     Args:
-        path: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet.
-        time_column: Name; by default a column called date, datetime, time, timestamp or ds, else the first.
+        data: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet; or a DataFrame, which is not changed.
+        time_column: Name; by default the index of a DataFrame if it holds time stamps, else a column called date,
+            datetime, time, timestamp or ds, else the first.
         targets: Names; by default all other columns.
         future_columns: Names of columns that are known for the time to forecast.
         na_values: Numbers that stand for a missing value.
@@ -92,223 +94,84 @@ def read_table(
         times: What becomes of time stamps that are out of order, twice there, or not a constant step apart: "error",
             "regular" (sort, keep the first of equal ones, add missing rows, whose values `missing` then fills), or
             "keep" (take the rows as they are, each as one step).
+        dates: Order of dates such as 01/02/24: "day-first", "month-first", "year-first", or "detect": the one that is
+            possible in all rows, of several the one in which rows are a constant step apart.
 
     Raises:
         UserError: Anything in the file that cannot be used as it is.
     """
-    path = Path(path)
-    frame, repairs = read_frame(path)
-    time_column = choose_time_column(frame, time_column, path)
-    names = [str(c) for c in frame.columns if c != time_column]
+    source = describe(data)
+    frame, index, repairs = read_frame(data)
+    asked = [*(targets or ()), *future_columns]
+    frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
+    repairs += more
+    time_column = choose_time_column(frame, time_column or index, source)
+    frame, time_column, more = join_time_of_day(frame, time_column, asked)
+    repairs += more
+    names = [c for c in frame.columns if c != time_column]
     future_columns = list(future_columns)
     targets = [c for c in names if c not in future_columns] if targets is None else list(targets)
     for name in (*targets, *future_columns):
         if name not in names:
-            raise UserError(f"{path} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
+            raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if twice := sorted({c for c in targets if targets.count(c) > 1 or c in future_columns}):
         raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     if not targets:
-        raise UserError(f"{path} has no column to forecast beside {time_column}.")
-    stamps, more = parse_times(frame[time_column], path)
+        raise UserError(f"{source} has no column to forecast beside {time_column}.")
+    stamps, dates, more = parse_times(frame[time_column], source, dates)
     repairs += more
-    numbers = pd.DataFrame({c: parse_numbers(frame[c], path) for c in (*targets, *future_columns)}, index=stamps)
+    cells, more = rewrite(frame[[*targets, *future_columns]], source)
+    repairs += more
+    numbers = pd.DataFrame({c: parse_numbers(cells[c], source) for c in cells}, index=stamps)
     for value in na_values:
         found = int((numbers == value).sum().sum())
         numbers = numbers.mask(numbers == value)
         repairs.append(f"{found} cells of {value:g} are taken as missing.")
-    refuse_sentinels(numbers, keep_values, path)
-    numbers, more = repair_times(numbers, times, path)
+    refuse_sentinels(numbers, keep_values, source)
+    refuse_extremes(numbers, source)
+    numbers, more = repair_times(numbers, times, source)
     repairs += more
     rows = len(numbers)
     if future_columns:  # rows without any target at the end are the future
         filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
         rows = int(filled[-1]) + 1 if len(filled) else 0
     if rows == 0:
-        raise UserError(f"{path} has no row with a value of {', '.join(targets[:3])}.")
-    values, more = repair_missing(numbers[targets].iloc[:rows], missing, path)
+        raise UserError(f"{source} has no row with a value of {', '.join(targets[:3])}.")
+    values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
-    future, more = repair_missing(numbers[future_columns], missing, path)
+    future, more = repair_missing(numbers[future_columns], missing, source)
     repairs += more
     index = numbers.index
-    return Table(index[:rows], values, targets, future, future_columns, index, repairs)
+    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates)
 
 
-def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
-    try:
-        if path.suffix in (".parquet", ".pq"):
-            frame = pd.read_parquet(path)
-            if not isinstance(frame.index, pd.RangeIndex):
-                frame = frame.reset_index()
-            return frame, []
-        try:
-            return read_csv(path, "utf-8"), []
-        except UnicodeDecodeError:
-            return read_csv(path, "latin-1"), [f"{path.name} is not UTF-8; it was read as latin-1."]
-    except ImportError:
-        raise UserError("Reading parquet needs pyarrow: pip install pyarrow.") from None
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path} is empty.") from None
-    except (pd.errors.ParserError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).strip()}): is it a whole file?") from None
-
-
-def read_csv(path: Path, encoding: str) -> pd.DataFrame:
-    frame = pd.read_csv(path, encoding=encoding, skipinitialspace=True, low_memory=False)
-    header = pd.read_csv(path, encoding=encoding, header=None, nrows=1, dtype=str, skipinitialspace=True).iloc[0]
-    if twice := header[header.duplicated()].tolist():  # pandas would rename the second
-        raise UserError(f"{path} has two columns {twice[0]}: rename one.")
-    if len(frame.columns) < 2:
-        raise UserError(f"{path} has one column only, {frame.columns[0]}: commas must separate columns.")
-    if frame.empty:
-        raise UserError(f"{path} has a header but no rows.")
-    return frame.rename(columns=str)
-
-
-def choose_time_column(frame: pd.DataFrame, name: str | None, path: Path) -> str:
+def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> str:
+    if frame.columns.empty:
+        raise UserError(f"{source} has no columns but an index that counts the rows.")
     if name is None:
         return next((c for c in frame.columns if c.lower() in TIME_NAMES), frame.columns[0])
     if name not in frame.columns:
         names = ", ".join(frame.columns)
-        raise UserError(f"{path} has no column {name}{did_you_mean(name, frame.columns)} (of {names})")
+        raise UserError(f"{source} has no column {name}{did_you_mean(name, frame.columns)} (of {names})")
     return name
 
 
-def parse_times(column: pd.Series, path: Path) -> tuple[pd.DatetimeIndex, list[str]]:
-    if pd.api.types.is_numeric_dtype(column):
-        raise UserError(
-            f"The time column {column.name} of {path} holds numbers, such as {column.iloc[0]}: give dates such as "
-            "2024-01-31 13:00:00, or name another column with --time-column."
-        )
-    # pandas would decide cell by cell, and read 13/01/2024 day first but 12/01/2024 month first
-    ends_in_year = column.astype(str).str.extract(r"^\s*(\d{1,2})[/.-](\d{1,2})[/.-]\d{4}").dropna().astype(int)
-    day_first, month_first = (ends_in_year > 12).any()
-    if day_first and month_first:
-        raise UserError(
-            f"The time column {column.name} of {path} has days before months in some rows and after them in others: "
-            "give dates such as 2024-01-31."
-        )
-    stamps = pd.to_datetime(column, errors="coerce", format="mixed", dayfirst=bool(day_first))
-    if stamps.isna().any():
-        row = int(np.flatnonzero(stamps.isna())[0])
-        raise UserError(
-            f"The time column {column.name} of {path}, row {row + 1}: {column.iloc[row]!r} is no time stamp. "
-            "Correct it, or name the time column with --time-column."
-        )
-    return pd.DatetimeIndex(stamps), ["Dates were read as day, month, year."] if day_first else []
-
-
-def parse_numbers(column: pd.Series, path: Path) -> np.ndarray:
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    wrong = np.flatnonzero((np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers))
-    if len(wrong):
-        raise UserError(
-            f"Column {column.name} of {path}, row {wrong[0] + 1}: {column.iloc[wrong[0]]!r} is no finite number "
-            f"({len(wrong)} such cells). Correct them, leave them empty, or choose other columns with --targets."
-        )
-    return numbers
-
-
-def refuse_sentinels(numbers: pd.DataFrame, keep: Sequence[float], path: Path) -> None:
-    """Raise for -9999 and its like where it lies far outside the column's other values."""
-    for name, column in numbers.items():
-        for value in SENTINELS:
-            others = column[(column != value) & column.notna()]
-            count = int((column == value).sum())
-            if not count or value in keep or others.empty:
-                continue
-            if min(abs(others.min() - value), abs(others.max() - value)) > 2 * (others.max() - others.min()):
-                raise UserError(
-                    f"Column {name} of {path} holds {value:g} in {count} rows, its other values lie between "
-                    f"{others.min():g} and {others.max():g}: does it stand for a missing value? "
-                    f"Then add --na-values {value:g} --missing interpolate; if not, --keep-values {value:g}."
-                )
-
-
-def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
-    """The step from each time stamp to the next, None where it is not the same, not forward, or there is but one."""
-    if len(times) < 2 or not times.is_monotonic_increasing:
-        return None
-    steps = times[1:] - times[:-1]
-    if (steps == steps[0]).all() and steps[0] > pd.Timedelta(0):
-        return to_step(steps[0])
-    with warnings.catch_warnings():  # of pandas 4's other type of the result, which to_offset takes as well
-        warnings.simplefilter("ignore")
-        frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
-    return pd.tseries.frequencies.to_offset(frequency)
-
-
-def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
-    """Whole days as days, for which pandas 3 would say 24 hours and pandas 2 did not."""
-    if gap % pd.Timedelta(days=1) == pd.Timedelta(0):
-        return pd.offsets.Day(gap.days)
-    return pd.tseries.frequencies.to_offset(gap)
-
-
-def usual_gap(times: pd.DatetimeIndex) -> pd.Timedelta | None:
-    """The most frequent time from a row to a later one that follows; None if there are none."""
-    gaps = pd.Series(times[1:] - times[:-1])
-    gaps = gaps[gaps > pd.Timedelta(0)]
-    return None if gaps.empty else gaps.mode().iloc[0]
-
-
-def repair_times(numbers: pd.DataFrame, how: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
-    times = numbers.index
-    if how == "keep" or len(times) < 2 or find_step(times) is not None:
-        return numbers, []
-    steps = times[1:] - times[:-1]
-    usual = pd.Series(abs(steps[steps != pd.Timedelta(0)])).mode()
-    if usual.empty:
-        raise UserError(f"All time stamps of {path} are {times[0]}: they must tell the rows apart.")
-    usual = usual.iloc[0]
-    if how == "error":
-        wrong = int(np.flatnonzero(steps != usual)[0])
-        twice, back = int((steps == pd.Timedelta(0)).sum()), int((steps < pd.Timedelta(0)).sum())
-        raise UserError(
-            f"Time stamps of {path} are not all {usual} apart: {twice} are there twice, {back} go back, "
-            f"{int((steps > usual).sum())} come after a gap; first, row {wrong + 2} ({times[wrong + 1]}) follows "
-            f"{times[wrong]}. Add --times regular to sort, keep the first of equal ones and add the missing rows, or "
-            "--times keep to take every row as one step."
-        )
-    repairs = []
-    if back := int((steps < pd.Timedelta(0)).sum()):
-        numbers = numbers.sort_index(kind="stable")
-        repairs.append(f"Rows were sorted by time: {back} went back.")
-    twice = numbers.index.duplicated()
-    if twice.any():
-        repairs.append(f"{int(twice.sum())} rows whose time stamp was there already were left out.")
-        numbers = numbers[~twice]
-    if find_step(numbers.index) is None:
-        steps = numbers.index[1:] - numbers.index[:-1]
-        usual = pd.Series(steps).mode().iloc[0]
-        grid = pd.date_range(numbers.index[0], numbers.index[-1], freq=usual)
-        strays = numbers.index.difference(grid)
-        if len(strays):
-            raise UserError(
-                f"{len(strays)} time stamps of {path}, such as {strays[0]}, do not lie whole steps of {usual} after "
-                f"{numbers.index[0]}: resample the file, or add --times keep to take every row as one step."
-            )
-        repairs.append(f"{len(grid) - len(numbers)} missing rows were added, {usual} apart.")
-        numbers = numbers.reindex(grid)
-    return numbers, repairs
-
-
-def repair_missing(numbers: pd.DataFrame, how: str, path: Path) -> tuple[np.ndarray, list[str]]:
+def repair_missing(numbers: pd.DataFrame, how: str, source: str) -> tuple[np.ndarray, list[str]]:
     counts = numbers.isna().sum()
     counts = counts[counts > 0]
     if counts.empty:
         return numbers.to_numpy(dtype=np.float64), []
     if len(empty := counts[counts == len(numbers)]):
-        raise UserError(f"Column {empty.index[0]} of {path} holds no value at all: leave it out with --targets.")
+        raise UserError(f"Column {empty.index[0]} of {source} holds no value at all: leave it out with --targets.")
     listed = ", ".join(f"{name} ({count})" for name, count in counts.iloc[:5].items())
     listed += f" and {len(counts) - 5} more columns" if len(counts) > 5 else ""
     if how == "error":
         row = numbers.index[numbers.isna().any(axis=1)][0]
-        raise UserError(
-            f"Values of {path} are missing: {listed}; first at {row}. Add --missing interpolate or --missing previous "
-            "to fill them, or choose other columns with --targets."
-        )
+        if len(mostly := counts[2 * counts > len(numbers)]):
+            remedy = f"Leave {mostly.index[0]} out with --targets: most of it would be made up"
+        else:
+            remedy = "Add --missing interpolate or --missing previous to fill them, or choose columns with --targets"
+        raise UserError(f"Values of {source} are missing: {listed}; first at {row}. {remedy}.")
     # by rows, not by time: rows are the model's steps
     filled = numbers.interpolate(limit_direction="both") if how == "interpolate" else numbers.ffill().bfill()
     verb = "interpolated" if how == "interpolate" else "filled with the value before"

@@ -9,14 +9,13 @@ import torch
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
-from ..command.options import resolve
 from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .baselines import Ridge
 from .data import Windows
 from .forecaster import Forecaster
-from .options import EvaluateOptions, reading_options
+from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast
 from .scores import baseline_scores, model_forecast, quantile_scores, score
 from .training import versions
@@ -30,6 +29,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Args:
         argv: Command line; or else
         options: the same options by name, with underscores: `evaluate(data="sales.csv", checkpoint="runs/sales")`.
+            The data may be a DataFrame as well.
 
     Returns:
         What evaluation.json holds.
@@ -37,10 +37,10 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right.
     """
-    o, _ = resolve(EvaluateOptions, argv, options)
+    o, _, data = open_options(EvaluateOptions, argv, options)
     device = choose_device(o.device)
     forecaster = Forecaster.from_pretrained(o.checkpoint, device)
-    table = forecaster.read(o.data, **reading_options(o))
+    table = forecaster.read(data, **reading_options(o))
     for note in table.repairs:
         say(note)
     config, split, part = forecaster.model.config, forecaster.split, o.part

@@ -17,7 +17,7 @@ from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
 from ..tsm2 import TSM2, TSM2Config
-from .data import CYCLES, Scaler, Split, Table, calendar_features, make_split, read_table, usual_gap
+from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
 from .options import ReadingOptions
 
 __all__ = ["Forecaster"]
@@ -55,23 +55,23 @@ class Forecaster:
     reading: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    def read(self, path: str | Path, **changes) -> Table:
-        """Read a file with this forecaster's columns, in its order.
+    def read(self, data: str | Path | pd.DataFrame, **changes) -> Table:
+        """Read a file or a DataFrame with this forecaster's columns, in its order.
 
         Args:
-            path: As for `read_table`.
+            data: As for `read_table`.
             changes: Options of `read_table` to use instead of those of training.
 
         Raises:
             UserError: As `read_table`; rows that are another step apart.
         """
         reading = {**self.reading, **changes}
-        table = read_table(path, targets=self.columns, future_columns=self.future_columns, **reading)
+        table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
         step = table.step.freqstr if table.step else None
         if self.step and step != self.step and reading.get("times") != "keep":
             raise UserError(
-                f"Rows of {path} are {step or 'not a constant step'} apart, the model was trained on {self.step}: "
-                "resample the file, or add --times keep if it is to be taken as it is."
+                f"Rows of {describe(data)} are {step or 'not a constant step'} apart, the model was trained on "
+                f"{self.step}: resample the file, or add --times keep if it is to be taken as it is."
             )
         return table
 

@@ -1,9 +1,13 @@
 """The options of fit, evaluate and predict. A value comes from, first to last: its default, the recipe, the run that
 is resumed, the command line."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
+import pandas as pd
 
 from ..command.errors import UserError
 from ..command.options import (
@@ -19,13 +23,24 @@ from ..command.options import (
     Share,
     length,
     option,
+    resolve,
     unset,
 )
 from ..tsm2 import INSTANCE_NORMS, NORMS, TIME_MIXERS, VARIATE_MIXERS, TSM2Config
-from .data import MISSING, TIMES
+from .data import MISSING
+from .frames import describe
 from .recipes import RECIPES
+from .stamps import DATES, TIMES
 
-__all__ = ["MAY_CHANGE", "EvaluateOptions", "FitOptions", "PredictOptions", "model_config", "reading_options"]
+__all__ = [
+    "MAY_CHANGE",
+    "EvaluateOptions",
+    "FitOptions",
+    "PredictOptions",
+    "model_config",
+    "open_options",
+    "reading_options",
+]
 
 # What a resumed run may change: where it runs and writes, and where its file lies.
 MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
@@ -56,6 +71,7 @@ class ReadingOptions(Options, group="reading"):
         "where some are missing; keep takes each row as one step",
         choices=TIMES,
     )
+    dates: str = option("detect", "order of dates such as 01/02/24", choices=DATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +81,7 @@ class SameReadingOptions(Options, group="reading; by default, as in training"):
     keep_values: list[float] | None = unset(ReadingOptions, "keep_values")
     missing: str | None = unset(ReadingOptions, "missing")
     times: str | None = unset(ReadingOptions, "times")
+    dates: str | None = unset(ReadingOptions, "dates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +172,25 @@ class PredictOptions(SameReadingOptions, DeviceOptions):
     )
     checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
     output: str = option("forecast", "folder for forecast.csv and forecast.png", metavar="DIR")
+
+
+OptionsT = TypeVar("OptionsT", FitOptions, EvaluateOptions, PredictOptions)
+
+
+def open_options(
+    cls: type[OptionsT], argv: Sequence[str] | None, given: Mapping[str, Any]
+) -> tuple[OptionsT, set[str], str | pd.DataFrame]:
+    """All options of a command, the names of those that were given, and the data: a path, or the DataFrame that was
+    given by name, for which the options say DataFrame.
+
+    Raises:
+        UserError: As `resolve`; data of another type.
+    """
+    data = given.get("data", "")
+    if not isinstance(data, str | PathLike | pd.DataFrame):
+        raise UserError(f"data must be a file's path or a pandas DataFrame, got {type(data).__name__}.")
+    options, explicit = resolve(cls, argv, {**given, "data": describe(data)} if "data" in given else given)
+    return options, explicit, data if isinstance(data, pd.DataFrame) else options.data
 
 
 def reading_options(options: ReadingOptions | SameReadingOptions) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def plot_forecast(
         line = forecast[:, i] if middle is None else forecast[:, i, middle]
         axes.plot(ahead, line, color=FORECAST, linewidth=1.2, label="forecast")
         if len(levels) > 1:
-            label = f"quantiles {levels[0]:g} to {levels[-1]:g}"
+            label = f"quantiles {levels[0]!r} to {levels[-1]!r}"
             axes.fill_between(
                 ahead, forecast[:, i, 0], forecast[:, i, -1], color=FORECAST, alpha=0.2, lw=0, label=label
             )

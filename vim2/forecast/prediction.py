@@ -8,12 +8,11 @@ import pandas as pd
 
 from ..checkpoints import write_atomically
 from ..command.figures import figures_if_possible
-from ..command.options import resolve
 from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .forecaster import Forecaster
-from .options import PredictOptions, reading_options
+from .options import PredictOptions, open_options, reading_options
 from .plots import plot_prediction
 
 __all__ = ["predict"]
@@ -25,6 +24,7 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Args:
         argv: Command line; or else
         options: the same options by name, with underscores: `predict(data="sales.csv", checkpoint="runs/sales")`.
+            The data may be a DataFrame as well.
 
     Returns:
         The `times` and `values` of `Forecaster.predict`, and the path of the `csv` with them.
@@ -32,9 +32,9 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right.
     """
-    o, _ = resolve(PredictOptions, argv, options)
+    o, _, data = open_options(PredictOptions, argv, options)
     forecaster = Forecaster.from_pretrained(o.checkpoint, choose_device(o.device))
-    table = forecaster.read(o.data, **reading_options(o))
+    table = forecaster.read(data, **reading_options(o))
     for note in table.repairs:
         say(note)
     times, values = forecaster.predict(table)
@@ -55,7 +55,7 @@ def forecast_frame(forecaster: Forecaster, times: pd.DatetimeIndex, values) -> p
     columns = {}
     for i, name in enumerate(forecaster.columns):
         if levels:
-            columns.update({f"{name}_q{level:g}": values[:, i, j] for j, level in enumerate(levels)})
+            columns.update({f"{name}_q{level!r}": values[:, i, j] for j, level in enumerate(levels)})
         else:
             columns[name] = values[:, i]
     return pd.DataFrame(columns, index=pd.DatetimeIndex(times, name="date"))

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
@@ -25,7 +26,7 @@ import vim2
 from ..checkpoints import remove_leftovers, save_checkpoint, write_atomically
 from ..command.errors import UserError
 from ..command.graphs import record
-from ..command.options import fill_in, plain, resolve, resume_options
+from ..command.options import fill_in, plain, resume_options
 from ..command.processes import Processes, choose_device
 from ..command.progress import progress_bar, say
 from ..command.runs import (
@@ -43,7 +44,7 @@ from ..tsm2 import TSM2
 from .baselines import Ridge
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
-from .options import MAY_CHANGE, FitOptions, model_config, reading_options
+from .options import MAY_CHANGE, FitOptions, model_config, open_options, reading_options
 from .recipes import RECIPES
 from .scores import baseline_scores, gain, model_forecast, pinball, quantile_scores, score, window_losses
 
@@ -69,7 +70,8 @@ def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
 
     Args:
         argv: Command line; or else
-        options: the same options by name, with underscores: `fit(data="sales.csv", horizon=28, lookback=112)`.
+        options: the same options by name, with underscores: `fit(data="sales.csv", horizon=28, lookback=112)`. The
+            data may be a DataFrame as well.
 
     Returns:
         What metrics.json holds, and the run's `folder`.
@@ -77,8 +79,8 @@ def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     Raises:
         UserError: Anything that the user can put right. What was saved before is kept.
     """
-    given, explicit = resolve(FitOptions, argv, options)
-    run = Run(*recall(given, explicit))
+    given, explicit, data = open_options(FitOptions, argv, options)
+    run = Run(*recall(given, explicit), data)
     run.fit()
     return {**run.metrics(), "folder": str(run.folder)}
 
@@ -111,13 +113,17 @@ class Run:
     Args:
         options: Resolved.
         saved: Checkpoint to go on from.
+        data: The DataFrame to train on, instead of the options' file.
 
     Raises:
         UserError: Data or options that do not fit.
     """
 
-    def __init__(self, options: FitOptions, saved: dict[str, Any] | None = None):
+    def __init__(
+        self, options: FitOptions, saved: dict[str, Any] | None = None, data: str | pd.DataFrame | None = None
+    ):
         self.options = o = options
+        self.data = o.data if data is None else data
         self.folder = options.folder
         self.last = identity(self.folder / "last.pth")
         self.device = choose_device(o.device)
@@ -135,7 +141,7 @@ class Run:
     def open_data(self) -> None:
         o = self.options
         targets, futures = o.targets, o.future_columns
-        self.table = read_table(o.data, targets=targets, future_columns=futures, **reading_options(o))
+        self.table = read_table(self.data, targets=targets, future_columns=futures, **reading_options(o))
         split = make_split(len(self.table), o.split, o.lookback, o.horizon)
         if not split.val:
             raise UserError("There are no rows to validate on: choose another --split.")
@@ -165,7 +171,7 @@ class Run:
             step.freqstr if step else None,
             self.table.season,
             split,
-            reading_options(o),
+            {**reading_options(o), "dates": self.table.dates},
         )
         self.fingerprint = fingerprint(self.table, split.train + split.val)
         values, future = self.forecaster.tensors(self.table, self.device)

@@ -7,7 +7,7 @@ from mmengine.runner import CheckpointLoader
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..checkpoints import find_state_dict, read_checkpoint
+from ..checkpoints import check_weights, find_state_dict, read_checkpoint
 from ..command.errors import UserError
 
 __all__ = ["allow_checkpoints", "load_backbone_weights"]
@@ -52,8 +52,8 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
         prefix: Of the backbone's weights in the file; None takes "backbone." where names start so.
 
     Raises:
-        UserError: No such file or nothing at the address, a damaged file, one without weights, or weights of another
-            architecture.
+        UserError: No such file or nothing at the address, a damaged file, one without weights, weights of another
+            architecture, or such as no training writes, with NaN, say.
     """
     try:
         given = find_state_dict(_read(source), source)
@@ -92,6 +92,10 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
             f"{source} (init_cfg of the backbone) does not fit a ViM2 backbone of arch {backbone.arch!r}: "
             f"{'; '.join(problems)}. Set the backbone's arch to the one of the weights, or take others."
         )
+    try:
+        check_weights(given, wanted, source)
+    except ValueError as error:
+        raise UserError(f"{error} (init_cfg of the backbone)") from None
     new = sorted(wanted.keys() - given.keys())
     backbone.load_state_dict({name: given.get(name, wanted[name]) for name in wanted})
     print_log(f"Loaded {len(wanted) - len(new)} weights from {source}; new are {', '.join(new) or 'none'}.", "current")

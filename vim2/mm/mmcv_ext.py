@@ -231,6 +231,25 @@ def _deform(
     return _ops.deform_conv2d(input, weight, offset, mask, bias, *geometry)
 
 
+def _first(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Offsets or masks (batch, C, H, W) as mmcv's kernels read them for an output of another size (h, w): the first
+    C * h * w numbers of each image as (C, h, w). DyHead's published weights were trained so, with offsets of the finer
+    level.
+
+    Raises:
+        RuntimeError: H * W < h * w. (mmcv would read what lies behind.)
+    """
+    if values.shape[2:] == size:
+        return values
+    channels, number = values.shape[1], size[0] * size[1]
+    if values.shape[2] * values.shape[3] < number:
+        raise RuntimeError(
+            f"Offsets and masks of a deformable convolution must have a place for each of the output's {tuple(size)}; "
+            f"they are {tuple(values.shape[2:])}."
+        )
+    return values.flatten(1)[:, : channels * number].unflatten(1, (channels, *size))
+
+
 def _deform_backward(
     grad: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, geometry: tuple
 ) -> tuple[Tensor, ...]:
@@ -274,8 +293,9 @@ def modulated_deform_conv_forward(
     input, weight, bias, ones, offset, mask, output, columns, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
     dilation_h, dilation_w, group, deformable_group, with_bias,
 ) -> None:  # fmt: skip
-    """Deformable convolution, version 2 (arXiv 1811.11168)."""
+    """Deformable convolution, version 2 (arXiv 1811.11168). Offsets, masks may be larger than the output: `_first`."""
     geometry = _geometry((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group, True)
+    offset, mask = _first(offset, output.shape[2:]), _first(mask, output.shape[2:])
     output.copy_(_deform(input, weight, offset, mask, bias if with_bias else None, geometry))
 
 
@@ -285,10 +305,14 @@ def modulated_deform_conv_backward(
     with_bias,
 ) -> None:  # fmt: skip
     geometry = _geometry((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group, True)
-    grads = _deform_backward(grad_output, input, weight, offset, mask, geometry)
+    size = grad_output.shape[2:]
+    grads = _deform_backward(grad_output, input, weight, _first(offset, size), _first(mask, size), geometry)
     targets = [grad_input, grad_weight, grad_offset, grad_mask] + ([grad_bias] if with_bias else [])
     for target, grad in zip(targets, grads):
-        target.copy_(grad)
+        if target.shape != grad.shape:  # of offsets and masks only the first numbers were used
+            target.zero_()
+            target = target.view(len(target), -1)[:, : grad[0].numel()]
+        target.copy_(grad.reshape(target.shape))
 
 
 def _attend(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:

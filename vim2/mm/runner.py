@@ -4,10 +4,13 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import pickle
 import re
 import textwrap
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,16 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.registry import RUNNERS, WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from ..checkpoints import write_atomically
+from ..checkpoints import check_weights, remove_leftovers, verify_archive, write_atomically
 from ..command.errors import UserError
+from .annotations import check_annotations
+from .checkpoint_hook import find_newest_checkpoint
+from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
 
 __all__ = [
     "add_config_arguments",
@@ -33,8 +41,10 @@ __all__ = [
     "build_data",
     "build_runner",
     "check_device",
+    "check_parts",
     "checkpoint_errors",
     "load_config",
+    "run_errors",
 ]
 
 _LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
@@ -48,11 +58,24 @@ def add_config_arguments(parser: argparse.ArgumentParser, flag: bool = False) ->
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Options,
         default={},
         metavar="KEY=VALUE",
         help='replaces settings of the config: model.backbone.with_cp=True, optim_wrapper.optimizer.betas="(0.9,0.95)"',
     )
+
+
+class _Options(DictAction):
+    """MMEngine's, with an error of the parser for what cannot be read."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], *args
+    ) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], *args)
+            except (AssertionError, IndexError, ValueError):
+                parser.error(f"--cfg-options takes KEY=VALUE, got {value}")
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +98,7 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
 
     Raises:
-        UserError: No such file, one that cannot be read, or a library that is not installed.
+        UserError: No such file, one that cannot be read, one without a model, or a library that is not installed.
     """
     path = str(path)
     if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
@@ -86,14 +109,21 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         raise UserError(f"{_first_line(error)}.") from None
     except ModuleNotFoundError as error:
         raise UserError(f'{_first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None
-    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no config that MMEngine can read: {_first_line(error)}.") from None
-    if options:
-        config.merge_from_dict(options)
+    except RecursionError:
+        raise UserError(f"{path} is no config that MMEngine can read: it is among its own bases (_base_).") from None
+    except Exception as error:  # a config is code, which can fail in every way
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{path} is no config that MMEngine can read: {reason}.") from None
+    try:
+        config.merge_from_dict(options or {})
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--cfg-options does not fit {path}: {_first_line(error)}.") from None
     scope = config.get("default_scope", "mmengine")
     if scope != "mmengine" and importlib.util.find_spec(scope) is None:
         package = _LIBRARIES.get(scope, scope)
         raise UserError(f'{path} is for {scope}, which is not installed: pip install "vim2[mm]", or {package}.')
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{path} has no model: a config for these tools describes a model, its data and its training.")
     return config
 
 
@@ -105,18 +135,27 @@ def _is_distribution(name: str) -> bool:
     return True
 
 
+def check_parts(config: Config, path: str, split: str) -> None:
+    """Raises UserError where a config, read from `path`, does not say all that a "train" or "test" needs."""
+    needed = (f"{split}_dataloader", f"{split}_cfg", "optim_wrapper" if split == "train" else f"{split}_evaluator")
+    if missing := [name for name in needed if config.get(name) is None]:
+        raise UserError(f"{path} has no {missing[0]}: it needs {', '.join(needed)}.")
+
+
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The Runner of a config.
 
-    Beyond `Runner.from_cfg`: checkpoints are written so that a crash leaves the one before whole, one that cannot be
-    loaded is a UserError, and on CPUs several processes work, through gloo.
+    Beyond `Runner.from_cfg`: checkpoints are written so that a crash leaves the one before whole, a run is resumed from
+    the newest that can be read and goes on as if it had not been cut off, one that cannot be loaded is a UserError, and
+    on CPUs several processes work, through gloo.
 
     Args:
         config: Of `load_config`.
         args: With those of `add_launcher_arguments`.
 
     Raises:
-        UserError: What the config asks for cannot be built, or not on a CPU.
+        UserError: What the config asks for cannot be built, or not on a CPU; a number that is not finite; no checkpoint
+            to resume from that can be read.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
@@ -124,35 +163,95 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
         config.work_dir = args.work_dir
     elif not config.get("work_dir"):
         config.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    for name in ("optim_wrapper", "param_scheduler"):
+        _check_numbers(config.get(name), name)
     register_backend("local", _AtomicBackend, force=True, prefixes="")
+    remove_leftovers(config.work_dir)
+    if config.get("resume") and not config.get("load_from"):
+        hook = (config.get("default_hooks") or {}).get("checkpoint") or {}
+        config.load_from = find_newest_checkpoint(config.work_dir, hook.get("out_dir"))
     if get_device() == "cpu":
         _prepare_for_cpu(config)
     try:
         return RUNNERS.build(config) if "runner_type" in config else _Runner.from_cfg(config)
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except (AssertionError, AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:
         # MMEngine wraps the constructor's own message, which is what helps
-        raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", str(error.args[0]))) from error
+        raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", _first_line(error))) from error
+
+
+def _check_numbers(config: Any, name: str) -> None:
+    """Raises UserError for a NaN or an infinity, with which optimisers train to no end."""
+    if isinstance(config, float) and not math.isfinite(config):
+        raise UserError(f"{name} is {config} in the config: it must be a finite number.")
+    items = (
+        config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list | tuple) else ()
+    )
+    for key, value in items:
+        _check_numbers(value, f"{name}.{key}")
 
 
 def build_data(runner: Runner, split: str) -> None:
-    """Build the data sets of a runner's loop before it starts.
+    """Build what a runner's loop needs before it starts: the data sets, which are looked at, and the optimiser.
 
     Args:
         runner: Of `build_runner`.
-        split: "train" or "test".
+        split: "train", which takes the data for validation with it, or "test".
 
     Raises:
-        UserError: Files are missing, or no image is left.
+        UserError: Files are missing or cannot be read, no image is left, the annotations do not fit the config, or its
+            optimiser cannot be built.
     """
+    for part in ("train", "val") if split == "train" and runner.cfg.get("val_cfg") is not None else (split,):
+        try:
+            loop = getattr(runner, f"{part}_loop")
+        except ValueError as error:
+            if "need at least one array" in str(error):  # what MMEngine says of an empty list of images
+                name = {"train": "training", "val": "validation", "test": "testing"}[part]
+                raise UserError(
+                    f"no image for {name} is left: none has annotations, or none is large enough."
+                ) from error
+            raise UserError(f"the data of {part}_dataloader cannot be read: {_first_line(error)}.") from error
+        except Exception as error:  # JSON, image lists and loaders each have their own ways to fail
+            raise UserError(f"the data of {part}_dataloader cannot be read: {_first_line(error)}.") from error
+        check_annotations(loop.dataloader.dataset, runner.model, f"{part}_dataloader")
+    if split == "train":
+        try:
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            optimizer = runner.cfg.optim_wrapper.get("optimizer")
+            optimizer = optimizer.get("type") if isinstance(optimizer, dict) else optimizer
+            raise UserError(
+                f"the optim_wrapper with the optimizer {optimizer} cannot be built: {_first_line(error)}."
+            ) from error
+
+
+@contextlib.contextmanager
+def run_errors() -> Iterator[None]:
+    """Turns what a user can put right, of what goes wrong while a runner runs, into a UserError."""
     try:
-        getattr(runner, f"{split}_loop")
-    except (AssertionError, FileNotFoundError, KeyError) as error:
-        raise UserError(f"the data of {split}_dataloader cannot be read: {_first_line(error)}.") from error
-    except ValueError as error:
-        if "need at least one array" not in str(error):  # what MMEngine says of an empty list of images
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU's memory is full: use a smaller train_dataloader.batch_size, or model.backbone.with_cp=True.",
+            one_process=True,
+        ) from None
+    except IndexError as error:
+        if "out of bounds" not in str(error):
             raise
-        name = "training" if split == "train" else "testing"
-        raise UserError(f"no image for {name} is left: none has annotations, or none is large enough.") from error
+        raise UserError(
+            f"a label of the data is not among the model's classes: {_first_line(error)}. Compare num_classes and the "
+            "annotations.",
+            one_process=True,
+        ) from error
+    except RuntimeError as error:
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        raise UserError(
+            "some of the model's parameters get no gradient, for which several processes would wait: leave stages that "
+            "no head uses out of model.backbone.out_indices, or set find_unused_parameters=True in the config."
+        ) from error
 
 
 def check_device(device: str) -> None:
@@ -167,12 +266,14 @@ def check_device(device: str) -> None:
 def checkpoint_errors(path: str) -> Iterator[None]:
     """Turns what goes wrong in loading the checkpoint at `path`, all weights of it, into a UserError."""
     try:
+        if os.path.isfile(path):
+            verify_archive(path)
         yield
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint at {path}.") from None
     except OSError as error:  # URLError is one, too
         raise UserError(f"The checkpoint at {path} cannot be read: {_first_line(error)}.") from None
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         text = str(error)
         if "state dict" in text or "state_dict" in text:
             text = textwrap.shorten(text, 300, placeholder=" ...")  # of hundreds of names
@@ -187,13 +288,35 @@ def checkpoint_errors(path: str) -> Iterator[None]:
 
 class _Runner(Runner):
     """MMEngine's, which goes on from weights of this model only, and starts (load_from) from those of one with the same
-    backbone: it would leave what does not fit at random, with a warning."""
+    backbone: it would leave what does not fit at random, with a warning. It goes on exactly (`resuming`)."""
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        built = Runner.build_dataloader(dataloader, *args, **kwargs)
+        return built if isinstance(dataloader, DataLoader) else make_exact(built)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        if isinstance(loop, dict) and "by_epoch" in loop:  # MMEngine would take its own classes, not the registry's
+            loop = {**loop, "type": "EpochBasedTrainLoop" if loop["by_epoch"] else "IterBasedTrainLoop"}
+            del loop["by_epoch"]
+        return super().build_train_loop(loop)
+
+    def resume(self, filename: str, *args, **kwargs) -> None:
+        super().resume(filename, *args, **kwargs)
+        resume_data(self.train_loop, self._resumed_meta, filename)
+        if is_validation_due(self.train_loop, self._resumed_meta):
+            self.register_hook(LateValidation())
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, meta: dict | None = None, **kwargs) -> None:
+        meta = {**(meta or {}), "data": describe_data(self.train_dataloader)}
+        super().save_checkpoint(out_dir, filename, *args, meta=meta, **kwargs)
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", strict: bool = False, **kwargs) -> dict:
         with checkpoint_errors(filename):
             checkpoint = super().load_checkpoint(filename, map_location, strict or self._resume, **kwargs)
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        _check_backbone(model, checkpoint.get("state_dict", checkpoint), filename)
+        _check_weights(model, checkpoint.get("state_dict", checkpoint), filename)
+        self._resumed_meta = checkpoint.get("meta", {})
         return checkpoint
 
 
@@ -206,9 +329,14 @@ class _PretrainedInit(PretrainedInit):
             super().__call__(module)
 
 
-def _check_backbone(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+def _check_weights(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
     """Heads may be new, for other classes; a backbone that is in part at random is a mistake."""
-    shapes = {name.removeprefix("module."): value.shape for name, value in weights.items()}
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    try:
+        check_weights(weights, model.state_dict(), path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    shapes = {name: value.shape for name, value in weights.items()}
     wanted = {name: value.shape for name, value in model.state_dict().items() if name.startswith("backbone.")}
     wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape and "num_batches" not in name]
     if wrong:
@@ -224,6 +352,9 @@ class _AtomicBackend(LocalBackend):
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         write_atomically(filepath, obj)
+
+    def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = "utf-8") -> None:
+        write_atomically(filepath, obj.encode(encoding))
 
 
 def _prepare_for_cpu(config: Config) -> None:

@@ -9,13 +9,25 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "numba", "mamba_ssm", "torch")
-DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND", "auto")  # as it was on import
+DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND") or "auto"  # as it was on import; empty is unset
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # its compiled part, which is all we use
 
 _warned = set()
+
+# Numba's threads do not outlive a fork: a child that starts them anew dies or hangs.
+_numba = {"has run": False, "is lost": False}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _numba.update({"is lost": _numba["has run"]}))
+FORKED = "This process was forked after Numba's scan had run, and cannot use Numba"
+
+
+def note_numba() -> None:
+    """Remember that Numba has started its threads in this process."""
+    _numba["has run"] = True
 
 
 @torch.compiler.disable
@@ -23,6 +35,17 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+def check_tensors(*tensors: Tensor) -> None:
+    """Raise a ValueError unless all are of floating dtypes that operators know, and on one device."""
+    for t in tensors:
+        if t.dtype not in DTYPES:
+            raise ValueError(f"Tensors must be float16, bfloat16, float32 or float64, got {t.dtype}: convert it first.")
+        if t.device != tensors[0].device:
+            raise ValueError(
+                f"Tensors must be on one device, got {tensors[0].device} and {t.device}: move them with .to(device)."
+            )
 
 
 def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -> str:
@@ -36,9 +59,10 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         scan: Whether the operator is the scan.
 
     Raises:
-        ValueError: Another name.
-        RuntimeError: A backend that is not installed, or that does not know the tensors' device.
+        ValueError: Another name; tensors that are not of a floating dtype, or on several devices.
+        RuntimeError: A backend that is not installed, or that does not know the tensors' device or dtype.
     """
+    check_tensors(*tensors)
     backend = backend or DEFAULT_BACKEND
     if backend not in BACKENDS:
         raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
@@ -55,15 +79,22 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
     if backend == "triton" and tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("The Triton backend needs tensors on a GPU; for its interpreter, set TRITON_INTERPRET=1.")
+    if backend == "numba" and _numba["is lost"]:
+        raise RuntimeError(f"{FORKED}: use another backend here, or start processes by spawn.")
     if backend == "numba" and (not HAS_NUMBA or tensors[0].device.type != "cpu"):
         raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
+    is_double = any(t.dtype == torch.float64 for t in tensors)
+    if is_double and (backend == "triton" or (backend == "numba" and scan)):
+        raise RuntimeError(f"The {backend} backend computes in float32, and a tensor is float64: use backend='torch'.")
     if backend != "auto":
         return backend
     device = tensors[0].device.type
-    if device not in ("cuda", "cpu") or torch.float64 in [t.dtype for t in tensors]:
+    if device not in ("cuda", "cpu") or is_double:
         return "torch"
     if device == "cpu":
-        return "numba" if HAS_NUMBA else "torch"
+        if scan and _numba["is lost"]:
+            _warn_once(f"vim2: {FORKED}; it scans in plain PyTorch, slowly. Processes started by spawn can.")
+        return "numba" if HAS_NUMBA and not _numba["is lost"] else "torch"
     if not HAS_TRITON:
         _warn_once("vim2: Triton is not installed; operators run in plain PyTorch, which is slow on a GPU.")
         return "torch"

@@ -71,6 +71,13 @@ class TestMambaSignature:
         arguments["z"] = arguments["z"].float()
         assert selective_scan_fn(**arguments, backend="torch").dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision_is_rounded_once_behind_the_gate(self, dtype):
+        arguments = {k: t.detach().to(dtype) for k, t in self.make().items()}
+        wide = {k: t.float() for k, t in arguments.items()}
+        y = selective_scan_fn(**arguments, delta_softplus=True, backend="torch")
+        assert torch.equal(y, selective_scan_fn(**wide, delta_softplus=True, backend="torch").to(dtype))
+
     def test_optional_arguments(self):
         arguments = {k: v for k, v in self.make().items() if k in ("u", "A", "B", "C")}
         arguments["delta"] = torch.rand(self.batch, self.channels, self.length, dtype=torch.float64)
@@ -87,6 +94,8 @@ class TestMambaSignature:
             (dict(delta=torch.ones(2, 6, 71)), "u and delta"),
             (dict(z=torch.ones(2, 6, 71)), "z must be"),
             (dict(D=torch.ones(7)), "D and delta_bias"),
+            (dict(A=torch.ones(6, 0)), "a state or more"),
+            (dict(u=torch.ones(2, 6, 70, dtype=torch.int64)), "got torch.int64"),
         ],
     )
     def test_bad_input(self, change, message):

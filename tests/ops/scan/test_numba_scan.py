@@ -1,6 +1,9 @@
 """Numba's scan for CPUs against the float64 oracle."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from scan_cases import (
     make_inputs,
 )
 
-from vim2.ops import CROSS_SCAN, selective_scan
+from vim2.ops import CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -40,6 +43,53 @@ def test_extreme_steps(step):
 @pytest.mark.parametrize("x", SOFTPLUS_ARGUMENTS)
 def test_softplus_over_its_whole_range(x):
     assert_softplus_is_right(x, "numba")
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_states_that_grow_without_bound_become_infinite():
+    inputs = [t.detach() for t in make_inputs((1, 6), FORWARD, dtype=torch.float32)]
+    inputs[1] = torch.full_like(inputs[1], 50.0)
+    inputs[2] = -10 * inputs[2]  # rates that are positive: exp(delta A) overflows
+    y, expected = (selective_scan(*inputs, orders=FORWARD, backend=backend) for backend in ("numba", "torch"))
+    finite = expected.isfinite()
+    assert not finite.all() and torch.equal(y.isfinite(), finite)
+
+
+def test_float64_is_for_another_backend():
+    with pytest.raises(RuntimeError, match=r"computes in float32.*backend='torch'"):
+        selective_scan(*make_inputs((1, 6), FORWARD), orders=FORWARD, backend="numba")
+
+
+def test_parameters_can_still_be_resized():
+    inputs = [t.detach() for t in make_inputs((1, 6), FORWARD, dtype=torch.float32)]
+    selective_scan(*inputs, orders=FORWARD, backend="numba")
+    assert all(inputs[i].untyped_storage().resizable() for i in (2, 5, 6))  # A, D and delta_bias, as FSDP resizes them
+
+
+FORK = """
+import os, torch
+from vim2.ops import FORWARD, selective_scan
+torch.manual_seed(0)
+u, delta, B, A, D = (torch.randn(s) for s in ((1, 9, 3), (1, 9, 1, 3), (1, 9, 1, 2), (1, 3, 2), (1, 3)))
+scan = lambda: selective_scan(u, delta, -A.abs(), B, B, D, orders=FORWARD)
+before = scan()
+child = os.fork()
+if child == 0:
+    try:
+        os._exit(0 if torch.allclose(scan(), before, atol=1e-5) else 3)
+    finally:
+        os._exit(4)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert code == 0 and torch.equal(scan(), before), code
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_scans_without_numba():
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "VIM2_SCAN_BACKEND": "auto"}
+    run = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "forked after Numba's scan had run" in run.stderr
 
 
 def test_mamba_signature_with_last_state():

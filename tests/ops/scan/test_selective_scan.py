@@ -162,6 +162,11 @@ BAD_INPUTS = {
     "C": (dict(C=torch.zeros(2, 3, 4, 5)), "C must be"),
     "D": (dict(D=torch.zeros(3)), "D must be"),
     "bias": (dict(delta_bias=torch.zeros(3)), "delta_bias must be"),
+    "no state": (dict(A=torch.zeros(4, 3, 0)), "a state or more"),
+    "complex B": (dict(B=torch.zeros(2, 3, 4, 4, 5, dtype=torch.complex64)), "got torch.complex64"),
+    "integer u": (dict(u=torch.zeros(2, 3, 4, 3, dtype=torch.int64)), "got torch.int64"),
+    "bool delta": (dict(delta=torch.zeros(2, 3, 4, 4, 3, dtype=torch.bool)), "got torch.bool"),
+    "another device": (dict(A=torch.zeros(4, 3, 5, device="meta")), "on one device, got cpu and meta"),
 }
 
 

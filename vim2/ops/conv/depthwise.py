@@ -31,7 +31,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x must be (batch, H, W, E) and not empty, got {tuple(x.shape)}.")
     channels = x.shape[-1]
-    if weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
+    if not _weight_fits(x.shape, weight.shape) or bias.shape != (channels,):
         raise ValueError(
             f"weight and bias must be {(channels, 1, 3, 3)} and {(channels,)} for {channels} channels, "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
@@ -60,4 +60,8 @@ def _flops(x_shape, weight_shape) -> int:
     return 2 * 9 * math.prod(x_shape)
 
 
-register_conv("depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _flops)
+def _weight_fits(x_shape, weight_shape) -> bool:
+    return len(x_shape) == 4 and weight_shape == (x_shape[3], 1, 3, 3)
+
+
+register_conv("depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _weight_fits, _flops)

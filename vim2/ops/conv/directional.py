@@ -34,7 +34,7 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
     if x.dim() != 3 or x.numel() == 0:
         raise ValueError(f"x must be (n, steps, P) and not empty, got {tuple(x.shape)}.")
     outputs = 2 * x.shape[-1]
-    if weight.dim() != 3 or weight.shape[:2] != (outputs, 1) or weight.shape[2] < 1 or bias.shape != (outputs,):
+    if not _weight_fits(x.shape, weight.shape) or bias.shape != (outputs,):
         raise ValueError(
             f"weight and bias must be {(outputs, 1)} with any number of taps and {(outputs,)} for P = {outputs // 2}, "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
@@ -74,4 +74,9 @@ def _flops(x_shape, weight_shape) -> int:
     return 2 * 2 * weight_shape[-1] * math.prod(x_shape)
 
 
-register_conv("directional_conv_silu", _kernels, _output_shape, _flops)
+def _weight_fits(x_shape, weight_shape) -> bool:
+    fits = len(x_shape) == 3 and len(weight_shape) == 3
+    return fits and weight_shape[:2] == (2 * x_shape[2], 1) and weight_shape[2] > 0
+
+
+register_conv("directional_conv_silu", _kernels, _output_shape, _weight_fits, _flops)

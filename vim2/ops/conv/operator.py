@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..operator import register_operator
+from ..operator import refuse_second_derivatives, register_operator, require_fit
 
 
 def register_conv(
     name: str,
     kernels: Callable[[], ModuleType],
     output_shape: Callable[[Sequence[int]], Sequence[int]],
+    weight_fits: Callable[[Sequence[int], Sequence[int]], bool],
     flops: Callable[[Sequence[int], Sequence[int]], int],
 ) -> None:
     """Register `torch.ops.vim2.<name>` of x, weight and bias, and `<name>_backward`, which computes again what SiLU was
@@ -25,13 +26,19 @@ def register_conv(
         kernels: Imports the module whose `convolve(x, weight, bias)` is the forward pass, and whose
             `convolve_backward(grad_y, x, weight, bias)` returns the gradients for x, weight and bias.
         output_shape: From x's shape to the output's.
+        weight_fits: Whether a weight of a shape fits x of another.
         flops: From the shapes of x and weight, two a multiply-add. The backward pass counts as the convolution's two
             adjoints, without what it computes again.
     """
     forward, backward = f"vim2::{name}", f"vim2::{name}_backward"
 
+    def check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        fits = x.numel() > 0 and weight_fits(x.shape, weight.shape) and bias.shape == weight.shape[:1]
+        require_fit(fits, name, x, weight, bias)
+
     @register_operator(forward)
     def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        check(x, weight, bias)
         return kernels().convolve(x, weight, bias)
 
     @torch.library.register_fake(forward)
@@ -40,6 +47,8 @@ def register_conv(
 
     @torch.library.custom_op(backward, mutates_args=())
     def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check(x, weight, bias)
+        require_fit(grad_y.shape == tuple(output_shape(x.shape)), f"{name}_backward", grad_y, x)
         return kernels().convolve_backward(grad_y, x, weight, bias)
 
     @run_backward.register_fake
@@ -50,6 +59,7 @@ def register_conv(
         ctx.save_for_backward(*inputs)
 
     def differentiate(ctx, grad_y):
+        refuse_second_derivatives()
         return run_backward(grad_y, *ctx.saved_tensors)
 
     torch.library.register_autograd(forward, differentiate, setup_context=setup_context)

@@ -1,5 +1,7 @@
 """What the operators with a LayerNorm share of its weight and bias: the check, fakes, and the gradients."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,18 @@ def check_norm(weight: Tensor | None, bias: Tensor | None, width: int) -> None:
         if (weight is None) != (bias is None) or (t is not None and t.shape != (width,)):
             shape = None if t is None else tuple(t.shape)
             raise ValueError(f"norm_weight and norm_bias must both be {(width,)} or both None; {name} is {shape}.")
+
+
+def is_affine(weight: Tensor | None, bias: Tensor | None, width: int) -> bool:
+    """Whether both are (width,), or both are None."""
+    if weight is None or bias is None:
+        return weight is bias
+    return weight.shape == bias.shape == (width,)
+
+
+def has_statistics(statistics: Tensor, weight: Tensor | None, rows: Sequence[int]) -> bool:
+    """Whether the statistics are (2, *rows), or (0,) without a norm."""
+    return statistics.shape == ((0,) if weight is None else (2, *rows))
 
 
 def fake_statistics(x: Tensor, norm_weight: Tensor | None) -> Tensor:

@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import register_operator
-from .affine import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+from ..operator import refuse_second_derivatives, register_operator, require_fit
+from .affine import (
+    check_norm,
+    fake_norm_gradient,
+    fake_statistics,
+    has_statistics,
+    is_affine,
+    split_norm_gradient,
+)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str | None = None) -> Tensor:
@@ -90,6 +97,8 @@ def _layer_norm(
     """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32."""
     from .triton.layer_norm import layer_norm_triton
 
+    fits = x.dim() == 4 or (patch == 1 and x.dim() > 0)
+    require_fit(fits and is_affine(weight, bias, _shape(x, patch)[-1]), "layer_norm", x, weight, bias, patch=patch)
     return layer_norm_triton(x, weight, bias, eps, dtype, patch, _shape(x, patch))
 
 
@@ -106,6 +115,9 @@ def _layer_norm_backward(
     """Gradients for x, and for weight and bias together, (2, width) in float32."""
     from .triton.layer_norm import layer_norm_triton_backward
 
+    shape = _shape(x, patch)
+    fits = list(grad.shape) == shape and weight.shape == (shape[-1],) and has_statistics(statistics, weight, shape[:-1])
+    require_fit(fits, "layer_norm_backward", grad, x, weight, statistics, patch=patch)
     return layer_norm_triton_backward(grad, x, weight, statistics, patch)
 
 
@@ -120,6 +132,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    refuse_second_derivatives()
     x, *norm, statistics = ctx.saved_tensors
     grad_x, grad_norm = torch.ops.vim2.layer_norm_backward(grad, x, norm[0], statistics, ctx.patch)
     return grad_x, *split_norm_gradient(grad_norm, *norm), None, None, None

@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import needs_backward, register_operator
-from .affine import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
+from .affine import (
+    check_norm,
+    fake_norm_gradient,
+    fake_statistics,
+    has_statistics,
+    is_affine,
+    split_norm_gradient,
+)
 
 
 def norm_gate(
@@ -40,14 +47,13 @@ def norm_gate(
         ValueError: Shapes that do not fit together, norm_weight without norm_bias or the other way round.
         RuntimeError: A backend that is not there.
     """
-    per_direction = y.dim() == gate.dim() + 2
-    width = y.shape[-3] * y.shape[-1] if per_direction else y.shape[-1:].numel()
-    if gate.dim() == 0 or gate.shape != (*y.shape[: gate.dim() - 1], width):
+    if not _gate_fits(y, gate):
         raise ValueError(
             f"y and gate must both be (..., E), or y (..., G, K, P) with E = G P, "
             f"got {tuple(y.shape)} and {tuple(gate.shape)}."
         )
-    check_norm(norm_weight, norm_bias, width)
+    check_norm(norm_weight, norm_bias, gate.shape[-1])
+    per_direction = y.dim() > gate.dim()
     tensors = (y, gate) if norm_weight is None else (y, gate, norm_weight, norm_bias)
     dtype = autocast_dtype(y) or torch.promote_types(y.dtype, gate.dtype)
     if resolve_backend(backend, *tensors) == "triton":
@@ -60,6 +66,12 @@ def norm_gate(
     if norm_weight is not None:
         y = F.layer_norm(y, y.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps)
     return (y * F.silu(gate.to(compute))).to(dtype)
+
+
+def _gate_fits(y: Tensor, gate: Tensor) -> bool:
+    """Whether the gate is of y's shape, or of its shape summed over directions."""
+    width = y.shape[-3] * y.shape[-1] if y.dim() == gate.dim() + 2 else y.shape[-1:].numel()
+    return gate.dim() > 0 and gate.shape == (*y.shape[: gate.dim() - 1], width)
 
 
 @register_operator("vim2::norm_gate")
@@ -76,6 +88,8 @@ def _norm_gate(
     for the backward pass, if it `keeps` that, y's sum over directions, else (0,)."""
     from .triton.norm_gate import norm_gate_triton
 
+    fits = _gate_fits(y, gate) and is_affine(norm_weight, norm_bias, gate.shape[-1])
+    require_fit(fits, "norm_gate", y, gate, norm_weight, norm_bias)
     return norm_gate_triton(y, gate, norm_weight, norm_bias, eps, dtype, keeps)
 
 
@@ -98,6 +112,9 @@ def _norm_gate_backward(
     without a norm."""
     from .triton.norm_gate import norm_gate_triton_backward
 
+    fits = grad.shape == y.shape == gate.shape and is_affine(norm_weight, norm_bias, gate.shape[-1])
+    fits = fits and has_statistics(statistics, norm_weight, gate.shape[:-1])
+    require_fit(fits, "norm_gate_backward", grad, y, gate, norm_weight, norm_bias, statistics)
     return norm_gate_triton_backward(grad, y, gate, norm_weight, norm_bias, statistics)
 
 
@@ -114,6 +131,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    refuse_second_derivatives()
     y, gate, *norm, statistics = ctx.saved_tensors
     grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, statistics)
     if ctx.summed:  # one gradient for all directions

@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import register_operator
-from .affine import check_norm, fake_norm_gradient, fake_statistics, split_norm_gradient
+from ..operator import refuse_second_derivatives, register_operator, require_fit
+from .affine import (
+    check_norm,
+    fake_norm_gradient,
+    fake_statistics,
+    has_statistics,
+    is_affine,
+    split_norm_gradient,
+)
 
 
 def weighted_average(features: Sequence[Tensor], weight: Tensor, backend: str | None = None) -> Tensor:
@@ -81,8 +88,13 @@ def weighted_average_norm(
 def _check_features(features, weight):
     if len(features) != weight.shape[0]:
         raise ValueError(f"{len(features)} features do not fit {weight.shape[0]} weights.")
-    if any(f.shape != features[0].shape for f in features):
+    if not _are_alike(features):
         raise ValueError(f"Features must be of one shape, got {', '.join(str(tuple(f.shape)) for f in features)}.")
+
+
+def _are_alike(features: Sequence[Tensor]) -> bool:
+    """Whether all are of one shape."""
+    return all(f.shape == features[0].shape for f in features)
 
 
 def _promoted(features: Sequence[Tensor], weight: Tensor) -> torch.dtype:
@@ -110,6 +122,9 @@ def _weighted_average(
     """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32; empty without a norm."""
     from .triton.weighted_average import weighted_average_triton
 
+    fits = _are_alike(features) and weight.shape == (len(features),)
+    fits = fits and is_affine(norm_weight, norm_bias, features[0].shape[-1])
+    require_fit(fits, "weighted_average", *features, weight, norm_weight, norm_bias)
     return weighted_average_triton(list(features), weight, norm_weight, norm_bias, eps, dtype)
 
 
@@ -131,6 +146,10 @@ def _weighted_average_backward(
     without a norm."""
     from .triton.weighted_average import weighted_average_triton_backward
 
+    fits = _are_alike([grad, *features]) and weight.shape == (len(features),)
+    fits = fits and (norm_weight is None or norm_weight.shape == grad.shape[-1:])
+    fits = fits and has_statistics(statistics, norm_weight, grad.shape[:-1])
+    require_fit(fits, "weighted_average_backward", grad, *features, weight, norm_weight, statistics)
     return weighted_average_triton_backward(grad, list(features), weight, norm_weight, statistics)
 
 
@@ -146,6 +165,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    refuse_second_derivatives()
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
     features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
     *grads, grad_weight, grad_norm = torch.ops.vim2.weighted_average_backward(

@@ -1,14 +1,49 @@
 """The selective scan with the signature and layout of mamba-ssm's."""
 
 import math
+from typing import Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import check_tensors, compute_dtype
 from ..operator import needs_backward
 from .operands import Operands
 from .operator import scan
 from .orders import FORWARD
+
+
+@overload
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    return_last_state: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    *,
+    return_last_state: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def selective_scan_fn(
@@ -33,7 +68,7 @@ def selective_scan_fn(
         B: (batch, N, L), or (batch, G, N, L) where each of G groups of D / G channels has its own, or (D, N), constant.
         C: As B, and of its own kind.
         D: (D,).
-        z: Gate, (batch, D, L): the output is multiplied by SiLU(z).
+        z: Gate, (batch, D, L): the output is multiplied by SiLU(z), and rounded only then.
         delta_bias: (D,).
         delta_softplus: Apply softplus to delta + delta_bias.
         return_last_state: Also return the state after the last step. Unlike mamba-ssm's, it is differentiable.
@@ -52,6 +87,8 @@ def selective_scan_fn(
     batch, channels, length = u.shape
     if A.dim() != 2 or A.shape[0] != channels:
         raise ValueError(f"A must be (D, N) with D = {channels} as in u, got {tuple(A.shape)}.")
+    if A.shape[1] < 1:
+        raise ValueError("A must hold a state or more for each channel, got none.")
     n = A.shape[1]
     # A direction of the operator holds the channels that share B and C; a constant B or C is one for every channel.
     B, C = (t.expand(batch, length, -1, -1).permute(0, 2, 3, 1) if t.shape == (channels, n) else t for t in (B, C))
@@ -72,6 +109,10 @@ def selective_scan_fn(
         raise ValueError(f"z must be {tuple(u.shape)} as u, got {tuple(z.shape)}.")
     if u.numel() == 0:
         raise ValueError(f"There is nothing to scan: u is {tuple(u.shape)}.")
+    dtype = u.dtype
+    if z is not None:
+        check_tensors(u, z)
+        u, z = (t.to(compute_dtype(u, z)) for t in (u, z))
     u, delta = (t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (u, delta))
     A, D, delta_bias = (t.unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
     B, C = (t.unsqueeze(2).expand(-1, -1, groups // t.shape[1], -1, -1).flatten(1, 2) for t in (B, C))
@@ -89,5 +130,5 @@ def selective_scan_fn(
     )
     y = y.flatten(2).transpose(1, 2)
     if z is not None:
-        y = (y * F.silu(z)).to(u.dtype)
+        y = (y * F.silu(z)).to(dtype)
     return (y, last_state.flatten(1, 2)) if return_last_state else y

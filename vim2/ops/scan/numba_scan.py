@@ -16,6 +16,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
+from ..backend import note_numba
 from .orders import ORDERS
 
 CHANNELS = 64  # of a block: its states (x 16) fill a quarter of a 32 KiB cache
@@ -68,8 +69,8 @@ def _fma(context, a, b, c):
 
 @_jit
 def _exp2(x):
-    """2^x for x <= 0, to one unit in the last place; 0 from x = -127 down."""
-    x = max(x, np.float32(-127.0))
+    """2^x, to one unit in the last place; 0 from x = -127 down, infinite from x = 127.5 up."""
+    x = min(max(x, np.float32(-127.0)), np.float32(128.0))
     whole = x + _WHOLE
     f = x - (whole - _WHOLE)
     p = _EXP2[6]
@@ -313,6 +314,11 @@ def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
     return [t.detach().float().contiguous().numpy() for t in tensors]
 
 
+def _copies(*parameters: torch.Tensor) -> list[torch.Tensor]:
+    """So that no array shares a parameter's memory: PyTorch could no longer resize it, as FSDP does."""
+    return [t.detach().float().clone() for t in parameters]
+
+
 def _by_direction(t: torch.Tensor) -> torch.Tensor:
     """(batch, L, K, ...) -> (K, batch, L, ...): walked from row to row, memory is read ahead."""
     return t.permute(2, 0, 1, 3)
@@ -326,12 +332,14 @@ def _by_step(t: torch.Tensor) -> torch.Tensor:
 def _common(u, delta, A, B, C, D, delta_bias, orders):
     u = u.unsqueeze(2) if u.dim() == 3 else u
     delta, B, C = map(_by_direction, (delta, B, C))
-    tensors = _arrays(u, delta, A.float().transpose(1, 2) * float(_LOG2E), B, C, D, delta_bias)
+    rates = A.detach().float().transpose(1, 2) * float(_LOG2E)
+    tensors = _arrays(u, delta, rates, B, C, *_copies(D, delta_bias))
     return tensors, np.array([ORDERS.index(order) for order in orders])
 
 
 def _threads() -> int:
     """PyTorch's number of threads, as far as Numba has as many."""
+    note_numba()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads

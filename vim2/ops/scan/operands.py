@@ -29,6 +29,23 @@ class Operands(NamedTuple):
     delta_bias: Tensor
     delta_weight: Tensor
 
+    def fit(self, directions: int, height: int, width: int) -> bool:
+        """Whether the tensors fit together, and a walk over height x width positions in so many directions."""
+        batch, length = self.delta.shape[:2]
+        _, features, n = self.A.shape
+        full = (batch, length, directions, features)
+        delta_fits = self.delta.shape == full
+        if self.is_low_rank:
+            delta_fits = self.delta_weight.shape == (directions, features, self.delta.shape[-1])
+        return (
+            height * width == length
+            and delta_fits
+            and self.delta.shape[2] == self.A.shape[0] == directions
+            and self.u.shape in ((batch, length, features), full)
+            and self.B.shape == self.C.shape == (batch, length, directions, n)
+            and self.D.shape == self.delta_bias.shape == (directions, features)
+        )
+
     @property
     def is_low_rank(self) -> bool:
         """Whether delta is a factor of the step sizes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
-from ..operator import register_operator
+from ..operator import refuse_second_derivatives, refuse_transforms, register_operator, require_fit
 from .chunks import kept_every
 from .operands import Operands
 from .orders import ORDERS
@@ -49,6 +49,7 @@ def scan(
         ValueError: An unknown backend, or one that does not know these sizes.
         RuntimeError: A backend that is not there.
     """
+    refuse_transforms(*operands)
     backend = resolve_backend(backend, *operands, scan=True)
     height, width = _height_and_width(spatial)
     chunk = kept_every(backend, height * width, keeps)
@@ -120,6 +121,9 @@ def _selective_scan(
     """As `scan`, with everything settled: orders by their index, and the `chunk` of steps after which states are kept,
     but for the first."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    length = height * width
+    fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
+    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if backend == "triton":
         from .triton.forward import scan_forward
@@ -194,6 +198,18 @@ def _selective_scan_backward(
     """As `scan_backward`, also with the gradient of the last states, (batch, K, E, N), or (0,) where there is none.
     grad_B, grad_C and grad_delta may be parts of one tensor."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    length = height * width
+    kept = -(-length // kept_every(backend, length, True)) - 1
+    fits = (
+        operands.fit(len(orders), height, width)
+        and grad_y.shape in (u.shape[:2] + u.shape[-1:], (*delta.shape[:3], u.shape[-1]))
+        and starts.shape == (len(u), len(orders), kept, *A.mT.shape[1:])
+        and grad_last.shape in ((0,), (len(u), *A.shape))
+        and (grad_B.shape, grad_C.shape, grad_delta.shape[:-1]) == (B.shape, C.shape, delta.shape[:-1])
+        and grad_delta.shape[-1] >= delta.shape[-1]
+    )
+    tensors = (grad_y, grad_last, starts, *operands, grad_B, grad_C, grad_delta)
+    require_fit(fits, "selective_scan_backward", *tensors, height=height, width=width)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if grad_y.dim() == 4 and grad_y.stride(2) == 0:  # one gradient for all directions
         grad_y = grad_y[:, :, 0]
@@ -246,6 +262,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_last, _):
+    refuse_second_derivatives()
     starts, *operands = ctx.saved_tensors
     options = (ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, ctx.backend)
     _, delta, _, B, C, *_ = operands
@@ -267,3 +284,14 @@ def selective_scan_flops(u, delta, A, B, C, D, delta_bias, delta_weight, *args, 
     directions, features, n = A
     rank = delta[-1] if len(delta_weight) == 3 else 0
     return batch * length * directions * features * (9 * n + 2 + rank)
+
+
+def selective_scan_jit_flops(inputs: Sequence, outputs: Sequence) -> int:
+    """`selective_scan_flops` for counters that trace a model, such as fvcore's and MMEngine's:
+    `counter.set_op_handle("vim2::selective_scan", selective_scan_jit_flops)`.
+
+    Args:
+        inputs: Of the operator in the graph, values of torch.jit.
+        outputs: Likewise.
+    """
+    return selective_scan_flops(*(value.type().sizes() for value in inputs[:8]))

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
-from ..operator import needs_backward, register_operator
+from ..operator import (
+    needs_backward,
+    refuse_second_derivatives,
+    refuse_transforms,
+    register_operator,
+    require_fit,
+)
 from .operands import Operands
 from .operator import scan, scan_backward
 from .orders import check_orders
@@ -51,13 +57,15 @@ def projected_scan(
         RuntimeError: A backend that is not there.
     """
     _check_arguments(u, weight, A_log, D, delta_bias, delta_weight, orders, separate_inputs)
+    refuse_transforms(u, weight, A_log, D, delta_bias, delta_weight)
     spatial = u.shape[1 : -2 if separate_inputs else -1]
     matrix, A = scan_parameters(weight, A_log, separate_inputs, backend)
     flat = u.flatten(1, 2) if len(spatial) == 2 else u
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     options = dict(orders=orders, spatial=spatial, backend=backend)
-    if torch.compiler.is_compiling() or not needs_backward(*tensors):
-        projected = project(flat, matrix, A.shape[0])  # compilers decide what they keep
+    # compilers decide themselves what they keep, and torch.jit.trace knows no autograd.Function
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not needs_backward(*tensors):
+        projected = project(flat, matrix, A.shape[0])
         operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
         y, _, _ = scan(operands, **options, merge=merge, keeps=needs_backward(*tensors))
     else:
@@ -163,8 +171,8 @@ class _ProjectedScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
+        refuse_second_derivatives()
         u, weight, A, D, delta_bias, delta_weight, starts = ctx.saved_tensors
         with torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
             projected = project(u, weight, A.shape[0])
@@ -183,6 +191,9 @@ class _ProjectedScan(torch.autograd.Function):
 def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from .triton.parameters import scan_parameters_triton
 
+    directions, rows, features = weight.shape
+    fits = A_log.shape[:2] == (directions, features) and rows >= 2 * A_log.shape[2]
+    require_fit(fits, "scan_parameters", weight, A_log)
     return scan_parameters_triton(weight, A_log, separate_inputs, dtype)
 
 
@@ -200,6 +211,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_matrix, grad_A):
+    refuse_second_derivatives()
     (A,) = ctx.saved_tensors
     directions, rows, _ = ctx.shape
     grad = grad_matrix.unflatten(0, (directions, -1))[:, :rows]

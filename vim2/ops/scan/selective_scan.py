@@ -92,6 +92,8 @@ def _check_arguments(u, delta, A, B, C, orders, spatial, delta_weight):
         )
     if A.dim() != 3 or A.shape[:2] != (directions, features):
         raise ValueError(f"A must be (K, E, N) with K, E = {directions}, {features}, got {tuple(A.shape)}.")
+    if A.shape[2] < 1:
+        raise ValueError("A must hold a state or more for each channel, got none.")
     for name, t in (("B", B), ("C", C)):
         if t.shape != (batch, *spatial, directions, A.shape[-1]):
             raise ValueError(f"{name} must be {(batch, *spatial, directions, A.shape[-1])}, got {tuple(t.shape)}.")

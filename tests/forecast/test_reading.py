@@ -1,0 +1,315 @@
+"""Files as people write them, and DataFrames: read where they can mean one thing only, else one line."""
+
+import io
+
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+from forecast_helpers import make_frame, write_csv
+
+from vim2.forecast import UserError
+from vim2.forecast.data import read_table
+
+
+@pytest.fixture
+def frame():
+    """Numbers with two decimals, some above a thousand, and integers, whose dates have no day after the twelfth."""
+    values = np.round(np.random.default_rng(0).normal(0, 2000, 60), 2)
+    dates = pd.date_range("2024-02-10", periods=60, freq="h")
+    return pd.DataFrame({"date": dates, "a": values, "b": np.arange(60)})
+
+
+def read(tmp_path, text, **options):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_table(path, **options)
+
+
+def refusal(tmp_path, text, **options):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, text, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def grouped(value, decimal=".", thousands=","):
+    return f"{value:,.2f}".replace(",", "_").replace(".", decimal).replace("_", thousands)
+
+
+def text(frame, **options):
+    return frame.to_csv(index=False, **options)
+
+
+FORMS = {
+    "semicolons": lambda f: text(f, sep=";"),
+    "semicolons and decimal commas": lambda f: text(f, sep=";", decimal=","),
+    "a separator that is named": lambda f: "sep=;\n" + text(f, sep=";", decimal=","),
+    "quoted decimal commas": lambda f: text(f, decimal=","),
+    "thousands": lambda f: text(f.assign(a=f["a"].map(grouped))),
+    "thousands with points": lambda f: text(f.assign(a=[grouped(v, ",", ".") for v in f["a"]]), sep=";"),
+    "thousands with spaces": lambda f: text(f.assign(a=[grouped(v, ",", "\u202f") for v in f["a"]]), sep=";"),
+    "tabs": lambda f: text(f, sep="\t"),
+    "bars": lambda f: text(f, sep="|"),
+    "a byte order mark": lambda f: text(f).encode("utf-8-sig"),
+    "UTF-16 and tabs": lambda f: text(f, sep="\t").encode("utf-16"),
+    "old line ends": lambda f: text(f, lineterminator="\r"),
+    "commas at the end of rows": lambda f: text(f).replace("\n", ",\n").replace("b,\n", "b\n", 1),
+    "commas at the end of all lines": lambda f: text(f).replace("\n", ",,\n"),
+    "empty lines of commas": lambda f: text(f) + ",,\n" * 3,
+    "an index": lambda f: f.to_csv(),
+    "an index of chosen rows": lambda f: f.set_axis(f.index * 2).to_csv(),
+    "an index written twice": lambda f: pd.read_csv(io.StringIO(f.to_csv())).to_csv(),
+    "an index that became a column": lambda f: text(f.reset_index()),
+    "date and time apart": lambda f: text(
+        f.assign(date=f["date"].dt.strftime("%d/%m/%Y")).assign(Time=f["date"].dt.strftime("%H.%M.%S"))
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_can_mean_one_thing_only_is_read(tmp_path, frame, form):
+    table = read(tmp_path, FORMS[form](frame))
+    assert table.columns == ["a", "b"] and table.times.equals(pd.DatetimeIndex(frame["date"], name=table.times.name))
+    np.testing.assert_allclose(table.values, frame[["a", "b"]].to_numpy(), rtol=1e-15)
+    plain = ("semicolons", "tabs", "bars", "a byte order mark", "UTF-16 and tabs", "old line ends")
+    assert bool(table.repairs) != (form in plain)
+
+
+def test_an_index_that_was_asked_for_stays(tmp_path, frame):
+    assert read(tmp_path, frame.to_csv(), targets=["Unnamed: 0", "a"]).columns == ["Unnamed: 0", "a"]
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_without_a_header_no_row_is_lost_and_columns_are_numbered(tmp_path, frame, index):
+    table = read(tmp_path, frame.to_csv(header=False, index=index))
+    assert table.columns == ["1", "2"] and len(table) == 60 and "no header" in table.repairs[0]
+    np.testing.assert_allclose(table.values, frame[["a", "b"]].to_numpy(), rtol=1e-15)
+
+
+def test_numbers_and_nothing_are_names_too(tmp_path, frame):
+    for name in ("date", None):
+        numbered = frame.set_index("date").set_axis([0, 1], axis=1).rename_axis(name)
+        table = read(tmp_path, numbered.to_csv())
+        assert table.columns == ["0", "1"] and len(table) == 60 and not table.repairs
+
+
+def test_integers_with_thousands(tmp_path, frame):
+    values = [f"{v:,}" for v in range(990, 1050)]
+    table = read(tmp_path, text(frame.assign(a=values)))
+    assert table.values[:, 0].tolist() == list(range(990, 1050)) and "1,000 is 1000" in table.repairs[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: text(f.assign(s="x"), header=False), ["no header", "2024-02-10 00:00:00"]),
+        (lambda f: text(f) + "2024-02-12 12:00:00,1,5,2\n", ["row 61 has 4 cells", "the header 3"]),
+        (lambda f: text(f.assign(a=[f"1,{100 + i}" for i in f.b])), ["1,100", "may be 1100 or 1.100"]),
+        (lambda f: text(f.assign(a="1,5", b="1,234.5")), ["two ways", "1,5 and 1,234.5"]),
+        (lambda f: text(f.assign(a="1,5", b="1.25")), ["two ways", "1,5 and 1.25"]),
+        (lambda f: text(f.assign(a="1,5", b="1.234")), ["decimal commas (1,5)", "1.234"]),
+        (lambda f: text(f.assign(date=f.date.dt.strftime("%H:%M"))), ["times without dates", "00:00"]),
+        (lambda f: text(f.assign(date=f.date.astype(str) + " CET")), ["row 1", "CET", "no time stamp"]),
+        (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
+        (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
+        (lambda f: b"PK\x03\x04\x00\x00", ["no text"]),
+    ],
+)
+def test_what_may_mean_several_things_is_refused(tmp_path, frame, change, words):
+    error = refusal(tmp_path, change(frame))
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["%d-%b-%y %H:%M", "%d %B %Y %H:%M", "%H:%M %d/%m/%Y", "%a %d/%m/%Y %H:%M", "%d/%m/%y %I:%M %p", "%Y/%m/%d %H"],
+)
+def test_dates_in_other_forms(tmp_path, frame, form):
+    frame["date"] += pd.Timedelta(days=1)  # to the thirteenth
+    table = read(tmp_path, text(frame.assign(date=frame["date"].dt.strftime(form))))
+    assert (table.times == frame["date"]).all()
+
+
+def test_a_month_and_two_digits_are_of_a_year(tmp_path):
+    months = make_frame(120, start="1995-01-01", step="MS")
+    table = read(tmp_path, text(months.assign(date=months["date"].dt.strftime("%b-%y"))))
+    assert (table.times == months["date"]).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "order"),
+    [("%d/%m/%Y", "day"), ("%d.%m.%y", "day"), ("%m/%d/%Y", "month"), ("%m-%d-%y", "month"), ("%y/%m/%d", "year")],
+)
+def test_of_two_readings_of_dates_the_one_with_a_constant_step_is_taken(tmp_path, form, order):
+    months = make_frame(120, start="2010-01-01", step="MS")
+    table = read(tmp_path, text(months.assign(date=months["date"].dt.strftime(form))))
+    assert (table.times == months["date"]).all() and table.step.freqstr == "MS" and table.dates == f"{order}-first"
+    assert f"Dates were read as {order}, " in table.repairs[0] and "a constant step" in table.repairs[0]
+
+
+def test_months_with_a_gap_are_still_months(tmp_path):
+    months = make_frame(120, start="2010-01-01", step="MS")
+    written = text(months.drop(index=50).assign(date=months["date"].dt.strftime("%d/%m/%Y")))
+    assert "not all MS apart" in refusal(tmp_path, written)
+    table = read(tmp_path, written, times="regular", missing="interpolate")
+    assert (table.times == months["date"]).all()
+    assert "but for 1 rows" in table.repairs[0] and "1 missing rows were added" in table.repairs[1]
+
+
+def test_where_steps_do_not_tell_the_order_must_be_said(tmp_path):
+    days = make_frame(12, start="2024-01-01", step="D")  # or the first days of twelve months
+    written = text(days.assign(date=days["date"].dt.strftime("%d/%m/%Y")).iloc[1:])
+    error = refusal(tmp_path, written)
+    assert "'02/01/2024' may be 2024-01-02 or 2024-02-01" in error
+    assert "--dates day-first or --dates month-first" in error
+    assert read(tmp_path, written, dates="day-first").step.freqstr == "D"
+    assert read(tmp_path, written, dates="month-first").step.freqstr == "MS"
+    iso = text(days)
+    assert read(tmp_path, iso, dates="month-first").times.equals(read(tmp_path, iso).times)
+
+
+def test_months_on_another_day_than_the_first(tmp_path):
+    months = make_frame(120, start="2010-01-01", step="MS")
+    fifth = months.assign(date=(months["date"] + pd.Timedelta(days=4)))
+    table = read(tmp_path, text(fifth.assign(date=fifth["date"].dt.strftime("%d/%m/%Y"))), times="keep")
+    assert (table.times == fifth["date"]).all() and "day, month, year" in table.repairs[0]
+    error = refusal(tmp_path, text(fifth))
+    assert "do not lie whole steps" in error and "--times keep" in error and "--times regular" not in error
+
+
+def test_days_without_separators(tmp_path):
+    days = make_frame(60, step="D")
+    written = days.assign(date=days["date"].dt.strftime("%Y%m%d"))
+    for given in (written, written.astype({"date": int})):
+        assert (read_table(given).times == days["date"]).all()
+    indexed = read(tmp_path, written.set_index("date").rename_axis(None).to_csv())
+    assert (indexed.times == days["date"]).all() and not indexed.repairs
+    table = read(tmp_path, text(written, header=False))
+    assert len(table) == 60 and (table.times == days["date"]).all()
+    assert "'20240230' is no time stamp" in refusal(tmp_path, text(written.replace({"date": {"20240229": "20240230"}})))
+
+
+def test_business_days_with_holidays_do_not_become_weekends(tmp_path):
+    days = make_frame(90, step="B")
+    table = read(tmp_path, text(days.drop(index=[20, 40])), times="regular", missing="interpolate")
+    assert (table.times == days["date"]).all() and "2 missing rows were added" in table.repairs[0]
+
+
+@pytest.mark.parametrize("start", ["2024-03-30", "2024-10-26"])
+def test_offsets_over_a_change_to_summer_time_and_back(tmp_path, frame, start):
+    times = pd.date_range(start, periods=60, freq="h", tz="Europe/Berlin")
+    table = read(tmp_path, text(frame.assign(date=[t.isoformat() for t in times])))
+    assert table.step.freqstr == "h" and (table.times == times).all() and str(table.times.tz) == "UTC"
+    assert table.repairs == ["Time stamps were converted to UTC."]
+    for given in (frame.assign(date=times), frame.set_index(times)[["a", "b"]]):
+        assert read_table(given).times.equals(table.times) and read_table(given).repairs == table.repairs
+    utc = frame.assign(date=[t.tz_convert("UTC").strftime("%Y-%m-%dT%H:%M:%SZ") for t in times])
+    assert read(tmp_path, text(utc)).times.equals(table.times) and not read(tmp_path, text(utc)).repairs
+
+
+@pytest.mark.parametrize("form", ["%d/%m/%Y %H:%M %z", "%m/%d/%Y %I:%M %p %z", "%a %b %d %Y %H:%M:%S GMT%z (CET)"])
+def test_offsets_after_other_forms(tmp_path, frame, form):
+    times = pd.date_range("2024-03-30", periods=60, freq="h", tz="Europe/Berlin")
+    table = read(tmp_path, text(frame.assign(date=times.strftime(form))))
+    assert (table.times == times).all() and "Time stamps were converted to UTC." in table.repairs
+
+
+def test_midnights_over_a_change_to_summer_time_stay_days(tmp_path, frame):
+    times = pd.date_range("2024-03-01", periods=60, freq="D", tz="Europe/Berlin")
+    table = read(tmp_path, text(frame.assign(date=[t.isoformat() for t in times])))
+    assert table.step.freqstr == "D" and (table.times == times.tz_localize(None)).all()
+    assert "offsets of the time stamps were left out" in table.repairs[0]
+
+
+def test_some_offsets_are_none(tmp_path, frame):
+    dates = frame["date"].astype(str).tolist()
+    assert "row 2" in refusal(tmp_path, text(frame.assign(date=[dates[0] + "+01:00", *dates[1:]])))
+
+
+@pytest.mark.parametrize("value", [9e307, -1.7976931348623157e308, 1e30, 1e200])
+def test_a_value_beside_which_the_others_vanish_is_named(tmp_path, frame, value):
+    frame.loc[7, "a"] = value
+    error = refusal(tmp_path, text(frame))
+    assert "Column a" in error and "row 8" in error and f"--na-values {value!r}" in error
+    table = read(tmp_path, text(frame), na_values=[value], missing="interpolate")
+    assert np.abs(table.values).max() < 1e5
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e300])
+def test_columns_of_values_without_a_deviation_are_named(tmp_path, frame, factor):
+    error = refusal(tmp_path, text(frame.assign(a=frame["a"].abs() * factor)))
+    assert "Column a" in error and "other units" in error
+
+
+@pytest.mark.parametrize("times", ["error", "regular"])
+def test_no_table_is_mostly_made_up(tmp_path, times):
+    months = make_frame(120, start="2010-01-01", step="MS")
+    written = text(months.assign(date=months["date"].dt.strftime("%d/%m/%Y")))
+    options = dict(times=times, missing="interpolate")
+    misread = refusal(tmp_path, written, dates="month-first", **options)
+    assert "most of them made up" in misread and "--dates" in misread and "--times regular" not in misread
+    hours = make_frame(80)
+    gaps = refusal(tmp_path, text(hours[(hours.index < 10) | (hours.index > 60)]), **options)
+    assert "most of them made up" in gaps and "--times regular" not in gaps
+    below = refusal(tmp_path, text(pd.concat([make_frame(50, seed=i) for i in range(3)])), **options)
+    assert "100 of 150 rows" in below and "several series" in below and "--times regular" not in below
+    days = refusal(tmp_path, text(hours.assign(date=hours["date"].dt.date)), **options)
+    assert "time of day in another column" in days
+
+
+def test_mostly_empty_columns_are_not_advised_to_be_filled(tmp_path, frame):
+    frame.loc[frame.index % 3 > 0, "a"] = np.nan
+    error = refusal(tmp_path, text(frame))
+    assert "a (40)" in error and "Leave a out with --targets" in error and "--missing" not in error
+    error = refusal(tmp_path, text(frame.fillna(-99999)))
+    assert "--na-values -99999" in error and "--missing" not in error
+
+
+def test_data_frames(frame):
+    expected = read_table(frame)
+    assert expected.columns == ["a", "b"] and (expected.times == frame["date"]).all() and not expected.repairs
+    indexed = frame.set_index("date")
+    periods = indexed.set_axis(indexed.index.to_period("h"))
+    for given in (indexed, indexed.rename_axis(None), periods, frame.assign(date=frame["date"].astype(str))):
+        before = given.copy()
+        table = read_table(given)
+        assert table.columns == ["a", "b"] and table.times.equals(expected.times.rename(table.times.name))
+        assert (table.values == expected.values).all()
+        pd.testing.assert_frame_equal(given, before)
+    # the index of time stamps is the time, whatever a column is called
+    assert read_table(indexed.assign(time=1.0)).columns == ["a", "b", "time"]
+    assert read_table(frame[frame.index % 2 == 0]).columns == ["a", "b"]
+    numbered = frame.set_axis(["date", 1, 2], axis=1)
+    assert read_table(numbered).columns == ["1", "2"]
+    nullable = read_table(frame.assign(b=frame["b"].astype("Int64")))
+    assert (nullable.values == expected.values).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: f.set_index(["date", "a"]), "several levels"),
+        (lambda f: f.set_axis(["date", "a", "a"], axis=1), "two columns a"),
+        (lambda f: f.set_index("date", drop=False), "both called date"),
+        (lambda f: f.assign(c=f["date"]), "Column c of DataFrame holds datetime64"),
+        (lambda f: f.assign(c=1j), "Column c of DataFrame holds complex128"),
+        (lambda f: f[:0], "no rows"),
+        (lambda f: f[[]], "no rows"),
+        (lambda f: f.assign(date=range(60)), "holds numbers"),
+    ],
+)
+def test_data_frames_that_cannot_be_used(frame, change, words):
+    with pytest.raises(UserError, match=words):
+        read_table(change(frame))
+
+
+def test_zip_archives_of_one_file(tmp_path, frame):
+    frame.to_csv(tmp_path / "a.zip", index=False, compression={"method": "zip", "archive_name": "a.csv"})
+    assert len(read_table(tmp_path / "a.zip")) == 60
+    write_csv(tmp_path / "b.csv").rename(tmp_path / "b.zip")
+    with pytest.raises(UserError, match="whole file"):
+        read_table(tmp_path / "b.zip")

@@ -1,0 +1,167 @@
+"""What a user may get wrong: one line that names it, and exit code 2."""
+
+from common.command import run_tool
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from mm_helpers import ROOT, TOOLS, call, make_data, write_config
+from torch.nn.parallel import DistributedDataParallel
+
+from tools.test import main as evaluate
+from tools.train import main as train
+from vim2.command.errors import UserError
+from vim2.mm.runner import run_errors
+
+
+@pytest.fixture
+def complaint(capfd):
+    """What a tool says on stderr."""
+
+    def run(main, *argv):
+        code = None
+
+        def keep(arguments):
+            nonlocal code
+            call(main, *arguments)
+
+        code = run_tool(keep, argv)
+        error = capfd.readouterr().err
+        assert code == 2 and "Traceback" not in error
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+CONFIGS = {
+    "model = dict(": "SyntaxError",
+    "model = nothing": "NameError",
+    "x = 1 / 0": "ZeroDivisionError",
+    "_base_ = './config.py'": "it is among its own bases",
+    "_base_ = './none.py'": "none.py",
+    "": "has no model",
+    "model = 'ViM2'": "has no model",
+    "model = dict(type='BaseModel')\ntrain_cfg = dict(max_epochs=1)": "train_dataloader",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_config_that_is_none(text, complaint, tmp_path, request):
+    request.addfinalizer(functools.partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(400)  # else it takes seconds to reach
+    (tmp_path / "config.py").write_text(text)
+    assert CONFIGS[text] in complaint(train, tmp_path / "config.py", "--work-dir", tmp_path / "run")
+
+
+def test_a_config_for_training_alone(complaint, tmp_path):
+    (tmp_path / "config.py").write_text("model = dict(type='BaseModel')")
+    assert "has no test_dataloader" in complaint(evaluate, tmp_path / "config.py", "none.pth", "--show-dir", "pictures")
+
+
+OPTIONS = {
+    "train_dataloader.batch_size=0": "batch_size should be a positive integer",
+    "train_dataloader.num_workers=-1": "num_workers",
+    "train_dataloader.sampler.type=Nothing": "Nothing",
+    "train_dataloader.dataset.type=Nothing": "Nothing",
+    "optim_wrapper.optimizer.lr=nan": "optim_wrapper.optimizer.lr is nan",
+    "optim_wrapper.optimizer.weight_decay=inf": "optim_wrapper.optimizer.weight_decay is inf",
+    "optim_wrapper.optimizer.lr=-1": "Invalid learning rate: -1",
+    "optim_wrapper.optimizer.type=Nothing": "the optim_wrapper with the optimizer Nothing cannot be built",
+    "optim_wrapper.optimizer=1": "optim_wrapper",
+    "param_scheduler.0.begin=nan": "param_scheduler.0.begin is nan",
+    "param_scheduler.9.begin=1": "--cfg-options does not fit",
+    "train_cfg.max_iters=1.5": "max_iters",
+    "train_cfg=None": "has no train_cfg",
+    "model.decode_head.type=Nothing": "Nothing",
+    "default_scope=nothing": "nothing, which is not installed",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_setting_that_cannot_be(option, complaint, configs, tmp_path):
+    assert OPTIONS[option] in complaint(train, configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", option)
+
+
+def test_options_without_a_value(configs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(train, configs["mmseg"], "--cfg-options", "model.backbone.arch")
+    assert stop.value.code == 2 and "takes KEY=VALUE, got model.backbone.arch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [{"id": 0}], "annotations": [], "categories": []}'])
+def test_a_broken_file_of_annotations(text, complaint, tmp_path):
+    data = make_data(tmp_path / "data")
+    (data / "broken.json").write_text(text)
+    config = write_config(tmp_path / "config.py", "mmdet", data)
+    option = "{}_dataloader.dataset.ann_file=broken.json"
+    for split in ("train", "val"):
+        line = complaint(train, config, "--work-dir", tmp_path / "run", "--cfg-options", option.format(split))
+        assert f"{split}_dataloader" in line or "no image for training is left" in line
+
+
+@pytest.mark.parametrize("kind, workers, damage", [("mmdet", 0, "cut"), ("mmdet", 0, "missing"), ("mmseg", 1, "empty")])
+def test_an_image_that_cannot_be_read(kind, workers, damage, complaint, tmp_path):
+    data = make_data(tmp_path / "data", number=2)
+    config = write_config(tmp_path / "config.py", kind, data, workers)
+    path = data / "images" / "1.png"
+    path.write_bytes(path.read_bytes()[:300] if damage == "cut" else b"")
+    if damage == "missing":
+        path.unlink()
+    assert "images/1.png cannot be used" in complaint(train, config, "--work-dir", tmp_path / "run")
+
+
+def test_a_label_out_of_range(complaint):
+    """In a map that was not among those looked at."""
+
+    def learn(argv):
+        with run_errors():
+            torch.nn.functional.cross_entropy(torch.zeros(1, 2), torch.tensor([7]))
+
+    assert "a label of the data is not among the model's classes: Target 7 is out of bounds" in complaint(learn)
+
+
+def test_parameters_without_a_gradient_in_several_processes():
+    """As those of a stage that is put out and used by no head."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(
+            torch.nn.ModuleDict({name: torch.nn.Linear(1, 1) for name in ("used", "spare")})
+        )
+        model.module.forward = lambda x: model.module["used"](x)
+        with pytest.raises(UserError, match=r"no head uses out of model\.backbone\.out_indices"), run_errors():
+            for _ in range(2):
+                model(torch.ones(1, 1)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_full_disk(complaint, configs, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    line = complaint(train, configs["mmseg"], "--work-dir", tmp_path)
+    assert "No space left on device" in line and line.endswith("make room.")
+
+
+def test_ctrl_c(capsys):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    assert run_tool(stop) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize("tool", ["train.py", "classify.py"])
+def test_ctrl_c_while_modules_are_loaded(tool, tmp_path):
+    """torch, here, sends it to itself: what else would be loaded would take too long to hit."""
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, TOOLS / tool], env=env, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "stopped\n"

@@ -1,0 +1,72 @@
+"""A graph that was traced at one image size holds that size's numbers: operators refuse tensors that do not fit them,
+whatever the backend, and read no memory that is not theirs."""
+
+import pytest
+import torch
+from devices import DEVICE, needs_triton
+
+from vim2.ops.backend import HAS_NUMBA
+from vim2.ops.scan.chunks import kept_every
+
+needs_numba = pytest.mark.skipif(DEVICE == "cuda" or not HAS_NUMBA, reason="wants Numba, on a CPU")
+BACKENDS = ["torch", pytest.param("numba", marks=needs_numba), pytest.param("triton", marks=needs_triton)]
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device=DEVICE)
+
+
+def scan_arguments(backend: str, height: int, width: int, length: int, backward: bool) -> tuple:
+    """Of a scan in two directions, of 3 channels with 2 states, over `length` positions."""
+    operands = [ones(1, length, 3), ones(1, length, 2, 3), -ones(2, 3, 2)]
+    operands += [ones(1, length, 2, 2), ones(1, length, 2, 2), ones(2, 3), ones(2, 3), ones(0)]
+    if not backward:
+        return *operands, True, [0, 2], height, width, True, False, height * width, backend
+    chunks = -(-height * width // kept_every(backend, height * width, True))
+    starts, grads = torch.zeros(1, 2, chunks - 1, 2, 3, device=DEVICE), [ones(1, length, 2, n) for n in (2, 2, 3)]
+    return ones(1, length, 3), ones(0), starts, *operands, True, [0, 2], height, width, backend, *grads
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_scan_of_another_size_than_it_was_traced_at(backward, backend):
+    operator = torch.ops.vim2.selective_scan_backward if backward else torch.ops.vim2.selective_scan
+    operator(*scan_arguments(backend, 4, 5, 20, backward))
+    for height, width, length in ((4, 5, 16), (4, 5, 30), (5, 5, 20)):
+        with pytest.raises(ValueError, match=r"do not fit together.*height .*traced at one image size"):
+            operator(*scan_arguments(backend, height, width, length, backward))
+
+
+NORM = (ones(4), ones(4))
+CASES = {
+    "norm_gate": ((ones(2, 4), ones(2, 5), *NORM, 1e-5, torch.float32, False), (ones(2, 5), ones(2, 5), *NORM)),
+    "layer_norm": ((ones(1, 2, 2, 4), *NORM, 1e-5, torch.float32, 2), (ones(2, 5), *NORM, 1e-5, torch.float32, 1)),
+    "weighted_average": (([ones(2, 4), ones(1, 4)], ones(2), *NORM), ([ones(2, 4)], ones(2), *NORM)),
+    "depthwise_conv_silu": ((ones(1, 2, 2, 4), ones(3, 1, 3, 3), ones(3)), (ones(2, 2, 4), ones(4, 1, 3, 3), ones(4))),
+    "directional_conv_silu": ((ones(1, 2, 4), ones(6, 1, 2), ones(6)), (ones(1, 2, 4), ones(8, 1, 2), ones(4))),
+    "scan_parameters": ((ones(2, 5, 3), ones(2, 4, 2), False, torch.float32), (ones(1, 3, 3), ones(1, 3, 2), False)),
+    "norm_gate_backward": ((ones(2, 4), ones(3, 4), ones(3, 4), *NORM, ones(2, 3)),),
+    "layer_norm_backward": ((ones(2, 4), ones(2, 4), ones(4), ones(2, 1), 1), (ones(1, 4), ones(2, 4), ones(4))),
+    "weighted_average_backward": ((ones(2, 4), [ones(3, 4)], ones(1), ones(4), ones(2, 2)),),
+    "depthwise_conv_silu_backward": ((ones(1, 3, 2, 4), ones(1, 2, 2, 4), ones(4, 1, 3, 3), ones(4)),),
+    "directional_conv_silu_backward": ((ones(1, 2, 4), ones(1, 2, 4), ones(8, 1, 2), ones(8)),),
+}
+DEFAULTS = {"norm_gate": (1e-5, torch.float32, False), "weighted_average": (1e-5, torch.float32)}
+DEFAULTS |= {"scan_parameters": (torch.float32,), "layer_norm_backward": (ones(2, 2), 1)}
+
+
+def test_every_operator_is_here():
+    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    ours = {name.partition(".")[0] for namespace, name in names if namespace == "vim2"}
+    assert ours == CASES.keys() | {"selective_scan", "selective_scan_backward"}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_that_do_not_fit_together(name):
+    for arguments in CASES[name]:
+        schema = getattr(torch.ops.vim2, name).default._schema
+        missing = len(schema.arguments) - len(arguments)
+        arguments = (*arguments, *DEFAULTS.get(name, ())[-missing:]) if missing else arguments
+        with pytest.raises(ValueError, match=f"vim2::{name}: tensors of .* do not fit together"):
+            getattr(torch.ops.vim2, name)(*arguments)

@@ -1,0 +1,247 @@
+"""Files and DataFrames as columns that have names: encodings, separators, headers, columns that are an index."""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Collection
+from itertools import chain, islice
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..command.errors import UserError
+from .cells import is_number, is_text, number_texts
+from .stamps import is_date
+
+__all__ = ["describe", "leave_out_index", "read_frame"]
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# UTF-32's little-endian mark begins with UTF-16's, so it is looked for first
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+SAMPLE = 100  # rows that show separators, and whether there is a header
+SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in numbers
+NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column without a name
+
+
+def describe(data: str | PathLike | pd.DataFrame) -> str:
+    """What messages call it: a file's path, or DataFrame."""
+    return "DataFrame" if isinstance(data, pd.DataFrame) else str(data)
+
+
+def read_frame(data: str | PathLike | pd.DataFrame) -> tuple[pd.DataFrame, str | None, list[str]]:
+    """Columns by name, which of them holds the time stamps where an index tells, and what was done, a sentence each.
+
+    Raises:
+        UserError: A file that is missing, damaged or no table; names that are there twice.
+    """
+    if isinstance(data, pd.DataFrame):
+        return index_to_column(data, describe(data))
+    path = Path(data)
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        if path.suffix in (".parquet", ".pq"):
+            return index_to_column(pd.read_parquet(path), str(path))
+        text, notes = decode(read_bytes(path), path)
+        frame, more = read_csv(text, path)
+        return frame, None, notes + more
+    except ImportError as error:
+        raise UserError(f"Reading {path.suffix} needs {error.name or 'pyarrow'}: install it with pip.") from None
+    except UserError:
+        raise
+    except (
+        csv.Error,
+        zipfile.BadZipFile,
+        lzma.LZMAError,
+        zlib.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        raise UserError(f"{path} cannot be read ({str(error).strip()}): is it a whole file?") from None
+
+
+def index_to_column(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str | None, list[str]]:
+    """A DataFrame whose index of time stamps became its first column; one that counts the rows is left out."""
+    index, time, notes = frame.index, None, []
+    if frame.columns.nlevels > 1 or index.nlevels > 1:
+        raise UserError(f"{name} has columns or an index of several levels: give it one of each.")
+    frame = frame.set_axis([str(c) for c in frame.columns], axis=1).reset_index(drop=True)
+    if isinstance(index, pd.PeriodIndex):
+        index = index.to_timestamp()
+    dated = isinstance(index, pd.DatetimeIndex)
+    if dated or not pd.api.types.is_numeric_dtype(index):
+        column = str(index.name if index.name is not None else "date" if dated else "index")
+        if column in frame.columns:
+            raise UserError(f"{name} has an index and a column that are both called {column}: drop or rename one.")
+        frame.insert(0, column, index)
+        time = column if dated else None
+    elif not isinstance(index, pd.RangeIndex):
+        notes.append("The index, which holds numbers, is left out.")
+    refuse_equal_names(list(frame.columns), name)
+    if frame.empty:
+        raise UserError(f"{name} has no rows.")
+    return frame, time, notes
+
+
+def refuse_equal_names(names: list[str], source: str | Path) -> None:
+    if len(names) > len(set(names)):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"{source} has two columns {twice}: rename one.")
+
+
+def read_bytes(path: Path) -> bytes:
+    suffix = path.suffix.lower()
+    if suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
+            if len(names) != 1:
+                raise UserError(f"{path} holds {len(names)} files: give an archive of one.")
+            return archive.read(names[0])
+    if suffix == ".zst":
+        import zstandard
+
+        try:
+            with zstandard.open(path, "rb") as file:
+                return file.read()
+        except zstandard.ZstdError as error:
+            raise ValueError(error) from None
+    with OPENERS.get(suffix, open)(path, "rb") as file:
+        return file.read()
+
+
+def decode(data: bytes, path: Path) -> tuple[str, list[str]]:
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    notes = []
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        text, notes = data.decode("latin-1"), [f"{path.name} is not UTF-8; it was read as latin-1."]
+    if "\0" in text:
+        raise UserError(f"{path} is no text: is it a .csv file?")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"\A( *\n)+", "", text)
+    if not text.strip():
+        raise UserError(f"{path} is empty.")
+    return text, notes
+
+
+def read_csv(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    separator = re.match(r'"?sep=(.)"?\n', text)  # a line for Excel
+    if separator:
+        text, separator = text[separator.end() :], separator[1]
+    else:
+        separator = find_separator(text)
+    lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    header, notes = next(lines), []
+    header_lines = lines.line_num
+    if len(header) < 2:
+        raise UserError(
+            f"{path} has one column only, {''.join(header)}: commas, semicolons or tabs must separate columns."
+        )
+    sample = list(islice(filter(None, lines), SAMPLE))
+    names = name_columns(header, sample, path)
+    if names:
+        called = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
+        notes.append(f"{path.name} has no header: its columns are called {', '.join(called)}.")
+    else:
+        names = []
+        for i, name in enumerate(header):  # an index that was written twice left a column of that name already
+            names.append(name or f"Unnamed: {i}" + ".1" * (f"Unnamed: {i}" in header))
+        text = text.split("\n", header_lines)[-1]
+    refuse_equal_names(names, path)
+    if not sample:
+        raise UserError(f"{path} has a header but no rows.")
+    widest = len(names)
+    for number, row in enumerate(chain(sample, filter(None, lines)), 1):
+        widest = max(widest, len(row))
+        if any(map(str.strip, row[len(names) :])):
+            raise UserError(
+                f"{path}, row {number} has {len(row)} cells, and the header {len(names)}: give each row as many. "
+                "A number with a comma needs quotes, or another separator than the comma."
+            )
+    names += [f"Unnamed: {i}" for i in range(len(names), widest)]
+    how = dict(sep=separator, header=None, names=names, index_col=False, skipinitialspace=True, low_memory=False)
+    frame = pd.read_csv(io.StringIO(text), **how)
+    if any(number_texts(frame[name]).size for name in names):
+        # whether 1.234 is a thousand depends on cells of other columns, so none may be taken for a number yet
+        frame = pd.read_csv(io.StringIO(text), dtype=str, **how)
+    empty = frame.isna().all(axis=1)
+    if empty.any() and not empty.all():
+        frame = frame[~empty].reset_index(drop=True).infer_objects()
+        notes.append(f"{int(empty.sum())} rows without any value were left out.")
+    return frame, notes
+
+
+def find_separator(text: str) -> str:
+    """That which cuts the first row and all that follow into cells; a comma if there is no other."""
+    for separator in SEPARATORS[:-1]:
+        lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+        rows = filter(None, islice(lines, SAMPLE))
+        if min(map(len, rows)) > 1:
+            return separator
+    return SEPARATORS[-1]
+
+
+def name_columns(first: list[str], rows: list[list[str]], path: Path) -> list[str]:
+    """Names where the first row is no header, but holds a date where the next ones do; empty if it is a header.
+
+    Raises:
+        UserError: It is none, and which column is the time is not to be seen.
+    """
+    places = [i for i, cell in enumerate(first) if is_date(cell)]
+    places = [i for i in places if rows and all(is_date(row[i]) for row in rows if len(row) > i and row[i].strip())]
+    if not places:
+        return []
+    others = [cell for i, cell in enumerate(first) if i not in places]
+    if len(places) > 1 or not all(not cell.strip() or is_number(cell) for cell in others):
+        raise UserError(
+            f"{path} has no header, its first row holds values ({', '.join(first[:3])}): add a row of names."
+        )
+    # as pandas writes it without a header, an index stands before the dates
+    before = [f"Unnamed: {i}" for i in range(places[0])]
+    return [*before, "date", *(str(i + 1) for i in range(len(first) - places[0] - 1))]
+
+
+def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.DataFrame, list[str]]:
+    """A frame without columns that only count its rows, as pandas writes an index, and without nameless empty ones.
+
+    Args:
+        frame: As read.
+        wanted: Names of columns that were asked for, which stay.
+    """
+    notes, leading = [], True
+    for name in list(frame.columns):
+        column, nameless = frame[name], bool(NAMELESS.fullmatch(name))
+        leading &= nameless
+        if name in wanted:
+            continue
+        if nameless and column.isna().all():
+            frame = frame.drop(columns=name)
+            notes.append("A column without a name and values was left out.")
+        elif leading or name in ("index", "level_0"):
+            counts = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
+            if pd.api.types.is_datetime64_any_dtype(column) or counts.isna().any() or (counts % 1 != 0).any():
+                continue
+            if all(is_date(str(cell)) for cell in column):  # 20240131
+                continue
+            if (counts.to_numpy() == np.arange(len(counts))).all() or (nameless and counts.is_unique):
+                frame = frame.drop(columns=name)
+                notes.append(f"Column {name}, which counts the rows, was left out.")
+    return frame, notes

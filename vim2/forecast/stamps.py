@@ -1,0 +1,359 @@
+"""Time stamps: orders of day and month, UTC offsets, the step from row to row, and the table that has no gap."""
+
+import calendar
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import pandas as pd
+
+from ..command.errors import UserError
+from .cells import is_number, is_text
+
+__all__ = ["DATES", "find_step", "is_date", "join_time_of_day", "parse_times", "repair_times", "to_step", "usual_gap"]
+
+TIMES = ("error", "regular", "keep")
+ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
+DATES = ("detect", *ORDERS)
+WORDS = {"D": "day", "M": "month", "Y": "year"}
+DATE = re.compile(
+    r"\s*(?:[A-Za-z]{2,9}[.,]?\s+)?"  # a weekday
+    r"(?P<time>\d{1,2}:\d{2}(?::\d{2})?\s+)?"
+    r"(?P<first>\d{1,4})(?P<sign>[/.-])(?P<second>\d{1,2})(?P=sign)(?P<third>\d{1,4})(?!\d)(?P<rest>.*)",
+    re.DOTALL,
+)
+# 31-Jan-24, and Jan-24, which is no day of an unknown year
+NAMED = re.compile(r"\s*(?:(\d{1,2})[-/ .]+([A-Za-z]{3,9})[-/ .]+(\d{2})(?!\d)(.*)|([A-Za-z]{3,9})[-/ .']+(\d{2})\s*)")
+OFFSET = re.compile(
+    r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?(?:\s*[AaPp][Mm])?)"
+    r"\s*(Z|UTC|GMT|(?:UTC|GMT)?\s*([+-])(\d{1,2}):?(\d{2})?)\s*(?:\(.*\)\s*)?$"
+)
+TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
+COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
+ZERO = pd.Timedelta(0)
+
+
+def is_date(text: str) -> bool:
+    """Whether a cell is a date, in any way of writing it, and no other number."""
+    if COMPACT.fullmatch(text.strip()):
+        return True
+    if is_number(text) or not any(c.isdigit() for c in text):
+        return False
+    match = DATE.fullmatch(text)
+    return bool(match and 4 in (len(match["first"]), len(match["third"]))) or to_stamps([text])[0] is not pd.NaT
+
+
+def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
+    """Time stamps without offset, NaT for what is none; a cell without a year is none, which pandas would say is of
+    today."""
+    cells = [with_century(cell) for cell in cells]
+    try:
+        with warnings.catch_warnings():  # of quarters, which pandas 4 will not read
+            warnings.simplefilter("ignore")
+            stamps = pd.DatetimeIndex(pd.to_datetime(cells, errors="coerce", format="mixed"))
+    except ValueError:  # offsets of a kind that is not known here
+        stamps = pd.DatetimeIndex([pd.NaT] * len(cells))
+    dated = [bool(re.search(r"\d{4}", cell)) for cell in cells]
+    return stamps.where(np.array(dated) & (stamps.tz is None))
+
+
+def with_century(cell: str) -> str:
+    """A date with the month's name and a year of two digits, with four."""
+    match = NAMED.fullmatch(cell) if not re.search(r"\d{4}", cell) else None
+    if match is None:
+        return cell
+    day, month, year, rest = match.group(1, 2, 3, 4) if match[1] else ("1", match[5], match[6], "")
+    return f"{day} {month} {full_year(year)}{rest}"
+
+
+def full_year(year: str) -> int:
+    """Of two digits, as POSIX has it: 1969 to 2068."""
+    return int(year) + (0 if len(year) > 2 else 1900 if int(year) > 68 else 2000)
+
+
+def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> tuple[pd.DataFrame, str, list[str]]:
+    """Columns date and time as one, where one has days and the other the times of day.
+
+    Args:
+        frame: As read.
+        time: Its time column.
+        wanted: Columns that were asked for, which stay.
+
+    Returns:
+        The frame, its time column, and a note if two became one.
+    """
+    names = {name.lower(): name for name in frame.columns if name not in wanted}
+    date, hours = (time, names.get("time")) if time.lower() != "time" else (names.get("date"), time)
+    if date is None or hours is None:
+        return frame, time, []
+    days, clock = (frame[name].astype(object) if is_text(frame[name]) else [None] for name in (date, hours))
+    if not all(isinstance(cell, str) and TIME_OF_DAY.fullmatch(cell) for cell in clock):
+        return frame, time, []
+    if not all(isinstance(cell, str) and not re.search(r"\d\s*[:T]", cell) for cell in days):
+        return frame, time, []
+    joined = days + " " + clock.str.strip().str.replace(".", ":")
+    frame = frame.assign(**{date: joined}).drop(columns=hours)
+    return frame, date, [f"Columns {date} and {hours} were read together as the time stamps."]
+
+
+def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd.DatetimeIndex, str, list[str]]:
+    """Time stamps of a column, those with an offset in UTC.
+
+    Where dates can be read in several orders, that is taken in which they are a constant step apart; likewise the time
+    on the clock rather than in UTC, if only that is regular, as with days at midnight.
+
+    Args:
+        column: Dates as text or as pandas has them.
+        name: What messages call the file.
+        dates: One of DATES.
+
+    Returns:
+        Time stamps, the order that dates were read in ("detect" where there was no choice), and notes.
+
+    Raises:
+        UserError: Cells that are no time stamps, or may be several.
+    """
+    called = f"The time column {column.name} of {name}"
+    if isinstance(column.dtype, pd.PeriodDtype):
+        column = column.dt.to_timestamp()
+    if pd.api.types.is_datetime64_any_dtype(column):
+        local = pd.DatetimeIndex(column)
+        refuse_missing(local.isna(), column, called)
+        if local.tz is None:
+            return local, "detect", []
+        stamps, notes = choose_clock(local.tz_convert("UTC"), local.tz_localize(None))
+        return stamps, "detect", notes
+    if all(COMPACT.fullmatch(str(cell).strip()) for cell in column):
+        stamps = pd.DatetimeIndex(pd.to_datetime(column.astype(str), format="%Y%m%d", errors="coerce"))
+        refuse_missing(stamps.isna(), column, called)
+        return stamps, "detect", []
+    if pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all():
+        raise UserError(
+            f"{called} holds numbers, such as {column.iloc[0]}: give dates such as 2024-01-31 13:00:00, or name "
+            "another column with --time-column."
+        )
+    with suppress(ValueError):  # mixed offsets
+        iso = pd.DatetimeIndex(pd.to_datetime(column, format="ISO8601", errors="coerce"))
+        if iso.tz is None and not iso.hasnans:
+            return iso, "detect", []
+    cells = [str(cell) for cell in column]
+    if all(":" in cell and TIME_OF_DAY.fullmatch(cell) for cell in cells):
+        raise UserError(f"{called} holds times without dates, such as {cells[0]}: give dates such as 2024-01-31 13:00.")
+    marks = [OFFSET.search(cell) for cell in cells]
+    if any(marks) and not all(marks):
+        row = next(i for i, mark in enumerate(marks) if mark is None)
+        raise UserError(f"{called}, row {row + 1}: {cells[row]!r} has no UTC offset, as others have: give all or none.")
+    offsets = None
+    if marks and marks[0]:
+        cells = [cell[: mark.end(1)] for cell, mark in zip(cells, marks, strict=True)]
+        offsets = pd.to_timedelta([minutes(*mark.group(3, 4, 5)) for mark in marks], unit="min")
+    matches = [DATE.fullmatch(cell) for cell in cells]
+    clocks = {
+        order: to_stamps([rewritten(cell, match, order) for cell, match in zip(cells, matches, strict=True)])
+        for order in find_orders([m for m in matches if m], dates)
+    }
+    readings = {}
+    for order, clock in clocks.items():
+        if not clock.isna().any():
+            utc = None if offsets is None else (clock - offsets).tz_localize("UTC")
+            readings[order] = (clock, []) if utc is None else choose_clock(utc, clock)
+    if readings:
+        return choose_order(readings, called, column)
+    refuse_missing(np.all([clock.isna() for clock in clocks.values()], axis=0), column, called)
+    raise UserError(
+        f"{called} has days before months in some rows and after them in others: give dates such as 2024-01-31."
+    )
+
+
+def minutes(sign: str | None, hours: str | None, rest: str | None) -> int:
+    """Of an offset such as +02:00; none of Z."""
+    return 0 if sign is None else int(sign + "1") * (60 * int(hours) + int(rest or 0))
+
+
+def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
+    if missing.any():
+        row = int(np.flatnonzero(missing)[0])
+        raise UserError(
+            f"{called}, row {row + 1}: '{column.iloc[row]}' is no time stamp. Correct it, or name the time column with "
+            "--time-column."
+        )
+
+
+def find_orders(matches: list[re.Match], dates: str) -> list[str | None]:
+    """Orders that dates of numbers may be in, or that which was asked for; None where the year of four digits stands
+    first in all, which the month then follows."""
+    last = [m for m in matches if len(m["first"]) <= 2]
+    if not last:
+        return [None]
+    orders = [o for o in ORDERS.values() if o != "YMD" or all(len(m["third"]) == 2 for m in last)]
+    return [o for o in orders if o == ORDERS.get(dates)] or orders
+
+
+def rewritten(cell: str, match: re.Match | None, order: str | None) -> str:
+    """A date of numbers with the year first, which pandas reads in one way alone."""
+    if match is None:
+        return cell
+    order = order if len(match["first"]) <= 2 else "YMD"
+    part = dict(zip(order, match.group("first", "second", "third"), strict=True))
+    year, month, day = full_year(part["Y"]), int(part["M"]), int(part["D"])
+    if len(part["Y"]) % 2 or not 1 <= month <= 12 or not 1 <= day <= calendar.monthrange(max(year, 1), month)[1]:
+        return ""
+    return f"{year:04}-{month:02}-{day:02}{match['rest']} {match['time'] or ''}".rstrip()
+
+
+def choose_clock(utc: pd.DatetimeIndex, clock: pd.DatetimeIndex) -> tuple[pd.DatetimeIndex, list[str]]:
+    """UTC, unless only the time on the clock is regular."""
+    if (utc.tz_localize(None) == clock).all():
+        return utc, []
+    if irregular_steps(utc) and not irregular_steps(clock):
+        return clock, ["UTC offsets of the time stamps were left out: on the clock they are a constant step apart."]
+    return utc, ["Time stamps were converted to UTC."]
+
+
+def choose_order(readings: dict, called: str, column: pd.Series) -> tuple[pd.DatetimeIndex, str, list[str]]:
+    """Of readings by order, (time stamps, notes) each, that in which the rows are most regular."""
+    names = {order: name for name, order in ORDERS.items()}
+    ranked = sorted(readings, key=lambda order: irregular_steps(readings[order][0]))
+    first, *others = ranked
+    stamps, notes = readings[first]
+    if not others:
+        odd = ["Dates were read as day, month, year."] if first == "DMY" else []
+        return stamps, names.get(first, "detect"), [*odd, *notes]
+    if all(stamps.equals(readings[order][0]) for order in others):
+        return stamps, "detect", notes
+    best, second = (irregular_steps(readings[order][0]) for order in ranked[:2])
+    if best == second or 3 * best > second:
+        raise UserError(
+            f"{called}: {column.iloc[0]!r} may be {' or '.join(str(readings[o][0][0].date()) for o in readings)}, and "
+            f"the steps do not tell. Add {' or '.join(f'--dates {names[o]}' for o in readings)}, or write dates as "
+            "2024-01-31."
+        )
+    words = ", ".join(WORDS[letter] for letter in first)
+    apart = "a constant step apart" if not best else f"a constant step apart but for {best} rows"
+    return stamps, names[first], [f"Dates were read as {words}: so they are {apart}.", *notes]
+
+
+def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
+    """The step from each time stamp to the next, None where it is not the same, not forward, or there is but one."""
+    if len(times) < 2 or not times.is_monotonic_increasing:
+        return None
+    steps = times[1:] - times[:-1]
+    if (steps == steps[0]).all() and steps[0] > ZERO:
+        return to_step(steps[0])
+    with warnings.catch_warnings():  # of pandas 4's other type of the result, which to_offset takes as well
+        warnings.simplefilter("ignore")
+        frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
+    return pd.tseries.frequencies.to_offset(frequency)
+
+
+def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
+    """Whole days as days, for which pandas 3 would say 24 hours and pandas 2 did not."""
+    if gap % pd.Timedelta(days=1) == ZERO:
+        return pd.offsets.Day(gap.days)
+    return pd.tseries.frequencies.to_offset(gap)
+
+
+def usual_gap(times: pd.DatetimeIndex) -> pd.Timedelta | None:
+    """The most frequent time from a row to a later one that follows; None if there are none."""
+    gaps = pd.Series(times[1:] - times[:-1])
+    gaps = gaps[gaps > ZERO]
+    return None if gaps.empty else gaps.mode().iloc[0]
+
+
+def irregular_steps(times: pd.DatetimeIndex) -> int:
+    """How many steps are not the usual one; none where the rows are regular, oldest or newest first."""
+    if len(times) < 3 or find_step(times) is not None or find_step(times[::-1]) is not None:
+        return 0
+    steps = [pd.Series(times[1:] - times[:-1])]
+    if (months := month_numbers(times)) is not None:
+        steps.append(pd.Series(np.diff(months)))
+    return min(len(s) - int(s.value_counts().iloc[0]) for s in steps)
+
+
+def month_numbers(times: pd.DatetimeIndex) -> np.ndarray | None:
+    """Months since the year 0, where all time stamps are of one day of the month, or of its last day, at one time of
+    the day; otherwise None."""
+    days = times.is_month_end.all() or times.day.nunique() == 1
+    return (12 * times.year + times.month).to_numpy() if days and (times - times.normalize()).nunique() == 1 else None
+
+
+def find_grid(times: pd.DatetimeIndex) -> tuple[pd.offsets.BaseOffset, int]:
+    """The step of a table without gaps, for time stamps in order, and how many rows it would have."""
+    usual, starts = usual_gap(times), times.is_month_start.all()
+    months = month_numbers(times) if starts or times.is_month_end.all() else None
+    if months is not None and usual > pd.Timedelta(days=27):
+        count = int(pd.Series(np.diff(months)).mode().iloc[0])
+        step = pd.offsets.MonthBegin(count) if starts else pd.offsets.MonthEnd(count)
+        return step, int(months[-1] - months[0]) // count + 1
+    day = pd.Timedelta(days=1)
+    if usual == day and times[-1] - times[0] > 7 * day and (times.day_of_week < 5).all():
+        return pd.offsets.BusinessDay(), int(np.busday_count(times[0].date(), times[-1].date())) + 1
+    return to_step(usual), int((times[-1] - times[0]) // usual) + 1
+
+
+def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFrame, list[str]]:
+    """Rows that are a constant step apart, or as they are.
+
+    Args:
+        numbers: By time stamp.
+        how: One of TIMES.
+        name: What messages call the file.
+
+    Raises:
+        UserError: Irregular rows, where it was not said what to do, or would be mostly left out or made up.
+    """
+    times = numbers.index
+    if how == "keep" or len(times) < 2 or find_step(times) is not None:
+        return numbers, []
+    distinct = times.unique().sort_values()
+    if len(distinct) == 1:
+        raise UserError(f"All time stamps of {name} are {times[0]}: they must tell the rows apart.")
+    step, rows = (find_step(distinct), len(distinct)) if find_step(distinct) is not None else find_grid(distinct)
+    shown = usual_gap(distinct) if isinstance(step, pd.offsets.Tick | pd.offsets.Day) else step.freqstr
+    follows = times[:-1] + step
+    if (times[1:] == follows).all():  # a step for which pandas has no name
+        return numbers, []
+    twice, added = len(times) - len(distinct), rows - len(distinct)
+    fault = None
+    if 2 * twice > len(times):
+        fault = (
+            f"{twice} of {len(times)} rows have the time stamp of another: is the time of day in another column, or "
+            "does the file hold several series, one below the other? Give each a column"
+        )
+    elif 2 * added > len(distinct):
+        fault = (
+            f"A table without gaps would have {rows} rows, most of them made up: are the dates read rightly, the first "
+            f"as {', '.join(str(t) for t in times[:3])}? If not, say how with --dates, or write them as 2024-01-31; if "
+            "they are, add --times keep to take every row as one step"
+        )
+    else:
+        grid = pd.date_range(distinct[0], distinct[-1], freq=step)
+        if len(strays := distinct.difference(grid)):
+            fault = (
+                f"{len(strays)}, such as {strays[0]}, do not lie whole steps of {shown} after {distinct[0]}: resample "
+                "the file, or add --times keep to take every row as one step"
+            )
+    if how == "error" or fault:
+        wrong = int(np.flatnonzero(times[1:] != follows)[0])
+        remedy = fault or (
+            "Add --times regular to sort, keep the first of equal ones and add the missing rows, or --times keep to "
+            "take every row as one step"
+        )
+        raise UserError(
+            f"Time stamps of {name} are not all {shown} apart: {int((times[1:] == times[:-1]).sum())} are there twice, "
+            f"{int((times[1:] < times[:-1]).sum())} go back, {int((times[1:] > follows).sum())} come after a gap; "
+            f"first, row {wrong + 2} ({times[wrong + 1]}) follows {times[wrong]}. {remedy}."
+        )
+    repairs = []
+    if back := int((times[1:] < times[:-1]).sum()):
+        numbers = numbers.sort_index(kind="stable")
+        repairs.append(f"Rows were sorted by time: {back} went back.")
+    if twice:
+        repairs.append(f"{twice} rows whose time stamp was there already were left out.")
+        numbers = numbers[~numbers.index.duplicated()]
+    if added:
+        repairs.append(f"{added} missing rows were added, {shown} apart.")
+        numbers = numbers.reindex(grid)
+    return numbers, repairs
