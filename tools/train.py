@@ -9,9 +9,16 @@ from common.command import run_tool
 import argparse
 import os
 import sys
+from pathlib import Path
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import get_dist_info
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.command.errors import UserError
+from vim2.command.processes import Processes
+from vim2.command.runs import identity, own_folder
 from vim2.mm.runner import (
     add_config_arguments,
     add_launcher_arguments,
@@ -53,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         config.load_from = None if args.resume == "auto" else args.resume
     runner = build_runner(config, args)
     build_data(runner, "train")
-    with run_errors():
+    folder = Path(runner.work_dir)
+    processes = Processes(torch.device(get_device()), *get_dist_info())
+    with own_folder(folder, identity(folder / "last.pth"), processes), run_errors():
         runner.train()
 
 

@@ -206,8 +206,7 @@ def own_folder(folder: Path, last: tuple[int, ...] | None, processes: Processes 
     try:
         if (refused if processes is None else processes.maximum(refused)).item():
             raise UserError(
-                f"Another run is writing to {folder}: wait for its end, then add --resume, or choose another "
-                "--experiment."
+                f"Another run is writing to {folder}: wait for its end, then add --resume, or choose another folder."
             )
         if descriptor is not None:
             remove_leftovers(folder)

@@ -1,0 +1,20 @@
+"""A run of OpenMMLab's has its folder to itself."""
+
+import sys
+
+import pytest
+from mm_helpers import call
+
+from tools.train import main as train
+from vim2.command.errors import UserError
+from vim2.command.runs import own_folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_two_runs_in_one_folder(configs, tmp_path):
+    argv = [configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", "train_cfg.val_interval=10"]
+    with own_folder(tmp_path, None), pytest.raises(UserError, match="Another run is writing to"):
+        call(train, *argv)
+    assert not list(tmp_path.glob("*.pth"))
+    call(train, *argv)
+    assert list(tmp_path.glob("*.pth")) and not (tmp_path / ".lock").exists()
