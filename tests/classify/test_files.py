@@ -140,6 +140,9 @@ def test_checkpoints_that_tell_less_are_as_good(trained, data, tmp_path):
     picture = data / "val" / "red" / "0.png"
     argv = ["predict", picture, "--checkpoint", few, "--img-size", 32, "--output", tmp_path, "--device", "cpu"]
     assert main(list(map(str, argv))) == 0
+    elsewhere = change(trained / "best.pth", tmp_path / "e.pth", held_out=True, args={"data_dir": None, "holdout": 0.5})
+    argv = ["validate", "--data-dir", data / "val", "--checkpoint", elsewhere, "-j", 0, "--device", "cpu"]
+    assert main([*map(str, argv), "--output", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(

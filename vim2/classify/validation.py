@@ -106,7 +106,7 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
             "list the model's classes in a file, in its order, and give it as --class-map."
         )
     root, args = options.data_dir, facts.get("args", {})
-    unsplit = root and facts.get("held_out") and not find_split(root, options.split)
+    unsplit = root and facts.get("held_out") and args.get("data_dir") and not find_split(root, options.split)
     if unsplit and Path(root).resolve() == Path(args["data_dir"]).resolve():
         images = hold_out(images, args["holdout"])[1]
         say(f"Validating on the {len(images)} images of {root} that training set aside.")
