@@ -72,7 +72,7 @@ def stop_before(monkeypatch):
 
 
 class TestOneCheckpointIsKept:
-    OPTIONS = ["--cfg-options", "default_hooks.checkpoint.max_keep_ckpts=1", "train_cfg.max_iters=3", *NO_VALIDATION]
+    OPTIONS = ("--cfg-options", "default_hooks.checkpoint.max_keep_ckpts=1", "train_cfg.max_iters=3", *NO_VALIDATION)
 
     @pytest.mark.parametrize("name, left", [("iter_2.pth", 1), ("last_checkpoint", 0)])
     def test_the_old_one_stays_until_the_new_one_stands(self, name, left, configs, tmp_path, stop_before, monkeypatch):
@@ -85,7 +85,8 @@ class TestOneCheckpointIsKept:
         call(train, configs["mmseg"], "--work-dir", tmp_path, "--resume", *self.OPTIONS)
         assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_3.pth"]
         assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_3.pth")
-        steps = [json.loads(line)["step"] for path in tmp_path.glob("*/vis_data/scalars.json") for line in open(path)]
+        logs = "".join(path.read_text() for path in tmp_path.glob("*/vis_data/scalars.json"))
+        steps = [json.loads(line)["step"] for line in logs.splitlines()]
         assert sorted(steps)[-2:] == [2, 3] and steps.count(1) == 1  # the first step was not made again
 
     def test_the_best_one_stays_until_a_better_one_stands(self, configs, tmp_path, stop_before, monkeypatch):

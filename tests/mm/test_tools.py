@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mm_helpers import ROOT
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -24,6 +25,7 @@ from tools.image_demo import main as demo
 from tools.prepare_data import COCO_STUFF, COCO_THINGS
 from tools.prepare_data import main as prepare
 from vim2.command.errors import UserError
+from vim2.mm.annotations import check_annotations
 from vim2.mm.runner import load_config
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -179,11 +181,14 @@ class TestPreparing:
         assert run_tool(prepare, [name, str(SHARED / folder)]) == 0
         config = load_config(ROOT / config)
         init_default_scope(config.default_scope)
+        with torch.device("meta"):
+            model = MODELS.build(config.model)
         for split, size in zip(("train", "val"), sizes):
             loader = config[f"{split}_dataloader"]
             loader.update(num_workers=0, persistent_workers=False)
             dataset = Runner.build_dataloader(loader, seed=0).dataset
             assert len(dataset) == size
+            check_annotations(dataset, model, f"{split}_dataloader")
             sample = dataset[0]
             assert sample["inputs"].shape[0] == 3
             if config.default_scope == "mmdet":

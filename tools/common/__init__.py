@@ -4,6 +4,7 @@ On a CPU that other programs use as well, OpenMP's threads would burn the time i
 step take 2 to 20 times as long, unless they are told to sleep. OpenMP reads this once, when PyTorch is loaded.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -27,5 +28,7 @@ def _stop(*_) -> None:
 # PyTorch and its like take seconds to load, and an exception in their midst would be a traceback, or be taken for a
 # module that is missing. A tool alone may set this, no program that imports it.
 _IS_TOOL = Path(sys.argv[0]).resolve().is_relative_to(Path(__file__).resolve().parents[1])
+if _IS_TOOL:
+    logging.raiseExceptions = False  # with a full disk, every line of a log would be a traceback
 if _IS_TOOL and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)

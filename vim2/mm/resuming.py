@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..command.errors import UserError
 from ..command.runs import seed_everything
@@ -49,6 +49,9 @@ class _Dataset:
 
     def __len__(self) -> int:
         return len(self._wrapped)
+
+    def __iter__(self) -> Iterator:
+        return iter(self._wrapped)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, _Draw):
@@ -112,7 +115,7 @@ class _Loader(DataLoader):
 
 def make_exact(loader: DataLoader) -> DataLoader:
     """A loader with the same data set, batches and workers, whose batches depend on their numbers alone."""
-    if loader.batch_sampler is None:  # without batches, the data set brings its own order
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):  # which brings its own order
         return loader
     return _Loader(
         _Dataset(loader.dataset),
@@ -130,7 +133,10 @@ def make_exact(loader: DataLoader) -> DataLoader:
 
 
 def describe_data(loader: DataLoader) -> dict[str, int | None]:
-    """What a resumed run has to know: the sampler's seed, and the numbers of samples, batches and processes."""
+    """What a resumed run has to know: the sampler's seed, and the numbers of samples, batches and processes. Nothing of
+    a loader that `make_exact` leaves as it is."""
+    if not isinstance(loader.batch_sampler, _Batches):
+        return {}
     seed = getattr(_sampler(loader), "seed", None)
     return dict(seed=seed, samples=len(loader.dataset), batches=len(loader), processes=get_world_size())
 
@@ -147,6 +153,8 @@ def resume_data(loop: EpochBasedTrainLoop | IterBasedTrainLoop, meta: dict[str, 
         UserError: The data set has another number of images than the run.
     """
     now, before = describe_data(loop.dataloader), meta.get("data", {})
+    if not now:
+        return
     if before.get("samples", now["samples"]) != now["samples"]:
         raise UserError(
             f"{path} is of a training on {before['samples']} images, and train_dataloader now has {now['samples']}: "
@@ -198,10 +206,13 @@ def _sampler(loader: DataLoader) -> Any:
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
-def _start(loop: EpochBasedTrainLoop | IterBasedTrainLoop, number: int, done: int) -> None:
-    if isinstance(batches := loop.dataloader.batch_sampler, _Batches):
-        batches.seeds = loop.runner.seed, get_rank()
-        batches.number, batches.done = number, done
+def _start(loop: EpochBasedTrainLoop | IterBasedTrainLoop, number: int, done: int) -> bool:
+    """Say which batch comes next, and how many to pass over; False where the loader does not know."""
+    if not isinstance(batches := loop.dataloader.batch_sampler, _Batches):
+        return False
+    batches.seeds = loop.runner.seed, get_rank()
+    batches.number, batches.done = number, done
+    return True
 
 
 class _SeededSteps:
@@ -237,7 +248,7 @@ class _IterationLoop(_SeededSteps, IterBasedTrainLoop):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.dataloader_iterator = self._endless_batches()
+        self.dataloader_iterator = self._next_batches()
 
     def run(self) -> Any:
         try:
@@ -245,10 +256,10 @@ class _IterationLoop(_SeededSteps, IterBasedTrainLoop):
         finally:
             self.dataloader_iterator.close()  # and with it the workers, which else prepare batches to no end
 
-    def _endless_batches(self) -> Iterator:
-        # MMEngine's loop asks first for the batches that are done, and drops them: it gets nothing in their place
-        yield from itertools.repeat(None, self.iter)
-        _start(self, 0, self.iter)
+    def _next_batches(self) -> Iterator:
+        # MMEngine's loop asks first for the batches that are done, and drops them
+        if _start(self, 0, self.iter):
+            yield from itertools.repeat(None, self.iter)
         for epoch in itertools.count():
             if epoch and hasattr(sampler := _sampler(self.dataloader), "set_epoch"):
                 sampler.set_epoch(epoch)

@@ -238,7 +238,7 @@ def run_errors() -> Iterator[None]:
             one_process=True,
         ) from None
     except IndexError as error:
-        if "out of bounds" not in str(error):
+        if not re.match(r"Target \S+ is out of bounds", str(error)):
             raise
         raise UserError(
             f"a label of the data is not among the model's classes: {_first_line(error)}. Compare num_classes and the "
