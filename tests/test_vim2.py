@@ -147,7 +147,16 @@ def test_bad_images(model, shape, message):
         dict(patch_size=0),
         dict(depths=(0, 0, 0, 0)),
         dict(depths=()),
+        dict(depths=3),
         dict(dims=(0, 1, 2, 3)),
+        dict(dims=16),
+        dict(drop_path_rate="0.1"),
+        dict(num_classes="3"),
+        dict(d_state="16"),
+        dict(channel_patch=1.5),
+        dict(token_expand="2"),
+        dict(channel_expand=float("nan")),
+        dict(global_pool="token"),
         dict(token_mixers=0),
         dict(num_classes=-1),
         dict(in_chans=0),
@@ -163,6 +172,14 @@ def test_numbers_out_of_their_range(change):
     name = list(change)[-1].replace("_expand", "").replace("mlp_ratio", "ratio")
     with pytest.raises(ValueError, match=f"{name}.* must|ratio"):
         timm.create_model("test_vim2", **change)
+
+
+@pytest.mark.parametrize("arguments", [(-1,), ("3",), (2.5,), (3, "token")], ids=str)
+def test_a_classifier_that_cannot_be_leaves_the_old_one(arguments):
+    model = timm.create_model("test_vim2", num_classes=5)
+    with pytest.raises(ValueError, match=r"num_classes must|global_pool must"):
+        model.reset_classifier(*arguments)
+    assert model.num_classes == 5 and model(images(2, 3, 64, 64)).shape == (2, 5)
 
 
 def test_bad_arguments():

@@ -5,8 +5,9 @@ Behrouz, Santacatterina, Zabih, 2024. The authors released no code; docs/archite
 package. Maps are channels-last, (batch, H, W, C), throughout.
 """
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage
 
 __all__ = ["ViM2"]  # register_model adds the models
 
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "" pools not at all
 MIN_SIZE = 32  # pixels: below, the last stage would hold no token
 
 
@@ -119,7 +121,11 @@ class ViM2(nn.Module):
         dd = {"device": device, "dtype": dtype}
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_sizes(0, num_classes=num_classes)
-        check_sizes(1, in_chans=in_chans, patch_size=patch_size, depths=depths, dims=dims, token_mixers=token_mixers)
+        check_sizes(1, in_chans=in_chans, patch_size=patch_size, d_state=d_state, channel_patch=channel_patch)
+        check_sizes(1, token_mixers=token_mixers)
+        check_sizes(1, a_stage=True, depths=depths, dims=dims)
+        check_ratios(token_expand=token_expand, channel_expand=channel_expand, mlp_ratio=mlp_ratio)
+        check_pooling(global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -225,7 +231,14 @@ class ViM2(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; num_classes=0 removes it, global_pool="" also the pooling."""
+        """Replace the classifier; num_classes=0 removes it, global_pool="" also the pooling.
+
+        Raises:
+            ValueError: A num_classes that is no whole number from 0 on, a pooling that timm does not know.
+        """
+        check_sizes(0, num_classes=num_classes)
+        if global_pool is not None:
+            check_pooling(global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
         if global_pool is not None:
@@ -309,16 +322,33 @@ class ViM2(nn.Module):
 def check_rates(**rates: float) -> None:
     """Raise a ValueError unless all lie in [0, 1)."""
     for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {rate}.")
+        if not isinstance(rate, Real) or not 0 <= rate < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {rate!r}.")
 
 
-def check_sizes(least: int, **sizes: int | Sequence[int]) -> None:
-    """Raise a ValueError unless all, or all in them, are whole numbers from `least` on."""
+def check_sizes(least: int, a_stage: bool = False, **sizes: int | Sequence[int]) -> None:
+    """Raise a ValueError unless all, or all in them, are whole numbers from `least` on, with `a_stage` in sequences."""
     for name, size in sizes.items():
-        values = size if isinstance(size, Sequence) else [size]
+        is_sequence = isinstance(size, Sequence)
+        values = size if is_sequence else [size]
         if not values or any(not isinstance(value, Integral) or value < least for value in values):
-            raise ValueError(f"{name} must be {least} or more, in whole numbers, got {size}.")
+            raise ValueError(f"{name} must be {least} or more, in whole numbers, got {size!r}.")
+        if a_stage and not is_sequence:
+            raise ValueError(f"{name} must be a list with a number a stage, got {size!r}.")
+
+
+def check_ratios(**ratios: float | Sequence[float]) -> None:
+    """Raise a ValueError unless all, or all in them, are finite numbers above 0."""
+    for name, ratio in ratios.items():
+        values = ratio if isinstance(ratio, Sequence) else [ratio]
+        if not values or any(not isinstance(value, Real) or not 0 < value < math.inf for value in values):
+            raise ValueError(f"{name} must be above 0, in finite numbers, got {ratio!r}.")
+
+
+def check_pooling(global_pool: str) -> None:
+    """Raise a ValueError unless timm's classifiers know this pooling."""
+    if global_pool not in POOLINGS:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}, got {global_pool!r}.")
 
 
 def check_image(x: Tensor, in_chans: int) -> None:

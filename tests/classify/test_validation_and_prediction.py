@@ -1,6 +1,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from classify_helpers import COLOURS, make_folders, make_image
@@ -8,6 +9,7 @@ from PIL import Image
 
 from vim2.classify import predict, validate
 from vim2.classify.cli import main
+from vim2.command.errors import UserError
 
 
 def test_accuracy_at_many_sizes(data, trained, tmp_path, capsys):
@@ -84,6 +86,24 @@ def test_a_class_map_names_the_classes(data, trained, tmp_path):
     named = predict(class_map=tmp_path / "names.txt", **options)[0]["top"]
     french = {"blue": "bleu", "green": "vert", "red": "rouge"}
     assert [t["label"] for t in named] == [french[t["label"]] for t in predict(**options)[0]["top"]]
+
+
+def test_a_class_map_chooses_classes_by_name_whatever_its_order(data, trained, tmp_path):
+    options = dict(data_dir=data, workers=0, output=tmp_path, checkpoint=trained / "best.pth")
+    (tmp_path / "names.txt").write_text("red\nblue\ngreen\n")
+    assert validate(class_map=tmp_path / "names.txt", **options)[0]["top1"] == validate(**options)[0]["top1"]
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    (row,) = validate(class_map=tmp_path / "names.txt", **options)
+    found = predict(
+        images=[data / "val" / c for c in ("red", "blue")], checkpoint=trained / "best.pth", output=tmp_path
+    )
+    assert row["images"] == len(found)
+    assert row["top1"] == pytest.approx(100 * np.mean([p["top"][0]["label"] == p["true_label"] for p in found]))
+    (tmp_path / "names.txt").write_text("blue\nred\nverde\n")
+    for command, others in ((validate, {}), (predict, dict(images=data / "val" / "red" / "0.png"))):
+        given = {k: v for k, v in options.items() if command is validate or k in ("output", "checkpoint")}
+        with pytest.raises(UserError, match="order"):
+            command(class_map=tmp_path / "names.txt", **given, **others)
 
 
 def test_without_matplotlib_only_the_pictures_are_missing(data, trained, tmp_path, monkeypatch, capsys):

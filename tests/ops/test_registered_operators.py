@@ -32,9 +32,31 @@ def scan_arguments(backend: str, height: int, width: int, length: int, backward:
 def test_scan_of_another_size_than_it_was_traced_at(backward, backend):
     operator = torch.ops.vim2.selective_scan_backward if backward else torch.ops.vim2.selective_scan
     operator(*scan_arguments(backend, 4, 5, 20, backward))
-    for height, width, length in ((4, 5, 16), (4, 5, 30), (5, 5, 20)):
+    for height, width, length in ((4, 5, 16), (4, 5, 30), (5, 5, 20), (-4, -5, 20)):
         with pytest.raises(ValueError, match=r"do not fit together.*height .*traced at one image size"):
             operator(*scan_arguments(backend, height, width, length, backward))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.ones(1, 20, 3, dtype=torch.int32), "Tensors must be float16"),
+        (2, torch.ones(2, 3, 2, dtype=torch.complex64), "Tensors must be float16"),
+        (2, torch.ones(2, 3, 2, device="meta"), "Tensors must be on one device"),
+        (1, torch.ones(20), "do not fit together"),
+        (9, [0, -1], "Orders must be indices"),
+        (9, [0, 99], "Orders must be indices"),
+        (15, "auto", "backend must be one of"),
+        (15, "foo", "backend must be one of"),
+    ],
+    ids=["int", "complex", "meta", "one axis", "order -1", "order 99", "auto", "foo"],
+)
+def test_a_scan_called_by_hand_with_what_only_the_function_checks(backend, place, value, message):
+    arguments = list(scan_arguments(backend, 4, 5, 20, backward=False))
+    arguments[place] = value.to(DEVICE) if torch.is_tensor(value) and not value.is_meta else value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.vim2.selective_scan(*arguments)
 
 
 NORM = (ones(4), ones(4))

@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -158,6 +158,20 @@ def input_config(
     if in_chans == 1:  # of grey images, where the defaults are of RGB
         config.update({k: (sum(config[k]) / len(config[k]),) for k in ("mean", "std")})
     return config
+
+
+def check_reads(model: nn.Module, input_size: Sequence[int], context: Callable) -> None:
+    """Raise a UserError unless a model takes images of this size, (channels, H, W), within a context of `autocast`."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), context():
+            model.eval()(torch.zeros(1, *input_size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = input_size[1:]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"The model cannot read images of {height} x {width} pixels ({reason}): change --img-size."
+        ) from None
 
 
 def freeze(model: nn.Module, stages: int) -> list[nn.Module]:

@@ -48,7 +48,7 @@ from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
 from .fingerprints import fingerprint
-from .models import autocast, compile_model, create_model, freeze, input_config, load, train_mode
+from .models import autocast, check_reads, compile_model, create_model, freeze, input_config, load, train_mode
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
 
@@ -212,6 +212,8 @@ class Run:
         if o.grad_checkpointing:
             self.model.set_grad_checkpointing()
         self.model.to(self.processes.device)
+        self.autocast = autocast(self.processes.device, o.amp, o.amp_dtype)
+        check_reads(self.model, self.data_config["input_size"], self.autocast)
         self.ema = None
         if o.model_ema:
             self.ema = ModelEmaV3(self.model, decay=o.model_ema_decay, use_warmup=o.model_ema_warmup)
@@ -310,7 +312,6 @@ class Run:
             updates_per_epoch=self.updates_per_epoch,
         )
         self.scaler = NativeScaler(device.type) if o.amp and o.amp_dtype == "float16" else None
-        self.autocast = autocast(device, o.amp, o.amp_dtype)
 
     def restore(self, saved: dict[str, Any]) -> None:
         called = "The last.pth of the run"

@@ -86,17 +86,20 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
     """The images, their classes numbered as the model numbers them."""
     names = facts.get("class_names")
     class_map = options.class_map
-    if class_map is None and names and not options.dataset:
+    if class_map is not None and names:
+        class_map = choose_classes(class_map, names, model.num_classes)
+    elif names and not options.dataset:
         class_map = {name: i for i, name in enumerate(names)}
     mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
     opened = (options.dataset, options.data_dir, options.split)
     found = class_names(open_split(*opened, mode=mode, download=options.dataset_download))
     # folders of classes that the model does not know would otherwise be left out without a word
-    unknown = sorted(set(found) - set(names)) if found is not None and isinstance(class_map, dict) else []
+    chosen = options.class_map is not None
+    unknown = sorted(set(found) - set(names)) if found is not None and names and class_map and not chosen else []
     if unknown:
         raise UserError(
             f"The data have classes that {options.checkpoint} does not know ({first_names(unknown)}; it knows "
-            f"{first_names(names)}): check --data-dir, or list the classes to use in a file and give it as --class-map."
+            f"{first_names(names)}): check --data-dir, or list those to use in a file and give it as --class-map."
         )
     images = open_split(*opened, class_map=class_map, mode=mode)
     classes = len(found) if found is not None else count_classes(images)
@@ -111,6 +114,36 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
         images = hold_out(images, args["holdout"])[1]
         say(f"Validating on the {len(images)} images of {root} that training set aside.")
     return images
+
+
+def choose_classes(class_map: str, names: list[str], num_classes: int) -> dict[str, int]:
+    """Classes of a file, numbered as the model numbers them, whose checkpoint names its own.
+
+    Args:
+        class_map: The file: some of the model's classes, in any order, or other names for all, in the model's order.
+        names: The model's own.
+        num_classes: Of the model.
+
+    Raises:
+        UserError: It is neither.
+    """
+    given = read_class_map(class_map)
+    numbers = {name: i for i, name in enumerate(names)}
+    if numbers.keys() >= given.keys():
+        return {name: numbers[name] for name in given}
+    if len(given) != num_classes or is_shuffled(list(given), names):
+        raise UserError(
+            f"{class_map} names {first_names([name for name in given if name not in numbers])}, which the model does "
+            f"not know (it knows {first_names(names)}): list some of these, or other names for all of them, in the "
+            "model's order."
+        )
+    return given
+
+
+def is_shuffled(names: list[str], known: list[str]) -> bool:
+    """Whether one of the known names stands at another number than its own."""
+    numbers = {name: i for i, name in enumerate(known)}
+    return any(numbers.get(name, i) != i for i, name in enumerate(names))
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -142,6 +175,12 @@ def label_names(facts: dict[str, Any], class_map: str | None, num_classes: int) 
         names = list(read_class_map(class_map))
         if len(names) != num_classes:
             raise UserError(f"{class_map} names {len(names)} classes, the model has {num_classes}.")
+        known = facts.get("class_names") or []
+        if is_shuffled(names, known):
+            raise UserError(
+                f"{class_map} gives the model's own classes another order than the checkpoint, which begins with "
+                f"{first_names(known)}: keep to it, or leave --class-map out."
+            )
         return names
     names = facts.get("class_names")
     if not names and num_classes == 1000:

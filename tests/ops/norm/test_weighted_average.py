@@ -216,6 +216,7 @@ class TestNorm:
         "change, message",
         [
             (dict(weight=torch.ones(3)), "2 features do not fit 3 weights"),
+            (dict(features=[], weight=torch.ones(0)), "0 features do not fit 0 weights"),
             (dict(features=[torch.zeros(2, 4), torch.zeros(4)]), "of one shape"),
             (dict(features=[torch.zeros(()), torch.zeros(())]), "got scalars"),
             (dict(norm_weight=torch.ones(5)), r"both be \(4,\).*norm_weight is \(5,\)"),

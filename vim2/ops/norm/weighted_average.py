@@ -86,15 +86,17 @@ def weighted_average_norm(
 
 
 def _check_features(features, weight):
-    if len(features) != weight.shape[0]:
-        raise ValueError(f"{len(features)} features do not fit {weight.shape[0]} weights.")
+    if not features or weight.dim() != 1 or len(features) != len(weight):
+        raise ValueError(
+            f"{len(features)} features do not fit {weight.numel()} weights: give a vector with one for each."
+        )
     if not _are_alike(features):
         raise ValueError(f"Features must be of one shape, got {', '.join(str(tuple(f.shape)) for f in features)}.")
 
 
 def _are_alike(features: Sequence[Tensor]) -> bool:
-    """Whether all are of one shape."""
-    return all(f.shape == features[0].shape for f in features)
+    """Whether there are some, all of one shape."""
+    return len(features) > 0 and all(f.shape == features[0].shape for f in features)
 
 
 def _promoted(features: Sequence[Tensor], weight: Tensor) -> torch.dtype:

@@ -31,6 +31,8 @@ class Operands(NamedTuple):
 
     def fit(self, directions: int, height: int, width: int) -> bool:
         """Whether the tensors fit together, and a walk over height x width positions in so many directions."""
+        if self.delta.dim() != 4 or self.A.dim() != 3 or min(height, width, *self.delta.shape, *self.A.shape) < 1:
+            return False
         batch, length = self.delta.shape[:2]
         _, features, n = self.A.shape
         full = (batch, length, directions, features)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import autocast_off, compute_dtype, resolve_backend
+from ..backend import BACKENDS, autocast_off, check_tensors, compute_dtype, resolve_backend
 from ..operator import refuse_second_derivatives, refuse_transforms, register_operator, require_fit
 from .chunks import kept_every
 from .operands import Operands
@@ -99,6 +99,15 @@ def _order_ids(orders: Sequence[str]) -> list[int]:
     return [ORDERS.index(order) for order in orders]
 
 
+def _check_call(tensors: Sequence[Tensor], orders: Sequence[int], backend: str) -> None:
+    """What `scan` has settled, for those who call the operator themselves: one they must not get wrong silently."""
+    check_tensors(*tensors)
+    if any(not 0 <= order < len(ORDERS) for order in orders):
+        raise ValueError(f"Orders must be indices into {ORDERS}, got {list(orders)}.")
+    if backend not in BACKENDS or backend == "auto":
+        raise ValueError(f"The operator's backend must be one of {', '.join(BACKENDS[1:])}, got {backend!r}.")
+
+
 @register_operator("vim2::selective_scan")
 def _selective_scan(
     u: Tensor,
@@ -121,6 +130,7 @@ def _selective_scan(
     """As `scan`, with everything settled: orders by their index, and the `chunk` of steps after which states are kept,
     but for the first."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    _check_call(operands, orders, backend)
     length = height * width
     fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
     require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
@@ -161,6 +171,7 @@ def _of_directions(t: Tensor, shape: Sequence[int], backend: str) -> Tensor:
 @torch.library.register_fake("vim2::selective_scan")
 def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
     with_last, chunk, backend = options
+    _check_call((u, delta, A, B, C, D, delta_bias, delta_weight), orders, backend)
     batch, length = delta.shape[:2]
     directions, features, n = A.shape
     dtype = compute_dtype(u, delta, A, B, C)
@@ -198,6 +209,8 @@ def _selective_scan_backward(
     """As `scan_backward`, also with the gradient of the last states, (batch, K, E, N), or (0,) where there is none.
     grad_B, grad_C and grad_delta may be parts of one tensor."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
+    tensors = (grad_y, grad_last, starts, *operands, grad_B, grad_C, grad_delta)
+    _check_call(tensors, orders, backend)
     length = height * width
     kept = -(-length // kept_every(backend, length, True)) - 1
     fits = (
@@ -208,7 +221,6 @@ def _selective_scan_backward(
         and (grad_B.shape, grad_C.shape, grad_delta.shape[:-1]) == (B.shape, C.shape, delta.shape[:-1])
         and grad_delta.shape[-1] >= delta.shape[-1]
     )
-    tensors = (grad_y, grad_last, starts, *operands, grad_B, grad_C, grad_delta)
     require_fit(fits, "selective_scan_backward", *tensors, height=height, width=width)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if grad_y.dim() == 4 and grad_y.stride(2) == 0:  # one gradient for all directions
