@@ -171,7 +171,10 @@ def test_values_of_another_type_are_refused_by_name(options):
 
 
 def test_unknown_and_missing_options_and_both_ways_at_once():
-    for error in (r"unknown option --epoch; did you mean --epochs\? \(see", "the following arguments are required"):
+    for error in (
+        r"unknown option --epoch; did you mean --epochs\? \(see [^(]*$",
+        r"the following arguments are required[^(]*\(see [^(]*$",
+    ):
         with pytest.raises(UserError, match=error):
             resolve(SampleOptions, ["--epoch", "3"] if "unknown" in error else [])
     with pytest.raises(UserError, match=r"unknown option epoch; did you mean epochs\?"):

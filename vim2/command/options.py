@@ -277,8 +277,9 @@ def resolve(
         if given:
             raise UserError(f"Give {cls.program} a command line or options by name, not both.")
         parser = make_parser(cls)
+        texts = vars(parser.parse_args(argv))
         try:
-            values = _read(cls, vars(parser.parse_args(argv)), _flag, from_text=True)
+            values = _read(cls, texts, _flag, from_text=True)
         except ValueError as error:
             parser.error(str(error))
         return cls(**values), set(values)
