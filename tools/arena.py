@@ -19,7 +19,9 @@ from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 
 import json
 import math
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from benchmarks.arena.models import adapt, parse_entry
 from benchmarks.arena.report import (
     collect,
+    fault,
     plot_all,
     plot_scaling,
     report,
@@ -61,6 +64,7 @@ from vim2.command.options import (
 # What the arena says to `vim2.classify.train` itself, and what says it to the arena
 OWN = {"model": "--models", "model_kwargs": "--models", "lr": "--lrs", "seed": "--seeds", "recipe": "--epochs"}
 OWN |= dict.fromkeys(("output", "experiment", "resume"), "OUTPUT")
+PATHS = ("data_dir", "class_map", "initial_checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +147,12 @@ def run(argv: list[str]) -> int:
     entries = {parse_entry(text).label: text for text in args.models}
     if len(entries) < len(args.models):
         raise UserError("Two of the --models have one label: give one another, LABEL=NAME:key=value,...")
-    settings = settle(args, options, entries)
+    settings = check(args, options, entries)
 
     def plan(results: list[dict]) -> list[dict]:
         return [task for label in entries for task in tasks_of(label, args, settings, results)]
 
-    return execute(train_entry, plan, args, gpus, args.jobs)
+    return execute(train_entry, plan, args, gpus, args.jobs, lambda results: settle(args.folder, settings, results))
 
 
 def places(args: PlaceOptions, device: str | None) -> list[str]:
@@ -165,14 +169,12 @@ def places(args: PlaceOptions, device: str | None) -> list[str]:
     return args.gpus or found
 
 
-def settle(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) -> dict[str, Any]:
-    """Check what is asked for, and write it to OUTPUT/settings.json beside what was asked for before.
+def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) -> dict[str, Any]:
+    """The settings that are asked for.
 
     Raises:
-        UserError: Models or data that cannot be used, or another recipe than the folder's.
+        UserError: Models or data that cannot be used.
     """
-    path = args.folder / "settings.json"
-    saved = read_settings(args.folder) if path.is_file() else None
     for text in entries.values():
         adapt(parse_entry(text), options["img_size"], args.stem_stride == "half")
     sources = ("dataset", "data_dir", "train_split", "val_split", "holdout", "class_map")
@@ -183,40 +185,74 @@ def settle(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str])
             "choose among --lrs and say what the choice is worth: give data with splits, or one rate."
         )
     classes = options["num_classes"] or (len(names) if names else count_classes(train))
-    settings = {
-        "options": plain(options),
+    return {
+        "options": absolute(plain(options)),
         "stem_stride": args.stem_stride,
         "num_classes": classes,
         "images": len(train),
         "entries": entries,
     }
-    if saved:
+
+
+def absolute(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with absolute paths, which mean the same in every working directory."""
+    return {k: os.path.abspath(v) if k in PATHS and v else v for k, v in options.items()}
+
+
+def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
+    """Write the settings to OUTPUT/settings.json, with the models that its runs are of besides.
+
+    Raises:
+        UserError: The folder holds runs of another recipe.
+    """
+    path = folder / "settings.json"
+    if path.is_file() and (results or any(folder.glob("runs/*/*/last.pth"))):
+        saved = read_settings(folder)
         before, now = flat(saved), flat(settings)
         changed = sorted(k for k in before.keys() & now.keys() - MAY_CHANGE if before[k] != now[k])
         if changed:
             name = changed[0]
             raise UserError(
-                f"{args.folder} holds runs with {name.replace('_', '-')} {before[name]}, not {now[name]}: choose "
+                f"{folder} holds runs with {name.replace('_', '-')} {before[name]}, not {now[name]}: choose "
                 "another OUTPUT, or the same settings."
             )
-        settings["entries"] = {**saved["entries"], **entries}
+        settings["entries"] = {**saved["entries"], **settings["entries"]}
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
-    return settings
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Everything that must stay as it is in one OUTPUT, by one name each."""
     labelled = {f"model {label}": text for label, text in settings["entries"].items()}
-    return {**settings["options"], **{k: settings[k] for k in ("stem_stride", "num_classes", "images")}, **labelled}
+    return {
+        **absolute(settings["options"]),
+        **{k: settings[k] for k in ("stem_stride", "num_classes", "images")},
+        **labelled,
+    }
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
+    """What OUTPUT/settings.json holds.
+
+    Raises:
+        UserError: There is none, or one that `settle` has not written.
+    """
+    path = folder / "settings.json"
     try:
-        return json.loads((folder / "settings.json").read_text())
+        settings = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"There is no arena in {folder}: arena.py run makes one.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {folder / 'settings.json'}: {error}") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}).") from None
+    except (ValueError, RecursionError):
+        settings = None
+    kinds = {"options": dict, "stem_stride": str, "num_classes": int, "images": int, "entries": dict}
+    whole = isinstance(settings, dict) and all(isinstance(settings.get(k), kind) for k, kind in kinds.items())
+    if not whole or not settings["options"].keys() >= {"batch_size", "device", "holdout", "img_size", "val_split"}:
+        raise UserError(
+            f"{path} is damaged: delete it, and give arena.py run the same models and options as before, which writes "
+            "it again."
+        )
+    return settings
 
 
 def tasks_of(label: str, args: ArenaOptions, settings: dict[str, Any], results: list[dict]) -> list[dict]:
@@ -252,6 +288,9 @@ def tasks_of(label: str, args: ArenaOptions, settings: dict[str, Any], results: 
 
 
 def task_basis(label: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What all tasks of a model have in common."""
+    if label not in settings["entries"]:
+        raise UserError(f"{folder / 'settings.json'} has no model {label}: name it in --models of arena.py run, too.")
     return {
         "settings": {"entry": settings["entries"][label]},
         "entry": settings["entries"][label],
@@ -266,7 +305,7 @@ def time_all(argv: list[str]) -> int:
     """Measure each model alone on its device."""
     args, _ = resolve(TimeOptions, argv)
     settings, gpus = prepare(args)
-    results = read_results(args.folder / "arena.jsonl")
+    results = read_results(args.folder / "arena.jsonl", fault)
     rates = {row["label"]: row["lr"] for row in results if row["kind"] == "train" and "failed" not in row}
     tasks = [
         {**task_basis(label, args.folder, settings), "key": {"kind": "time", "label": label}, "lr": lr}
@@ -279,7 +318,7 @@ def scale_all(argv: list[str]) -> int:
     """Measure accuracy at other sizes."""
     args, _ = resolve(ScaleOptions, argv)
     settings, gpus = prepare(args)
-    results = read_results(args.folder / "arena.jsonl")
+    results = read_results(args.folder / "arena.jsonl", fault)
     tasks = []
     for row in results:
         if row["kind"] != "train" or "failed" in row:
@@ -301,15 +340,29 @@ def scale_all(argv: list[str]) -> int:
 def prepare(args: TimeOptions | ScaleOptions) -> tuple[dict[str, Any], list[str]]:
     """Settings of a folder with finished runs, on this device; and the GPUs to use."""
     settings = read_settings(args.folder)
-    if not any(row["kind"] == "train" for row in read_results(args.folder / "arena.jsonl")):
+    if not any(row["kind"] == "train" for row in read_results(args.folder / "arena.jsonl", fault)):
         raise UserError(f"No run in {args.folder} is finished yet: arena.py run goes on with them.")
     settings["options"]["device"] = args.device or settings["options"]["device"]
     return settings, places(args, settings["options"]["device"])
 
 
-def execute(worker, plan, args: PlaceOptions, gpus: list[str], jobs: int = 1) -> int:
-    """Run what `plan` makes of the results so far, so many at a time on each device, and tabulate."""
+def execute(
+    worker: Callable[[dict], dict],
+    plan: Callable[[list[dict]], list[dict]],
+    args: PlaceOptions,
+    gpus: list[str],
+    jobs: int = 1,
+    begin: Callable[[list[dict]], None] = lambda results: None,
+) -> int:
+    """Run what `plan` makes of the results so far, so many at a time on each device, and tabulate.
+
+    `begin` is called first, with the results, once no other command can write to the folder.
+    """
     path = args.folder / "arena.jsonl"
+
+    def first(results: list[dict]) -> list[dict]:
+        begin(results)
+        return plan(results)
 
     def then(task: dict, row: dict | None, results: list[dict]) -> list[dict]:
         if row:
@@ -317,7 +370,7 @@ def execute(worker, plan, args: PlaceOptions, gpus: list[str], jobs: int = 1) ->
         return plan(results)
 
     where = dict(jobs=jobs * max(len(gpus), 1), minutes=math.inf if args.minutes is None else args.minutes, gpus=gpus)
-    _, left = run_tasks(worker, plan(read_results(path)), path, **where, then=then)
+    _, left = run_tasks(worker, first, path, **where, then=then, fault=fault)
     tabulate(args.folder)
     print(f"{left} runs are left: the same command goes on with them." if left else "All runs are done.", flush=True)
     return int(left > 0)
@@ -341,7 +394,7 @@ def table_all(argv: list[str]) -> int:
 
 def tabulate(folder: Path) -> None:
     """Print and write the tables, and draw the pictures."""
-    settings, results = read_settings(folder), read_results(folder / "arena.jsonl")
+    settings, results = read_settings(folder), read_results(folder / "arena.jsonl", fault)
     rows, unfinished, scaling = collect(results, settings), unfinished_runs(folder, results), scaling_rows(results)
     text = report(rows, unfinished, results, settings)
     print(text, end="", flush=True)

@@ -18,6 +18,7 @@ from benchmarks.arena.models import Entry, adapt, create, dynamic, last_map, par
 from tools import arena
 from vim2.checkpoints import read_checkpoint
 from vim2.classify import validate
+from vim2.command.runs import own_folder
 
 
 def test_entries():
@@ -99,9 +100,10 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "arena.jsonl").read_text().splitlines()]
 
 
-def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys):
+def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "arena"
-    argv = ["run", folder, "--data-dir", data, "--models", "none=test_vim2:channel_mixer=none", "test_resnet"]
+    monkeypatch.chdir(data.parent)
+    argv = ["run", folder, "--data-dir", data.name, "--models", "none=test_vim2:channel_mixer=none", "test_resnet"]
     argv += ["--device", "cpu", "--img-size", 32, "-b", 12, "--epochs", 2, "--warmup-epochs", 0, "-j", 0]
     argv += ["--lrs", 1e-3, 1e12, "--search-epochs", 1, "--seeds", 0, 1, "--holdout", 0.1]
     argv = list(map(str, argv))
@@ -137,6 +139,7 @@ def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys)
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert arena.main(argv) == 0 and lines(folder) == rows  # nothing is run twice
 
+    monkeypatch.chdir(tmp_path)  # where the data were given relative to another folder
     assert arena.main(["scale", str(folder), "--sizes", "32", "64"]) == 0
     scaled = [row for row in lines(folder) if row["kind"] == "scale"]
     assert len(scaled) == 8 and "| label | 32 | 64 |" in (folder / "scaling.md").read_text()
@@ -157,6 +160,8 @@ def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys)
     assert row["top1"] == next(r["top1"] for r in train if r["label"] == "none")
     other = folder / "runs/test_resnet/epochs2-lr0.001-seed0/last.pth"
     assert read_checkpoint(other)["arch"] == "test_resnet_half_stem"
+
+    monkeypatch.chdir(data.parent)
 
     def fails(*more) -> str:
         capsys.readouterr()
@@ -261,3 +266,93 @@ def test_images_without_a_split_of_their_own_cannot_choose_a_rate_too(data, tmp_
 def test_commands_that_need_an_arena(command, tmp_path, capsys):
     assert run_tool(arena.main, [command, str(tmp_path)]) == 2
     assert "There is no arena in" in capsys.readouterr().err
+
+
+def run_argv(data, folder) -> list[str]:
+    argv = ["run", folder, "--data-dir", data, "--models", "test_vim2", "--device", "cpu", "--img-size", 32, "-j", 0]
+    return list(map(str, [*argv, "--minutes", 0]))
+
+
+def error_of(argv, capsys) -> str:
+    capsys.readouterr()
+    assert run_tool(arena.main, argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def folder(data, tmp_path):
+    """An arena with a finished run."""
+    arena.main(run_argv(data, tmp_path / "arena"))
+    (tmp_path / "arena/arena.jsonl").write_text(json.dumps(trained("test_vim2", 0, 50.0)) + "\n")
+    return tmp_path / "arena"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "tr',
+        "[1]",
+        "{}",
+        '{"kind": ["train"]}',
+        '{"kind": "train"}',
+        json.dumps(trained("test_vim2", 1, 50.0) | {"top1": None}),
+        json.dumps(trained("test_vim2", 1, math.nan)),
+        json.dumps(trained("test_vim2", 1, 50.0) | {"lr": 10**400}),
+        json.dumps(trained("test_vim2", 1, 50.0, date=1)),
+        json.dumps(trained("test_vim2", 1, 50.0, gib="1")),
+        json.dumps(trained("test_vim2", 1, 50.0, history=[1])),
+    ],
+)
+def test_a_damaged_result_is_named(line, folder, data, capsys):
+    with open(folder / "arena.jsonl", "a") as file:
+        file.write("\n" + line)
+    for argv in (run_argv(data, folder), ["time", str(folder)], ["scale", str(folder)], ["table", str(folder)]):
+        error = error_of(argv, capsys)
+        assert "arena.jsonl, line 3, " in error and ": delete that line; what it told of is then run again." in error
+
+
+def test_blank_lines_among_the_results_are_skipped(folder):
+    with open(folder / "arena.jsonl", "a") as file:
+        file.write("\n \n")
+    assert arena.main(["table", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"options": {}}', "{", b"\xff"])
+def test_damaged_settings_do_not_let_other_ones_in(content, folder, data, capsys):
+    (folder / "settings.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for argv in ([*run_argv(data, folder), "-b", "12"], ["time", str(folder)], ["table", str(folder)]):
+        assert "settings.json is damaged: delete it, and give arena.py run the same models" in error_of(argv, capsys)
+
+
+def test_settings_may_change_while_there_is_no_run(data, tmp_path, capsys):
+    argv, path = run_argv(data, tmp_path), tmp_path / "settings.json"
+    assert arena.main(argv) == 1 and arena.main([*argv, "-b", "12"]) == 1
+    assert json.loads(path.read_text())["options"]["batch_size"] == 12
+    run = tmp_path / "runs/test_vim2/epochs16-lr0.001-seed0"
+    run.mkdir(parents=True)
+    (run / "last.pth").touch()  # a run that was cut off, which other settings could not go on with
+    assert "holds runs with batch-size 12, not 256" in error_of(argv, capsys)
+
+
+def test_a_model_that_the_settings_lack(folder, capsys):
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "entries": {}}))
+    assert "has no model test_vim2: name it in --models" in error_of(["time", str(folder)], capsys)
+
+
+def test_a_file_is_no_folder(data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/arena"):
+        assert "choose another output folder" in error_of(run_argv(data, folder), capsys)
+    for command in ("time", "scale", "table"):
+        assert "Cannot read" in error_of([command, str(tmp_path / "file")], capsys)
+
+
+def test_a_folder_that_another_command_writes_to_is_left_alone(folder, data, capsys):
+    before = (folder / "settings.json").read_text()
+    with own_folder(folder, None):
+        for argv in ([*run_argv(data, folder), "--models", "test_resnet"], ["time", str(folder)]):
+            assert f"Another run is writing to {folder}" in error_of(argv, capsys)
+    assert (folder / "settings.json").read_text() == before

@@ -57,7 +57,7 @@ def test_search_then_run_then_table_cell_by_cell(results_tool, tmp_path):
     assert "0 cells to run, 3 done before" in results_tool("run", *SMALL, "--chosen", "--seeds", "0")[1]
     assert "| ETTh1 | 96 | " in results_tool("table")[1]
     code, _, error = results_tool("run", "--set", "epochs=2", "--seeds", "0")
-    assert code == 2 and "choose another --output" in error  # other settings are not taken for another seed
+    assert code == 2 and "choose another output folder" in error  # other settings are not taken for another seed
 
 
 def test_all_searches_runs_what_it_chose_and_compares_until_the_time_is_over(results_tool, tmp_path):

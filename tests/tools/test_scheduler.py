@@ -5,6 +5,7 @@ from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 import json
 import multiprocessing
 import os
+import sys
 import time
 
 import pytest
@@ -19,6 +20,10 @@ def light_processes(monkeypatch):
 def work(task):
     """Does what the task says, in a process of the scheduler's."""
     print("This is not shown.")
+    if "refuses" in task:
+        from vim2.command.errors import UserError
+
+        raise UserError("There is no file: give another.")
     if "fails" in task:
         raise ValueError("broken")
     if "dies" in task:
@@ -58,7 +63,7 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     same = task("a", settings={"epochs": 5, "sizes": (1, 2)})
     assert find_result(same, read_results(path))["epochs"] == 5
     assert run_tasks(work, [same], path)[1] == 0
-    with pytest.raises(UserError, match=r"a is there with {'epochs': 5}, not {'epochs': 6}: choose another --output"):
+    with pytest.raises(UserError, match=r"a is there with {'epochs': 5}, not {'epochs': 6}: choose another output"):
         run_tasks(work, [task("a", settings={"epochs": 6})], path)
     with pytest.raises(UserError, match="choose another"):
         run_tasks(work, [task("b", settings={"epochs": 5}), task("b", settings={"epochs": 6})], path)
@@ -74,6 +79,45 @@ def test_failures_leave_the_others_alone(tmp_path, capfd):
     assert out == "raises has failed: ValueError: broken\nends has failed: its process has ended, with exit code 3\n"
     assert "in work" in err  # where it was
     assert names(run_tasks(work, [task("raises")], path)[0]) == ["before", "after", "raises"]
+
+
+def test_what_the_user_can_put_right_is_one_line(tmp_path, capfd):
+    assert run_tasks(work, [task("a", refuses=True)], tmp_path / "results.jsonl") == ([], 1)
+    assert capfd.readouterr() == ("a has failed: There is no file: give another.\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_a_folder_belongs_to_one_command(tmp_path):
+    from vim2.command.errors import UserError
+
+    path, seen = tmp_path / "results.jsonl", []
+
+    def then(task, row, rows):
+        with pytest.raises(UserError, match=r"Another run is writing to .*: wait for its end, then start again, or"):
+            run_tasks(work, [{"key": {"name": "b"}}], path)
+        return []
+
+    def plan(rows):  # sees what is there once the folder is locked
+        seen.extend(names(rows))
+        return [{"key": {"name": "b"}}]
+
+    run_tasks(work, [task("a")], path, then=then)
+    assert names(run_tasks(work, plan, path)[0]) == ["a", "b"] and seen == ["a"]
+    assert os.listdir(tmp_path) == ["results.jsonl"]
+    with pytest.raises(UserError, match="choose another output folder"):
+        run_tasks(work, [task("a")], path / "results.jsonl")
+
+
+@pytest.mark.parametrize("line", [b'{"name": "b', b"\xff\xfe", b"\0\0", b"[1]", b"null", b"{}", b"[" * 100_000])
+def test_a_damaged_line_is_named(line, tmp_path):
+    from vim2.command.errors import UserError
+
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'\n{"name": "a"}\n  \n')
+    assert read_results(path) == [{"name": "a"}]
+    path.write_bytes(b'\n{"name": "a"}\n' + line)
+    with pytest.raises(UserError, match=r"results.jsonl, line 3, (is no JSON object|has no name): delete that line"):
+        run_tasks(work, [task("c")], path, fault=lambda row: "" if "name" in row else "has no name")
 
 
 def test_several_at_a_time_each_on_its_gpu(tmp_path):

@@ -208,10 +208,12 @@ def run_all(stages: dict[str, list[Stage]], args: argparse.Namespace) -> tuple[l
         return next_cells(task["key"]["name"], rows)
 
     path = args.output / "results.jsonl"
-    done = read_results(path)
-    tasks = [task for name in stages for task in next_cells(name, done)]
+
+    def first(rows: list[dict]) -> list[dict]:
+        return [task for name in stages for task in next_cells(name, rows)]
+
     gpus = visible_gpus() if args.device in (None, "cuda") else []
-    rows, count = run_tasks(run_cell, tasks, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished)
+    rows, count = run_tasks(run_cell, first, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished)
     print(f"{count} cells are left." if count else "All cells are done.", flush=True)
     return rows, count
 

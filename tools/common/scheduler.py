@@ -38,9 +38,35 @@ __all__ = ["find_result", "name_of", "read_results", "run_tasks", "visible_gpus"
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
-def read_results(path: Path) -> list[dict]:
-    """The lines of a results' file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def read_results(path: Path, fault: Callable[[dict], str] | None = None) -> list[dict]:
+    """The lines of a results' file but for blank ones; none where there is no file.
+
+    Args:
+        path: The file.
+        fault: Says what a row has that no result can have, such as "has no seed"; "" where all is well.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no JSON object, or has a fault.
+    """
+    from vim2.command.errors import UserError
+
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}).") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        found = (fault(row) if fault else "") if isinstance(row, dict) else "is no JSON object"
+        if found:
+            raise UserError(f"{path}, line {number}, {found}: delete that line; what it told of is then run again.")
+        rows.append(row)
+    return rows
 
 
 def find_result(task: dict, rows: Iterable[dict]) -> dict | None:
@@ -56,7 +82,7 @@ def find_result(task: dict, rows: Iterable[dict]) -> dict | None:
         if key.items() <= row.items():
             found = {name: row.get(name) for name in settings}
             if found != settings:
-                raise UserError(f"{name_of(task)} is there with {found}, not {settings}: choose another --output.")
+                raise UserError(f"{name_of(task)} is there with {found}, not {settings}: choose another output folder.")
             return row
     return None
 
@@ -77,35 +103,50 @@ def visible_gpus() -> list[str]:
 
 def run_tasks(
     worker: Callable[[dict], dict],
-    tasks: Iterable[dict],
+    tasks: Iterable[dict] | Callable[[list[dict]], Iterable[dict]],
     path: Path,
     *,
     jobs: int = 1,
     minutes: float = float("inf"),
     gpus: Sequence[str] = (),
     then: Callable[[dict, dict | None, list[dict]], Iterable[dict]] | None = None,
+    fault: Callable[[dict], str] | None = None,
 ) -> tuple[list[dict], int]:
     """Run the tasks that have no result yet, several at a time, until the time is over.
+
+    The results' folder is locked meanwhile: of two commands, each would write the file without the other's results.
 
     Args:
         worker: Runs a task and returns its result, a dict that JSON can hold. It runs in other processes, `jobs` of
             them, one task after another in each; what it prints is not shown.
-        tasks: As the module's docstring describes them.
+        tasks: As the module's docstring describes them; or what makes them of the rows that are there, once the
+            folder is locked.
         path: The results' file, which is written anew, in one step, after every task.
         jobs: How many tasks at a time.
         minutes: After these, what still runs is cut off, and nothing new is started.
         gpus: GPUs by the names that CUDA_VISIBLE_DEVICES takes: each process sees one, in turn. By default all see all.
         then: Called after every task with it, its row (None where it has failed) and all rows. Returns further tasks.
+        fault: As of `read_results`.
 
     Returns:
         All rows of the file, and how many tasks have no result: those that are left, and those that have failed.
 
     Raises:
-        UserError: There is a result with a task's key, but of other settings.
+        UserError: There is a result with a task's key, but of other settings; what `read_results` refuses; another
+            command runs tasks in the folder, or it cannot be written.
     """
+    from vim2.command.runs import identity, own_folder
+
+    with own_folder(path.parent, identity(path.parent / "last.pth"), output="output folder", then="then start again"):
+        rows = read_results(path, fault)
+        return _run_tasks(worker, tasks(rows) if callable(tasks) else tasks, path, rows, jobs, minutes, gpus, then)
+
+
+def _run_tasks(worker, tasks, path, rows, jobs, minutes, gpus, then) -> tuple[list[dict], int]:
+    """As `run_tasks`, in a folder that is locked, with the rows that are there."""
     from vim2.checkpoints import write_atomically
 
-    rows, known, queue = read_results(path), [], []
+    known, queue = [], []
     failed, latest = 0, {}  # how long the latest task of each group took
 
     def add(further: Iterable[dict]) -> None:
@@ -204,6 +245,11 @@ def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | No
         try:
             answer = worker(task), None
         except Exception as error:
-            traceback.print_exc()
-            answer = None, f"{type(error).__name__}: {error}"
+            from vim2.command.errors import UserError
+
+            if isinstance(error, UserError):  # one of a loader's worker comes with the worker's trace before it
+                answer = None, str(error).rsplit("UserError: ", 1)[-1]
+            else:
+                traceback.print_exc()
+                answer = None, f"{type(error).__name__}: {error}"
         connection.send(answer)

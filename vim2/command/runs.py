@@ -150,8 +150,12 @@ def identity(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, output: str = "--output") -> None:
     """Make a run's folder before it trains, so that one which cannot be made does not cost an epoch.
+
+    Args:
+        folder: The run's.
+        output: What messages call it.
 
     Raises:
         UserError: It cannot be made.
@@ -160,7 +164,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"Cannot make the folder {folder} ({error.strerror}): choose another --output.", one_process=True
+            f"Cannot make the folder {folder} ({error.strerror}): choose another {output}.", one_process=True
         ) from None
 
 
@@ -178,7 +182,13 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def own_folder(folder: Path, last: tuple[int, ...] | None, processes: Processes | None = None) -> Iterator[None]:
+def own_folder(
+    folder: Path,
+    last: tuple[int, ...] | None,
+    processes: Processes | None = None,
+    output: str = "--output",
+    then: str = "then add --resume",
+) -> Iterator[None]:
     """Make a run's folder, keep other runs out of it, and remove what killed ones left half-written.
 
     The first of several processes locks the folder's file .lock for all of them. When it ends, however it does, the
@@ -188,26 +198,26 @@ def own_folder(folder: Path, last: tuple[int, ...] | None, processes: Processes 
         folder: The run's.
         last: The `identity` of the folder's last.pth that the run goes on from.
         processes: Those of the run.
+        output: What messages call the folder.
+        then: What they say to do after the end of another run.
 
     Raises:
         UserError: Another run is there, or has been there since `last`; the folder cannot be made.
     """
     path, descriptor, refused = folder / ".lock", None, torch.zeros((), dtype=torch.int64)
     if processes is None or processes.is_first:
-        make_folder(folder)
+        make_folder(folder, output)
         try:
             descriptor = _lock(path)
         except OSError as error:
             raise UserError(
-                f"Cannot write to {folder} ({error.strerror}): choose another --output.", one_process=True
+                f"Cannot write to {folder} ({error.strerror}): choose another {output}.", one_process=True
             ) from None
         if descriptor is None or identity(folder / "last.pth") != last:
             refused += 1
     try:
         if (refused if processes is None else processes.maximum(refused)).item():
-            raise UserError(
-                f"Another run is writing to {folder}: wait for its end, then add --resume, or choose another folder."
-            )
+            raise UserError(f"Another run is writing to {folder}: wait for its end, {then}, or choose another folder.")
         if descriptor is not None:
             remove_leftovers(folder)
         yield

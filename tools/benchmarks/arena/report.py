@@ -10,7 +10,55 @@ from pathlib import Path
 from benchmarks.reporting import ABSENT, table
 from vim2.command.figures import figure, save
 
-__all__ = ["collect", "plot_all", "plot_scaling", "report", "scaling_report", "scaling_rows", "unfinished_runs"]
+__all__ = [
+    "collect",
+    "fault",
+    "plot_all",
+    "plot_scaling",
+    "report",
+    "scaling_report",
+    "scaling_rows",
+    "unfinished_runs",
+]
+
+RUN = ("epochs", "lr", "seed")
+NEEDED = {  # numbers that every row of a kind has, and those of a row that has not failed
+    "search": (RUN, ("top1",)),
+    "train": ((*RUN, "sharing"), ("top1", "top5", "params_m", "gflops", "images_per_second", "train_seconds")),
+    "time": ((), ("images_per_second",)),
+    "scale": ((*RUN, "img_size"), ("top1", "top5", "gflops")),
+}
+
+
+def fault(row: dict) -> str:
+    """What a line of arena.jsonl has that no result can have, in words; "" where all is well."""
+    kind = row.get("kind")
+    if not isinstance(kind, str) or kind not in NEEDED:
+        return "has no kind of run"
+    always, finished = NEEDED[kind]
+    names = always if "failed" in row else (*always, *finished)
+    if bad := [name for name in names if not is_number(row.get(name))]:
+        return f"has no number as its {bad[0]}"
+    texts = ("label", *(("hardware", "versions", "date") if "date" in row else ()))
+    if bad := [name for name in texts if not isinstance(row.get(name), str)]:
+        return f"has no text as its {bad[0]}"
+    if "failed" in row:
+        return ""
+    if kind in ("train", "time") and not ("gib" in row and is_number(row["gib"] or 0)):  # None on a CPU
+        return "has no number as its gib"
+    if kind == "train" and not is_history(row.get("history")):
+        return "has no epochs as its history"
+    return ""
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def is_history(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and is_number(row.get("epoch")) and is_number(row.get("top1") or 0) for row in value
+    )
 
 
 def collect(results: list[dict], settings: dict) -> list[dict]:
