@@ -4,6 +4,7 @@ from common.command import run_tool
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 
@@ -163,5 +164,8 @@ def test_ctrl_c_while_modules_are_loaded(tool, tmp_path):
     """torch, here, sends it to itself: what else would be loaded would take too long to hit."""
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([sys.executable, TOOLS / tool], env=env, capture_output=True, text=True)
+    # a program in the background ignores Ctrl-C, and so would those that it starts
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, TOOLS / tool]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, preexec_fn=heed)
     assert done.returncode == 130 and done.stderr == "stopped\n"

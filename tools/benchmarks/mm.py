@@ -28,11 +28,10 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from benchmarks.measuring import AMP, autocast, machine, measure, positive
-from benchmarks.models import multiply_adds
+from benchmarks.models import FlopCounter, multiply_adds
 from benchmarks.reporting import figure, table
 from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
@@ -89,7 +88,7 @@ def measure_config(path: str, args: argparse.Namespace) -> dict:
 def count_flops(model: nn.Module, shape: tuple[int, int]) -> float:
     """FLOPs for one image, counted on the meta device."""
     image = torch.empty(1, 3, *shape, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounter() as counter, torch.no_grad():
         if hasattr(model, "roi_head"):
             features = model.extract_feat(image)
             model.rpn_head(features)
