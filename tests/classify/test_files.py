@@ -98,7 +98,7 @@ def test_arguments_of_the_model(fails, data, tmp_path, given, words):
         ({"model_kwargs": {"depths": [1, [1, torch.ones(2)]]}}, "depths is none"),
         ({"model_kwargs": {"drop_path_rate": float("nan")}}, "drop_path_rate is none"),
         ({"model_kwargs": {"global_pool": ""}}, "global_pool"),
-        ({"model_kwargs": {"mlp_ratio": "4"}}, "hold text for mlp_ratio, which takes a number"),
+        ({"model_kwargs": {"mlp_ratio": "4"}}, "mlp_ratio must be above 0, in finite numbers, got '4'"),
         ({"model_kwargs": {"d_state": "4"}}, "d_state"),
         ({"model_kwargs": {"token_mixers": [True, True, True, True]}}, "True or False for token_mixers"),
         ({"model_kwargs": {"dims": [16, 24]}}, "dims must have a value a stage"),
