@@ -19,7 +19,7 @@ import torch
 from timm.data.readers.reader import Reader
 from timm.utils import natural_key
 
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 from ..command.images import HIDDEN, SPECIAL, SUFFIXES, ImageFolder, describe_left_out, first_names
 from ..command.processes import free_memory
 
@@ -178,7 +178,7 @@ def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, in
     except UserError:
         raise
     except Exception as error:  # tarfile and the readers of compressed files each have their own ways to fail
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+        reason = first_line(error).rstrip(":")
         raise UserError(f"{path} is no tar archive, or damaged ({reason}): copy or download it again.") from None
     order = sorted(members, key=lambda name: (natural_key(name), name))
     return {name: members[name] for name in order}, {why: list(names) for why, names in left_out.items()}

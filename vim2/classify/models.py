@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vim2  # noqa: F401  registers the models
 
 from ..checkpoints import load_weights
-from ..command.errors import UserError, did_you_mean
+from ..command.errors import UserError, did_you_mean, first_line
 from ..command.runs import read_saved
 from .facts import check_model_kwargs, check_types, read_facts
 from .options import InputOptions
@@ -160,18 +160,28 @@ def input_config(
     return config
 
 
-def check_reads(model: nn.Module, input_size: Sequence[int], context: Callable) -> None:
-    """Raise a UserError unless a model takes images of this size, (channels, H, W), within a context of `autocast`."""
+def check_reads(
+    model: nn.Module, input_size: Sequence[int], context: Callable = nullcontext, called: str = "The model"
+) -> None:
+    """Make sure that a model takes images of a size, before anything is written or trained.
+
+    Args:
+        model: On any device; it is put into eval mode.
+        input_size: Channels, height and width.
+        context: Of `autocast`.
+        called: What to call the model in the message.
+
+    Raises:
+        UserError: It fails on them.
+    """
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), context():
             model.eval()(torch.zeros(1, *input_size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        height, width = input_size[1:]
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"The model cannot read images of {height} x {width} pixels ({reason}): change --img-size."
-        ) from None
+    except Exception as error:  # every family has its own ways to fail
+        size = " x ".join(map(str, input_size[1:]))
+        reason = first_line(error)
+        raise UserError(f"{called} cannot read images of {size} pixels ({reason}): change --img-size.") from None
 
 
 def freeze(model: nn.Module, stages: int) -> list[nn.Module]:

@@ -86,16 +86,16 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
     """The images, their classes numbered as the model numbers them."""
     names = facts.get("class_names")
     class_map = options.class_map
-    if class_map is not None and names:
-        class_map = choose_classes(class_map, names, model.num_classes)
-    elif names and not options.dataset:
+    is_by_name = names and class_map is None and not options.dataset  # the folders are to be the checkpoint's classes
+    if is_by_name:
         class_map = {name: i for i, name in enumerate(names)}
+    elif names and class_map is not None:
+        class_map = choose_classes(class_map, names, model.num_classes)
     mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
     opened = (options.dataset, options.data_dir, options.split)
     found = class_names(open_split(*opened, mode=mode, download=options.dataset_download))
     # folders of classes that the model does not know would otherwise be left out without a word
-    chosen = options.class_map is not None
-    unknown = sorted(set(found) - set(names)) if found is not None and names and class_map and not chosen else []
+    unknown = sorted(set(found) - set(names)) if is_by_name and found is not None else []
     if unknown:
         raise UserError(
             f"The data have classes that {options.checkpoint} does not know ({first_names(unknown)}; it knows "

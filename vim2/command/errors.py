@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Command", "DivergenceError", "UserError", "did_you_mean", "run_command"]
+__all__ = ["Command", "DivergenceError", "UserError", "did_you_mean", "first_line", "run_command"]
 
 
 class UserError(ValueError):
@@ -23,6 +23,11 @@ class UserError(ValueError):
     def __init__(self, message: str, one_process: bool = False):
         super().__init__(" ".join(str(message).split()))
         self.one_process = one_process
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, to stand within a message; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class DivergenceError(UserError):

@@ -6,7 +6,7 @@ A GPU runs the kernels of a small model faster than its host launches them; a gr
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 __all__ = ["record"]
 
@@ -40,7 +40,7 @@ def record(module: nn.Module, inputs: tuple[Tensor, ...], amp_dtype: torch.dtype
         raise
     except RuntimeError as error:
         raise UserError(
-            f"The model cannot be recorded as CUDA graphs ({str(error).splitlines()[0]}): leave out --cuda-graph."
+            f"The model cannot be recorded as CUDA graphs ({first_line(error)}): leave out --cuda-graph."
         ) from None
     with torch.no_grad():
         for buffer, before in zip(module.buffers(), buffers):  # recording ran the model, which changed its averages

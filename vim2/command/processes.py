@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 __all__ = ["Processes", "choose_device", "free_memory", "start_processes"]
 
@@ -71,7 +71,7 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()  # totals are float64
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"The device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu.") from None
+        raise UserError(f"The device {name} cannot be used ({first_line(error)}): try --device cpu.") from None
     return device
 
 
@@ -124,5 +124,5 @@ def start_processes(device: str | None, tool: str) -> Processes:
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"The processes could not connect: {str(error).splitlines()[0]}", one_process=True) from None
+        raise UserError(f"The processes could not connect: {first_line(error)}", one_process=True) from None
     return Processes(device, dist.get_rank(), world_size)

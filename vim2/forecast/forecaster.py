@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..checkpoints import check_weights, write_atomically
-from ..command.errors import UserError, did_you_mean
+from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
 from ..tsm2 import TSM2, TSM2Config
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
@@ -191,7 +191,7 @@ class Forecaster:
         try:
             saved, config = _read_config(json.loads((folder / CONFIG_NAME).read_text()))
         except (UserError, OSError, RecursionError, ValueError) as error:  # of JSON, and of its encoding
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = first_line(error)
             raise UserError(f"{folder / CONFIG_NAME} is damaged or of something else ({reason}).") from None
         try:
             weights = load((folder / WEIGHTS_NAME).read_bytes())

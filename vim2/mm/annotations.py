@@ -12,7 +12,7 @@ from mmengine.model import is_model_wrapper
 from PIL import Image
 from torch import nn
 
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 
 __all__ = ["check_annotations"]
 
@@ -197,7 +197,7 @@ def _check_maps(part: Any, loader: Any, model: nn.Module, name: str) -> None:
         try:
             labels = loader(info).get("gt_seg_map")
         except Exception as error:  # every decoder has its own ways to fail
-            raise UserError(f"{name}: the label map {path} cannot be read: {str(error).splitlines()[0]}.") from error
+            raise UserError(f"{name}: the label map {path} cannot be read: {first_line(error)}.") from error
         if labels is None:
             return
         if labels.ndim != 2:

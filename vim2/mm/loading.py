@@ -8,7 +8,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints import check_weights, find_state_dict, read_checkpoint
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 
 __all__ = ["allow_checkpoints", "load_backbone_weights"]
 
@@ -108,7 +108,7 @@ def _read(source: str):
     try:
         return CheckpointLoader.load_checkpoint(source, map_location="cpu")
     except Exception as error:  # every scheme has its own ways to fail
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"Nothing can be loaded from {source}; check the address. (The loader says: {reason})"
         ) from None

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints import check_weights, remove_leftovers, verify_archive, write_atomically
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
 from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
@@ -106,18 +106,18 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
     try:
         config = Config.fromstring(f"_base_ = {path!r}", ".py") if "::" in path else Config.fromfile(path)
     except FileNotFoundError as error:
-        raise UserError(f"{_first_line(error)}.") from None
+        raise UserError(f"{first_line(error)}.") from None
     except ModuleNotFoundError as error:
-        raise UserError(f'{_first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None
+        raise UserError(f'{first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None
     except RecursionError:
         raise UserError(f"{path} is no config that MMEngine can read: it is among its own bases (_base_).") from None
     except Exception as error:  # a config is code, which can fail in every way
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} is no config that MMEngine can read: {reason}.") from None
     try:
         config.merge_from_dict(options or {})
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--cfg-options does not fit {path}: {_first_line(error)}.") from None
+        raise UserError(f"--cfg-options does not fit {path}: {first_line(error)}.") from None
     scope = config.get("default_scope", "mmengine")
     if scope != "mmengine" and importlib.util.find_spec(scope) is None:
         package = _LIBRARIES.get(scope, scope)
@@ -178,7 +178,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
         raise
     except (AssertionError, AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:
         # MMEngine wraps the constructor's own message, which is what helps
-        raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", _first_line(error))) from error
+        raise UserError(re.sub(r"^class `(\w+)` in \S+: ", r"\1: ", first_line(error))) from error
 
 
 def _check_numbers(config: Any, name: str) -> None:
@@ -212,9 +212,9 @@ def build_data(runner: Runner, split: str) -> None:
                 raise UserError(
                     f"no image for {name} is left: none has annotations, or none is large enough."
                 ) from error
-            raise UserError(f"the data of {part}_dataloader cannot be read: {_first_line(error)}.") from error
+            raise UserError(f"the data of {part}_dataloader cannot be read: {first_line(error)}.") from error
         except Exception as error:  # JSON, image lists and loaders each have their own ways to fail
-            raise UserError(f"the data of {part}_dataloader cannot be read: {_first_line(error)}.") from error
+            raise UserError(f"the data of {part}_dataloader cannot be read: {first_line(error)}.") from error
         check_annotations(loop.dataloader.dataset, runner.model, f"{part}_dataloader")
     if split == "train":
         try:
@@ -223,7 +223,7 @@ def build_data(runner: Runner, split: str) -> None:
             optimizer = runner.cfg.optim_wrapper.get("optimizer")
             optimizer = optimizer.get("type") if isinstance(optimizer, dict) else optimizer
             raise UserError(
-                f"the optim_wrapper with the optimizer {optimizer} cannot be built: {_first_line(error)}."
+                f"the optim_wrapper with the optimizer {optimizer} cannot be built: {first_line(error)}."
             ) from error
 
 
@@ -241,7 +241,7 @@ def run_errors() -> Iterator[None]:
         if not re.match(r"Target \S+ is out of bounds", str(error)):
             raise
         raise UserError(
-            f"a label of the data is not among the model's classes: {_first_line(error)}. Compare num_classes and the "
+            f"a label of the data is not among the model's classes: {first_line(error)}. Compare num_classes and the "
             "annotations.",
             one_process=True,
         ) from error
@@ -259,7 +259,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # a PyTorch without CUDA asserts
-        raise UserError(f"--device {device} cannot be used here: {_first_line(error)}.") from None
+        raise UserError(f"--device {device} cannot be used here: {first_line(error)}.") from None
 
 
 @contextlib.contextmanager
@@ -272,7 +272,7 @@ def checkpoint_errors(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint at {path}.") from None
     except OSError as error:  # URLError is one, too
-        raise UserError(f"The checkpoint at {path} cannot be read: {_first_line(error)}.") from None
+        raise UserError(f"The checkpoint at {path} cannot be read: {first_line(error)}.") from None
     except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         text = str(error)
         if "state dict" in text or "state_dict" in text:
@@ -282,7 +282,7 @@ def checkpoint_errors(path: str) -> Iterator[None]:
             ) from None
         raise UserError(
             f"{path} is damaged (copy or download it again), no checkpoint, or holds more than PyTorch's safe loader "
-            f"reads: {_first_line(error)}."
+            f"reads: {first_line(error)}."
         ) from None
 
 
@@ -390,7 +390,3 @@ def _replace_sync_bn(config: Any) -> None:
     elif isinstance(config, list | tuple):
         for value in config:
             _replace_sync_bn(value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

@@ -22,7 +22,8 @@ from timm.models import register_model
 from torch import nn
 
 import vim2  # noqa: F401  registers the models
-from vim2.command.errors import UserError, did_you_mean
+from vim2.classify.models import check_reads
+from vim2.command.errors import UserError, did_you_mean, first_line
 
 __all__ = ["Entry", "adapt", "create", "dynamic", "half_stem", "last_map", "parse_entry", "takes"]
 
@@ -95,8 +96,9 @@ def create(entry: Entry, **kwargs) -> nn.Module:
     try:
         return on_meta(entry.model, **entry.kwargs, **kwargs)
     except Exception as error:  # every family has its own ways to refuse an argument
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{entry.label}: {entry.model} cannot be made with {entry.kwargs}: {reason}") from None
+        raise UserError(
+            f"{entry.label}: {entry.model} cannot be made with {entry.kwargs}: {first_line(error)}"
+        ) from None
 
 
 def on_meta(name: str, **kwargs) -> nn.Module:
@@ -142,13 +144,7 @@ def adapt(entry: Entry, size: int, halve: bool = True) -> Entry:
         if "window_size" not in entry.kwargs:
             adapted = with_dividing_window(adapted, size)
         adapted = adapted.having(img_size=size)
-    model = create(adapted)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{entry.label}: {entry.model} cannot read images of {size} pixels: {reason}") from None
+    check_reads(create(adapted), (3, size, size), called=f"{entry.label}: {entry.model}")
     return adapted
 
 
