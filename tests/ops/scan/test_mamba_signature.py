@@ -78,6 +78,19 @@ class TestMambaSignature:
         y = selective_scan_fn(**arguments, delta_softplus=True, backend="torch")
         assert torch.equal(y, selective_scan_fn(**wide, delta_softplus=True, backend="torch").to(dtype))
 
+    @pytest.mark.parametrize("kinds", [(dict(), dict(constant=True)), (dict(groups=2), dict(groups=3))], ids=str)
+    def test_gradients_of_what_channels_share_are_added_before_they_are_rounded(self, kinds):
+        arguments = {k: t.detach().bfloat16() for k, t in self.make().items() if k != "z"}
+        arguments["B"], arguments["C"] = (self.make(**kind)["B"].detach().bfloat16() for kind in kinds)
+        half, wide = (
+            {k: t.to(dtype, copy=True).requires_grad_() for k, t in arguments.items()}
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        for given in (half, wide):
+            selective_scan_fn(**given, delta_softplus=True, backend="torch").sum().backward()
+        for name in ("B", "C"):
+            assert torch.equal(half[name].grad, wide[name].grad.bfloat16()), name
+
     def test_optional_arguments(self):
         arguments = {k: v for k, v in self.make().items() if k in ("u", "A", "B", "C")}
         arguments["delta"] = torch.rand(self.batch, self.channels, self.length, dtype=torch.float64)
@@ -96,6 +109,7 @@ class TestMambaSignature:
             (dict(D=torch.ones(7)), "D and delta_bias"),
             (dict(A=torch.ones(6, 0)), "a state or more"),
             (dict(u=torch.ones(2, 6, 70, dtype=torch.int64)), "got torch.int64"),
+            (dict(B=torch.ones(6, 3, dtype=torch.int64)), "got torch.int64"),
         ],
     )
     def test_bad_input(self, change, message):

@@ -84,6 +84,7 @@ def selective_scan_fn(
         raise ValueError(f"u and delta must both be (batch, D, L), got {tuple(u.shape)} and {tuple(delta.shape)}.")
     if A.is_complex():
         raise ValueError("A is complex: only real A is supported; split the states into real pairs.")
+    check_tensors(u, delta, A, B, C)
     batch, channels, length = u.shape
     if A.dim() != 2 or A.shape[0] != channels:
         raise ValueError(f"A must be (D, N) with D = {channels} as in u, got {tuple(A.shape)}.")
@@ -91,7 +92,11 @@ def selective_scan_fn(
         raise ValueError("A must hold a state or more for each channel, got none.")
     n = A.shape[1]
     # A direction of the operator holds the channels that share B and C; a constant B or C is one for every channel.
-    B, C = (t.expand(batch, length, -1, -1).permute(0, 2, 3, 1) if t.shape == (channels, n) else t for t in (B, C))
+    # What is repeated is so in the arithmetic's dtype: the gradients of its copies are added, and rounded only then.
+    wide = compute_dtype(u, delta, A, B, C)
+    B, C = (
+        t.to(wide).expand(batch, length, -1, -1).permute(0, 2, 3, 1) if t.shape == (channels, n) else t for t in (B, C)
+    )
     B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
     groups = math.lcm(*(max(t.shape[1], 1) for t in (B, C) if t.dim() == 4))
     for name, t in (("B", B), ("C", C)):
@@ -115,6 +120,7 @@ def selective_scan_fn(
         u, z = (t.to(compute_dtype(u, z)) for t in (u, z))
     u, delta = (t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (u, delta))
     A, D, delta_bias = (t.unflatten(0, (groups, -1)) for t in (A, D, delta_bias))
+    B, C = (t if t.shape[1] == groups else t.to(wide) for t in (B, C))
     B, C = (t.unsqueeze(2).expand(-1, -1, groups // t.shape[1], -1, -1).flatten(1, 2) for t in (B, C))
     B, C = (t.permute(0, 3, 1, 2) for t in (B, C))
     operands = Operands(u, delta, A, B, C, D, delta_bias, A.new_empty(0))
