@@ -80,3 +80,24 @@ def test_what_is_missing_is_one_line(capsys, tmp_path):
     assert run_tool(main, ["ridge"]) == 2
     error = capsys.readouterr().err
     assert "`ridge` wants --data-dir" in error and error.count("\n") == 1
+
+
+ROW = dict(name="ETTh1", horizon=96, label="TSM2", seed=0, epoch=1, val_mse=1.0, ridge_val_mse=1.0)
+
+
+@pytest.mark.parametrize(
+    "row, word",
+    [
+        ({}, "no text as its name"),
+        ({**ROW, "label": None}, "no text as its label"),
+        ({**ROW, "horizon": [96]}, "no number as its horizon"),
+        ({**ROW, "ridge_val_mse": float("nan")}, "no number as its ridge_val_mse"),
+        ({**ROW, "mse": 1.0}, "no number as its mae"),
+    ],
+)
+def test_a_line_that_no_cell_can_have_written_is_named(row, word, results_tool, tmp_path):
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(ROW)}\n{json.dumps(row)}\n")
+    for command in ("table", "search"):
+        code, _, error = results_tool(command)
+        assert code == 2 and error.count("\n") == 1
+        assert f"results.jsonl, line 2, has {word}: delete that line" in error

@@ -23,6 +23,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable
 
+from benchmarks.reporting import is_number
 from vim2.command.errors import UserError
 
 Stage = Callable[[list[dict]], list[dict]]
@@ -213,7 +214,9 @@ def run_all(stages: dict[str, list[Stage]], args: argparse.Namespace) -> tuple[l
         return [task for name in stages for task in next_cells(name, rows)]
 
     gpus = visible_gpus() if args.device in (None, "cuda") else []
-    rows, count = run_tasks(run_cell, first, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished)
+    rows, count = run_tasks(
+        run_cell, first, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished, fault=fault
+    )
     print(f"{count} cells are left." if count else "All cells are done.", flush=True)
     return rows, count
 
@@ -268,6 +271,16 @@ def tables(rows: list[dict]) -> str:
 
 
 COLUMNS = ("mse", "mae", "ridge_mse", "ridge_mae", "last_value_mse")
+KEY_NUMBERS, VALIDATION = ("horizon", "seed"), ("epoch", "val_mse", "ridge_val_mse")  # that every row has
+
+
+def fault(row: dict) -> str:
+    """What a line of results.jsonl has that no cell's can have, in words; "" where all is well."""
+    if bad := [name for name in ("name", "label") if not isinstance(row.get(name), str)]:
+        return f"has no text as its {bad[0]}"
+    names = (*KEY_NUMBERS, *VALIDATION, *(COLUMNS if "mse" in row else ()))
+    bad = [name for name in names if not is_number(row.get(name))]
+    return f"has no number as its {bad[0]}" if bad else ""
 
 
 def line(start: str, group: list[dict], paper: float, duet: float | None = None, seeds: int = 0) -> str:
@@ -313,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help="further options of `fit`")
     args = parser.parse_args(argv)
     if args.command == "table":
-        print(tables(read_results(args.output / "results.jsonl")))
+        print(tables(read_results(args.output / "results.jsonl", fault)))
         return 0
     if args.data_dir is None:
         raise UserError(f"`{args.command}` wants --data-dir, the folder with the data sets' files.")

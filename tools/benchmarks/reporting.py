@@ -14,6 +14,11 @@ def report(results: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def is_number(value) -> bool:
+    """Whether a value from a file of results is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A markdown table, without the columns that hold nothing."""
     columns = [column for column in zip(header, *rows) if any(cell != ABSENT for cell in column[1:])]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.reporting import ABSENT, table
+from benchmarks.reporting import ABSENT, is_number, table
 from vim2.command.figures import figure, save
 
 __all__ = [
@@ -49,10 +49,6 @@ def fault(row: dict) -> str:
     if kind == "train" and not is_history(row.get("history")):
         return "has no epochs as its history"
     return ""
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def is_history(value) -> bool:
