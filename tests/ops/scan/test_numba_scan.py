@@ -55,6 +55,16 @@ def test_states_that_grow_without_bound_become_infinite():
     assert not finite.all() and torch.equal(y.isfinite(), finite)
 
 
+def test_gradients_of_parameters_are_right_to_single_precision_over_long_sequences():
+    """One sum from end to end would have grown too large for what is added last."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 65536, 2), (1, 65536, 1, 2), (1, 2, 1), (1, 65536, 1, 1), (1, 65536, 1, 1), (1, 2), (1, 2)]
+    u, delta, rates, B, C, D, bias = (torch.rand(shape, generator=generator) for shape in shapes)
+    D.requires_grad_()
+    selective_scan(u, delta, -rates - 0.5, B, C, D, bias, backend="numba").sum().backward()
+    torch.testing.assert_close(D.grad.double(), u.double().sum(1), rtol=1e-6, atol=0)
+
+
 def test_float64_is_for_another_backend():
     with pytest.raises(RuntimeError, match=r"computes in float32.*backend='torch'"):
         selective_scan(*make_inputs((1, 6), FORWARD), orders=FORWARD, backend="numba")

@@ -199,7 +199,8 @@ def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplu
 def _backward(
     gy, glast, u, delta, A, B, C, D, bias, gu, gdelta, gA, gB, gC, gD, gbias, orders, height, width, softplus, threads
 ):
-    """Gradients; gu (K, batch, L, E), and gA, gD and gbias apart for every image: (batch, K, ...)."""
+    """Gradients; gu (K, batch, L, E), and gA, gD and gbias apart for every image: (batch, K, ...). The last three are
+    float64, and they, gB and gC are added to."""
     directions, batch, length, features = delta.shape
     n = A.shape[1]
     chunks = (length + CHUNK - 1) // CHUNK
@@ -244,14 +245,15 @@ def _backward(
                         for e in range(size):
                             h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
                 g[:] = 0
-                ga[:] = 0
-                gd[:] = 0
-                gb[:] = 0
                 if glast.shape[0] > 0:
                     for i in range(n):
                         for e in range(size):
                             g[i, e] = glast[b, k, first + e, i]
                 for chunk in range(chunks - 1, -1, -1):
+                    # of this chunk: a single sum over a long walk would grow too large for what is added last
+                    ga[:] = 0
+                    gd[:] = 0
+                    gb[:] = 0
                     begin = chunk * CHUNK
                     steps = min(CHUNK, length - begin)
                     states[0] = starts[chunk]
@@ -302,12 +304,12 @@ def _backward(
                                 x *= small if d < np.float32(0.01) else np.float32(1) - _exp2(-d * _LOG2E)
                             gdelta_row[e] = x
                             gb[e] += x
-                for e in range(size):
-                    gD[b, k, first + e] = gd[e]
-                    gbias[b, k, first + e] = gb[e]
-                for i in range(n):
                     for e in range(size):
-                        gA[b, k, i, first + e] = ga[i, e]
+                        gD[b, k, first + e] += gd[e]
+                        gbias[b, k, first + e] += gb[e]
+                    for i in range(n):
+                        for e in range(size):
+                            gA[b, k, i, first + e] += ga[i, e]
 
 
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
@@ -368,9 +370,9 @@ def selective_scan_numba_backward(
         grad_last if grad_last.numel() else grad_last.view(0, 0, 0, 0),
     )
     gu, gdelta = (torch.empty(directions, batch, length, features) for _ in range(2))
-    gA = torch.empty(batch, directions, n, features)
+    gA = torch.zeros(batch, directions, n, features, dtype=torch.float64)
     gB, gC = (torch.zeros(directions, batch, length, n) for _ in range(2))
-    gD, gbias = (torch.empty(batch, directions, features) for _ in range(2))
+    gD, gbias = (torch.zeros(batch, directions, features, dtype=torch.float64) for _ in range(2))
     outputs = [t.numpy() for t in (gu, gdelta, gA, gB, gC, gD, gbias)]
     _backward(gy, glast, *arrays, *outputs, order_ids, height, width, delta_softplus, _threads())
     return (
