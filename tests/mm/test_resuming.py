@@ -89,6 +89,18 @@ class TestOneCheckpointIsKept:
         steps = [json.loads(line)["step"] for line in logs.splitlines()]
         assert sorted(steps)[-2:] == [2, 3] and steps.count(1) == 1  # the first step was not made again
 
+    def test_the_old_one_goes_when_a_run_is_resumed_that_was_killed_before_it_went(self, configs, tmp_path, monkeypatch):
+        def stop(path, *args):
+            raise Stopped
+
+        monkeypatch.setattr("os.remove", stop)
+        with pytest.raises(Stopped):
+            call(train, configs["mmseg"], "--work-dir", tmp_path, *self.OPTIONS)
+        monkeypatch.undo()
+        assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["iter_1.pth", "iter_2.pth"]
+        call(train, configs["mmseg"], "--work-dir", tmp_path, "--resume", *self.OPTIONS)
+        assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_3.pth"]
+
     def test_the_best_one_stays_until_a_better_one_stands(self, configs, tmp_path, stop_before, monkeypatch):
         options = ["default_hooks.checkpoint.save_best=mIoU", "train_cfg.val_interval=1"]
         monkeypatch.setitem(CheckpointHook.rule_map, "greater", lambda new, old: True)

@@ -66,7 +66,8 @@ class _CheckpointHook(CheckpointHook):
             kept = [*self.keep_ckpt_ids, step]
             outdated = [self._path(old) for old in kept[: -self.max_keep_ckpts]]
             self.keep_ckpt_ids.append(step)  # which drops the first
-            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+            # with those that are removed once this one stands: a run that is killed in between does so when resumed
+            runner.message_hub.update_info("keep_ckpt_ids", kept)
         self.last_ckpt = self._path(step)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         runner.save_checkpoint(
