@@ -3,17 +3,22 @@
 from common.command import run_tool
 
 import collections
+import datetime
+import io
 import os
+import pickle
 import re
 import subprocess
 import sys
 import uuid
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from vmamba_reference import SIZES, VMamba, vanilla_vmamba
 
@@ -240,6 +245,29 @@ class TestReading:
                 assert "damaged" in str(error) and "\n" not in str(error)
                 noticed += 1
         assert noticed > 40
+
+    @pytest.mark.parametrize("suffix", ["pth", "npz", "png", "safetensors"])
+    @pytest.mark.parametrize("content", ["empty", "text", "npz", "png", "pickle", "TorchScript", "no archive"])
+    def test_another_file_is_told_plainly(self, content, suffix, tmp_path):
+        """Not in PyTorch's words, which tell how to load it unsafely, or which byte it did not know."""
+        buffer = io.BytesIO()
+        if content == "npz":
+            np.savez(buffer, a=np.zeros(3))
+        elif content == "png":
+            Image.new("RGB", (4, 4)).save(buffer, "png")
+        elif content == "pickle":
+            pickle.dump(datetime.date(2000, 1, 1), buffer, protocol=0)
+        elif content == "TorchScript":
+            with zipfile.ZipFile(buffer, "w") as archive:
+                for part in ("data", "constants"):
+                    archive.writestr(f"module/{part}.pkl", "")
+        else:
+            buffer.write({"empty": b"", "text": b"weights? no.\n", "no archive": b"PK\3\4 and no more"}[content])
+        path = tmp_path / f"file.{suffix}"
+        path.write_bytes(buffer.getvalue())
+        with pytest.raises(ValueError, match=r"truncated or not a checkpoint \([a-zA-Z:,. ]+\); copy") as error:
+            read_checkpoint(path)
+        assert not re.search("weights_only|allow_pickle|PyTorch|deserial", str(error.value))
 
     def test_files_without_checksums(self, model, tmp_path):
         torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)

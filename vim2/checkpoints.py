@@ -24,6 +24,7 @@ except ImportError:  # there are no such locks on Windows
 __all__ = [
     "check_weights",
     "convert_vmamba",
+    "explain_load_error",
     "find_state_dict",
     "load_weights",
     "read_checkpoint",
@@ -57,42 +58,77 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             return load_file(path)
         verify_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if not wanted:
-            raise ValueError(_damaged(path, error)) from None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read; check its permissions.") from None
+    except Exception as error:  # zip, pickle and safetensors each have their own ways to fail on a damaged file
+        if not (wanted := _refused_global(error)):
+            raise ValueError(
+                f"{path} is damaged, truncated or not a checkpoint ({explain_load_error(error)}); copy or download it "
+                "again."
+            ) from None
         raise ValueError(
-            f"{path} holds more than weights ({wanted[1]}), and loading that would run code from the file. "
+            f"{path} holds more than weights ({wanted}), and loading that would run code from the file. "
             f'If you trust it, keep its weights alone: python -c "import torch; '
             f"c = torch.load('{path}', 'cpu', weights_only=False); "
             f"torch.save({{k: c[k] for k in c if k in {_WEIGHT_KEYS}}}, 'weights.pth')\""
         ) from None
-    except PermissionError:
-        raise ValueError(f"{path} may not be read; check its permissions.") from None
-    except Exception as error:  # zip, pickle and safetensors each have their own ways to fail on a damaged file
-        raise ValueError(_damaged(path, error)) from None
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{path} is damaged, truncated or not a checkpoint; copy or download it again. (The reader says: {reason})"
+def _refused_global(error: Exception) -> str | None:
+    """What a pickle wanted that `torch.load` did not let it have; None where it failed for something else."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return found and found[1]
+
+
+class _DamagedArchive(ValueError):
+    """What `verify_archive` says."""
+
+
+def explain_load_error(error: Exception) -> str:
+    """Why a checkpoint could not be read, to stand within a message. PyTorch's own errors speak of how to load files
+    unsafely, or of a byte by its number."""
+    if isinstance(error, _DamagedArchive):
+        return str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error).split("\n")[0].rstrip(".")
+    if wanted := _refused_global(error):
+        return f"it holds more than weights: {wanted}"
+    return "what is in it cannot be read"
 
 
 def verify_archive(path: str | os.PathLike) -> None:
-    """Compare the content of a .pth with the checksums in it, which `torch.load` does not do.
+    """Tell a file that `torch.save` has written from others, by its start, and compare its content with the checksums
+    in it, which `torch.load` does not do.
 
-    PyTorch's format from before 1.6, which is no zip archive, has none, and PyTorch can be told to write none.
+    PyTorch's format from before 1.6, which is a pickle and no zip archive, has no checksums, and PyTorch can be told to
+    write none.
 
     Raises:
-        zipfile.BadZipFile, OSError, and others of zipfile and zlib: The file is not as it was written.
+        OSError: The file cannot be read.
+        ValueError: It is another kind of file, or not as it was written.
     """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # by which torch.load, too, tells its formats apart
+        start = file.read(4)
+        if start[:1] == b"\x80":  # a pickle's
             return
-        with zipfile.ZipFile(file) as archive:
-            has_checksums = any(part.CRC for part in archive.infolist())
-            if has_checksums and (damaged := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
+        if start != b"PK\3\4":
+            raise _DamagedArchive("it begins as no file of torch.save does" if start else "it is empty")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                names = {name.partition("/")[2] for name in archive.namelist()}
+                if "data.pkl" not in names:
+                    raise _DamagedArchive("it is a zip archive, but not one that torch.save has written")
+                if "constants.pkl" in names:
+                    raise _DamagedArchive("it holds a TorchScript module")
+                has_checksums = any(part.CRC for part in archive.infolist())
+                damaged = archive.testzip() if has_checksums else None
+        except _DamagedArchive:
+            raise
+        except Exception as error:  # zipfile and zlib have many
+            reason = f"{error}".split("\n")[0].rstrip(".") or type(error).__name__
+            raise _DamagedArchive(f"its zip archive is damaged: {reason}") from None
+        if damaged is not None:
+            raise _DamagedArchive(f"{damaged} does not have its checksum")
 
 
 def read_state_dict(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Tensor]:

@@ -80,8 +80,9 @@ def test_damaged_packs(tmp_path):
     }
     for name, content in damaged.items():
         (tmp_path / f"{name}.npz").write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read as a pack"):
+        with pytest.raises(UserError, match="cannot be read as a pack") as error:
             read_pack(tmp_path / f"{name}.npz")
+        assert "pickle" not in str(error.value) and "object" not in str(error.value)  # NumPy's words
 
 
 def test_packs_that_are_not_there_or_do_not_go_together(tmp_path):

@@ -89,7 +89,9 @@ class TestOneCheckpointIsKept:
         steps = [json.loads(line)["step"] for line in logs.splitlines()]
         assert sorted(steps)[-2:] == [2, 3] and steps.count(1) == 1  # the first step was not made again
 
-    def test_the_old_one_goes_when_a_run_is_resumed_that_was_killed_before_it_went(self, configs, tmp_path, monkeypatch):
+    def test_the_old_one_goes_when_a_run_is_resumed_that_was_killed_before_it_went(
+        self, configs, tmp_path, monkeypatch
+    ):
         def stop(path, *args):
             raise Stopped
 

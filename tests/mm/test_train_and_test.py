@@ -167,6 +167,9 @@ class TestOneProcess:
             largest = max(archive.infolist(), key=lambda info: info.file_size)
             flipped[flipped.index(archive.read(largest))] ^= 1  # one bit
         (tmp_path / "flipped.pth").write_bytes(flipped)
+        (tmp_path / "text.png").write_text("no checkpoint")
+        with pytest.raises(UserError, match=r"text\.png is damaged .*: it begins as no file of torch\.save does\.$"):
+            call(evaluate, configs[kind], tmp_path / "text.png", "--work-dir", tmp_path)
         for name in ("cut", "flipped"):
             with pytest.raises(UserError, match=rf"{name}\.pth is damaged"):
                 call(evaluate, configs[kind], tmp_path / f"{name}.pth", "--work-dir", tmp_path)

@@ -22,7 +22,7 @@ import numpy as np
 from timm.data.readers.reader import Reader
 from timm.utils import natural_key
 
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 from .folders import read_class_map
 
 __all__ = ["Pack", "PackReader", "find_packs", "is_pack", "open_packs", "read_pack"]
@@ -115,19 +115,11 @@ def read_pack(path: str | os.PathLike) -> Pack:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # NumPy's, zipfile's and zlib's; those of NumPy advise to read the file unsafely
+        said = isinstance(error, OSError | zipfile.BadZipFile | zlib.error)
         raise UserError(
-            f"{path} cannot be read as a pack ({str(error) or type(error).__name__}): it is damaged, or no .npz file "
-            "of plain arrays. Copy it again or make it anew."
+            f"{path} cannot be read as a pack{f' ({first_line(error)})' if said else ''}: it is damaged, or no .npz "
+            "file of plain arrays. Copy it again or make it anew."
         ) from None
 
     def require(holds: bool, problem: str) -> None:

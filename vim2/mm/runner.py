@@ -6,11 +6,8 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-import pickle
 import re
 import textwrap
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import check_weights, remove_leftovers, verify_archive, write_atomically
+from ..checkpoints import check_weights, explain_load_error, remove_leftovers, verify_archive, write_atomically
 from ..command.errors import UserError, first_line
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
@@ -273,7 +270,9 @@ def checkpoint_errors(path: str) -> Iterator[None]:
         raise UserError(f"There is no checkpoint at {path}.") from None
     except OSError as error:  # URLError is one, too
         raise UserError(f"The checkpoint at {path} cannot be read: {first_line(error)}.") from None
-    except (EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # pickles and models each have their own ways to fail
         text = str(error)
         if "state dict" in text or "state_dict" in text:
             text = textwrap.shorten(text, 300, placeholder=" ...")  # of hundreds of names
@@ -282,8 +281,8 @@ def checkpoint_errors(path: str) -> Iterator[None]:
             ) from None
         raise UserError(
             f"{path} is damaged (copy or download it again), no checkpoint, or holds more than PyTorch's safe loader "
-            f"reads: {first_line(error)}."
-        ) from None
+            f"reads: {explain_load_error(error)}."
+        ) from error
 
 
 class _Runner(Runner):
