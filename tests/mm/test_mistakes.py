@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from mm_helpers import ROOT, TOOLS, call, make_data, write_config
+from mmengine.registry import TRANSFORMS
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from tools.test import main as evaluate
@@ -115,6 +118,41 @@ def test_an_image_that_cannot_be_read(kind, workers, damage, complaint, tmp_path
     if damage == "missing":
         path.unlink()
     assert "images/1.png cannot be used" in complaint(train, config, "--work-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, word",
+    [
+        ("cv2", "float32", "has floating-point pixels"),
+        ("cv2", "int32", "has 32-bit pixels"),
+        ("pillow", "float32", "has floating-point pixels"),
+        ("pillow", "uint16", "has 16 bits a pixel, which are not read by imdecode_backend='pillow'"),
+    ],
+)
+def test_pixels_that_would_be_cut_off(backend, dtype, word, complaint, tmp_path):
+    data = make_data(tmp_path / "data", number=2)
+    values = np.linspace(0, 1 if dtype == "float32" else np.iinfo(dtype).max, 64 * 64).reshape(64, 64)
+    for path in list((data / "images").iterdir()):
+        Image.fromarray(values.astype(dtype)).save(path.with_suffix(".tif"))
+        path.unlink()
+    extra = f"train_pipeline[0]['imdecode_backend'] = {backend!r}\nfor loader in (train_dataloader, val_dataloader):\n"
+    extra += "    loader['dataset']['img_suffix'] = '.tif'\n"
+    line = complaint(train, write_config(tmp_path / "c.py", "mmseg", data, extra=extra), "--work-dir", tmp_path / "run")
+    assert ".tif cannot be used" in line and word in line
+
+
+def test_16_bits_are_scaled_and_floats_may_be_read_as_they_are(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.tif")
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "b.png")
+    read = TRANSFORMS.build(dict(type="LoadImageFromFile"))
+    pixels = read(dict(img_path=str(tmp_path / "a.tif")))["img"]
+    assert pixels.dtype == np.uint8 and np.abs(pixels - ramp[..., None] / 257).max() < 1
+    pillow = TRANSFORMS.build(dict(type="LoadImageFromFile", imdecode_backend="pillow"))
+    path = dict(img_path=str(tmp_path / "b.png"))
+    assert np.array_equal(pillow(dict(path))["img"], read(dict(path))["img"])
+    whole = TRANSFORMS.build(dict(type="LoadImageFromFile", imdecode_backend="pillow", color_type="unchanged"))
+    assert whole(dict(img_path=str(tmp_path / "a.tif")))["img"].max() == 65535
 
 
 def test_a_label_out_of_range(complaint):

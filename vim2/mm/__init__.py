@@ -4,9 +4,12 @@
     model = dict(backbone=dict(type="ViM2", arch="tiny"))
 
 MMEngine's root registry serves MMDetection, MMSegmentation and MMPreTrain alike. Where mmcv has no compiled operators
-(mmcv-lite), torchvision's stand in for them; checkpoints of these libraries load with PyTorch's safe loader. Needs
-`mmengine`; everything else only when it is used.
+(mmcv-lite), torchvision's stand in for them; checkpoints of these libraries load with PyTorch's safe loader; images of
+floats, or of 16 bits by Pillow, are refused where they would be cut off. Needs `mmengine`; everything else only when it
+is used.
 """
+
+import importlib.util
 
 from . import loading, operators
 from .backbone import ViM2
@@ -14,5 +17,7 @@ from .optimizer import ViM2LayerDecayOptimWrapperConstructor
 
 loading.allow_checkpoints()
 operators.install()
+if importlib.util.find_spec("mmcv") is not None:
+    from . import images  # noqa: F401  (it registers what reads them)
 
 __all__ = ["ViM2", "ViM2LayerDecayOptimWrapperConstructor"]

@@ -124,7 +124,7 @@ class ViM2(BaseModule):
         """(batch, in_chans, H, W) -> (batch, dims[i], ceil(H / 4 / 2^i), ceil(W / 4 / 2^i)) for i in out_indices.
 
         Raises:
-            ValueError: Not an image of in_chans channels and at least 32 pixels a side.
+            ValueError: Not images of in_chans channels and at least 32 pixels a side, or none.
         """
         check_image(x, self.in_chans)
         x = self.patch_embed(x)
