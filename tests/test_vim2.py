@@ -131,6 +131,7 @@ def test_batch_does_not_matter(model):
         ((3, 64, 64), r"\(batch, 3, H, W\)"),
         ((1, 3, 31, 64), "at least 32 x 32, got 31 x 64"),
         ((1, 3, 64, 0), "at least 32 x 32, got 64 x 0"),
+        ((0, 3, 64, 64), "The batch holds no image"),
     ],
 )
 def test_bad_images(model, shape, message):
@@ -249,6 +250,14 @@ def test_features_only(feature_cls, out_indices):
     ):
         size = (64 // reduction, 96 // reduction)
         assert feature.shape == ((1, *size, channels) if channels_last else (1, channels, *size))
+
+
+@pytest.mark.parametrize("indices", [(), []])
+def test_no_stage_is_asked_for(model, indices):
+    with pytest.raises(ValueError, match="Name at least one stage"):
+        timm.create_model("test_vim2", features_only=True, out_indices=indices)
+    with pytest.raises(ValueError, match="Name at least one stage"):
+        model.forward_intermediates(torch.zeros(1, 3, 64, 64), indices=indices)
 
 
 def test_forward_intermediates(model):

@@ -268,7 +268,7 @@ class ViM2(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}.")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = self._take_indices(indices)
         last = len(self.stages) - 1
         intermediates = []
         x = self.forward_stem(x)
@@ -287,7 +287,7 @@ class ViM2(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last one asked for, and the norm and head on request."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = self._take_indices(indices)
         pruned = max_index < len(self.stages) - 1
         if prune_norm or pruned:
             self.norm = nn.Identity()  # the final norm fits the last stage only
@@ -298,11 +298,17 @@ class ViM2(nn.Module):
             self.reset_classifier(0, "")  # the head, too, fits the last stage only
         return take_indices
 
+    def _take_indices(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """The stages that are asked for, and the last of them."""
+        if isinstance(indices, Sequence) and not indices:
+            raise ValueError("Name at least one stage: the indices (out_indices of features_only) are empty.")
+        return feature_take_indices(len(self.stages), indices)
+
     def forward_stem(self, x: Tensor) -> Tensor:
         """(batch, in_chans, H, W) -> (batch, H // 4, W // 4, dims[0]).
 
         Raises:
-            ValueError: Not an image of in_chans channels and at least 32 pixels a side.
+            ValueError: Not images of in_chans channels and at least 32 pixels a side, or none.
         """
         check_image(x, self.in_chans)
         return self.patch_embed(x)
@@ -352,12 +358,14 @@ def check_pooling(global_pool: str) -> None:
 
 
 def check_image(x: Tensor, in_chans: int) -> None:
-    """Raise a ValueError unless x is (batch, in_chans, H, W) with H and W at least MIN_SIZE."""
+    """Raise a ValueError unless x is (batch, in_chans, H, W) with an image or more, and H and W at least MIN_SIZE."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(
             f"Expected images of shape (batch, {in_chans}, H, W), got {tuple(x.shape)}; "
             f"for another number of channels create the model with in_chans=..."
         )
+    if x.shape[0] == 0:
+        raise ValueError("The batch holds no image: leave empty batches out.")
     if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
         raise ValueError(
             f"Images must be at least {MIN_SIZE} x {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}; resize them."
