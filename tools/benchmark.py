@@ -6,6 +6,7 @@
     python tools/benchmark.py --ops triton mamba_ssm --amp bf16
     python tools/benchmark.py --profile --train --amp bf16
     python tools/benchmark.py --compilations --amp bf16
+    python tools/benchmark.py --launches --model vim2_nano vim2_tiny --batch-size 1 8 128 --amp bf16
 
 Times are medians after a warm-up, by CUDA events on a GPU. Training is forward + backward + zero_grad, without an
 optimiser. FLOPs follow vision papers: a multiply-add counts one, as published for Swin and VMamba, and the scan, which
@@ -29,6 +30,7 @@ import torch
 from torch._inductor import list_mode_options
 
 from benchmarks.compilations import count_compilations
+from benchmarks.launches import measure_launches
 from benchmarks.measuring import AMP, machine, positive
 from benchmarks.models import measure_model
 from benchmarks.profiles import device_rates, profile_model
@@ -50,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ops", nargs="*", choices=BACKENDS[1:], metavar="BACKEND", help=scans)
     add("--profile", action="store_true", help="only where the models' time goes")
     add("--compilations", action="store_true", help="only what is compiled at every size, by default of ten sizes")
+    add("--launches", action="store_true", help="only what launching kernels costs the host (on a GPU)")
     add("--batch-size", type=positive, nargs="+", metavar="N", help="one or several; default 128 on a GPU, else 1")
     add("--img-size", type=positive, nargs="+", metavar="PIXELS", help="one or several; default 224")
     add("--same-pixels", action="store_true", help="batch sizes are the first image size's; others get as many pixels")
@@ -74,11 +77,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; use --device cpu.")
     ops = args.ops is not None
-    others = ops or args.profile or args.compilations
+    others = ops or args.profile or args.compilations or args.launches
     if args.count and (others or args.infer or args.train or args.plot):
         raise UserError("--count measures no times: leave out every option that does.")
-    if args.profile + args.compilations + ops > 1:
-        raise UserError("--ops, --profile and --compilations are measured apart: give one of them.")
+    if args.profile + args.compilations + args.launches + ops > 1:
+        raise UserError("--ops, --profile, --compilations and --launches are measured apart: give one of them.")
+    if args.launches and args.device_type == "cpu":
+        raise UserError("--launches counts what a GPU is given to do, and there is none here.")
     if args.profile and args.torchcompile:
         raise UserError("--profile shows the operators of eager models: leave out --torchcompile.")
     if args.torchcompile_mode != "default" and not args.torchcompile:
@@ -86,7 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.compilations and args.device_type == "cpu" and not args.torchcompile:
         raise UserError("--compilations on a CPU counts torch.compile's graphs alone: give --torchcompile, too.")
     if args.plot and others:
-        raise UserError("--plot draws the models' throughput: leave out --ops, --profile and --compilations.")
+        raise UserError("--plot draws throughput: leave out --ops, --profile, --compilations and --launches.")
     if args.plot and not args.output:
         raise UserError("--plot wants --output, the folder to write to.")
     if args.plot:
@@ -122,6 +127,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure_all(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Rows as they are measured, each with the name of its table."""
     rates = device_rates(args) if args.profile and args.device_type == "cuda" else {}
+    if args.launches:
+        yield from (("launches", row) for row in measure_launches(args))
+        return
     for name in args.models:
         if args.compilations:
             yield from (("compilations", row) for row in count_compilations(name, args))

@@ -60,9 +60,10 @@ def test_a_scan_called_by_hand_with_what_only_the_function_checks(backend, place
 
 
 NORM = (ones(4), ones(4))
+OPTIONS = (1e-5, torch.float32)
 CASES = {
-    "norm_gate": ((ones(2, 4), ones(2, 5), *NORM, 1e-5, torch.float32, False), (ones(2, 5), ones(2, 5), *NORM)),
-    "layer_norm": ((ones(1, 2, 2, 4), *NORM, 1e-5, torch.float32, 2), (ones(2, 5), *NORM, 1e-5, torch.float32, 1)),
+    "norm_gate": ((ones(2, 4), ones(2, 5), *NORM, *OPTIONS, False), (ones(2, 5), ones(2, 5), *NORM)),
+    "layer_norm": ((ones(1, 2, 2, 4), *NORM, *OPTIONS, 2, True), (ones(2, 5), *NORM, *OPTIONS, 1, True)),
     "weighted_average": (([ones(2, 4), ones(1, 4)], ones(2), *NORM), ([ones(2, 4)], ones(2), *NORM)),
     "depthwise_conv_silu": ((ones(1, 2, 2, 4), ones(3, 1, 3, 3), ones(3)), (ones(2, 2, 4), ones(4, 1, 3, 3), ones(4))),
     "directional_conv_silu": ((ones(1, 2, 4), ones(6, 1, 2), ones(6)), (ones(1, 2, 4), ones(8, 1, 2), ones(4))),
@@ -73,7 +74,7 @@ CASES = {
     "depthwise_conv_silu_backward": ((ones(1, 3, 2, 4), ones(1, 2, 2, 4), ones(4, 1, 3, 3), ones(4)),),
     "directional_conv_silu_backward": ((ones(1, 2, 4), ones(1, 2, 4), ones(8, 1, 2), ones(8)),),
 }
-DEFAULTS = {"norm_gate": (1e-5, torch.float32, False), "weighted_average": (1e-5, torch.float32)}
+DEFAULTS = {"norm_gate": (*OPTIONS, False), "weighted_average": (*OPTIONS, True)}
 DEFAULTS |= {"scan_parameters": (torch.float32,), "layer_norm_backward": (ones(2, 2), 1)}
 
 

@@ -13,8 +13,8 @@ import timm
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import compilations, models, profiles, scans
-from benchmarks.reporting import profile_table
+from benchmarks import compilations, launches, models, profiles, scans
+from benchmarks.reporting import launch_table, profile_table
 from tools import benchmark
 
 
@@ -193,6 +193,33 @@ def test_kernels_belong_to_the_outermost_operator(monkeypatch):
     assert times == pytest.approx({"vim2::selective_scan": 2.1, "aten::mm": 0.25, "": 0.15})
 
 
+def test_launches(monkeypatch):
+    """On a GPU; here with a profiler that makes its events up: a kernel of 2 ms and one of 1 in every step."""
+
+    def event(us, kind=DeviceType.CUDA, annotation=False):
+        span = types.SimpleNamespace(elapsed_us=lambda: us)
+        return types.SimpleNamespace(device_type=kind, time_range=span, is_user_annotation=annotation)
+
+    class Profiler(contextlib.nullcontext):
+        def __enter__(self):
+            others = [event(9.0, DeviceType.CPU), event(9.0, annotation=True)]
+            return types.SimpleNamespace(events=lambda: [event(2000.0), event(1000.0)] * 3 + others)
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiler())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    options = "--device cpu --model test_vim2 timm:test_resnet --img-size 64 --batch-size 1 2 --infer --repeats 3"
+    args = benchmark.parse(options.split())
+    rows = list(launches.measure_launches(args))
+    assert [(row["model"], row["batch"]) for row in rows] == [
+        *[("test_vim2", batch) for batch in (1, 2)],
+        *[("test_resnet", batch) for batch in (1, 2)],
+    ]
+    for row in rows:
+        assert row["launches"] == 2 and row["device_ms"] == pytest.approx(3.0) and row["ms"] > 0
+    rows[0]["ms"] = 6.0
+    assert "| test_vim2 | 64 | 1 | infer | 2 | 6.00 | 3.00 | 2.00 | 3000.0 |" in launch_table(rows)
+
+
 def test_floors():
     """Each operator's is the longest of its three, a family's the sum of them."""
     args = benchmark.parse(["--device", "cpu", "--warmup", "1", "--repeats", "1"])
@@ -243,6 +270,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
         ("--count --ops", "--count measures no times"),
         ("--profile --ops", "give one of them"),
         ("--profile --torchcompile", "eager models"),
+        ("--device cpu --launches", "what a GPU is given to do"),
+        ("--profile --launches", "give one of them"),
         ("--device cpu --compilations", "give --torchcompile"),
         ("--torchcompile-mode reduce-overhead", "wants --torchcompile"),
         ("--plot --profile --output x", "--plot draws"),

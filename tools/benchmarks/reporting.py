@@ -8,8 +8,8 @@ ABSENT = "-"
 def report(results: dict) -> str:
     about = results["machine"]
     parts = [f"{about['hardware']}, {about['date']}. {about['versions']}. {about['settings']}."]
-    for kind, to_table in (("models", model_table), ("scans", scan_table), ("compilations", compilation_table)):
-        parts += [to_table(results[kind])] if kind in results else []
+    tables = {"models": model_table, "scans": scan_table, "compilations": compilation_table, "launches": launch_table}
+    parts += [to_table(results[kind]) for kind, to_table in tables.items() if kind in results]
     parts += [profile_table(result) for result in results.get("profiles", ())]
     return "\n\n".join(parts) + "\n"
 
@@ -88,6 +88,16 @@ def compilation_table(rows: list[dict]) -> str:
             kernels = sum(n for name, n in counts.items() if name != "graphs") if counts else 0
             line += [str(kernels), str(counts["graphs"])] if counts else [ABSENT, ABSENT]
         lines.append(line)
+    return table(header, lines)
+
+
+def launch_table(rows: list[dict]) -> str:
+    header = ["model", "size", "batch", "mode", "launches", "ms", "device ms", "ms / device ms", "us a launch"]
+    lines = []
+    for row in rows:
+        line = [row["model"], str(row["size"]), str(row["batch"]), row["mode"], str(row["launches"])]
+        times = (f"{row['ms']:.2f}", f"{row['device_ms']:.2f}", f"{row['ms'] / row['device_ms']:.2f}")
+        lines.append([*line, *times, f"{row['ms'] / row['launches'] * 1e3:.1f}"])
     return table(header, lines)
 
 

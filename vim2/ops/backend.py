@@ -4,12 +4,14 @@ request mamba-ssm's scan."""
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_DTYPES = DTYPES[:3]
 BACKENDS = ("auto", "triton", "numba", "mamba_ssm", "torch")
 DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND") or "auto"  # as it was on import; empty is unset
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -62,10 +64,14 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         ValueError: Another name; tensors that are not of a floating dtype, or on several devices.
         RuntimeError: A backend that is not installed, or that does not know the tensors' device or dtype.
     """
+    if HAS_TRITON and backend is None and DEFAULT_BACKEND == "auto" and _are_for_triton(tensors):
+        return "triton"  # as what follows would find, in a fraction of its time
     check_tensors(*tensors)
     backend = backend or DEFAULT_BACKEND
     if backend not in BACKENDS:
         raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if tensors[0].is_meta:
+        return "torch"  # nothing is computed, and any backend gives tensors of these shapes
     if backend == "mamba_ssm" and not HAS_MAMBA_SSM:
         raise RuntimeError(
             "The mamba_ssm backend needs the package mamba-ssm with its CUDA kernels, which are not installed: "
@@ -99,6 +105,12 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         _warn_once("vim2: Triton is not installed; operators run in plain PyTorch, which is slow on a GPU.")
         return "torch"
     return "triton"
+
+
+def _are_for_triton(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are on one GPU, and of dtypes that Triton's kernels take."""
+    device = tensors[0].get_device()
+    return all(t.is_cuda and t.get_device() == device and t.dtype in TRITON_DTYPES for t in tensors)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -1,10 +1,12 @@
-"""How the package's forward operators are registered with PyTorch, and whether what they keep will be needed."""
+"""How the package's operators are registered with PyTorch and called, and whether what they keep will be needed."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -63,22 +65,120 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
         )
 
 
-def register_operator(name: str) -> Callable:
-    """Register the decorated function as an operator that changes none of its arguments.
+def is_observed() -> bool:
+    """Whether somebody wants to see operators called: a compiler, a tracer, a mode, a transform, forward-mode
+    derivatives or a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
 
-    It is what `torch.library.custom_op` does, but for a check of every result against aliasing the arguments: at batch
-    1 a GPU waits for the host, and these checks are half of what calling an operator costs.
+
+class Operator:
+    """An operator that is registered with PyTorch, and in eager mode called without it.
+
+    PyTorch's dispatcher and the rules around it take the host longer than a small kernel takes the GPU. They are for
+    those who look at operators: compilers, tracers, tensor subclasses, modes. Where nobody does, a call goes straight
+    to the function, or to an autograd function of the same rules.
 
     Args:
-        name: With its namespace, such as "vim2::norm_gate"; `torch.library.register_fake` and `register_autograd` take
-            the same.
+        name: With its namespace, such as "vim2::norm_gate".
+        function: What runs. It returns a tensor, or a tuple of tensors and, for what was not asked for, None. PyTorch,
+            where operators return tensors, is given an empty float32 one in its place.
+        check: Called with the arguments before the function where the call came through PyTorch: a graph that was
+            traced at one size may call with any.
+        mutates_args: Names of arguments that the function writes to; others must stay as they are.
     """
 
-    def register(function: Callable) -> Callable:
-        torch.library.define(
-            name, torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
-        )
-        torch.library.impl(name, "default", torch.compiler.disable(function))
-        return function
+    def __init__(self, name: str, function: Callable, check: Callable, mutates_args: Sequence[str] = ()):
+        self.name = name
+        self.function = function
+        self.differentiable = None
 
-    return register
+        @functools.wraps(function)
+        def checked(*args):
+            check(*args)
+            results = function(*args)
+            if not isinstance(results, tuple) or all(t is not None for t in results):
+                return results
+            first = next(t for t in results if t is not None)
+            return tuple(first.new_empty(0, dtype=torch.float32) if t is None else t for t in results)
+
+        if mutates_args:
+            torch.library.custom_op(name, checked, mutates_args=mutates_args)
+        else:
+            # what custom_op does, but for a check of every result against aliasing the arguments, which is half of what
+            # a call costs
+            schema = torch.library.infer_schema(function, mutates_args=())
+            torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.impl(name, "default", torch.compiler.disable(checked))
+        self.registered = getattr(torch.ops.vim2, name.removeprefix("vim2::"))
+
+    def __call__(self, *args):
+        if is_observed():
+            return self.registered(*args)
+        needs_gradient = False
+        for argument in args:
+            for t in argument if argument.__class__ in (list, tuple) else (argument,):
+                kind = t.__class__
+                if kind is Tensor or kind is Parameter:
+                    if t.is_meta:
+                        return self.registered(*args)
+                    needs_gradient = needs_gradient or t.requires_grad
+                elif kind not in _NO_TENSORS:
+                    return self.registered(*args)
+        if needs_gradient and self.differentiable and torch.is_grad_enabled():
+            return self.differentiable(*args)
+        return self.function(*args)
+
+    def register_fake(self, function: Callable) -> Callable:
+        """Decorates the rule for tensors without data."""
+        return torch.library.register_fake(self.name)(function)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        """As torch.library.register_autograd, with one difference: gradients of results that nobody used are None.
+
+        A first argument that is a list of tensors may have gradients, which `backward` returns as a list.
+        """
+
+        def set_up(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+
+        torch.library.register_autograd(self.name, backward, setup_context=set_up)
+        function = self.function
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, length, *args):
+                if length is not None:
+                    args = (args[:length], *args[length:])
+                output = function(*args)
+                set_up(ctx, args, output)
+                ctx.length = length
+                return output
+
+            @staticmethod
+            def backward(ctx, *grads):
+                first, *others = backward(ctx, *grads)
+                return None, *([first] if ctx.length is None else first), *others
+
+        def differentiable(first, *args):
+            if isinstance(first, Tensor):
+                return Differentiable.apply(None, first, *args)
+            return Differentiable.apply(len(first), *first, *args)
+
+        self.differentiable = differentiable
+
+
+_NO_TENSORS = {int, float, bool, str, type(None), torch.dtype}
+
+
+def register_operator(name: str, check: Callable, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:
+    """Makes the decorated function an `Operator`."""
+    return lambda function: Operator(name, function, check, mutates_args)

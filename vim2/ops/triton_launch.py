@@ -1,46 +1,108 @@
 """How Triton kernels are launched, and what they want of the tensors that they are given."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on the CPU
+MAX_LAUNCHES = 4096  # of a kernel that are remembered, where every image has a size of its own
 
-_compiled = {}
 
+class Launch:
+    """The launch of a kernel with all settled but its tensors.
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: Sequence, **options) -> None:
-    """kernel[grid](*arguments, **options) on the tensors' device, at half of what that costs the host.
-
-    Triton works out at every launch which of a kernel's compiled forms fits the arguments. Which one did is remembered
-    here, for tensors by type, alignment and device, for everything else by value.
+    At every launch Triton works out which of a kernel's compiled forms fits the arguments, calls hooks, and asks the
+    driver about each address. Here the form is remembered by the tensors' types, alignment and device, hooks are called
+    where a tool has set some, and addresses are known to be good: it costs the host a fraction.
 
     Args:
-        arguments: The kernel's first ones: tensors, tuples of tensors, None and numbers.
-        options: Its others, in their order, all of them constants, and Triton's own.
+        kernel: Its arguments are tensors (also tuples of them, and None), then numbers, then constants.
+        grid: Programs along one to three axes.
+        numbers: All of them, in their order.
+        options: The constants by name, and Triton's own options.
     """
-    first = next(a for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device_of(first):
+
+    def __init__(self, kernel: triton.JITFunction, grid: Sequence[int], numbers: Sequence[int | float], **options):
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.numbers = numbers
+        self.options = options
+        constants = [options[name] for name in kernel.arg_names if name in options]
+        self.settled = (*numbers, *constants)
+        self.compiled = {}
+
+    def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
         if INTERPRETED:
-            kernel[grid](*arguments, **options)
+            self.kernel[self.grid](*tensors, *self.numbers, **self.options)
             return
-        key = (id(kernel), first.get_device(), *map(_kind, arguments), *options.values())
-        if key in _compiled:
-            compiled, constants = _compiled[key]
-            compiled[(*grid, 1, 1)](*arguments, *constants)
-            return
-        if len(_compiled) > 10000:  # as when every image has a size of its own
-            _compiled.clear()
-        constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-        _compiled[key] = kernel[grid](*arguments, **options), constants
+        key, addresses, device, misaligned = [], [], None, 0
+        for t in tensors:
+            if t is None:
+                key.append(None)
+                addresses.append(None)
+                continue
+            if t.__class__ is tuple:
+                address = tuple([each.data_ptr() for each in t])
+                key.extend([each.dtype for each in t])
+                for one in address:
+                    misaligned |= one
+                t = t[0]
+            else:
+                address = t.data_ptr()
+                key.append(t.dtype)
+                misaligned |= address
+            addresses.append(address)
+            device = t.get_device()
+        key.append(device)
+        if misaligned % 16:
+            key.append(tuple([_alignment(address) for address in addresses]))
+        key = tuple(key)
+        with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+            if key not in self.compiled or _has_hooks():
+                compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+                self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+                return
+            run, function, metadata = self.compiled[key]
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self.settled)  # no hooks
 
 
-def _kind(argument):
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
+def _alignment(address: int | tuple[int, ...] | None) -> bool | tuple[bool, ...] | None:
+    """Whether 16 divides an address, which lets a kernel read whole words."""
+    if isinstance(address, tuple):
+        return tuple(map(_alignment, address))
+    return address if address is None else address % 16 == 0
+
+
+def _has_hooks() -> bool:
+    """Whether a tool, such as Triton's profiler, wants to see launches. Where Triton has chains of hooks now, it had
+    single ones."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in memory, which decides how a kernel reads it.
+
+    Attributes:
+        shape: As the tensor's.
+        stride: As the tensor's, in elements.
+        size: Bytes of an element.
+        address: Of the first element, modulo 16.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    size: int
+    address: int
+
+
+def layout(t: Tensor) -> Layout:
+    return Layout(t.shape, t.stride(), t.itemsize, t.data_ptr() % 16)
 
 
 def last_axis_contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -127,7 +127,7 @@ def test_no_rows(function, backend):
 @pytest.mark.parametrize("patch", [1, 2])
 def test_operator_is_registered_correctly(patch):
     inputs = make(layer_norm if patch == 1 else patch_merging_norm)
-    torch.library.opcheck(torch.ops.vim2.layer_norm, (*inputs, 1e-5, torch.float32, patch))
+    torch.library.opcheck(torch.ops.vim2.layer_norm, (*inputs, 1e-5, torch.float32, patch, True))
 
 
 @FUNCTIONS

@@ -197,7 +197,7 @@ class TestNorm:
     def test_operator_is_registered_correctly(self, norm):
         *features, weight = self.make(2, 12, False, rows=(2, 3))
         parameters = [torch.ones(12, device=DEVICE, requires_grad=True) for _ in range(2)] if norm else [None, None]
-        arguments = (features, weight, *parameters, 1e-5, torch.float32)
+        arguments = (features, weight, *parameters, 1e-5, torch.float32, True)
         torch.library.opcheck(torch.ops.vim2.weighted_average, arguments)
 
     @both_backends

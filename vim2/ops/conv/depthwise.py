@@ -3,7 +3,6 @@ its kernels, `torch.ops.vim2.depthwise_conv_silu`, with fake, autograd and FLOP 
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
     if resolve_backend(backend, x, weight, bias) == "triton":
-        return torch.ops.vim2.depthwise_conv_silu(x, weight, bias)
+        return _convolve(x, weight, bias)
     return _depthwise_conv_silu_torch(x, weight, bias)
 
 
@@ -64,4 +63,4 @@ def _weight_fits(x_shape, weight_shape) -> bool:
     return len(x_shape) == 4 and weight_shape == (x_shape[3], 1, 3, 3)
 
 
-register_conv("depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _weight_fits, _flops)
+_convolve = register_conv("depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _weight_fits, _flops)

@@ -40,7 +40,7 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
     if resolve_backend(backend, x, weight, bias) == "triton":
-        return torch.ops.vim2.directional_conv_silu(x, weight, bias)
+        return _convolve(x, weight, bias)
     return _directional_conv_silu_torch(x, weight, bias)
 
 
@@ -79,4 +79,4 @@ def _weight_fits(x_shape, weight_shape) -> bool:
     return fits and weight_shape[:2] == (2 * x_shape[2], 1) and weight_shape[2] > 0
 
 
-register_conv("directional_conv_silu", _kernels, _output_shape, _weight_fits, _flops)
+_convolve = register_conv("directional_conv_silu", _kernels, _output_shape, _weight_fits, _flops)

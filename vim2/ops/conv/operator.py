@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..operator import refuse_second_derivatives, register_operator, require_fit
+from ..operator import Operator, refuse_second_derivatives, register_operator, require_fit
 
 
 def register_conv(
@@ -17,9 +17,9 @@ def register_conv(
     output_shape: Callable[[Sequence[int]], Sequence[int]],
     weight_fits: Callable[[Sequence[int], Sequence[int]], bool],
     flops: Callable[[Sequence[int], Sequence[int]], int],
-) -> None:
-    """Register `torch.ops.vim2.<name>` of x, weight and bias, and `<name>_backward`, which computes again what SiLU was
-    applied to.
+) -> Operator:
+    """The operator `torch.ops.vim2.<name>` of x, weight and bias; `<name>_backward` computes again what
+    SiLU was applied to.
 
     Args:
         name: Of the forward operator, without the namespace.
@@ -30,25 +30,25 @@ def register_conv(
         flops: From the shapes of x and weight, two a multiply-add. The backward pass counts as the convolution's two
             adjoints, without what it computes again.
     """
-    forward, backward = f"vim2::{name}", f"vim2::{name}_backward"
 
     def check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         fits = x.numel() > 0 and weight_fits(x.shape, weight.shape) and bias.shape == weight.shape[:1]
         require_fit(fits, name, x, weight, bias)
 
-    @register_operator(forward)
-    def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def check_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
         check(x, weight, bias)
+        require_fit(grad_y.shape == tuple(output_shape(x.shape)), f"{name}_backward", grad_y, x)
+
+    @register_operator(f"vim2::{name}", check)
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return kernels().convolve(x, weight, bias)
 
-    @torch.library.register_fake(forward)
+    @run.register_fake
     def _(x, weight, bias):
         return x.new_empty(output_shape(x.shape))
 
-    @torch.library.custom_op(backward, mutates_args=())
+    @register_operator(f"vim2::{name}_backward", check_backward)
     def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check(x, weight, bias)
-        require_fit(grad_y.shape == tuple(output_shape(x.shape)), f"{name}_backward", grad_y, x)
         return kernels().convolve_backward(grad_y, x, weight, bias)
 
     @run_backward.register_fake
@@ -62,7 +62,7 @@ def register_conv(
         refuse_second_derivatives()
         return run_backward(grad_y, *ctx.saved_tensors)
 
-    torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+    run.register_autograd(differentiate, setup_context)
 
     @register_flop_formula(getattr(torch.ops.vim2, name))
     def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -71,3 +71,5 @@ def register_conv(
     @register_flop_formula(getattr(torch.ops.vim2, f"{name}_backward"))
     def _(grad_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
         return 2 * flops(x_shape, weight_shape)
+
+    return run

@@ -26,9 +26,9 @@ def has_statistics(statistics: Tensor, weight: Tensor | None, rows: Sequence[int
     return statistics.shape == ((0,) if weight is None else (2, *rows))
 
 
-def fake_statistics(x: Tensor, norm_weight: Tensor | None) -> Tensor:
-    """A fake of the mean and reciprocal deviation of every row of x, (2, ...), or (0,) without a norm."""
-    return x.new_empty((0,) if norm_weight is None else (2, *x.shape[:-1]), dtype=torch.float32)
+def fake_statistics(x: Tensor, kept: bool) -> Tensor:
+    """A fake of the mean and reciprocal deviation of every row of x, (2, ...), or (0,) where they are not kept."""
+    return x.new_empty((2, *x.shape[:-1]) if kept else (0,), dtype=torch.float32)
 
 
 def fake_norm_gradient(statistics: Tensor, norm_weight: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import refuse_second_derivatives, register_operator, require_fit
+from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -73,7 +73,7 @@ def _norm(x, weight, bias, eps, patch, backend):
     check_norm(weight, bias, x.shape[-1] * patch * patch)
     dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
     if resolve_backend(backend, x, weight, bias) == "triton":
-        return torch.ops.vim2.layer_norm(x, weight, bias, eps, dtype, patch)[0]
+        return _layer_norm(x, weight, bias, eps, dtype, patch, needs_backward(x, weight, bias))[0]
     compute = compute_dtype(x, weight, bias)
     x = x.to(compute)
     if patch == 2:
@@ -90,34 +90,40 @@ def _shape(x: Tensor, patch: int) -> list[int]:
     return [batch, (height + patch - 1) // patch, (width + patch - 1) // patch, patch * patch * channels]
 
 
-@register_operator("vim2::layer_norm")
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int
-) -> tuple[Tensor, Tensor]:
-    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32."""
-    from .triton.layer_norm import layer_norm_triton
-
+def _check(x, weight, bias, eps, dtype, patch, keeps):
     fits = x.dim() == 4 or (patch == 1 and x.dim() > 0)
     require_fit(fits and is_affine(weight, bias, _shape(x, patch)[-1]), "layer_norm", x, weight, bias, patch=patch)
-    return layer_norm_triton(x, weight, bias, eps, dtype, patch, _shape(x, patch))
 
 
-@torch.library.register_fake("vim2::layer_norm")
-def _(x, weight, bias, eps, dtype, patch):
+@register_operator("vim2::layer_norm", _check)
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int, keeps: bool
+) -> tuple[Tensor, Tensor]:
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32, if it `keeps` them."""
+    from .triton.layer_norm import layer_norm_triton
+
+    return layer_norm_triton(x, weight, bias, eps, dtype, patch, _shape(x, patch), keeps)
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, eps, dtype, patch, keeps):
     out = x.new_empty(_shape(x, patch), dtype=dtype)
-    return out, fake_statistics(out, weight)
+    return out, fake_statistics(out, keeps)
 
 
-@torch.library.custom_op("vim2::layer_norm_backward", mutates_args=())
+def _check_backward(grad, x, weight, statistics, patch):
+    shape = _shape(x, patch)
+    fits = list(grad.shape) == shape and weight.shape == (shape[-1],) and has_statistics(statistics, weight, shape[:-1])
+    require_fit(fits, "layer_norm_backward", grad, x, weight, statistics, patch=patch)
+
+
+@register_operator("vim2::layer_norm_backward", _check_backward)
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, patch: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients for x, and for weight and bias together, (2, width) in float32."""
     from .triton.layer_norm import layer_norm_triton_backward
 
-    shape = _shape(x, patch)
-    fits = list(grad.shape) == shape and weight.shape == (shape[-1],) and has_statistics(statistics, weight, shape[:-1])
-    require_fit(fits, "layer_norm_backward", grad, x, weight, statistics, patch=patch)
     return layer_norm_triton_backward(grad, x, weight, statistics, patch)
 
 
@@ -127,15 +133,15 @@ def _(grad, x, weight, statistics, patch):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _, ctx.patch = inputs
+    x, weight, bias, _, _, ctx.patch, _ = inputs
     ctx.save_for_backward(x, weight, bias, output[1])
 
 
 def _backward(ctx, grad, _):
     refuse_second_derivatives()
     x, *norm, statistics = ctx.saved_tensors
-    grad_x, grad_norm = torch.ops.vim2.layer_norm_backward(grad, x, norm[0], statistics, ctx.patch)
-    return grad_x, *split_norm_gradient(grad_norm, *norm), None, None, None
+    grad_x, grad_norm = _layer_norm_backward(grad, x, norm[0], statistics, ctx.patch)
+    return grad_x, *split_norm_gradient(grad_norm, *norm), None, None, None, None
 
 
-torch.library.register_autograd("vim2::layer_norm", _backward, setup_context=_setup_context)
+_layer_norm.register_autograd(_backward, _setup_context)

@@ -57,8 +57,8 @@ def norm_gate(
     tensors = (y, gate) if norm_weight is None else (y, gate, norm_weight, norm_bias)
     dtype = autocast_dtype(y) or torch.promote_types(y.dtype, gate.dtype)
     if resolve_backend(backend, *tensors) == "triton":
-        keeps = per_direction and needs_backward(*tensors)
-        return torch.ops.vim2.norm_gate(y, gate, norm_weight, norm_bias, eps, dtype, keeps)[0]
+        options = (eps, dtype, needs_backward(*tensors))
+        return _norm_gate(y, gate, norm_weight, norm_bias, *options)[0]
     compute = compute_dtype(*tensors)
     y = y.to(compute)
     if per_direction:
@@ -74,7 +74,12 @@ def _gate_fits(y: Tensor, gate: Tensor) -> bool:
     return gate.dim() > 0 and gate.shape == (*y.shape[: gate.dim() - 1], width)
 
 
-@register_operator("vim2::norm_gate")
+def _check(y, gate, norm_weight, norm_bias, *options):
+    fits = _gate_fits(y, gate) and is_affine(norm_weight, norm_bias, gate.shape[-1])
+    require_fit(fits, "norm_gate", y, gate, norm_weight, norm_bias)
+
+
+@register_operator("vim2::norm_gate", _check)
 def _norm_gate(
     y: Tensor,
     gate: Tensor,
@@ -84,22 +89,28 @@ def _norm_gate(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32, empty without a norm; and
-    for the backward pass, if it `keeps` that, y's sum over directions, else (0,)."""
+    """In Triton. Returns also, for the backward pass, if it `keeps` that, mean and reciprocal deviation of every row,
+    (2, ...), float32, where there is a norm, and y's sum over directions, where there are some."""
     from .triton.norm_gate import norm_gate_triton
 
-    fits = _gate_fits(y, gate) and is_affine(norm_weight, norm_bias, gate.shape[-1])
-    require_fit(fits, "norm_gate", y, gate, norm_weight, norm_bias)
     return norm_gate_triton(y, gate, norm_weight, norm_bias, eps, dtype, keeps)
 
 
-@torch.library.register_fake("vim2::norm_gate")
+@_norm_gate.register_fake
 def _(y, gate, norm_weight, norm_bias, eps, dtype, keeps):
-    total = y.new_empty(gate.shape if keeps else (0,))
-    return gate.new_empty(gate.shape, dtype=dtype), fake_statistics(gate, norm_weight), total
+    sums = keeps and y.dim() > gate.dim()
+    total = y.new_empty(gate.shape) if sums else y.new_empty(0, dtype=torch.float32)
+    out = gate.new_empty(gate.shape, dtype=dtype)
+    return out, fake_statistics(out, keeps and norm_weight is not None), total
 
 
-@torch.library.custom_op("vim2::norm_gate_backward", mutates_args=())
+def _check_backward(grad, y, gate, norm_weight, norm_bias, statistics):
+    fits = grad.shape == y.shape == gate.shape and is_affine(norm_weight, norm_bias, gate.shape[-1])
+    fits = fits and has_statistics(statistics, norm_weight, gate.shape[:-1])
+    require_fit(fits, "norm_gate_backward", grad, y, gate, norm_weight, norm_bias, statistics)
+
+
+@register_operator("vim2::norm_gate_backward", _check_backward)
 def _norm_gate_backward(
     grad: Tensor,
     y: Tensor,
@@ -112,9 +123,6 @@ def _norm_gate_backward(
     without a norm."""
     from .triton.norm_gate import norm_gate_triton_backward
 
-    fits = grad.shape == y.shape == gate.shape and is_affine(norm_weight, norm_bias, gate.shape[-1])
-    fits = fits and has_statistics(statistics, norm_weight, gate.shape[:-1])
-    require_fit(fits, "norm_gate_backward", grad, y, gate, norm_weight, norm_bias, statistics)
     return norm_gate_triton_backward(grad, y, gate, norm_weight, norm_bias, statistics)
 
 
@@ -124,20 +132,20 @@ def _(grad, y, gate, norm_weight, norm_bias, statistics):
 
 
 def _setup_context(ctx, inputs, output):
-    y, gate, *norm, _, _, keeps = inputs
+    y, gate, *norm, _, _, _ = inputs
     _, statistics, total = output
-    ctx.summed = y.shape[-3:] if keeps else None
-    ctx.save_for_backward(total if keeps else y, gate, *norm, statistics)
+    ctx.summed = y.shape[-3:] if y.dim() > gate.dim() else None
+    ctx.save_for_backward(total if ctx.summed else y, gate, *norm, statistics)
 
 
 def _backward(ctx, grad, *_):
     refuse_second_derivatives()
     y, gate, *norm, statistics = ctx.saved_tensors
-    grad_y, grad_gate, grad_norm = torch.ops.vim2.norm_gate_backward(grad, y, gate, *norm, statistics)
+    grad_y, grad_gate, grad_norm = _norm_gate_backward(grad, y, gate, *norm, statistics)
     if ctx.summed:  # one gradient for all directions
         groups, directions, patch = ctx.summed
         grad_y = grad_y.unflatten(-1, (groups, 1, patch)).expand(*grad_y.shape[:-1], groups, directions, patch)
     return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None, None
 
 
-torch.library.register_autograd("vim2::norm_gate", _backward, setup_context=_setup_context)
+_norm_gate.register_autograd(_backward, _setup_context)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import refuse_second_derivatives, register_operator, require_fit
+from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -42,7 +42,7 @@ def weighted_average(features: Sequence[Tensor], weight: Tensor, backend: str | 
     """
     _check_features(features, weight)
     if resolve_backend(backend, *features, weight) == "triton" and features[0].dim() > 0:
-        return torch.ops.vim2.weighted_average(features, weight, None, None, 0.0, _promoted(features, weight))[0]
+        return _weighted_average(features, weight, None, None, 0.0, _promoted(features, weight), False)[0]
     return _sum(features, weight)
 
 
@@ -79,7 +79,8 @@ def weighted_average_norm(
     dtype = autocast_dtype(weight) or _promoted(features, weight)
     tensors = (*features, weight, norm_weight, norm_bias)
     if resolve_backend(backend, *tensors) == "triton":
-        return torch.ops.vim2.weighted_average(features, weight, norm_weight, norm_bias, eps, dtype)[0]
+        keeps = needs_backward(*tensors)
+        return _weighted_average(features, weight, norm_weight, norm_bias, eps, dtype, keeps)[0]
     compute = compute_dtype(*tensors)
     total = _sum(features, weight.to(compute)).to(compute)
     return F.layer_norm(total, total.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps).to(dtype)
@@ -112,7 +113,13 @@ def _sum(features: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
-@register_operator("vim2::weighted_average")
+def _check(features, weight, norm_weight, norm_bias, *options):
+    fits = _are_alike(features) and weight.shape == (len(features),)
+    fits = fits and is_affine(norm_weight, norm_bias, features[0].shape[-1])
+    require_fit(fits, "weighted_average", *features, weight, norm_weight, norm_bias)
+
+
+@register_operator("vim2::weighted_average", _check)
 def _weighted_average(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -120,23 +127,29 @@ def _weighted_average(
     norm_bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor]:
-    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32; empty without a norm."""
+    """In Triton. Returns also mean and reciprocal deviation of every row, (2, ...), float32, if there is a norm and it
+    `keeps` them."""
     from .triton.weighted_average import weighted_average_triton
 
-    fits = _are_alike(features) and weight.shape == (len(features),)
-    fits = fits and is_affine(norm_weight, norm_bias, features[0].shape[-1])
-    require_fit(fits, "weighted_average", *features, weight, norm_weight, norm_bias)
-    return weighted_average_triton(list(features), weight, norm_weight, norm_bias, eps, dtype)
+    return weighted_average_triton(list(features), weight, norm_weight, norm_bias, eps, dtype, keeps)
 
 
-@torch.library.register_fake("vim2::weighted_average")
-def _(features, weight, norm_weight, norm_bias, eps, dtype):
+@_weighted_average.register_fake
+def _(features, weight, norm_weight, norm_bias, eps, dtype, keeps):
     x = features[0]
-    return x.new_empty(x.shape, dtype=dtype), fake_statistics(x, norm_weight)
+    return x.new_empty(x.shape, dtype=dtype), fake_statistics(x, keeps and norm_weight is not None)
 
 
-@torch.library.custom_op("vim2::weighted_average_backward", mutates_args=())
+def _check_backward(grad, features, weight, norm_weight, statistics):
+    fits = _are_alike([grad, *features]) and weight.shape == (len(features),)
+    fits = fits and (norm_weight is None or norm_weight.shape == grad.shape[-1:])
+    fits = fits and has_statistics(statistics, norm_weight, grad.shape[:-1])
+    require_fit(fits, "weighted_average_backward", grad, *features, weight, norm_weight, statistics)
+
+
+@register_operator("vim2::weighted_average_backward", _check_backward)
 def _weighted_average_backward(
     grad: Tensor,
     features: Sequence[Tensor],
@@ -148,10 +161,6 @@ def _weighted_average_backward(
     without a norm."""
     from .triton.weighted_average import weighted_average_triton_backward
 
-    fits = _are_alike([grad, *features]) and weight.shape == (len(features),)
-    fits = fits and (norm_weight is None or norm_weight.shape == grad.shape[-1:])
-    fits = fits and has_statistics(statistics, norm_weight, grad.shape[:-1])
-    require_fit(fits, "weighted_average_backward", grad, *features, weight, norm_weight, statistics)
     return weighted_average_triton_backward(grad, list(features), weight, norm_weight, statistics)
 
 
@@ -170,10 +179,8 @@ def _backward(ctx, grad, _):
     refuse_second_derivatives()
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
     features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
-    *grads, grad_weight, grad_norm = torch.ops.vim2.weighted_average_backward(
-        grad, features, weight, norm[0], statistics
-    )
-    return grads, grad_weight, *split_norm_gradient(grad_norm, *norm), None, None
+    *grads, grad_weight, grad_norm = _weighted_average_backward(grad, features, weight, norm[0], statistics)
+    return grads, grad_weight, *split_norm_gradient(grad_norm, *norm), None, None, None
 
 
-torch.library.register_autograd("vim2::weighted_average", _backward, setup_context=_setup_context)
+_weighted_average.register_autograd(_backward, _setup_context)

@@ -53,7 +53,7 @@ def scan(
     backend = resolve_backend(backend, *operands, scan=True)
     height, width = _height_and_width(spatial)
     chunk = kept_every(backend, height * width, keeps)
-    return torch.ops.vim2.selective_scan(
+    return _selective_scan(
         *operands, delta_softplus, _order_ids(orders), height, width, merge, with_last, chunk, backend
     )
 
@@ -85,9 +85,7 @@ def scan_backward(
     backend = resolve_backend(backend, *operands, scan=True)
     options = (True, _order_ids(orders), *_height_and_width(spatial), backend)
     no_grad_last = starts.new_empty(0)
-    return torch.ops.vim2.selective_scan_backward(
-        grad_y, no_grad_last, starts, *operands, *options, grad_B, grad_C, grad_delta
-    )
+    return _selective_scan_backward(grad_y, no_grad_last, starts, *operands, *options, grad_B, grad_C, grad_delta)
 
 
 def _height_and_width(spatial: Sequence[int]) -> Sequence[int]:
@@ -108,7 +106,15 @@ def _check_call(tensors: Sequence[Tensor], orders: Sequence[int], backend: str) 
         raise ValueError(f"The operator's backend must be one of {', '.join(BACKENDS[1:])}, got {backend!r}.")
 
 
-@register_operator("vim2::selective_scan")
+def _check(*args):
+    operands, (_, orders, height, width, _, _, chunk, backend) = Operands(*args[:8]), args[8:]
+    _check_call(operands, orders, backend)
+    length = height * width
+    fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
+    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
+
+
+@register_operator("vim2::selective_scan", _check)
 def _selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -130,10 +136,6 @@ def _selective_scan(
     """As `scan`, with everything settled: orders by their index, and the `chunk` of steps after which states are kept,
     but for the first."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
-    _check_call(operands, orders, backend)
-    length = height * width
-    fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
-    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if backend == "triton":
         from .triton.forward import scan_forward
@@ -168,7 +170,7 @@ def _of_directions(t: Tensor, shape: Sequence[int], backend: str) -> Tensor:
     return t.new_empty(shape)
 
 
-@torch.library.register_fake("vim2::selective_scan")
+@_selective_scan.register_fake
 def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, height, width, merge, *options):
     with_last, chunk, backend = options
     _check_call((u, delta, A, B, C, D, delta_bias, delta_weight), orders, backend)
@@ -184,7 +186,25 @@ def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, he
     )
 
 
-@torch.library.custom_op("vim2::selective_scan_backward", mutates_args=("grad_B", "grad_C", "grad_delta"))
+def _check_backward(grad_y, grad_last, starts, *args):
+    operands, (_, orders, height, width, backend, grad_B, grad_C, grad_delta) = Operands(*args[:8]), args[8:]
+    u, delta, A, B, C, *_ = operands
+    tensors = (grad_y, grad_last, starts, *operands, grad_B, grad_C, grad_delta)
+    _check_call(tensors, orders, backend)
+    length = height * width
+    kept = -(-length // kept_every(backend, length, True)) - 1
+    fits = (
+        operands.fit(len(orders), height, width)
+        and grad_y.shape in (u.shape[:2] + u.shape[-1:], (*delta.shape[:3], u.shape[-1]))
+        and starts.shape == (len(u), len(orders), kept, *A.mT.shape[1:])
+        and grad_last.shape in ((0,), (len(u), *A.shape))
+        and (grad_B.shape, grad_C.shape, grad_delta.shape[:-1]) == (B.shape, C.shape, delta.shape[:-1])
+        and grad_delta.shape[-1] >= delta.shape[-1]
+    )
+    require_fit(fits, "selective_scan_backward", *tensors, height=height, width=width)
+
+
+@register_operator("vim2::selective_scan_backward", _check_backward, ("grad_B", "grad_C", "grad_delta"))
 def _selective_scan_backward(
     grad_y: Tensor,
     grad_last: Tensor,
@@ -209,19 +229,6 @@ def _selective_scan_backward(
     """As `scan_backward`, also with the gradient of the last states, (batch, K, E, N), or (0,) where there is none.
     grad_B, grad_C and grad_delta may be parts of one tensor."""
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
-    tensors = (grad_y, grad_last, starts, *operands, grad_B, grad_C, grad_delta)
-    _check_call(tensors, orders, backend)
-    length = height * width
-    kept = -(-length // kept_every(backend, length, True)) - 1
-    fits = (
-        operands.fit(len(orders), height, width)
-        and grad_y.shape in (u.shape[:2] + u.shape[-1:], (*delta.shape[:3], u.shape[-1]))
-        and starts.shape == (len(u), len(orders), kept, *A.mT.shape[1:])
-        and grad_last.shape in ((0,), (len(u), *A.shape))
-        and (grad_B.shape, grad_C.shape, grad_delta.shape[:-1]) == (B.shape, C.shape, delta.shape[:-1])
-        and grad_delta.shape[-1] >= delta.shape[-1]
-    )
-    require_fit(fits, "selective_scan_backward", *tensors, height=height, width=width)
     walks = dict(delta_softplus=delta_softplus, orders=tuple(ORDERS[i] for i in orders), height=height, width=width)
     if grad_y.dim() == 4 and grad_y.stride(2) == 0:  # one gradient for all directions
         grad_y = grad_y[:, :, 0]
@@ -277,15 +284,19 @@ def _backward(ctx, grad_y, grad_last, _):
     refuse_second_derivatives()
     starts, *operands = ctx.saved_tensors
     options = (ctx.delta_softplus, ctx.orders, ctx.height, ctx.width, ctx.backend)
-    _, delta, _, B, C, *_ = operands
+    u, delta, _, B, C, *_ = operands
+    if grad_y is None:  # only the last states are used
+        grad_y = u.new_zeros(*u.shape[:2], u.shape[-1])
+    if grad_last is None:
+        grad_last = starts.new_empty(0)
     grad_B, grad_C, grad_delta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C, delta))
-    grad_u, grad_A, *others = torch.ops.vim2.selective_scan_backward(
+    grad_u, grad_A, *others = _selective_scan_backward(
         grad_y, grad_last, starts, *operands, *options, grad_B, grad_C, grad_delta
     )
     return grad_u, grad_delta, grad_A, grad_B, grad_C, *others, *(None,) * 8
 
 
-torch.library.register_autograd("vim2::selective_scan", _backward, setup_context=_setup_context)
+_selective_scan.register_autograd(_backward, _setup_context)
 
 
 @register_flop_formula(torch.ops.vim2.selective_scan)

@@ -105,7 +105,7 @@ def scan_parameters(
     """
     if resolve_backend(backend, weight, A_log) == "triton":
         dtype = autocast_dtype(weight) or weight.dtype
-        return torch.ops.vim2.scan_parameters(weight, A_log, separate_inputs, dtype)
+        return _scan_parameters(weight, A_log, separate_inputs, dtype)
     return weight.roll(2 * A_log.shape[-1] - weight.shape[1], dims=1), -torch.exp(A_log)
 
 
@@ -187,17 +187,20 @@ class _ProjectedScan(torch.autograd.Function):
         return grad_u, grad_weight, *others, None, None
 
 
-@register_operator("vim2::scan_parameters")
-def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    from .triton.parameters import scan_parameters_triton
-
+def _check_parameters(weight, A_log, *options):
     directions, rows, features = weight.shape
     fits = A_log.shape[:2] == (directions, features) and rows >= 2 * A_log.shape[2]
     require_fit(fits, "scan_parameters", weight, A_log)
+
+
+@register_operator("vim2::scan_parameters", _check_parameters)
+def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from .triton.parameters import scan_parameters_triton
+
     return scan_parameters_triton(weight, A_log, separate_inputs, dtype)
 
 
-@torch.library.register_fake("vim2::scan_parameters")
+@_scan_parameters.register_fake
 def _(weight, A_log, separate_inputs, dtype):
     directions, rows, features = weight.shape
     shape = (directions * -(-rows // 8) * 8, directions * features if separate_inputs else features)
@@ -213,11 +216,15 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_matrix, grad_A):
     refuse_second_derivatives()
     (A,) = ctx.saved_tensors
+    if grad_A is not None:
+        grad_A = grad_A * A
+    if grad_matrix is None:
+        return None, grad_A, None, None
     directions, rows, _ = ctx.shape
     grad = grad_matrix.unflatten(0, (directions, -1))[:, :rows]
     if ctx.separate_inputs:
         grad = grad.unflatten(-1, (directions, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A * A, None, None
+    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A, None, None
 
 
-torch.library.register_autograd("vim2::scan_parameters", _backward, setup_context=_setup_context)
+_scan_parameters.register_autograd(_backward, _setup_context)

@@ -9,12 +9,14 @@ registers that hold rows have come round. Where maps are low, a program goes on 
 
 # ruff: noqa: RUF005  (Triton does not know starred tuples)
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import INTERPRETED, launch
+from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
 
 MIN_ROWS, MAX_ROWS = 10, 42  # of a strip
@@ -203,10 +205,11 @@ def _backward_kernel(
     tl.store(sums_at + 9 * E, tl.sum(gbias, axis=0)[None, :], mask=e < E)
 
 
-def _launch_shape(x: Tensor, columns: int, programs: int) -> tuple[int, int, int, int, dict]:
-    """Programs, rows of a strip, strips of a map, images of a program, and the tile: 4 channels and `columns` columns a
-    thread, 64 channels and 8 columns a program. Small batches are cut into short strips, large ones share programs."""
-    batch, height, width, channels = x.shape
+def _launch_shape(shape: tuple[int, ...], columns: int, programs: int) -> tuple[int, int, int, int, dict]:
+    """For maps of this shape: programs, rows of a strip, strips of a map, images of a program, and the tile: 4 channels
+    and `columns` columns a thread, 64 channels and 8 columns a program. Small batches are cut into short strips, large
+    ones share programs."""
+    batch, height, width, channels = shape
     blocks = -(-width // 8) * -(-channels // 64)
     strips = max(-(-height // MAX_ROWS), min(-(-height // MIN_ROWS), programs // (batch * blocks)))
     rows = -(-height // strips)
@@ -221,17 +224,18 @@ def _rows_addressable(x: Tensor) -> Tensor:
     return x if contiguous and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def _registers(x: Tensor, limit: int) -> int | None:
-    return limit if x.element_size() == 2 else None
-
-
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, activate: bool) -> Tensor:
-    programs, rows, strips, images, tile = _launch_shape(x, 2, FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    arguments = (x, weight, bias, y, *x.shape, rows, strips, images, *x.stride()[:3])
-    registers = _registers(x, FORWARD_REGISTERS)
-    launch(_conv_kernel, (programs,), arguments, ACTIVATE=activate, FAST=not INTERPRETED, **tile, maxnreg=registers)
+    _forward(x.shape, x.stride(), x.itemsize == 2, activate)(x, weight, bias, y)
     return y
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _forward(shape: tuple[int, ...], stride: tuple[int, ...], half: bool, activate: bool) -> Launch:
+    programs, rows, strips, images, tile = _launch_shape(shape, 2, FORWARD_PROGRAMS)
+    numbers = (*shape, rows, strips, images, *stride[:3])
+    options = dict(ACTIVATE=activate, FAST=not INTERPRETED, **tile, maxnreg=FORWARD_REGISTERS if half else None)
+    return Launch(_conv_kernel, (programs,), numbers, **options)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -243,13 +247,21 @@ def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
     """Gradients for x, weight and bias."""
     x, grad_y, weight, bias = _rows_addressable(x), grad_y.contiguous(), weight.contiguous(), bias.contiguous()
     channels = x.shape[3]
-    programs, rows, strips, images, tile = _launch_shape(x, 1, BACKWARD_PROGRAMS)
+    programs, launch = _backward(x.shape, x.stride(), x.itemsize == 2)
     grad_pre = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(programs // -(-channels // 64), 10, channels, dtype=torch.float32, device=x.device)
-    arguments = (x, weight, bias, grad_y, grad_pre, sums, *x.shape, rows, strips, images, *x.stride()[:3])
-    registers = _registers(x, BACKWARD_REGISTERS)
-    launch(_backward_kernel, (programs,), arguments, FAST=not INTERPRETED, **tile, maxnreg=registers)
+    launch(x, weight, bias, grad_y, grad_pre, sums)
     grad_x = _convolve(grad_pre, weight, bias, activate=False)
-    grad_weight, grad_bias = sums[:, :9].sum(0), sums[:, 9].sum(0)
-    grad_weight = grad_weight.t().contiguous().view(weight.shape)  # contiguous, as compilers have been told
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    total = sums.sum(0)
+    # copied, as compilers have been told: contiguous, and no part of the other
+    grad_weight = total[:9].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format).view(weight.shape)
+    return grad_x, grad_weight, total[9].to(bias.dtype)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _backward(shape: tuple[int, ...], stride: tuple[int, ...], half: bool) -> tuple[int, Launch]:
+    """Also the number of programs."""
+    programs, rows, strips, images, tile = _launch_shape(shape, 1, BACKWARD_PROGRAMS)
+    numbers = (*shape, rows, strips, images, *stride[:3])
+    options = dict(FAST=not INTERPRETED, **tile, maxnreg=BACKWARD_REGISTERS if half else None)
+    return programs, Launch(_backward_kernel, (programs,), numbers, **options)

@@ -9,12 +9,14 @@ Each program goes on to further blocks with the taps it has, and keeps the sums 
 
 # ruff: noqa: RUF005  (Triton does not know starred tuples)
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import INTERPRETED, launch
+from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
 
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
@@ -200,9 +202,8 @@ def _backward_kernel(
     tl.store(sums_at + (2 * TAPS + 1) * P, tl.sum(gbias1, axis=0)[None, :], mask=p < P)
 
 
-def _launch_shape(x: Tensor, programs: int) -> tuple[int, int, int, dict]:
+def _launch_shape(sequences: int, features: int, programs: int) -> tuple[int, int, int, dict]:
     """Programs, parts of the sequences, blocks of a part, and the tile: 4 features a thread, 512 in all."""
-    sequences, _, features = x.shape
     P_BLOCK = min(1 << (features - 1).bit_length(), 64)
     N_BLOCK = 512 // P_BLOCK
     all_blocks = -(-sequences // N_BLOCK)
@@ -222,13 +223,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `directional_conv_silu`, in Triton."""
     x, weight, bias = _sequences_addressable(x), weight.contiguous(), bias.contiguous()
     sequences, length, features = x.shape
-    programs, _, blocks, tile = _launch_shape(x, FORWARD_PROGRAMS)
     y = torch.empty(sequences, length, 2, features, dtype=x.dtype, device=x.device)
-    launch(
-        _forward_kernel, (programs,), (x, weight, bias, y, sequences, length, blocks, x.stride(0)),
-        STRIDE=x.stride(1), P=features, TAPS=weight.shape[-1], FAST=not INTERPRETED, **tile,
-    )  # fmt: skip
+    _forward(x.shape, x.stride(), weight.shape[-1])(x, weight, bias, y)
     return y
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _forward(shape: tuple[int, ...], stride: tuple[int, ...], taps: int) -> Launch:
+    sequences, length, features = shape
+    programs, _, blocks, tile = _launch_shape(sequences, features, FORWARD_PROGRAMS)
+    options = dict(STRIDE=stride[1], P=features, TAPS=taps, FAST=not INTERPRETED, **tile)
+    return Launch(_forward_kernel, (programs,), (sequences, length, blocks, stride[0]), **options)
 
 
 def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,19 +244,25 @@ def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
         weight.contiguous(),
         bias.contiguous(),
     )
-    sequences, length, features = x.shape
-    width = weight.shape[-1]
-    programs, parts, blocks, tile = _launch_shape(x, BACKWARD_PROGRAMS)
+    features, width = x.shape[-1], weight.shape[-1]
+    parts, launch = _backward(x.shape, x.stride(), width)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(parts, 2, width + 1, features, dtype=torch.float32, device=x.device)
-    launch(
-        _backward_kernel, (programs,), (x, weight, bias, grad_y, grad_x, sums, sequences, length, blocks, x.stride(0)),
-        STRIDE=x.stride(1), P=features, TAPS=width, FAST=not INTERPRETED, **tile,
-    )  # fmt: skip
-    grad_weight, grad_bias = sums[:, :, :width].sum(0), sums[:, :, width].sum(0)
+    launch(x, weight, bias, grad_y, grad_x, sums)
+    total = sums.sum(0)
+    grad_weight, grad_bias = total[:, :width], total[:, width]
     grad_weight = torch.stack((grad_weight[0], grad_weight[1].flip(0)))  # from the order of steps to that of taps
     return (
         grad_x,
         grad_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
         grad_bias.t().reshape(bias.shape).to(bias.dtype),
     )
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _backward(shape: tuple[int, ...], stride: tuple[int, ...], taps: int) -> tuple[int, Launch]:
+    """Also the parts that the sequences are cut into."""
+    sequences, length, features = shape
+    programs, parts, blocks, tile = _launch_shape(sequences, features, BACKWARD_PROGRAMS)
+    options = dict(STRIDE=stride[1], P=features, TAPS=taps, FAST=not INTERPRETED, **tile)
+    return parts, Launch(_backward_kernel, (programs,), (sequences, length, blocks, stride[0]), **options)

@@ -1,11 +1,14 @@
 """LayerNorm of rows and of 2 x 2 patches in Triton. `../layer_norm.py` says what it computes."""
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import launch
+from ...triton_launch import MAX_LAUNCHES, Launch
 from .tiles import (
     backward_programs,
     contiguous,
@@ -46,7 +49,7 @@ def _layer_norm_kernel(
     eps,
     PATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, E), and in statistics (2, rows) the mean and reciprocal deviation of each."""
+    """out (rows, E), and in statistics (2, rows), if given, the mean and reciprocal deviation of each."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E
@@ -58,8 +61,9 @@ def _layer_norm_kernel(
         at, inside = _in_patches(row, e, H, W, C, PATCH)
         x = tl.load(x_ptr + at, mask=tile_in & inside, other=0.0).to(tl.float32)
         out, mean, rstd = norm_rows(x, weight, bias, column_in, E, eps)
-        tl.store(statistics_ptr + row, mean, mask=row < rows)
-        tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
+        if statistics_ptr is not None:
+            tl.store(statistics_ptr + row, mean, mask=row < rows)
+            tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
         out_at = out_ptr + (row.to(tl.int64)[:, None] * E + e)
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=tile_in)
 
@@ -100,19 +104,26 @@ def _map_sizes(x: Tensor, patch: int) -> tuple[int, int, int]:
 
 
 def layer_norm_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int, shape: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The result, of this shape. Returns also mean and reciprocal deviation of the rows, (2, ...)."""
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int, shape: list[int], keeps: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The result, of this shape; and mean and reciprocal deviation of the rows, (2, ...), if it `keeps` them."""
     x, weight, bias = contiguous(x, weight, bias)
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    statistics = empty_statistics(out, True)
-    rows, width = statistics[0].numel(), shape[-1]
-    tile = row_tile(width, 16)
+    statistics = empty_statistics(out) if keeps else None
+    rows, width = math.prod(shape[:-1]), shape[-1]
     if rows:
-        programs = forward_programs(rows, tile, x.device)
-        arguments = (x, weight, bias, out, statistics, rows, *_map_sizes(x, patch), width, eps)
-        launch(_layer_norm_kernel, (programs,), arguments, PATCH=patch, **tile)
+        launch = _forward(x.device, rows, *_map_sizes(x, patch), width, eps, patch)
+        launch(x, weight, bias, out, statistics)
     return out, statistics
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _forward(
+    device: torch.device, rows: int, height: int, map_width: int, channels: int, width: int, eps: float, patch: int
+) -> Launch:
+    tile = row_tile(width, 16)
+    numbers = (rows, height, map_width, channels, width, eps)
+    return Launch(_layer_norm_kernel, (forward_programs(rows, tile, device),), numbers, PATCH=patch, **tile)
 
 
 def layer_norm_triton_backward(
@@ -122,10 +133,19 @@ def layer_norm_triton_backward(
     grad, x, weight = contiguous(grad, x, weight)
     rows, width = statistics[0].numel(), grad.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = row_tile(width, 8)
-    programs = backward_programs(rows, tile, x.device, BACKWARD_PROGRAMS)
+    programs, launch = _backward(x.device, rows, *_map_sizes(x, patch), width, patch)
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     if rows:
-        arguments = (grad, x, weight, statistics, grad_x, parts, rows, *_map_sizes(x, patch), width)
-        launch(_layer_norm_backward_kernel, (programs,), arguments, PATCH=patch, **tile)
+        launch(grad, x, weight, statistics, grad_x, parts)
     return grad_x, parts.sum(0)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _backward(
+    device: torch.device, rows: int, height: int, map_width: int, channels: int, width: int, patch: int
+) -> tuple[int, Launch]:
+    """Also the number of programs."""
+    tile = row_tile(width, 8)
+    programs = backward_programs(rows, tile, device, BACKWARD_PROGRAMS)
+    numbers = (rows, height, map_width, channels, width)
+    return programs, Launch(_layer_norm_backward_kernel, (programs,), numbers, PATCH=patch, **tile)

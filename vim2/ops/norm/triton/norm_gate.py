@@ -1,11 +1,13 @@
 """The gate behind a scan, with its LayerNorm, in Triton. `../norm_gate.py` says what it computes."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import launch
+from ...triton_launch import MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
 from .tiles import (
     as_rows,
@@ -29,10 +31,11 @@ def _norm_gate_kernel(
     rows, E, gate_stride,  # the stride is between rows of the gate
     P,  # channels of a group, whose directions lie side by side in y
     eps,
-    NORM: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,  # with a norm; directions; whether their sum is kept
+    NORM: tl.constexpr, K: tl.constexpr,  # with a norm; directions
     BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rows of y are (E / P, K, P), to be summed over K; with KEEP the sums are written, too."""
+    """Rows of y are (E / P, K, P), to be summed over K. The sums, and statistics, are written where there are
+    pointers for them."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E
@@ -49,14 +52,15 @@ def _norm_gate_kernel(
         y = tl.load(y_at, mask=tile_in, other=0.0).to(tl.float32)
         for k in tl.static_range(1, K):
             y += tl.load(y_at + k * P, mask=tile_in, other=0.0).to(tl.float32)
-        if KEEP:
+        if total_ptr is not None:
             tl.store(total_ptr + first * E + in_tile, y.to(total_ptr.dtype.element_ty), mask=tile_in)
         gate_at = gate_ptr + first * gate_stride + (r[:, None] * gate_stride + e)
         gate = tl.load(gate_at, mask=tile_in, other=0.0).to(tl.float32)
         if NORM:
             y, mean, rstd = norm_rows(y, weight, bias, column_in, E, eps)
-            tl.store(statistics_ptr + first + r, mean, mask=row_in)
-            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
+            if statistics_ptr is not None:
+                tl.store(statistics_ptr + first + r, mean, mask=row_in)
+                tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
         out = y * (gate * sigmoid(gate, False))
         tl.store(out_ptr + first * E + in_tile, out.to(out_ptr.dtype.element_ty), mask=tile_in)
 
@@ -104,22 +108,30 @@ def _norm_gate_backward_kernel(
 
 def norm_gate_triton(
     y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, keeps: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm, and y's sum over
-    directions if it `keeps` that, else (0,)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns also, if it `keeps` that, mean and reciprocal deviation of the rows, (2, ...), where there is a norm, and
+    y's sum over directions, where there are some."""
     directions, patch = y.shape[-2:] if y.dim() > gate.dim() else (1, gate.shape[-1])
     y, gate_rows = y.contiguous(), as_rows(gate)
     weight, bias = contiguous(weight, bias)
     rows, width = gate_rows.shape
     out = torch.empty(gate.shape, dtype=dtype, device=y.device)
-    total = torch.empty(gate.shape if keeps else (0,), dtype=y.dtype, device=y.device)
-    statistics = empty_statistics(out, weight is not None)
-    tile = row_tile(width, 16)
+    sums, norm = y.dim() > gate.dim(), weight is not None
+    total = torch.empty(gate.shape, dtype=y.dtype, device=y.device) if keeps and sums else None
+    statistics = empty_statistics(out) if keeps and norm else None
     if rows:
-        arguments = (y, gate_rows, weight, bias, out, statistics, total, rows, width, gate_rows.stride(0), patch, eps)
-        programs = forward_programs(rows, tile, y.device)
-        launch(_norm_gate_kernel, (programs,), arguments, NORM=weight is not None, K=directions, KEEP=keeps, **tile)
+        launch = _forward(y.device, rows, width, gate_rows.stride(0), patch, eps, norm, directions)
+        launch(y, gate_rows, weight, bias, out, statistics, total)
     return out, statistics, total
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _forward(
+    device: torch.device, rows: int, width: int, gate_stride: int, patch: int, eps: float, norm: bool, directions: int
+) -> Launch:
+    tile = row_tile(width, 16)
+    grid, numbers = (forward_programs(rows, tile, device),), (rows, width, gate_stride, patch, eps)
+    return Launch(_norm_gate_kernel, grid, numbers, NORM=norm, K=directions, **tile)
 
 
 def norm_gate_triton_backward(
@@ -130,12 +142,17 @@ def norm_gate_triton_backward(
     weight, bias = contiguous(weight, bias)
     rows, width = gate_rows.shape
     grad_y, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=y.device) for t in (y, gate))
-    tile = row_tile(width, BACKWARD_ELEMENTS)
     norm = weight is not None
-    programs = backward_programs(rows, tile, y.device, BACKWARD_PROGRAMS[norm])
+    programs, launch = _backward(y.device, rows, width, gate_rows.stride(0), norm)
     parts = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=y.device)
     if rows:
-        tensors = (grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts)
-        arguments = (*tensors, rows, width, gate_rows.stride(0))
-        launch(_norm_gate_backward_kernel, (programs,), arguments, NORM=norm, **tile)
+        launch(grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts)
     return grad_y, grad_gate, parts.sum(0)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _backward(device: torch.device, rows: int, width: int, gate_stride: int, norm: bool) -> tuple[int, Launch]:
+    """Also the number of programs."""
+    tile = row_tile(width, BACKWARD_ELEMENTS)
+    programs = backward_programs(rows, tile, device, BACKWARD_PROGRAMS[norm])
+    return programs, Launch(_norm_gate_backward_kernel, (programs,), (rows, width, gate_stride), NORM=norm, **tile)

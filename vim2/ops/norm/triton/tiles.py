@@ -76,6 +76,6 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def empty_statistics(x: Tensor, norm: bool) -> Tensor:
-    """Room for mean and reciprocal deviation of the rows; empty without a norm."""
-    return torch.empty((2, *x.shape[:-1]) if norm else (0,), dtype=torch.float32, device=x.device)
+def empty_statistics(x: Tensor) -> Tensor:
+    """Room for mean and reciprocal deviation of the rows."""
+    return torch.empty((2, *x.shape[:-1]), dtype=torch.float32, device=x.device)

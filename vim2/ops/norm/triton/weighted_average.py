@@ -1,12 +1,14 @@
 """The weighted average in front of a mixer, with its LayerNorm, in Triton. `../weighted_average.py` says what it
 computes."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import launch
+from ...triton_launch import MAX_LAUNCHES, Launch
 from .tiles import (
     backward_programs,
     contiguous,
@@ -49,8 +51,9 @@ def _average_kernel(
             total += scale * x.to(tl.float32)
         if NORM:
             total, mean, rstd = norm_rows(total, weight, bias, column_in, E, eps)
-            tl.store(statistics_ptr + first + r, mean, mask=row_in)
-            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
+            if statistics_ptr is not None:
+                tl.store(statistics_ptr + first + r, mean, mask=row_in)
+                tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
         tl.store(out_ptr + first * E + in_tile, total.to(out_ptr.dtype.element_ty), mask=tile_in)
 
 
@@ -127,21 +130,26 @@ def weighted_average_triton(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Returns also mean and reciprocal deviation of the rows, (2, ...), empty without a norm."""
+    keeps: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), if there is a norm and it `keeps` them."""
     features = contiguous(*features)
     scale, weight, bias = contiguous(scale, weight, bias)
     width = features[0].shape[-1]
     rows = features[0].numel() // max(width, 1)
     out = torch.empty(features[0].shape, dtype=dtype, device=scale.device)
-    statistics = empty_statistics(out, weight is not None)
-    pointers = _padded(features)
-    tile = row_tile(width, 16 if len(pointers) <= 4 else 8)
+    statistics = empty_statistics(out) if keeps and weight is not None else None
     if rows:
-        arguments = (pointers, scale, weight, bias, out, statistics, rows, len(features), width, eps)
-        programs = forward_programs(rows, tile, scale.device)
-        launch(_average_kernel, (programs,), arguments, NORM=weight is not None, **tile)
+        launch = _forward(scale.device, rows, len(features), width, eps, weight is not None)
+        launch(_padded(features), scale, weight, bias, out, statistics)
     return out, statistics
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _forward(device: torch.device, rows: int, features: int, width: int, eps: float, norm: bool) -> Launch:
+    tile = row_tile(width, 16 if features <= 4 else 8)
+    grid = (forward_programs(rows, tile, device),)
+    return Launch(_average_kernel, grid, (rows, features, width, eps), NORM=norm, **tile)
 
 
 def weighted_average_triton_backward(
@@ -157,19 +165,13 @@ def weighted_average_triton_backward(
     def launch_part(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
         count = len(features[part])
         pointers = _padded(features[part])
-        tile = row_tile(width, 8)
-        per_multiprocessor = BACKWARD_PROGRAMS[len(pointers) <= 8]
-        programs = backward_programs(rows, tile, grad.device, per_multiprocessor)
+        vector = 16 // min(f.element_size() for f in features)
+        programs, launch = _backward(grad.device, rows, count, width, norm, grad_total is not None, vector)
         grad_scale = torch.empty(programs, len(pointers), dtype=torch.float32, device=grad.device)
         grad_norm = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=grad.device)
         if rows:
             gradients = (_padded(grad_features[part]), grad_scale, grad_norm, grad_total)
-            launch(
-                _average_backward_kernel, (programs,),
-                (grad, pointers, scale[part], weight, statistics, *gradients, rows, count, width),
-                NORM=norm, SPLIT=grad_total is not None, **tile,
-                VECTOR=16 // min(f.element_size() for f in features),
-            )  # fmt: skip
+            launch(grad, pointers, scale[part], weight, statistics, *gradients)
         return grad_scale.sum(0)[:count], grad_norm.sum(0)
 
     norm = weight is not None
@@ -184,3 +186,14 @@ def weighted_average_triton_backward(
         parts = [slice(i, i + MAX_FEATURES) for i in range(0, n, MAX_FEATURES)]
         grad_scale = torch.cat([launch_part(grad, part, False, None)[0] for part in parts])
     return [*grad_features, grad_scale.to(scale.dtype), grad_norm]
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _backward(
+    device: torch.device, rows: int, features: int, width: int, norm: bool, split: bool, vector: int
+) -> tuple[int, Launch]:
+    """Also the number of programs."""
+    tile = row_tile(width, 8)
+    programs = backward_programs(rows, tile, device, BACKWARD_PROGRAMS[features <= 8])
+    options = dict(NORM=norm, SPLIT=split, VECTOR=vector, **tile)
+    return programs, Launch(_average_backward_kernel, (programs,), (rows, features, width), **options)

@@ -7,13 +7,14 @@ vectors, and less to compile for Triton, which takes a time quadratic in a kerne
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import INTERPRETED, last_axis_contiguous, launch
+from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, last_axis_contiguous, layout
 from ...triton_math import LANES, LN2, LOG2E, exp2
 from ..chunks import TRITON_CHUNK
 from ..operands import Operands
@@ -252,7 +253,7 @@ def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,  # operands, and the gradient of y
     starts_ptr, ends_ptr, decay_ptr, end_ptr,  # states and adjoints at chunks' ends, decays, the last adjoint
     scratch_ptr,  # where a program keeps states for itself
-    gu_ptr, gdelta_ptr, gA_ptr, gB_ptr, gC_ptr, gD_ptr, gbias_ptr,  # gradients, or parts of them
+    gu_ptr, gdelta_ptr, gB_ptr, gC_ptr, gsums_ptr,  # gradients, or parts of them; the last of A, D and the bias
     orders,  # of all directions, two bits each
     batch, repeats,  # sequences of a direction, and tiles of them that a program takes
     L, H, W,  # steps of a sequence, and the map that it walks over
@@ -471,13 +472,13 @@ def _backward_kernel(
     if not LOCAL:
         # sums over steps and repeats: a part for each group of sequences, sequence of a tile and chunk; those of
         # sequences that do not exist are zero
-        sums = (((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S) * K + k) * E
-        gA_at = gA_ptr + sums * N_STATES + (s * (K * N_STATES * E) + n * E + e)
-        _store_tile(gA_at, E, gA, existing, NR, CR)
+        part_of_sums = ((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S + s) * K + k
+        sums = gsums_ptr + part_of_sums * ((N_STATES + 2) * E)
+        _store_tile(sums + n * E + e, E, gA, existing, NR, CR)
         for v in tl.static_range(OWN_CHANNELS):
-            at_own = sums + (s * (K * E) + own_e + v)
-            tl.store(gD_ptr + at_own, gD[v], mask=first_e & (own_e + v < E))
-            tl.store(gbias_ptr + at_own, gbias[v], mask=first_e & (own_e + v < E))
+            at_own = sums + N_STATES * E + own_e + v
+            tl.store(at_own, gD[v], mask=first_e & (own_e + v < E))
+            tl.store(at_own + E, gbias[v], mask=first_e & (own_e + v < E))
 
 
 @functools.lru_cache(None)
@@ -503,74 +504,116 @@ def scan_backward(
     (grad_y,) = last_axis_contiguous(grad_y)
     batch, length, directions, features = dt.shape
     n = At.shape[1]
-    chunks = starts.shape[2] + 1
-    tile = schedule.backward_tile(n, features)
-    blocks = schedule.channel_blocks(features, tile)
-    tiles = -(-batch // tile["S"])
-    fills = tiles * blocks * directions >= schedule.programs_to_fill(u.device)
-    split = 1 < chunks <= schedule.MAX_CHUNKS and not fills
-    parts = chunks if split else 1
-    repeats = schedule.tiles_a_program(tiles * blocks * directions, u.device)
-    groups = -(-tiles // repeats)
-    programs = groups * blocks
+    layouts = [layout(t) for t in (u, dt, B, C, grad_y, grad_B, grad_C)]
+    plan = _plan(
+        u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0
+    )
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=u.device)
 
     end = grad_last.transpose(-1, -2).float().contiguous() if grad_last.numel() else grad_last
-    ends = empty(starts.shape) if split else starts
-    decay = empty(starts.shape) if split else starts
-    kept = tile["NR"] * tile["CR"] * LANES.value
-    scratch = empty(parts, directions, programs, TRITON_CHUNK // UNROLL, kept)
+    ends = empty(starts.shape) if plan.scan_chunks else starts
+    decay = empty(starts.shape) if plan.scan_chunks else starts
+    scratch = empty(plan.scratch)
     grad_u, grad_delta = (
         empty(batch, length, directions, features, dtype=t.dtype) for t in (operands.u, operands.delta)
     )
-    grad_A = empty(parts * groups * tile["S"], directions, n, features)
-    grad_D, grad_bias = (empty(parts * groups * tile["S"], directions, features) for _ in range(2))
+    sums = empty(plan.parts, directions, n + 2, features)
     # added up over the blocks of channels, unless there is but one
     part_B, part_C = (
-        t if blocks == 1 else empty(blocks, batch, length, directions, n, dtype=t.dtype) for t in (grad_B, grad_C)
+        t if plan.blocks == 1 else empty(plan.blocks, batch, length, directions, n, dtype=t.dtype)
+        for t in (grad_B, grad_C)
     )
-    arguments = (
+    tensors = (
         u, dt, At, B, C, D, grad_y,
         starts, ends, decay, end,
         scratch,
-        grad_u, grad_delta, grad_A, part_B, part_C, grad_D, grad_bias,
+        grad_u, grad_delta, part_B, part_C, sums,
+    )  # fmt: skip
+    if plan.scan_chunks:
+        plan.scan_chunks(*tensors)
+        combine(ends, decay, end)
+    plan.scan_all(*tensors)
+    if plan.blocks > 1:
+        sum_blocks(part_B, grad_B)
+        sum_blocks(part_C, grad_C)
+    grad_A, grad_D, grad_bias = sums.sum(0).split((n, 1, 1), dim=1)
+    return (
+        grad_u if u.dim() == 4 else sum_directions(grad_u),
+        grad_delta,
+        grad_A.transpose(1, 2).to(operands.A.dtype, copy=True, memory_format=torch.contiguous_format),
+        *(g.squeeze(1).to(t.dtype, copy=True) for g, t in ((grad_D, operands.D), (grad_bias, operands.delta_bias))),
+    )
+
+
+class _Plan(NamedTuple):
+    """How the backward scan runs.
+
+    Attributes:
+        blocks: Of channels, whose parts of B's and C's gradients are summed.
+        parts: Of the gradients of A, D and the bias, which are summed together.
+        scratch: Shape of the room for programs' own states.
+        scan_chunks: Where chunks are scanned side by side, the launch for each from a zero adjoint.
+        scan_all: The launch for the results.
+    """
+
+    blocks: int
+    parts: int
+    scratch: tuple[int, ...]
+    scan_chunks: Launch | None
+    scan_all: Launch
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _plan(
+    device: torch.device, u: Layout, dt: Layout, B: Layout, C: Layout, grad_y: Layout, grad_B: Layout, grad_C: Layout,
+    n: int, chunks: int, orders: tuple[str, ...], height: int, width: int, softplus: bool, last: bool,
+) -> _Plan:  # fmt: skip
+    batch, length, directions, features = dt.shape
+    tile = schedule.backward_tile(n, features)
+    blocks = schedule.channel_blocks(features, tile)
+    tiles = -(-batch // tile["S"])
+    fills = tiles * blocks * directions >= schedule.programs_to_fill(device)
+    split = 1 < chunks <= schedule.MAX_CHUNKS and not fills
+    parts = chunks if split else 1
+    repeats = schedule.tiles_a_program(tiles * blocks * directions, device)
+    groups = -(-tiles // repeats)
+    programs = groups * blocks
+    numbers = (
         pack_orders(orders),
         batch, repeats,
         length, height, width,
         features, n, directions,
-        part_B.stride(-2),
+        grad_B.stride[-2] if blocks == 1 else n,
         chunks,
-        *schedule.strides(u, u.dim() == 4), *schedule.strides(B, True), *schedule.strides(C, True),
-        *schedule.strides(grad_y, grad_y.dim() == 4),
+        *schedule.strides(u), *schedule.strides(B), *schedule.strides(C), *schedule.strides(grad_y),
     )  # fmt: skip
+    starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
     block = tile["CE"] * tile["CR"]
     all_exist = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
     fits_words = all_exist and tile["NR"] == tile["CR"] == 4
     options = dict(
         CHUNK=TRITON_CHUNK,
         UNROLL=UNROLL,
-        SOFTPLUS=delta_softplus,
-        LAST=end.numel() > 0,
+        SOFTPLUS=softplus,
+        LAST=last,
         FAST=not INTERPRETED,
-        DISCARD=_can_discard(u.device),
-        LARGE=schedule.is_large(tile["S"], u, B, C, grad_u, grad_y, grad_B, grad_C, starts),
+        DISCARD=_can_discard(device),
+        LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, starts),
         WIDE=fits_words and all(map(schedule.in_words, (u, dt, B, C, grad_y))),
         num_warps=1,
         **tile,
     )
+    kept = tile["NR"] * tile["CR"] * LANES.value
+    scan_chunks = None
     if split:
-        launch(_backward_kernel, (programs, directions, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)
-        combine(ends, decay, end)
-    launch(_backward_kernel, (programs, directions, parts), arguments, SPLIT=split, LOCAL=False, **options)
-    if blocks > 1:
-        sum_blocks(part_B, grad_B)
-        sum_blocks(part_C, grad_C)
-    return (
-        grad_u if u.dim() == 4 else sum_directions(grad_u),
-        grad_delta,
-        grad_A.sum(0).transpose(1, 2).contiguous().to(operands.A.dtype),
-        grad_D.sum(0).to(operands.D.dtype),
-        grad_bias.sum(0).to(operands.delta_bias.dtype),
+        grid = (programs, directions, chunks - 1)
+        scan_chunks = Launch(_backward_kernel, grid, numbers, SPLIT=True, LOCAL=True, **options)
+    return _Plan(
+        blocks=blocks,
+        parts=parts * groups * tile["S"],
+        scratch=(parts, directions, programs, TRITON_CHUNK // UNROLL, kept),
+        scan_chunks=scan_chunks,
+        scan_all=Launch(_backward_kernel, (programs, directions, parts), numbers, SPLIT=split, LOCAL=False, **options),
     )

@@ -1,11 +1,13 @@
 # ruff: noqa: RUF005  (Triton knows no starred tuples)
 """From chunks that were scanned each by itself to the states at their ends."""
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import launch
+from ...triton_launch import MAX_LAUNCHES, Launch
 
 
 @triton.jit
@@ -43,7 +45,11 @@ def combine(states: Tensor, decay: Tensor, end: Tensor | None) -> None:
     """In place: (batch, K, chunks - 1, N, E) from chunks' own end states to the true states at their ends; given
     `end`, from chunks' own adjoints to the true ones, after `end` (batch, K, N, E) if that is not empty."""
     batch, directions, count, n, features = states.shape
-    size = n * features
-    arguments = (states, decay, states if end is None else end, count, size)
-    options = dict(REVERSE=end is not None, END=end is not None and end.numel() > 0, AHEAD=8, BLOCK=128, num_warps=1)
-    launch(_combine_kernel, (-(-size // 128), batch * directions), arguments, **options)
+    launch = _combine(batch * directions, count, n * features, end is not None, end is not None and end.numel() > 0)
+    launch(states, decay, states if end is None else end)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _combine(sequences: int, count: int, size: int, reverse: bool, from_end: bool) -> Launch:
+    options = dict(REVERSE=reverse, END=from_end, AHEAD=8, BLOCK=128, num_warps=1)
+    return Launch(_combine_kernel, (-(-size // 128), sequences), (count, size), **options)

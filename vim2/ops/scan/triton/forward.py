@@ -12,12 +12,14 @@ chunks then run side by side. The backward pass does the same from the other end
 with one sequence (forward_relay.py).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import INTERPRETED, launch
+from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, layout
 from ...triton_math import LANES
 from ..chunks import TRITON_CHUNK
 from ..operands import Operands
@@ -202,14 +204,14 @@ def _forward_kernel(
 def scan_forward(
     operands: Operands, *, delta_softplus: bool, orders: tuple[str, ...], height: int, width: int, chunk: int,
     with_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """As `reference.selective_scan_chunked`, but y is (batch, L, K, E) in u's dtype.
 
     Args:
         chunk: Steps between kept states: TRITON_CHUNK, or the whole length where no backward pass will follow.
 
     Returns:
-        y; the last states, (batch, K, E, N), or (0,); the states before every `chunk` steps but the first, (batch, K,
+        y; the last states, (batch, K, E, N), or None; the states before every `chunk` steps but the first, (batch, K,
         chunks - 1, N, E), float32.
 
     Raises:
@@ -221,29 +223,47 @@ def scan_forward(
             "use the backend 'torch'."
         )
     u, dt, At, B, C, D = kernel_inputs(operands, delta_softplus)
-    batch, length, directions, features = dt.shape
+    batch, _, directions, features = dt.shape
     n = At.shape[1]
-    fill = schedule.programs_to_fill(u.device)
+    y = torch.empty(dt.shape, dtype=u.dtype, device=u.device)
+    layouts = [layout(t) for t in (u, dt, B, C, y)]
+    chunks, scan_chunks, scan_all = _launches(u.device, *layouts, n, orders, height, width, chunk, with_last)
+    last = torch.empty(batch, directions, n, features, dtype=torch.float32, device=u.device) if with_last else None
+    starts = torch.empty(batch, directions, chunks - 1, n, features, dtype=torch.float32, device=u.device)
+    if scan_chunks:
+        decay = torch.empty_like(starts)
+        scan_chunks(u, dt, At, B, C, D, y, starts, decay, decay)
+        combine(starts, decay, None)
+    scan_all(u, dt, At, B, C, D, y, starts, starts, last if with_last else starts)
+    split = scan_chunks is not None
+    last = last.transpose(-1, -2).contiguous() if with_last else None
+    return y, last, starts if chunk == TRITON_CHUNK or not split else starts[:, :, :0]
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _launches(
+    device: torch.device, u: Layout, dt: Layout, B: Layout, C: Layout, y: Layout, n: int, orders: tuple[str, ...],
+    height: int, width: int, chunk: int, with_last: bool,
+) -> tuple[int, Launch | None, Launch]:  # fmt: skip
+    """Chunks of a sequence; where they are scanned side by side, the launch for each from a zero state; and the launch
+    for the results."""
+    batch, length, directions, features = dt.shape
+    fill = schedule.programs_to_fill(device)
     tile, split, steps = schedule.forward_plan(batch, length, directions, features, n, chunk, fill)
     chunks = -(-length // steps)
     blocks, tiles = schedule.channel_blocks(features, tile), -(-batch // tile["S"])
-    repeats = 1 if split else schedule.tiles_a_program(tiles * blocks * directions, u.device)
+    repeats = 1 if split else schedule.tiles_a_program(tiles * blocks * directions, device)
     programs = blocks * -(-tiles // repeats)
-    y = torch.empty(batch, length, directions, features, dtype=u.dtype, device=u.device)
-    last = torch.empty((batch, directions, n, features) if with_last else (0,), dtype=torch.float32, device=u.device)
-    starts = torch.empty(batch, directions, chunks - 1, n, features, dtype=torch.float32, device=u.device)
-    decay = torch.empty_like(starts) if split else starts
-    arguments = (
-        u, dt, At, B, C, D,
-        y, starts, decay, last,
+    numbers = (
         pack_orders(orders),
         batch, repeats,
         length, height, width,
         features, n, directions,
         steps, chunks,
-        *schedule.strides(u, u.dim() == 4), *schedule.strides(B, True), *schedule.strides(C, True),
+        *schedule.strides(u), *schedule.strides(B), *schedule.strides(C),
     )  # fmt: skip
     fits_words = n % tile["NR"] == 0 and features % tile["CR"] == 0
+    starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
     options = dict(
         LAST=with_last,
         FAST=not INTERPRETED,
@@ -253,10 +273,9 @@ def scan_forward(
         maxnreg=schedule.forward_registers(tile),
         **tile,
     )
+    scan_chunks = None
     if split:
-        launch(_forward_kernel, (programs, directions, chunks - 1), arguments, SPLIT=True, LOCAL=True, **options)
-        combine(starts, decay, None)
-    parts = chunks if split else 1
-    launch(_forward_kernel, (programs, directions, parts), arguments, SPLIT=split, LOCAL=False, **options)
-    last = last.transpose(-1, -2).contiguous() if with_last else last
-    return y, last, starts if chunk == TRITON_CHUNK or not split else starts[:, :, :0]
+        grid = (programs, directions, chunks - 1)
+        scan_chunks = Launch(_forward_kernel, grid, numbers, SPLIT=True, LOCAL=True, **options)
+    grid = (programs, directions, chunks if split else 1)
+    return chunks, scan_chunks, Launch(_forward_kernel, grid, numbers, SPLIT=split, LOCAL=False, **options)

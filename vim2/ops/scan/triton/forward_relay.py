@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import INTERPRETED, launch
+from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, layout
 from ..operands import Operands
 from . import schedule
 from .step_size import kernel_inputs
@@ -415,32 +415,44 @@ def takes_turns(operands: Operands) -> bool:
 def scan_forward_relay(
     operands: Operands, *, delta_softplus: bool, orders: tuple[str, ...], height: int, width: int, chunk: int,
     with_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """As `forward.scan_forward`, for operands that `takes_turns`."""
-    groups, slice_steps = _plan(operands)
     u, dt, At, B, C, D = kernel_inputs(operands, delta_softplus)
     batch, length, directions, features = dt.shape
     n = At.shape[1]
     tiles = _tiles(batch, directions, features)
-    y = torch.empty(batch, length, directions, features, dtype=u.dtype, device=u.device)
+    y = torch.empty(dt.shape, dtype=u.dtype, device=u.device)
     state = torch.empty(batch, directions, n, features, dtype=torch.float32, device=u.device)
     starts = torch.empty(batch, directions, -(-length // chunk) - 1, n, features, dtype=torch.float32, device=u.device)
     done = torch.zeros(tiles + 1, dtype=torch.int32, device=u.device)
-    arguments = (
-        u, dt, At, B, C, D,
-        y, starts, state,
-        done,
+    plan = _plan(operands)
+    layouts = [layout(t) for t in (u, dt, B, C, y)]
+    launch = _launch(*plan, *layouts, n, orders, height, width, chunk)
+    launch(u, dt, At, B, C, D, y, starts, state, done)
+    last = state.transpose(-1, -2).contiguous() if with_last else None
+    return y, last, starts
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _launch(
+    groups: int, slice_steps: int, u: Layout, dt: Layout, B: Layout, C: Layout, y: Layout, n: int,
+    orders: tuple[str, ...], height: int, width: int, chunk: int,
+) -> Launch:  # fmt: skip
+    batch, length, directions, features = dt.shape
+    tiles = _tiles(batch, directions, features)
+    starts = schedule.states_layout(batch, directions, -(-length // chunk) - 1, n, features)
+    numbers = (
         pack_orders(orders),
         length, height, width,
         features, n, directions,
         tiles, slice_steps,
-        *schedule.strides(u, u.dim() == 4), *schedule.strides(B, True), *schedule.strides(C, True),
+        *schedule.strides(u), *schedule.strides(B), *schedule.strides(C),
     )  # fmt: skip
     fits_words = n % NR.value == 0 and features % CR.value == 0
-    launch(
+    return Launch(
         _relay_kernel,
         (tiles * -(-length // slice_steps),),
-        arguments,
+        numbers,
         GROUPS=groups,
         CHUNK=chunk if chunk < length else 0,
         FAST=not INTERPRETED,
@@ -449,5 +461,3 @@ def scan_forward_relay(
         num_warps=WARPS.value,
         maxnreg=None if INTERPRETED or groups == 2 else 128,
     )
-    last = state.transpose(-1, -2).contiguous() if with_last else state.new_empty(0)
-    return y, last, starts

@@ -1,12 +1,14 @@
 """The parameters of S6 as its products and its scan read them, in one launch. `projected_scan.py` says what it
 computes; at batch 1 a launch costs the host more than the GPU."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import launch
+from ...triton_launch import MAX_LAUNCHES, Launch
 
 BLOCK = 1024
 
@@ -44,12 +46,21 @@ def scan_parameters_triton(
     """As `projected_scan.scan_parameters`."""
     directions, rows, features = weight.shape
     states = A_log.shape[-1]
+    shape, launch = _parameters(directions, rows, features, states, separate_inputs)
+    matrix = torch.empty(shape, dtype=dtype, device=weight.device)
+    A = torch.empty(directions, states, features, dtype=A_log.dtype, device=weight.device)
+    launch(weight.contiguous(), A_log.contiguous(), matrix, A)
+    return matrix, A.transpose(1, 2)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _parameters(
+    directions: int, rows: int, features: int, states: int, separate_inputs: bool
+) -> tuple[tuple[int, int], Launch]:
+    """Also the shape of the matrix."""
     columns = directions * features if separate_inputs else features
     room = -rows % 8
-    matrix = torch.empty(directions * (rows + room), columns, dtype=dtype, device=weight.device)
-    A = torch.empty(directions, states, features, dtype=A_log.dtype, device=weight.device)
-    sizes = (directions, features, columns, states, rows - 2 * states, room)
-    arguments = (weight.contiguous(), A_log.contiguous(), matrix, A, *sizes)
-    grid = (-(-max(matrix.numel(), A.numel()) // BLOCK),)
-    launch(_parameters_kernel, grid, arguments, SEPARATE=separate_inputs, BLOCK=BLOCK, num_warps=4)
-    return matrix, A.transpose(1, 2)
+    shape = directions * (rows + room), columns
+    numbers = (directions, features, columns, states, rows - 2 * states, room)
+    grid = (-(-max(shape[0] * columns, directions * states * features) // BLOCK),)
+    return shape, Launch(_parameters_kernel, grid, numbers, SEPARATE=separate_inputs, BLOCK=BLOCK, num_warps=4)

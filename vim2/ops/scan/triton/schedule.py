@@ -2,13 +2,13 @@
 programs, and what the kernels are told of their tensors."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
-from ...triton_launch import INTERPRETED
+from ...triton_launch import INTERPRETED, Layout
 from ...triton_math import LANES
 from ..chunks import TRITON_CHUNK
 
@@ -98,20 +98,25 @@ def tiles_a_program(programs: int, device: torch.device) -> int:
     return max(programs // (16 * max(programs_to_fill(device), 1)), 1)
 
 
-def strides(t: Tensor, has_directions: bool) -> tuple[int, int, int]:
+def states_layout(*shape: int) -> Layout:
+    """Of states that are kept: contiguous, in float32."""
+    return Layout(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), 4, 0)
+
+
+def strides(t: Layout) -> tuple[int, int, int]:
     """Strides of batch, length and direction; 0 where all directions share the tensor."""
-    return (t.stride(0), t.stride(1), t.stride(2) if has_directions else 0)
+    return (*t.stride[:2], t.stride[2] if len(t.shape) == 4 else 0)
 
 
-def is_large(sequences: int, *tensors: Tensor) -> bool:
+def is_large(sequences: int, *tensors: Layout) -> bool:
     """Whether offsets within the sequences of one tile need 64 bits; those between tiles always have them.
 
     Args:
         sequences: Of a tile, along the tensors' first axis.
     """
-    return any((sequences - 1) * t.stride(0) + t.shape[1] * t.stride(1) >= 2**31 for t in tensors)
+    return any((sequences - 1) * t.stride[0] + t.shape[1] * t.stride[1] >= 2**31 for t in tensors)
 
 
-def in_words(t: Tensor) -> bool:
+def in_words(t: Layout) -> bool:
     """Whether four neighbours are an aligned word of 64 bits."""
-    return t.element_size() == 2 and t.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in t.stride()[:-1])
+    return t.size == 2 and t.address % 8 == 0 and all(stride % 4 == 0 for stride in t.stride[:-1])

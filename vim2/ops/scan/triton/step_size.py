@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import INTERPRETED, column_block, last_axis_contiguous, launch
+from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, column_block, last_axis_contiguous
 from ...triton_math import LN2, LOG2E, exp2
 from ..operands import Operands
 
@@ -158,17 +158,25 @@ def step_sizes(delta: Tensor, weight: Tensor, bias: Tensor, softplus: bool, dtyp
     rank = weight.shape[-1] if weight.numel() else 0
     half = dtype == torch.bfloat16
     dt = torch.empty(batch, length, directions, features, dtype=dtype if half else torch.float32, device=delta.device)
+    sizes = (batch * length, directions, features, rank, *delta.stride()[1:3])
+    _forward(*sizes, softplus, _precision(delta), half and not INTERPRETED)(delta, weight.contiguous(), bias, dt)
+    return dt
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _forward(
+    positions: int, directions: int, features: int, rank: int, delta_l: int, delta_k: int, softplus: bool,
+    precision: str | None, fast: bool,
+) -> Launch:  # fmt: skip
     block = column_block(features)
     rows = max(2048 // block, 16)
     blocks = directions * triton.cdiv(features, block)
-    tiles = min(max(blocks * triton.cdiv(batch * length, rows) // MIN_PROGRAMS, 1), MAX_TILES)
-    sizes = (batch * length, tiles, directions, features, rank, delta.stride(1), delta.stride(2))
-    launch(
-        _step_size_kernel, (blocks * triton.cdiv(batch * length, rows * tiles),),
-        (delta, weight.contiguous(), bias, dt, *sizes), SOFTPLUS=softplus, PRECISION=_precision(delta),
-        FAST=half and not INTERPRETED, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
+    tiles = min(max(blocks * triton.cdiv(positions, rows) // MIN_PROGRAMS, 1), MAX_TILES)
+    return Launch(
+        _step_size_kernel, (blocks * triton.cdiv(positions, rows * tiles),),
+        (positions, tiles, directions, features, rank, delta_l, delta_k),
+        SOFTPLUS=softplus, PRECISION=precision, FAST=fast, ROWS=rows, BLOCK=block, R=_room(rank), num_warps=4,
     )  # fmt: skip
-    return dt
 
 
 def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_factor: Tensor) -> Tensor:
@@ -178,26 +186,37 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     factor, weight = _as_rows(factor), weight.contiguous()
     batch, length, directions, rank = factor.shape
     features = weight.shape[1]
-    rows = batch * length
+    sizes = (batch * length, directions, features, rank, grad_factor.shape[-1], grad_factor.stride(-2))
+    parts, of_factor, of_weight = _backward(*sizes, *factor.stride()[1:3], grad.itemsize, _precision(grad))
+    grad_weight = torch.empty(parts, directions, features, rank, dtype=torch.float32, device=grad.device)
+    of_factor(grad, weight, grad_factor)
+    of_weight(grad, factor, grad_weight)
+    return grad_weight.sum(0)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _backward(
+    rows: int, directions: int, features: int, rank: int, width: int, out_row: int, factor_l: int, factor_k: int,
+    itemsize: int, precision: str | None,
+) -> tuple[int, Launch, Launch]:  # fmt: skip
+    """Parts of the weight's gradient, and the launches for the factors' gradient and for it."""
     block = min(column_block(features), 64)
-    width = grad_factor.shape[-1]
-    tile_rows = 512 // grad.element_size()  # two stages of them fit in the shared memory of any GPU
+    tile_rows = 512 // itemsize  # two stages of them fit in the shared memory of any GPU
     blocks = triton.cdiv(features, block)
     parts = max(min(2048 // (blocks * directions), rows // 256), 1)  # enough programs to fill a GPU
     rows_a_part = triton.cdiv(rows, parts * 64) * 64
-    grad_weight = torch.empty(parts, directions, features, rank, dtype=torch.float32, device=grad.device)
-    launch(
+    of_factor = Launch(
         _factor_gradient_kernel, (directions * triton.cdiv(rows, tile_rows),),
-        (grad, weight, grad_factor, rows, directions, features, rank, width, grad_factor.stride(-2)),
-        PRECISION=_precision(grad), ROWS=tile_rows, BLOCK=block, R=max(triton.next_power_of_2(width), 16),
+        (rows, directions, features, rank, width, out_row),
+        PRECISION=precision, ROWS=tile_rows, BLOCK=block, R=max(triton.next_power_of_2(width), 16),
         num_warps=8, num_stages=2,
     )  # fmt: skip
-    launch(
+    of_weight = Launch(
         _weight_gradient_kernel, (blocks, directions, parts),
-        (grad, factor, grad_weight, rows, rows_a_part, directions, features, rank, *factor.stride()[1:3]),
-        PRECISION=_precision(grad), ROWS=64, BLOCK=block, R=_room(rank), num_warps=4,
+        (rows, rows_a_part, directions, features, rank, factor_l, factor_k),
+        PRECISION=precision, ROWS=64, BLOCK=block, R=_room(rank), num_warps=4,
     )  # fmt: skip
-    return grad_weight.sum(0)
+    return parts, of_factor, of_weight
 
 
 def kernel_inputs(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:

@@ -1,11 +1,13 @@
 """Sums of parts that the scan's programs have written one beside another: of directions, and of blocks of channels."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_launch import column_block, launch
+from ...triton_launch import MAX_LAUNCHES, Launch, column_block
 
 
 @triton.jit
@@ -27,12 +29,13 @@ def _sum_kernel(
     tl.store(out_ptr + row * out_row + e, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _sum(x: Tensor, out: Tensor, parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int):
+@functools.lru_cache(MAX_LAUNCHES)
+def _sum(parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int) -> Launch:
     block = column_block(E)
     rows_a_program = 2048 // block
     grid = (-(-rows // rows_a_program), -(-E // block))
-    arguments = (x, out, parts, rows, E, part_stride, row_stride, out_row)
-    launch(_sum_kernel, grid, arguments, ROWS=rows_a_program, BLOCK=block, num_warps=4)
+    numbers = (parts, rows, E, part_stride, row_stride, out_row)
+    return Launch(_sum_kernel, grid, numbers, ROWS=rows_a_program, BLOCK=block, num_warps=4)
 
 
 def sum_directions(x: Tensor) -> Tensor:
@@ -41,11 +44,11 @@ def sum_directions(x: Tensor) -> Tensor:
     if directions == 1:
         return x.squeeze(2)
     out = torch.empty(batch, length, features, dtype=x.dtype, device=x.device)
-    _sum(x, out, directions, batch * length, features, features, directions * features, features)
+    _sum(directions, batch * length, features, features, directions * features, features)(x, out)
     return out
 
 
 def sum_blocks(x: Tensor, out: Tensor) -> None:
     """(blocks, batch, L, K, N), contiguous, summed into out (batch, L, K, N), which may have room between its rows."""
     rows, n = x[0].numel() // x.shape[-1], x.shape[-1]
-    _sum(x, out, x.shape[0], rows, n, rows * n, n, out.stride(-2))
+    _sum(x.shape[0], rows, n, rows * n, n, out.stride(-2))(x, out)
