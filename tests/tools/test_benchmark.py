@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from benchmarks import compilations, launches, models, profiles, scans
 from benchmarks.reporting import launch_table, profile_table
 from tools import benchmark
+from vim2.ops import backend
 
 
 def vmamba_flops(dim, depths, size, classes=1000, n=16):
@@ -191,6 +192,14 @@ def test_kernels_belong_to_the_outermost_operator(monkeypatch):
     times = profiles.operator_times(lambda: steps.append(1), counted, args)
     assert len(steps) == 2
     assert times == pytest.approx({"vim2::selective_scan": 2.1, "aten::mm": 0.25, "": 0.15})
+
+
+@pytest.mark.parametrize("default", ["numba", "mamba_ssm"])
+def test_counts_whatever_the_default_backend(default, monkeypatch):
+    """They are counted on tensors without data, which these backends could not take."""
+    expected = models.count_flops(models.create_model("test_vim2", 64, "meta"), 64)
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", default)
+    assert models.count_flops(models.create_model("test_vim2", 64, "meta"), 64) == expected > 0
 
 
 def test_launches(monkeypatch):

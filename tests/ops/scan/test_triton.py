@@ -22,6 +22,7 @@ from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 pytest.importorskip("triton")
 from vim2.ops.scan.chunks import TRITON_CHUNK
 from vim2.ops.scan.triton import backward, forward, forward_relay, schedule
+from vim2.ops.triton_launch import layout
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -59,10 +60,10 @@ def test_offsets_of_64_bits(monkeypatch, form):
 
 
 def test_strides_that_need_64_bits():
-    sequences = torch.empty_strided((32, 5, 4), (2**27, 4, 1), device="meta")
+    sequences = layout(torch.empty_strided((32, 5, 4), (2**27, 4, 1), device="meta"))
     assert schedule.is_large(32, sequences) and not schedule.is_large(8, sequences)
     steps = torch.empty_strided((2, 2**15, 4), (4, 2**16, 1), device="meta")
-    assert schedule.is_large(2, steps) and not schedule.is_large(2, steps[:, :5])
+    assert schedule.is_large(2, layout(steps)) and not schedule.is_large(2, layout(steps[:, :5]))
 
 
 def test_inference_splits_no_finer_than_it_must(monkeypatch):
