@@ -255,7 +255,7 @@ def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
     return (
         grad_x,
         grad_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
-        grad_bias.t().reshape(bias.shape).to(bias.dtype),
+        grad_bias.t().flatten().to(bias.dtype, copy=True, memory_format=torch.contiguous_format),
     )
 
 
