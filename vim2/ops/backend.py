@@ -15,6 +15,7 @@ TRITON_DTYPES = DTYPES[:3]
 BACKENDS = ("auto", "triton", "numba", "mamba_ssm", "torch")
 DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND") or "auto"  # as it was on import; empty is unset
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_ROCM = torch.version.hip is not None  # PyTorch's build for AMD's GPUs
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # its compiled part, which is all we use
 
@@ -56,15 +57,16 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
 
     Args:
         backend: One of BACKENDS; None is the environment's VIM2_SCAN_BACKEND, else "auto". "auto" is Triton for CUDA
-            tensors and Numba for the CPU's, where they are installed, but for float64, which neither knows. It never
-            is "mamba_ssm", whose package needs Triton, too. Operators other than the scan take "mamba_ssm" as "auto".
+            tensors on NVIDIA's GPUs and Numba for the CPU's, where they are installed, but for float64, which neither
+            knows. It never is "mamba_ssm", whose package needs Triton, too. Operators other than the scan take
+            "mamba_ssm" as "auto".
         scan: Whether the operator is the scan.
 
     Raises:
         ValueError: Another name; tensors that are not of a floating dtype, or on several devices.
         RuntimeError: A backend that is not installed, or that does not know the tensors' device or dtype.
     """
-    if HAS_TRITON and backend is None and DEFAULT_BACKEND == "auto" and _are_for_triton(tensors):
+    if HAS_TRITON and backend is None and DEFAULT_BACKEND == "auto" and not IS_ROCM and _are_for_triton(tensors):
         return "triton"  # as what follows would find, in a fraction of its time
     check_tensors(*tensors)
     backend = backend or DEFAULT_BACKEND
@@ -83,6 +85,8 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         backend = "auto"
     if backend == "triton" and not HAS_TRITON:
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
+    if backend == "triton" and IS_ROCM:
+        raise RuntimeError("The Triton kernels hold instructions of NVIDIA's GPUs: use the backend 'torch' on AMD's.")
     if backend == "triton" and tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("The Triton backend needs tensors on a GPU; for its interpreter, set TRITON_INTERPRET=1.")
     if backend == "numba" and _numba["is lost"]:
@@ -103,6 +107,9 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         return "numba" if HAS_NUMBA and not _numba["is lost"] else "torch"
     if not HAS_TRITON:
         _warn_once("vim2: Triton is not installed; operators run in plain PyTorch, which is slow on a GPU.")
+        return "torch"
+    if IS_ROCM:
+        _warn_once("vim2: its Triton kernels are for NVIDIA's GPUs; on AMD's, operators run in plain PyTorch, slowly.")
         return "torch"
     return "triton"
 
