@@ -172,3 +172,12 @@ def test_nothing_is_drawn_without_matplotlib(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         visualize(images=images, model="test_vim2")
+
+
+def test_a_full_gpu_is_told_with_a_remedy(images, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("vim2.visualize.command.receptive_field", full)
+    assert run_tool(tool.main, [str(images), "--output", str(tmp_path), *MODEL]) == 2
+    assert "use a smaller --img-size" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The command: `tools/visualize.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +18,8 @@ from ..command.errors import UserError
 from ..command.figures import figure
 from ..command.images import read_pixels
 from ..command.options import REQUIRED, Count, DeviceOptions, Positive, length, option, resolve
-from ..command.processes import choose_device
-from ..command.progress import say
+from ..command.processes import Processes, choose_device
+from ..command.progress import progress_bar, say
 from ..command.runs import explain_disk_errors, make_folder
 from ..mixers import SelectiveChannelMixer, SelectiveTokenMixer
 from ..vim2 import ViM2
@@ -81,7 +81,8 @@ def visualize(argv: Sequence[str] | None = None, /, **options) -> list[Path]:
         The pictures that were written.
 
     Raises:
-        UserError: Anything that the user can put right. Nothing is written then, unless the disk is full.
+        UserError: Anything that the user can put right. Nothing is written then, unless the disk or the GPU's
+            memory is full.
     """
     o, _ = resolve(VisualizeOptions, argv, options)
     figure()  # without matplotlib, there is nothing to do
@@ -98,7 +99,6 @@ def visualize(argv: Sequence[str] | None = None, /, **options) -> list[Path]:
     view = choose_view(model, o, config["input_size"][1:])
     transform = create_transform(**config, is_training=False)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-
     images = [transform(read_pixels(file, mode)) for file in files]
     if view.channels is None:
         say("No *_channel_mixing.png: that stage has no S6 channel mixer.")
@@ -106,14 +106,17 @@ def visualize(argv: Sequence[str] | None = None, /, **options) -> list[Path]:
         say(f"No *_grad_cam.png: {reason}.")
     folder = Path(o.output)
     make_folder(folder)
-    with explain_disk_errors():
-        written = draw_model(model, [image.to(device) for image in images], view, folder)
-        for file, image in zip(files, images):
-            shown = displayed(image, config)
-            written += draw_scans(model, image.to(device), shown, view, folder, file.stem)
-            if reason is None:
-                path = folder / f"{file.stem}_grad_cam.png"
-                written += draw_grad_cam(model, image.to(device), shown, names, view.stage, path)
+    try:
+        with explain_disk_errors():
+            written = draw_model(model, (image.to(device) for image in images), len(images), view, folder)
+            for file, image in progress_bar(list(zip(files, images)), "draw", Processes(device)):
+                shown = displayed(image, config)
+                written += draw_scans(model, image.to(device), shown, view, folder, file.stem)
+                if reason is None:
+                    path = folder / f"{file.stem}_grad_cam.png"
+                    written += draw_grad_cam(model, image.to(device), shown, names, view.stage, path)
+    except torch.OutOfMemoryError:
+        raise UserError("The GPU's memory is full: use a smaller --img-size, or --device cpu.") from None
     say(f"{len(written)} pictures in {folder}")
     return written
 
@@ -214,14 +217,14 @@ def displayed(image: Tensor, config: dict[str, Any]) -> np.ndarray:
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
-def draw_model(model: ViM2, images: Sequence[Tensor], view: View, folder: Path) -> list[Path]:
+def draw_model(model: ViM2, images: Iterable[Tensor], count: int, view: View, folder: Path) -> list[Path]:
     """Draw what is of the model, or of all images together."""
     weights, field = folder / "averaging_weights.png", folder / "receptive_field.png"
     plot_averaging_weights(averaging_weights(model), weights)
     side = model.feature_info[view.stage]["reduction"]  # of the square of pixels that a token stands for
     centre = (view.size[1] // 2 * side, view.size[0] // 2 * side, side, side)
     values = receptive_field(model, images, view.stage)
-    plot_receptive_field(values, centre, view.stage + 1, len(images), field)
+    plot_receptive_field(values, centre, view.stage + 1, count, field)
     return [weights, field]
 
 
