@@ -120,6 +120,13 @@ def test_shapes_and_gradients(options):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().amax() > 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_quantiles_cannot_cross(training):
+    model = TSM2(TSM2Config(**SMALL, quantiles=(0.1, 0.3, 0.5, 0.9))).train(training)
+    nn.init.normal_(model.head.weight)
+    assert (model(history().float()).diff(dim=-1) >= 0).all()
+
+
 def test_windows_of_one_patch_or_one_variate():
     assert make(patch=32, stride=32)(history(1, 1)).shape == (1, 6, 1)
     assert make(lookback=32, patch=1, stride=1)(history(1, 2)).shape == (1, 6, 2)
