@@ -7,7 +7,7 @@ from forecast_helpers import shared_data
 
 from vim2.forecast.baselines import PENALTIES, Ridge, last_value, seasonal_naive
 from vim2.forecast.data import Scaler, Windows, make_split, read_table
-from vim2.forecast.scores import gain, pinball, score
+from vim2.forecast.scores import gain, mase, naive_errors, pinball, score, window_losses
 
 
 def test_naive_forecasts():
@@ -55,6 +55,43 @@ def test_pinball_of_the_median_is_the_absolute_error_and_of_others_lopsided():
     assert pinball(forecast, y, (0.5,)).item() == 3
     assert pinball(forecast, y, (0.1,)).item() == pytest.approx(2 * 0.9 * 3)
     assert pinball(-forecast, y, (0.1,)).item() == pytest.approx(2 * 0.1 * 3)
+
+
+def test_sorting_quantiles_that_cross_lowers_the_pinball_loss_of_every_window():
+    forecast, y = torch.randn(1000, 4, 2, 3), torch.randn(1000, 4, 2)
+    before, after = (window_losses(f, y, (0.1, 0.5, 0.9)) for f in (forecast, forecast.sort(-1).values))
+    assert (after < before).all()
+
+
+def test_crps_and_coverage_are_of_all_windows_by_hand():
+    levels, values = (0.1, 0.5, 0.8), torch.randn(50, 3)
+    windows = Windows(values, 6, 4, 0, 50)
+
+    def forecast(x, _):
+        return last_value(x, 4).unsqueeze(-1) + torch.tensor([-1.0, 0.0, 0.5])
+
+    row = score(forecast, windows, batch=7, levels=levels)
+    x, y, _ = windows[:]
+    low, middle, high = forecast(x, None).unbind(-1)
+    assert row["coverage"] == pytest.approx(((low <= y) & (y <= high)).double().mean().item())
+    assert row["mse"] == pytest.approx((middle - y).square().mean().item(), rel=1e-5)
+    losses = [
+        max(t * (a - b), (t - 1) * (a - b))
+        for t, q in zip(levels, (low, middle, high))
+        for a, b in zip(y.flatten().tolist(), q.flatten().tolist())
+    ]
+    assert row["crps"] == pytest.approx(2 * sum(losses) / len(losses), rel=1e-5)
+
+
+def test_mase_is_one_for_the_seasonal_naive_forecast_of_the_training_rows():
+    values = torch.randn(60, 2).cumsum(0) * torch.tensor([1.0, 9.0])
+    flat = torch.cat((values, torch.ones(60, 1)), dim=1)
+    naive = naive_errors(flat, 4)
+    assert naive[2] == 0 and naive[1] == pytest.approx((values[4:, 1] - values[:-4, 1]).abs().mean().item())
+    row = score(lambda x, _: seasonal_naive(x, 1, 4), Windows(flat, 4, 1, 0, 60))
+    assert mase(row, naive) == pytest.approx(1)  # whose third variate, the same throughout, does not count
+    assert mase(row, torch.zeros(3)) is None
+    assert torch.equal(naive_errors(values, 60), naive_errors(values, 1))
 
 
 def test_the_protocol_gives_ridge_its_known_error_on_etth1():

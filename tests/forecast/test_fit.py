@@ -15,6 +15,7 @@ import torch
 from forecast_helpers import TINY, TOOLS, environment, make_frame, write_csv
 
 import vim2.forecast.training
+from vim2 import TSM2
 from vim2.checkpoints import read_checkpoint
 from vim2.command.options import resolve
 from vim2.forecast import Forecaster, UserError, fit
@@ -201,6 +202,32 @@ def test_the_test_rows_are_never_looked_at(tmp_path, data):
     start(other, tmp_path, epochs=1, experiment="b")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_conformal_correction_is_of_validation_alone(tmp_path, data):
+    frame = make_frame()
+    frame.loc[320:, ["north", "south", "level"]] = 5.0
+    other = write_csv(tmp_path / "other.csv", frame)
+    options = dict(epochs=1, epoch_steps=1, quantiles=[0.1, 0.9])
+    runs = [start(path, tmp_path, experiment=path.stem, **options) for path in (data, other)]
+    a, b = (Forecaster.from_pretrained(run["folder"]).conformal for run in runs)
+    assert a is not None and torch.equal(a, b)
+    assert 0 <= runs[0]["best"]["val_coverage"] <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"linear_path": True}, {"quantiles": [0.1, 0.5, 0.9]}], ids=str)
+def test_each_epoch_forecasts_each_validation_window_once(tmp_path, data, options, monkeypatch):
+    seen, forward = [], TSM2.forward
+
+    def counted(model, x, *args, **given):
+        if not model.training:
+            seen.append(len(x))
+        return forward(model, x, *args, **given)
+
+    monkeypatch.setattr(TSM2, "forward", counted)
+    run = start(data, tmp_path, epochs=3, epoch_steps=1, patience=9, experiment="r", **options)
+    passes = 3 + bool(run["start"])
+    assert sum(seen) == passes * run["windows"]["val"]
 
 
 @pytest.mark.parametrize("center", ["mean", "last"])

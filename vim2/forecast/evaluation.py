@@ -14,10 +14,10 @@ from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .baselines import Ridge
 from .data import Windows
-from .forecaster import Forecaster
+from .forecaster import Forecaster, not_calibrated
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast
-from .scores import baseline_scores, model_forecast, quantile_scores, score
+from .scores import baseline_scores, mase, model_forecast, naive_errors, score
 from .training import versions
 
 __all__ = ["evaluate"]
@@ -56,13 +56,16 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         p: Windows(values, config.lookback, config.horizon, *split.borders(p, config.lookback), future)
         for p in dict.fromkeys(("train", "val", part))
     }
-    amp = o.amp and device.type == "cuda"
-    scores = {"TSM2": score(model_forecast(forecaster.model, amp=amp), windows[part], o.batch_size)}
+    amp, levels = o.amp and device.type == "cuda", config.quantiles
+    scores = {"TSM2": score(lambda x, f: forecaster.forecast_windows(x, f, amp), windows[part], o.batch_size, levels)}
     ridge = Ridge.fit(windows["train"], windows["val"])
     scores.update(baseline_scores(ridge, windows[part], forecaster.season, o.batch_size))
+    naive = naive_errors(values[: split.train], forecaster.season)
     say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
     for name, row in scores.items():
-        say(f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
+        row["mase"] = mase(row, naive)
+        scaled = "" if row["mase"] is None else f"  MASE {row['mase']:.4f}"
+        say(f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}{scaled}")
     result = {
         "part": part,
         "windows": len(windows[part]),
@@ -74,14 +77,27 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         "rows": {"train": split.train, "val": split.val, "test": split.test},
         "versions": versions(),
     }
-    if config.quantiles:
-        result["quantiles"] = quantile_scores(forecaster.model, windows[part], o.batch_size)
-        say(", ".join(f"{k} {v:.4f}" for k, v in result["quantiles"].items()))
+    if levels:
+        result["quantiles"] = {name: scores["TSM2"][name] for name in ("crps", "coverage")}
+        say(describe_quantiles("Quantiles", result["quantiles"], levels))
+        if forecaster.conformal is None:
+            say(not_calibrated(o.checkpoint))
+        else:
+            before = score(model_forecast(forecaster.model, amp), windows[part], o.batch_size, levels)
+            result["without_conformal"] = {name: before[name] for name in ("crps", "coverage")}
+            say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))
     folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
         draw(forecaster, table, windows[part], scores, o, folder)
     return result
+
+
+def describe_quantiles(what: str, row: dict[str, float], levels: tuple[float, ...]) -> str:
+    """CRPS, and how much the outermost band covers of what it should."""
+    if len(levels) == 1:
+        return f"{what}: CRPS {row['crps']:.4f}."
+    return f"{what}: CRPS {row['crps']:.4f}, the band of {levels[-1] - levels[0]:.0%} covers {row['coverage']:.1%}."
 
 
 def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: EvaluateOptions, folder: Path) -> None:
@@ -91,7 +107,7 @@ def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: Evalu
         raise UserError(f"There is no window {o.window}: there are {len(windows)}.")
     x, _, future = windows[index : index + 1]
     with torch.no_grad():
-        y = forecaster.model(x, future=future)[0].double().cpu().numpy()
+        y = forecaster.forecast_windows(x, future)[0].double().cpu().numpy()
     units = forecaster.scaler.inverse
     forecast = units(y.transpose(0, 2, 1)).transpose(0, 2, 1) if config.quantiles else units(y)
     start = split.borders(part, config.lookback)[0] + index

@@ -17,12 +17,15 @@ from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
 from ..tsm2 import TSM2, TSM2Config
+from .conformal import calibrate
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
 from .options import ReadingOptions
+from .scores import model_forecast
 
 __all__ = ["Forecaster"]
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CONFORMAL = "conformal"  # its name among the weights
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Forecaster:
         split: Rows that it was trained, validated and is to be tested on.
         reading: Options of `read_table` that it was trained with, but for the columns.
         metrics: What training reported of the chosen epoch, and its seed.
+        conformal: Correction of the quantiles that the validation windows taught, (H, M or 1, Q), float32 on the
+            model's device, see `conformal.Conformity`; None without quantiles, and for forecasters from before.
     """
 
     model: TSM2
@@ -54,6 +59,7 @@ class Forecaster:
     split: Split | None = None
     reading: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    conformal: Tensor | None = None
 
     def read(self, data: str | Path | pd.DataFrame, **changes) -> Table:
         """Read a file or a DataFrame with this forecaster's columns, in its order.
@@ -119,7 +125,7 @@ class Forecaster:
         x = torch.tensor(self.scaler.transform(table.values[-c.lookback :]), dtype=torch.float32, device=device)
         self.model.eval()
         with torch.no_grad():
-            y = self.model(x[None], future=None if future is None else future[None].to(device))[0]
+            y = self.forecast_windows(x[None], None if future is None else future[None].to(device))[0]
         y = y.double().cpu().numpy()
         values = self.scaler.inverse(y.transpose(0, 2, 1)).transpose(0, 2, 1) if c.quantiles else self.scaler.inverse(y)
         if not np.isfinite(values).all():
@@ -128,6 +134,20 @@ class Forecaster:
                 "forecaster is damaged."
             )
         return times, values
+
+    def forecast_windows(self, x: Tensor, future: Tensor | None, amp: bool = False) -> Tensor:
+        """Forecasts of standardised windows, quantiles with their conformal correction.
+
+        Args:
+            x: (n, L, M), on the model's device.
+            future: Future features, (n, H, C) or None.
+            amp: Under autocast to bfloat16.
+
+        Returns:
+            (n, H, M), with quantiles (n, H, M, Q), float32.
+        """
+        y = model_forecast(self.model, amp)(x, future)
+        return y.float() if self.conformal is None else calibrate(y, x, self.conformal, self.model.config)
 
     def times_ahead(self, table: Table) -> pd.DatetimeIndex:
         horizon = self.model.config.horizon
@@ -145,13 +165,16 @@ class Forecaster:
         return pd.date_range(table.times[-1], periods=horizon + 1, freq=step)[1:]
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors, each in one step.
+        """Write config.json and model.safetensors, each in one step. The conformal correction lies among the weights,
+        so that they are never of two epochs.
 
         Raises:
             OSError: The disk is full or cannot be written.
         """
         folder = Path(folder)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        if self.conformal is not None:
+            weights[CONFORMAL] = self.conformal.cpu().contiguous()
         write_atomically(folder / WEIGHTS_NAME, save(weights, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG_NAME, json.dumps(self.to_dict(), indent=1) + "\n")
 
@@ -200,9 +223,11 @@ class Forecaster:
         try:
             # without memory until it is known to fit, and no deeper than there are weights for
             model = TSM2(replace(config, depth=min(config.depth, len(weights) + 1)), device="meta")
-            wanted = model.state_dict()
+            wanted = {**model.state_dict(), CONFORMAL: torch.zeros(0)}
             check_weights(weights, wanted, folder / WEIGHTS_NAME)
             weights = {n: v.to(wanted.get(n, v).dtype, copy=True) for n, v in weights.items()}
+            conformal = weights.pop(CONFORMAL, None)
+            check_conformal(conformal, config, len(saved.columns))
             model.load_state_dict(weights, assign=True)
         except (OverflowError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
@@ -221,9 +246,23 @@ class Forecaster:
             Split(*saved.split) if saved.split else None,
             saved.reading,
             saved.metrics,
+            None if conformal is None else conformal.float().to(device),
         )
         model.to(device).eval()
         return forecaster
+
+
+def not_calibrated(folder: str | os.PathLike) -> str:
+    """What to say of a forecaster with quantiles that was saved before it learned a conformal correction."""
+    return f"The quantiles of {folder} have no conformal correction, as an older vim2 saved it: fit again for one."
+
+
+def check_conformal(correction: Tensor | None, config: TSM2Config, variates: int) -> None:
+    """Raise a RuntimeError, as `load_state_dict` does, for a correction that is not of this model's quantiles."""
+    horizon, levels = config.horizon, len(config.quantiles)
+    fitting = {(horizon, v, levels) for v in (1, variates)} if levels else set()
+    if correction is not None and tuple(correction.shape) not in fitting:
+        raise RuntimeError(f"conformal is {tuple(correction.shape)}, for {horizon} steps and {levels} quantiles.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 from ..command.figures import figure, save, shorten
 from .data import Table
 from .forecaster import Forecaster
+from .scores import nearest_to_median
 
 __all__ = ["plot_errors", "plot_forecast", "plot_prediction"]
 
@@ -40,12 +41,11 @@ def plot_forecast(
     fig.set_size_inches(6.5 * columns, 2.6 * lines + 0.4)
     grid = fig.subplots(lines, columns, squeeze=False).flatten()
     past, ahead = times[: len(history)], times[len(history) :]
-    middle = min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5)) if levels else None
     for i, axes in enumerate(grid[:panels]):
         axes.plot(past, history[:, i], color=HISTORY, linewidth=1, label="history")
         if truth is not None:
             axes.plot(ahead, truth[:, i], color=TRUTH, linewidth=1, label="truth")
-        line = forecast[:, i] if middle is None else forecast[:, i, middle]
+        line = forecast[:, i, nearest_to_median(levels)] if levels else forecast[:, i]
         axes.plot(ahead, line, color=FORECAST, linewidth=1.2, label="forecast")
         if len(levels) > 1:
             label = f"quantiles {levels[0]!r} to {levels[-1]!r}"

@@ -11,7 +11,7 @@ from ..command.figures import figures_if_possible
 from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
-from .forecaster import Forecaster
+from .forecaster import Forecaster, not_calibrated
 from .options import PredictOptions, open_options, reading_options
 from .plots import plot_prediction
 
@@ -37,6 +37,8 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     table = forecaster.read(data, **reading_options(o))
     for note in table.repairs:
         say(note)
+    if forecaster.model.config.quantiles and forecaster.conformal is None:
+        say(not_calibrated(o.checkpoint))
     times, values = forecaster.predict(table)
     frame = forecast_frame(forecaster, times, values)
     text = io.StringIO()

@@ -1,6 +1,6 @@
 """Errors of forecasts over all windows of a part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -9,31 +9,60 @@ from torch import Tensor, nn
 from .baselines import Ridge, last_value, seasonal_naive
 from .data import Windows
 
-__all__ = ["baseline_scores", "gain", "model_forecast", "pinball", "quantile_scores", "score", "window_losses"]
+__all__ = [
+    "baseline_scores",
+    "gain",
+    "mase",
+    "model_forecast",
+    "naive_errors",
+    "nearest_to_median",
+    "pinball",
+    "score",
+    "window_losses",
+]
 
 Forecast = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def score(forecast: Forecast, windows: Windows, batch: int = 256) -> dict:
-    """Mean squared and absolute error over all windows, steps and variates, no window left out.
+def score(
+    forecast: Forecast,
+    windows: Windows,
+    batch: int = 256,
+    levels: Sequence[float] = (),
+    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> dict:
+    """Errors over all windows, steps and variates, no window left out, from one pass over them.
 
     Args:
-        forecast: (n, L, M) and the future features (n, H, C) or None -> (n, H, M).
+        forecast: (n, L, M) and the future features (n, H, C) or None -> (n, H, M), with levels (n, H, M, Q).
         windows: Standardised.
         batch: Windows at once.
+        levels: Those of the Q quantiles that are forecast, ascending; squared and absolute errors are then of the one
+            nearest to the median.
+        observe: Called with each batch's history (n, L, M), forecast, float32, and truth (n, H, M), so that whatever
+            else is to be known of the windows needs no pass of its own.
 
     Returns:
-        mse, mae, and lists of them by variate and by step of the horizon; windows, their number.
+        mse, mae, and lists of them by variate and by step of the horizon; windows, their number. With levels, also
+        crps, see `pinball`, and coverage, the share of true values between the outermost quantiles.
     """
     squared = torch.zeros(windows.horizon, windows.windows.shape[1], dtype=torch.float64, device=windows.device)
-    absolute = torch.zeros_like(squared)
+    absolute, inside = torch.zeros_like(squared), torch.zeros_like(squared)
+    crps = torch.zeros((), dtype=torch.float64, device=windows.device)
     with torch.no_grad():
         for x, y, future in windows.batches(batch):
-            error = forecast(x, future).float() - y
+            predicted = forecast(x, future).float()
+            if observe:
+                observe(x, predicted, y)
+            point = predicted[..., nearest_to_median(levels)] if levels else predicted
+            error = point - y
             squared += error.square().sum(0)  # at most `batch` terms in float32, the rest in float64
             absolute += error.abs().sum(0)
+            if levels:
+                crps += pinball(predicted, y, levels) * len(x)
+                inside += ((predicted[..., 0] <= y) & (y <= predicted[..., -1])).sum(0)
     squared, absolute = squared / len(windows), absolute / len(windows)
-    return {
+    result = {
         "mse": squared.mean().item(),
         "mae": absolute.mean().item(),
         "windows": len(windows),
@@ -42,17 +71,22 @@ def score(forecast: Forecast, windows: Windows, batch: int = 256) -> dict:
         "mse_by_step": squared.mean(1).tolist(),
         "mae_by_step": absolute.mean(1).tolist(),
     }
+    if levels:
+        result |= {"crps": crps.item() / len(windows), "coverage": inside.mean().item() / len(windows)}
+    return result
+
+
+def nearest_to_median(levels: Sequence[float]) -> int:
+    """The quantile that stands for a point forecast, by its place among the levels."""
+    return min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5))
 
 
 def model_forecast(model: nn.Module, amp: bool = False) -> Forecast:
-    """A model's point forecast: with quantiles, the one nearest to the median."""
-    levels = model.config.quantiles
-    middle = min(range(len(levels)), key=lambda i: abs(levels[i] - 0.5)) if levels else None
+    """A model's forecast for `score`, under autocast to bfloat16 if asked for."""
 
     def forecast(x: Tensor, future: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
-            y = model(x, future=future)
-        return y if middle is None else y[..., middle]
+            return model(x, future=future)
 
     return forecast
 
@@ -67,38 +101,45 @@ def baseline_scores(ridge: Ridge, windows: Windows, season: int, batch: int = 25
     }
 
 
-def pinball(forecast: Tensor, y: Tensor, quantiles: tuple[float, ...]) -> Tensor:
-    """Mean pinball loss of (n, H, M, Q) for the truth (n, H, M), times two, so that the median's is the absolute
-    error."""
-    levels = forecast.new_tensor(quantiles)
+def pinball(forecast: Tensor, y: Tensor, levels: Sequence[float]) -> Tensor:
+    """Mean of twice the pinball losses of (..., H, M, Q) for the truth (..., H, M), a scalar. The median's is the
+    absolute error, and the mean over levels the usual estimate of the CRPS from quantiles (Gneiting and Raftery, JASA,
+    2007): that of a point forecast is its MAE."""
+    tensor = forecast.new_tensor(levels)
     error = y.unsqueeze(-1) - forecast
-    return 2 * torch.maximum(levels * error, (levels - 1) * error).mean()
+    return 2 * torch.maximum(tensor * error, (tensor - 1) * error).mean()
 
 
-def quantile_scores(model: nn.Module, windows: Windows, batch: int = 256) -> dict[str, float]:
-    """The pinball loss, and the share of true values between the outermost quantiles."""
-    levels = model.config.quantiles
-    total = inside = 0.0
-    with torch.no_grad():
-        for x, y, future in windows.batches(batch):
-            forecast = model(x, future=future)
-            total += pinball(forecast, y, levels).item() * len(x)
-            inside += ((forecast[..., 0] <= y) & (y <= forecast[..., -1])).float().mean().item() * len(x)
-    return {"pinball": total / len(windows), "coverage": inside / len(windows)}
+def window_losses(forecast: Tensor, y: Tensor, levels: Sequence[float] = ()) -> Tensor:
+    """The loss of each of n windows, (n,), float64 on the CPU: its squared error, with levels its pinball loss."""
+    if levels:
+        losses = torch.stack([pinball(f, t, levels) for f, t in zip(forecast, y)])
+    else:
+        losses = (forecast - y).square().mean((1, 2))
+    return losses.double().cpu()
 
 
-def window_losses(model: nn.Module, windows: Windows, amp: bool = False, batch: int = 256) -> Tensor:
-    """The loss of every window, (n,), float64 on the CPU: its squared error, with quantiles its pinball loss."""
-    levels, losses = model.config.quantiles, []
-    with torch.no_grad():
-        for x, y, future in windows.batches(batch):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                forecast = model(x, future=future).float()
-            if levels:
-                losses.append(torch.stack([pinball(f, t, levels) for f, t in zip(forecast, y)]))
-            else:
-                losses.append((forecast - y).square().mean((1, 2)))
-    return torch.cat(losses).double().cpu()
+def naive_errors(values: Tensor, season: int) -> Tensor:
+    """What MASE divides by (Hyndman and Koehler, International Journal of Forecasting, 2006): each variate's mean
+    absolute error when the value one season before is the forecast.
+
+    Args:
+        values: Standardised training rows, (rows, M).
+        season: Steps; one is taken instead if there are no more rows than that.
+
+    Returns:
+        (M,), float64 on the CPU; 0 for a variate that repeats itself.
+    """
+    season = season if season < len(values) else 1
+    return (values[season:] - values[:-season]).abs().double().mean(0).cpu()
+
+
+def mase(row: dict, naive: Tensor) -> float | None:
+    """Mean absolute scaled error of a `score`: the MAE over that of `naive_errors`, averaged over the variates that do
+    not repeat themselves in training; None if all do."""
+    absolute = torch.tensor(row["mae_by_variate"], dtype=torch.float64)
+    varies = naive > 0
+    return (absolute[varies] / naive[varies]).mean().item() if varies.any() else None
 
 
 def gain(before: Tensor, after: Tensor, horizon: int) -> tuple[float, float]:

@@ -42,11 +42,12 @@ from ..command.runs import (
 )
 from ..tsm2 import TSM2
 from .baselines import Ridge
+from .conformal import Conformity
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
 from .options import MAY_CHANGE, FitOptions, model_config, open_options, reading_options
 from .recipes import RECIPES
-from .scores import baseline_scores, gain, model_forecast, pinball, quantile_scores, score, window_losses
+from .scores import baseline_scores, gain, model_forecast, pinball, score, window_losses
 
 __all__ = ["fit"]
 
@@ -132,6 +133,7 @@ class Run:
         self.start: dict[str, Any] | None = saved["start"] if saved else None
         self.start_losses: Tensor | None = saved["start_losses"] if saved else None
         self.graphed: nn.Module | None = None
+        self.conformity: Conformity | None = None
         self.open_data()
         seed_everything(o.seed, 0)
         self.create_model()
@@ -273,7 +275,7 @@ class Run:
             remove_leftovers(self.folder / "best")
             if self.model.linear_path is not None and self.start is None:
                 self.start = {"epoch": 0, **self.validate()}
-                self.start_losses = window_losses(self.model, self.windows["val"], self.amp)
+                self.start_losses = self.val_losses
                 self.save_best(self.start)
             if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
                 self.capture()
@@ -282,8 +284,7 @@ class Run:
                 row = self.train_epoch(epoch)
                 row.update(self.validate())
                 if self.start:
-                    losses = window_losses(self.model, self.windows["val"], self.amp)
-                    row["gain"], row["gain_error"] = gain(self.start_losses, losses, o.horizon)
+                    row["gain"], row["gain_error"] = gain(self.start_losses, self.val_losses, o.horizon)
                 self.require_finite(epoch, row["train_loss"], row["val_loss"])
                 self.history.append(row)
                 self.write()
@@ -295,6 +296,12 @@ class Run:
                 self.write_metrics()
             best, ridge = self.best, self.baselines["ridge"]["mse"]
             say(f"Best: epoch {best['epoch']}, validation MSE {best['val_mse']:.4f} (ridge {ridge:.4f}); {self.folder}")
+            levels = self.model.config.quantiles
+            if "val_coverage" in best and len(levels) > 1:
+                say(
+                    f"The band of {levels[-1] - levels[0]:.0%} covers {best['val_coverage']:.1%} of the validation "
+                    "values; the forecaster corrects its quantiles by that (conformal correction)."
+                )
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         seed_everything(self.options.seed, epoch + 1)
@@ -352,12 +359,23 @@ class Run:
         self.graphed = record(Positional(self.model).train(), inputs, torch.bfloat16 if self.amp else None)
 
     def validate(self) -> dict[str, Any]:
+        """Errors on the validation windows. The same pass leaves the loss of every window in `val_losses` and, with
+        quantiles, what the conformal correction is made of in `conformity`."""
         self.model.eval()
-        windows = self.windows["val"]
-        scores = score(model_forecast(self.model, amp=self.amp), windows)
+        windows, levels, losses = self.windows["val"], self.model.config.quantiles, []
+        if levels:
+            self.conformity = Conformity(self.model.config, len(windows), len(self.table.columns))
+
+        def observe(x: Tensor, forecast: Tensor, y: Tensor) -> None:
+            losses.append(window_losses(forecast, y, levels))
+            if levels:
+                self.conformity.add(x, forecast, y)
+
+        scores = score(model_forecast(self.model, self.amp), windows, levels=levels, observe=observe)
+        self.val_losses = torch.cat(losses)
         row = {"val_loss": scores["mse"], "val_mse": scores["mse"], "val_mae": scores["mae"]}
-        if self.model.config.quantiles:
-            row["val_loss"] = row["val_pinball"] = quantile_scores(self.model, windows)["pinball"]
+        if levels:
+            row |= {"val_loss": scores["crps"], "val_crps": scores["crps"], "val_coverage": scores["coverage"]}
         return row
 
     def require_finite(self, epoch: int, *losses: float) -> None:
@@ -367,7 +385,10 @@ class Run:
         raise UserError(f"The loss became NaN or infinite in epoch {epoch + 1}. {kept} Start again with a lower --lr.")
 
     def save_best(self, row: dict[str, Any]) -> None:
+        """Save the epoch that was validated last."""
         self.forecaster.metrics = {**row, "seed": self.options.seed}
+        if self.conformity is not None:
+            self.forecaster.conformal = self.conformity.correction().to(self.device)
         with explain_disk_errors(MAKE_ROOM):
             self.forecaster.save_pretrained(self.folder / "best")
 
