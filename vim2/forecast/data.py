@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
 from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite
-from .frames import describe, leave_out_index, read_frame
+from .frames import LONG, describe, leave_out_index, read_frame, widen
 from .stamps import find_step, join_time_of_day, parse_times, repair_times, to_step, usual_gap
 
 __all__ = ["Scaler", "Split", "Table", "Windows", "calendar_cycles", "calendar_features", "make_split", "read_table"]
@@ -35,6 +35,7 @@ class Table:
         future_times: Time stamps of the rows of `future`: those of the targets, and any that follow.
         repairs: What was changed in the file's data, a sentence each.
         dates: Order in which its dates were read, an option of `read_table`.
+        ids: Of a long table, the series' ids by the name of their column; None of a wide one.
     """
 
     times: pd.DatetimeIndex
@@ -45,6 +46,7 @@ class Table:
     future_times: pd.DatetimeIndex
     repairs: list[str] = field(default_factory=list)
     dates: str = "detect"
+    ids: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -79,13 +81,14 @@ def read_table(
 ) -> Table:
     """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
 
-    Rows at the end that hold known-future columns but no target are the future to forecast.
+    Rows at the end that hold known-future columns but no target are the future to forecast. A table with the columns
+    unique_id, ds and y is taken as a long one, of a row for each series and time step, in any order.
 
     Args:
         data: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet; or a DataFrame, which is not changed.
         time_column: Name; by default the index of a DataFrame if it holds time stamps, else a column called date,
             datetime, time, timestamp or ds, else the first.
-        targets: Names; by default all other columns.
+        targets: Names; by default all other columns. Of a long table, ids.
         future_columns: Names of columns that are known for the time to forecast.
         na_values: Numbers that stand for a missing value.
         keep_values: Numbers that look as if they did, but are to be taken as they are.
@@ -105,6 +108,11 @@ def read_table(
     asked = [*(targets or ()), *future_columns]
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
+    ids = None
+    if set(LONG) <= set(frame.columns):
+        frame, ids, more = widen(frame, future_columns, source)
+        repairs += more
+        index = LONG[1]
     time_column = choose_time_column(frame, time_column or index, source)
     frame, time_column, more = join_time_of_day(frame, time_column, asked)
     repairs += more
@@ -142,7 +150,7 @@ def read_table(
     future, more = repair_missing(numbers[future_columns], missing, source)
     repairs += more
     index = numbers.index
-    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates)
+    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids)
 
 
 def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> str:

@@ -14,7 +14,7 @@ from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .baselines import Ridge
 from .data import Windows
-from .forecaster import Forecaster, not_calibrated
+from .forecaster import Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast
 from .scores import baseline_scores, mase, model_forecast, naive_errors, score
@@ -80,9 +80,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     if levels:
         result["quantiles"] = {name: scores["TSM2"][name] for name in ("crps", "coverage")}
         say(describe_quantiles("Quantiles", result["quantiles"], levels))
-        if forecaster.conformal is None:
-            say(not_calibrated(o.checkpoint))
-        else:
+        if forecaster.conformal is not None:
             before = score(model_forecast(forecaster.model, amp), windows[part], o.batch_size, levels)
             result["without_conformal"] = {name: before[name] for name in ("crps", "coverage")}
             say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))

@@ -16,9 +16,11 @@ from torch import Tensor
 from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
+from ..command.progress import say
 from ..tsm2 import TSM2, TSM2Config
 from .conformal import calibrate
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
+from .frames import LONG
 from .options import ReadingOptions
 from .scores import model_forecast
 
@@ -95,7 +97,48 @@ class Forecaster:
             parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
 
-    def predict(self, table: Table) -> tuple[pd.DatetimeIndex, np.ndarray]:
+    def predict(self, data: str | Path | pd.DataFrame, **changes) -> pd.DataFrame:
+        """Forecast the steps that follow the last row of a DataFrame or file, and say what was repaired in it.
+
+        Args:
+            data: As for `read_table`, wide or long, with the same columns, at least a lookback long.
+            changes: Options of `read_table` to use instead of those of training.
+
+        Returns:
+            As `frame` makes it, H rows, or H for each series of a long table.
+
+        Raises:
+            UserError: As `read` and `forecast`.
+        """
+        table = self.read(data, **changes)
+        for note in table.repairs:
+            say(note)
+        return self.frame(table, *self.forecast(table))
+
+    def frame(self, table: Table, times: pd.DatetimeIndex, values: np.ndarray) -> pd.DataFrame:
+        """A forecast in the form of the table that it continues, in its units, float64.
+
+        Args:
+            table: As `read` returns it.
+            times, values: As `forecast` returns them.
+
+        Returns:
+            Of a wide table, a column a variate by time stamps, an index called date; with quantiles a column a variate
+            and level, such as sales_q0.1. Of a long one, columns unique_id, ds and TSM2, with quantiles TSM2_q0.1 and
+            so on, series after series.
+        """
+        levels = [f"_q{level!r}" for level in self.model.config.quantiles] or [""]
+        values = values.reshape(len(times), len(self.columns), len(levels))
+        if table.ids is None:
+            columns = {f"{c}{q}": values[:, i, j] for i, c in enumerate(self.columns) for j, q in enumerate(levels)}
+            return pd.DataFrame(columns, index=pd.DatetimeIndex(times, name="date"))
+        series, time, _ = LONG
+        ids = [table.ids[c] for c in self.columns for _ in times]
+        columns = {series: ids, time: times.append([times] * (len(self.columns) - 1))}
+        columns |= {f"TSM2{q}": values[:, :, j].T.flatten() for j, q in enumerate(levels)}
+        return pd.DataFrame(columns)
+
+    def forecast(self, table: Table) -> tuple[pd.DatetimeIndex, np.ndarray]:
         """Forecast beyond the last row of a table.
 
         Returns:
@@ -249,12 +292,11 @@ class Forecaster:
             None if conformal is None else conformal.float().to(device),
         )
         model.to(device).eval()
+        if config.quantiles and conformal is None:
+            say(
+                f"The quantiles of {folder} have no conformal correction, as an older vim2 saved it: fit again for one."
+            )
         return forecaster
-
-
-def not_calibrated(folder: str | os.PathLike) -> str:
-    """What to say of a forecaster with quantiles that was saved before it learned a conformal correction."""
-    return f"The quantiles of {folder} have no conformal correction, as an older vim2 saved it: fit again for one."
 
 
 def check_conformal(correction: Tensor | None, config: TSM2Config, variates: int) -> None:

@@ -9,10 +9,11 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,9 @@ from ..command.errors import UserError
 from .cells import is_number, is_text, number_texts
 from .stamps import is_date
 
-__all__ = ["describe", "leave_out_index", "read_frame"]
+__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "require_data", "widen"]
 
+LONG = ("unique_id", "ds", "y")  # columns of a long table, as neuralforecast names them
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first
 MARKS = {
@@ -37,6 +39,12 @@ SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in
 NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column without a name
 
 
+def require_data(data: object) -> None:
+    """Raise for data that are neither a path nor a DataFrame."""
+    if not isinstance(data, str | PathLike | pd.DataFrame):
+        raise UserError(f"data must be a file's path or a pandas DataFrame, got {type(data).__name__}.")
+
+
 def describe(data: str | PathLike | pd.DataFrame) -> str:
     """What messages call it: a file's path, or DataFrame."""
     return "DataFrame" if isinstance(data, pd.DataFrame) else str(data)
@@ -46,8 +54,9 @@ def read_frame(data: str | PathLike | pd.DataFrame) -> tuple[pd.DataFrame, str |
     """Columns by name, which of them holds the time stamps where an index tells, and what was done, a sentence each.
 
     Raises:
-        UserError: A file that is missing, damaged or no table; names that are there twice.
+        UserError: A file that is missing, damaged or no table; names that are there twice; data of another type.
     """
+    require_data(data)
     if isinstance(data, pd.DataFrame):
         return index_to_column(data, describe(data))
     path = Path(data)
@@ -245,3 +254,69 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
                 frame = frame.drop(columns=name)
                 notes.append(f"Column {name}, which counts the rows, was left out.")
     return frame, notes
+
+
+def widen(frame: pd.DataFrame, future: Sequence[str], name: str) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
+    """A long table, a row for each series and time step, as a wide one.
+
+    Args:
+        frame: With the columns LONG, in any order of rows.
+        future: Further columns that are known beforehand, the same for all series.
+        name: What messages call it.
+
+    Returns:
+        Column ds in order of time, then a column for each series, then the future ones; the series' ids by the name of
+        their column; what was left out, a sentence each.
+
+    Raises:
+        UserError: A row without id or time stamp, two rows of one series at one time, ids that are no names of
+            columns, future columns that differ between series.
+    """
+    identity, time, value = LONG
+    for column in (identity, time):
+        if frame[column].isna().any():
+            row = int(np.flatnonzero(frame[column].isna())[0])
+            raise UserError(f"{name}, row {row + 1} has no {column}: fill it in, or leave the row out.")
+    series, ids = pd.factorize(frame[identity])
+    rows, stamps = pd.factorize(frame[time])
+    if (twice := frame.duplicated([identity, time])).any():
+        first = frame[twice].iloc[0]
+        raise UserError(
+            f"{name} has two rows of series {first[identity]} at {first[time]} ({int(twice.sum())} such rows): leave "
+            "one out, or add their values."
+        )
+    names = [str(i) for i in ids]
+    refuse_equal_names([time, *names, *future], name)
+    order = order_of_time(stamps)
+    rows = np.argsort(order)[rows]
+    number = pd.api.types.is_any_real_numeric_dtype(frame[value])
+    kind = dict(dtype=np.float64, na_value=np.nan) if number else dict(dtype=object)
+    cells = np.full((len(stamps), len(names)), np.nan, dtype=kind["dtype"])
+    cells[rows, series] = frame[value].to_numpy(**kind)
+    columns = {time: stamps[order], **{column: cells[:, i] for i, column in enumerate(names)}}
+    for column in future:
+        if column not in frame:
+            continue  # told where wide tables lack one
+        known = frame[[column]].assign(row=rows).dropna().drop_duplicates()
+        if (differs := known["row"].duplicated()).any():
+            at = stamps[order][known["row"][differs].iloc[0]]
+            raise UserError(
+                f"Column {column} of {name} differs between series at {at}: what is known beforehand is shared by all."
+            )
+        columns[column] = known.set_index("row")[column].reindex(range(len(stamps)))
+    left = [column for column in frame.columns if column not in (*LONG, *future)]
+    notes = [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
+    return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), notes
+
+
+def order_of_time(stamps: pd.Index) -> np.ndarray:
+    """Places of time stamps from first to last. Dates in text that is not in ISO's order, such as 31/01/2024, stay as
+    they are: which is which is found out later."""
+    if is_text(stamps.to_series()):
+        try:
+            stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce")
+        except ValueError:  # of UTC offsets that change
+            return np.arange(len(stamps))
+        if stamps.hasnans:
+            return np.arange(len(stamps))
+    return np.argsort(stamps.to_numpy(), kind="stable")

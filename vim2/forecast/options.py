@@ -3,7 +3,6 @@ is resumed, the command line."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -28,7 +27,7 @@ from ..command.options import (
 )
 from ..tsm2 import INSTANCE_NORMS, NORMS, TIME_MIXERS, VARIATE_MIXERS, TSM2Config
 from .data import MISSING
-from .frames import describe
+from .frames import describe, require_data
 from .recipes import RECIPES
 from .stamps import DATES, TIMES
 
@@ -187,8 +186,7 @@ def open_options(
         UserError: As `resolve`; data of another type.
     """
     data = given.get("data", "")
-    if not isinstance(data, str | PathLike | pd.DataFrame):
-        raise UserError(f"data must be a file's path or a pandas DataFrame, got {type(data).__name__}.")
+    require_data(data)
     options, explicit = resolve(cls, argv, {**given, "data": describe(data)} if "data" in given else given)
     return options, explicit, data if isinstance(data, pd.DataFrame) else options.data
 

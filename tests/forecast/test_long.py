@@ -1,0 +1,156 @@
+"""Long tables, of a row for each series and time step, and forecasts as DataFrames."""
+
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+from forecast_helpers import TINY, make_frame, write_csv
+
+from vim2.forecast import Forecaster, UserError, fit, predict
+from vim2.forecast.cli import main
+from vim2.forecast.data import read_table
+
+COLUMNS = ["north", "south", "level"]
+FAST = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1, device="cpu")
+
+
+def melt(frame, keep=(), ids=COLUMNS):
+    wide = frame.rename(columns={"date": "ds"})
+    return wide.melt(id_vars=["ds", *keep], value_vars=ids, var_name="unique_id", value_name="y")
+
+
+def ahead():
+    """The series with twelve further rows of which only the promotions are known."""
+    frame = make_frame(412)
+    frame.loc[400:, COLUMNS] = np.nan
+    return frame
+
+
+def test_a_long_table_is_read_as_its_wide_one(tmp_path):
+    frame = make_frame()
+    wide = read_table(frame, targets=COLUMNS, future_columns=["promotion"])
+    long = melt(frame, ["promotion"])
+    shuffled = long.sample(frac=1, random_state=0)
+    for given in (long, shuffled, long.set_index("unique_id"), write_csv(tmp_path / "a.csv", long)):
+        table = read_table(given, targets=COLUMNS, future_columns=["promotion"])
+        assert table.columns == COLUMNS and list(table.ids) == COLUMNS
+        np.testing.assert_allclose(table.values, wide.values, rtol=1e-12)
+        assert (table.times == wide.times).all() and np.array_equal(table.future, wide.future)
+    assert wide.ids is None
+
+
+def test_other_columns_of_a_long_table_are_left_out_and_that_is_told():
+    table = read_table(melt(make_frame(), ["promotion"]))
+    assert table.columns == COLUMNS
+    assert table.repairs == ["Columns beside unique_id, ds, y were left out: promotion."]
+
+
+def test_dates_in_the_order_of_a_country_and_numbers_with_commas(tmp_path):
+    frame = make_frame(100, step="D").round(3)
+    long = melt(frame)
+    written = long.assign(
+        ds=long["ds"].dt.strftime("%d/%m/%Y"), y=long["y"].map(lambda v: f"{v:.3f}".replace(".", ","))
+    )
+    table = read_table(write_csv(tmp_path / "a.csv", written, sep=";"))
+    assert (table.times == frame["date"]).all()
+    np.testing.assert_allclose(table.values, frame[COLUMNS])
+
+
+def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
+    long = melt(make_frame())
+    later = long[(long["unique_id"] != "south") | (long["ds"] >= "2024-01-02")]
+    assert later["ds"].iloc[0] == pd.Timestamp("2024-01-01")
+    with pytest.raises(UserError, match=r"^Values of DataFrame are missing: south \(24\)"):
+        read_table(later)
+    with pytest.raises(UserError, match=r"^Values of DataFrame are missing: south \(24\)"):
+        read_table(later.sort_values("ds", ascending=False))
+    assert "24 missing values were filled" in read_table(later, missing="previous").repairs[-1]
+    nullable = later.astype({"y": "Float64"})
+    nullable.iloc[0, list(nullable).index("y")] = pd.NA
+    with pytest.raises(UserError, match=r"missing: north \(1\), south \(24\)"):
+        read_table(nullable)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: pd.concat([f, f.iloc[5:7]]), r"two rows of series north at 2024-01-01 05:00:00 \(2 such rows\)"),
+        (lambda f: f.assign(unique_id=f["unique_id"].where(f.index != 7)), "row 8 has no unique_id"),
+        (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "row 8 has no ds"),
+        (lambda f: f.replace({"unique_id": {"south": "ds"}}), "two columns ds"),
+        (
+            lambda f: f.assign(promotion=np.arange(len(f))),
+            "promotion of DataFrame differs between series at 2024",
+        ),
+        (lambda f: f.assign(y="many"), "'many' is no finite number"),
+        (lambda f: f.assign(ds=range(len(f))), "holds numbers, such as 0"),
+        (lambda f: f.drop(columns="promotion"), "no column promotion"),
+    ],
+    ids=["twice", "no id", "no time", "id of a column", "differs", "text", "numbers", "lacks future"],
+)
+def test_long_tables_that_are_none(change, words):
+    with pytest.raises(UserError, match=words):
+        read_table(change(melt(make_frame(), ["promotion"])), future_columns=["promotion"])
+
+
+def test_predict_continues_a_wide_frame(trained, tmp_path, capsys):
+    forecaster, frame = Forecaster.from_pretrained(trained), ahead()
+    forecast = forecaster.predict(frame)
+    by_command = predict(data=frame, checkpoint=str(trained), output=str(tmp_path))
+    written = pd.read_csv(by_command["csv"], index_col="date", parse_dates=True)
+    pd.testing.assert_frame_equal(forecast, written, check_freq=False, check_index_type=False, rtol=1e-6)
+    assert list(forecast)[:3] == ["north_q0.1", "north_q0.5", "north_q0.9"]
+    assert forecast.index[0] == frame["date"].iloc[400] and isinstance(forecast.index, pd.DatetimeIndex)
+    for given in (frame.set_index("date"), write_csv(tmp_path / "a.csv", frame)):
+        pd.testing.assert_frame_equal(forecaster.predict(given), forecast, check_freq=False, rtol=1e-4)
+    frame.loc[9, "north"] = np.nan
+    with pytest.raises(UserError, match=r"^Values of DataFrame are missing: north \(1\)"):
+        forecaster.predict(frame)
+    capsys.readouterr()
+    forecaster.predict(frame, missing="previous")
+    assert "1 missing values were filled with the value before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the file has 0"):
+        forecaster.predict(make_frame())
+    with pytest.raises(UserError, match=r"path or a pandas DataFrame, got list\.$"):
+        forecaster.predict([1, 2])
+
+
+def test_predict_continues_a_long_frame(trained, tmp_path):
+    forecaster, frame = Forecaster.from_pretrained(trained), ahead()
+    wide, long = forecaster.predict(frame), forecaster.predict(melt(frame, ["promotion"], COLUMNS[::-1]))
+    assert list(long) == ["unique_id", "ds", "TSM2_q0.1", "TSM2_q0.5", "TSM2_q0.9"] and len(long) == 3 * 12
+    assert long["ds"].dtype.kind == "M"
+    shared = melt(frame, ["promotion"], COLUMNS[::-1])
+    shared = shared[(shared["unique_id"] == "level") | (shared["ds"] < wide.index[0])]  # what is known ahead, once
+    pd.testing.assert_frame_equal(forecaster.predict(shared), long)
+    for name, rows in long.groupby("unique_id"):
+        np.testing.assert_allclose(rows["TSM2_q0.9"], wide[f"{name}_q0.9"], rtol=1e-5)
+        assert (rows["ds"] == wide.index).all()
+    data = write_csv(tmp_path / "long.csv", melt(frame, ["promotion"]))
+    result = predict(data=str(data), checkpoint=str(trained), output=str(tmp_path))
+    written = pd.read_csv(result["csv"], parse_dates=["ds"])
+    pd.testing.assert_frame_equal(written, long, check_dtype=False, rtol=1e-6)
+
+
+def test_a_model_of_a_long_frame_keeps_the_type_of_its_ids(tmp_path):
+    long = melt(make_frame()).replace({"unique_id": {"north": 7, "south": 30, "level": 4}}).infer_objects()
+    long["unique_id"] = long["unique_id"].astype("int64")
+    run = fit(data=long, output=str(tmp_path), **FAST)
+    forecast = Forecaster.from_pretrained(run["folder"]).predict(long)
+    assert list(forecast) == ["unique_id", "ds", "TSM2"]
+    assert forecast["unique_id"].dtype.kind == "i" and forecast["unique_id"].unique().tolist() == [7, 30, 4]
+    assert forecast["ds"].iloc[0] == long["ds"].max() + pd.Timedelta("1h")
+    only = fit(data=long, output=str(tmp_path), targets=["30"], experiment="one", **FAST)
+    assert Forecaster.from_pretrained(only["folder"]).predict(long)["unique_id"].unique().tolist() == [30]
+
+
+def test_the_whole_way_by_command_with_a_long_file(tmp_path):
+    data = write_csv(tmp_path / "long.csv", melt(make_frame()))
+    run = ["--output", tmp_path / "runs", "--experiment", "r", "--epochs", "1", "--epoch-steps", "2"]
+    checkpoint = ["--checkpoint", tmp_path / "runs" / "r"]
+    assert main([str(a) for a in ("fit", data, *TINY, *run)]) == 0
+    assert main([str(a) for a in ("evaluate", data, *checkpoint)]) == 0
+    assert main([str(a) for a in ("predict", data, *checkpoint, "--output", tmp_path)]) == 0
+    assert list(pd.read_csv(tmp_path / "forecast.csv")) == ["unique_id", "ds", "TSM2"]
