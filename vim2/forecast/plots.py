@@ -16,6 +16,7 @@ __all__ = ["plot_errors", "plot_forecast", "plot_prediction"]
 
 HISTORY, TRUTH, FORECAST = "#555555", "#1a7f37", "#c02626"
 MAX_PANELS = 8
+MAX_BARS = 30  # variates
 
 
 def plot_forecast(
@@ -76,27 +77,34 @@ def plot_prediction(forecaster: Forecaster, table: Table, times: Any, values: np
 
 
 def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.PathLike) -> None:
-    """Mean squared error of every variate, and of every step ahead, of the model and the baselines.
+    """Mean squared error by variate, and of every step ahead, of the model and the baselines. Of more than 30 variates,
+    30 are drawn, evenly from the one that the model forecasts best to the worst.
 
     Args:
         names: Of the M variates.
-        scores: As `evaluation.score` returns them, by the name of the forecast.
+        scores: As `scores.score` returns them, by the name of the forecast, the model's first.
         path: PNG to write.
     """
-    fig = figure(figsize=(12, max(3.5, 0.3 * len(names) + 1)))
+    by_variate = {name: np.array(row["mse_by_variate"]) for name, row in scores.items()}
+    shown = np.arange(len(names))
+    if len(names) > MAX_BARS:
+        order = np.argsort(next(iter(by_variate.values())), kind="stable")
+        shown = order[np.linspace(0, len(names) - 1, MAX_BARS).round().astype(int)]
+    fig = figure(figsize=(12, max(3.5, 0.3 * len(shown) + 1)))
     bars, curve = fig.subplots(1, 2)
     height = 0.8 / len(scores)
     for k, (name, row) in enumerate(scores.items()):
-        places = np.arange(len(names)) + (k - (len(scores) - 1) / 2) * height
-        bars.barh(places, row["mse_by_variate"], height, label=name)
+        places = np.arange(len(shown)) + (k - (len(scores) - 1) / 2) * height
+        bars.barh(places, by_variate[name][shown], height, label=name)
         steps = np.arange(1, len(row["mse_by_step"]) + 1)
         curve.plot(steps, row["mse_by_step"], label=name, linestyle="-" if k else "--", zorder=2 if k else 3)
-    bars.set_yticks(range(len(names)), [shorten(name) for name in names], fontsize=8)
+    bars.set_yticks(range(len(shown)), [shorten(names[i]) for i in shown], fontsize=8)
     bars.invert_yaxis()
-    largest, smallest = (f(max(row["mse_by_variate"]) for row in scores.values()) for f in (max, min))
+    largest, smallest = (f(errors.max() for errors in by_variate.values()) for f in (max, min))
     if largest > 20 * max(smallest, 1e-9) or len(names) > 12:
         bars.set_xscale("log")
-    bars.set_xlabel("MSE of standardised values, by variate")
+    some = "" if len(shown) == len(names) else f": {len(shown)} of {len(names)}, evenly from the best to the worst"
+    bars.set_xlabel(f"MSE of standardised values, by variate{some}")
     curve.set_xlabel("step ahead")
     curve.set_ylabel("MSE of standardised values")
     for axes in (bars, curve):

@@ -1,0 +1,46 @@
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+import matplotlib.figure
+import numpy as np
+from PIL import Image
+
+from vim2.forecast.plots import plot_errors
+
+
+def scores(variates):
+    errors = np.random.default_rng(0).lognormal(size=variates)
+    steps = np.linspace(0.1, 1, 12).tolist()
+    return {
+        name: {"mse_by_variate": (errors * factor).tolist(), "mse_by_step": steps}
+        for name, factor in (("TSM2", 1.0), ("ridge", 1.5), ("last value", 2.0))
+    }
+
+
+@pytest.mark.parametrize("variates", [1, 30, 207])
+def test_errors_of_many_variates_stay_legible(tmp_path, variates, monkeypatch):
+    figures, write = [], matplotlib.figure.Figure.savefig
+
+    def kept(figure, *args, **options):
+        figures.append(figure)
+        return write(figure, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", kept)
+    given = scores(variates)
+    plot_errors([f"sensor {i}" for i in range(variates)], given, tmp_path / "errors.png")
+    width, height = Image.open(tmp_path / "errors.png").size
+    assert height <= width
+    bars = figures[0].axes[0]
+    names = [label.get_text() for label in bars.get_yticklabels()]
+    errors = given["TSM2"]["mse_by_variate"]
+    drawn = [int(name.removeprefix("sensor ")) for name in names]
+    assert len(drawn) == len(set(drawn)) == min(variates, 30)
+    np.testing.assert_allclose([bar.get_width() for bar in bars.containers[0]], [errors[i] for i in drawn])
+    if variates == 207:
+        values = [errors[i] for i in drawn]
+        assert values == sorted(values) and values[0] == min(errors) and values[-1] == max(errors)
+        assert "30 of 207" in bars.get_xlabel()
+    else:
+        assert drawn == list(range(variates))
