@@ -267,6 +267,23 @@ def test_an_epoch_must_be_better_than_the_start_by_more_than_chance(tmp_path, da
     assert run.best["epoch"] == 2 and run.is_finished  # two epochs without a lower loss than the first's
 
 
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys, linear_path):
+    noise = np.random.default_rng(0).normal(size=400)
+    dates = pd.date_range("2024", periods=400, freq="h")
+    for name, series in (("mean", noise), ("last", noise.cumsum())):
+        data = write_csv(tmp_path / f"{name}.csv", pd.DataFrame({"date": dates, "a": series}))
+        options = dict(epochs=1, epoch_steps=1, lr=1e-9, linear_path=linear_path)
+        run = start(data, tmp_path, experiment=name, **options)
+        assert f"Instance normalisation is about the {name}" in capsys.readouterr().out
+        assert run["options"]["instance_norm"] == "auto"
+        assert Forecaster.from_pretrained(run["folder"]).model.config.instance_norm == name
+        again = start(data, tmp_path, experiment=name, resume=True, **options)
+        assert again["best"] == run["best"]
+        other = start(data, tmp_path, experiment=f"{name} itself", instance_norm=name, **options)
+        assert other["best"]["val_mse"] == run["best"]["val_mse"]
+
+
 @pytest.mark.parametrize("loss", ["mae", "huber"])
 def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path, data, loss):
     run = start(data, tmp_path, epochs=2, loss=loss, experiment="r")

@@ -32,6 +32,7 @@ from .recipes import RECIPES
 from .stamps import DATES, TIMES
 
 __all__ = [
+    "AUTO",
     "MAY_CHANGE",
     "EvaluateOptions",
     "FitOptions",
@@ -44,6 +45,7 @@ __all__ = [
 # What a resumed run may change: where it runs and writes, and where its file lies.
 MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
 MODEL = TSM2Config()
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,11 @@ class ModelOptions(Options, group="model"):
     time_mixer: str = option(MODEL.time_mixer, "along time", choices=TIME_MIXERS)
     variate_mixer: str = option(MODEL.variate_mixer, "along variates", choices=VARIATE_MIXERS)
     norm: str = option(MODEL.norm, "of patches, or the paper's 2-D one", choices=NORMS)
-    instance_norm: str = option(MODEL.instance_norm, "of each window", choices=INSTANCE_NORMS)
+    instance_norm: str = option(
+        AUTO,
+        "of each window; auto: about its mean or its last value, about whichever ridge regression validates better",
+        choices=(AUTO, *INSTANCE_NORMS),
+    )
     dropout: Rate = option(MODEL.dropout, "in the mixers", metavar="RATE")
     head_dropout: Rate = option(MODEL.head_dropout, "at the end", metavar="RATE")
     linear_path: bool = option(
@@ -198,12 +204,14 @@ def reading_options(options: ReadingOptions | SameReadingOptions) -> dict[str, A
 
 
 def model_config(options: ModelOptions, future_features: int) -> TSM2Config:
-    """The model that the options ask for.
+    """The model that the options ask for; with `AUTO`, instance normalised about the mean, until ridge has told.
 
     Raises:
         UserError: Values that do not fit together.
     """
     chosen = {name: getattr(options, name) for name in ModelOptions.__dataclass_fields__}
+    if chosen["instance_norm"] == AUTO:
+        chosen["instance_norm"] = "mean"
     try:
         return TSM2Config(future_features=future_features, **chosen)
     except ValueError as error:

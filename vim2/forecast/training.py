@@ -11,6 +11,7 @@ import math
 import platform
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -45,7 +46,7 @@ from .baselines import Ridge
 from .conformal import Conformity
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
-from .options import MAY_CHANGE, FitOptions, model_config, open_options, reading_options
+from .options import AUTO, MAY_CHANGE, FitOptions, model_config, open_options, reading_options
 from .recipes import RECIPES
 from .scores import baseline_scores, gain, model_forecast, pinball, score, window_losses
 
@@ -185,15 +186,26 @@ class Run:
     def create_model(self) -> None:
         o = self.options
         config = self.forecaster.model.config
+        train, val = self.windows["train"], self.windows["val"]
+        self.ridge = Ridge.fit(train, val)
+        ridges = {"mean": self.ridge}
+        if o.instance_norm == AUTO or (config.linear_path and config.instance_norm == "last"):
+            ridges["last"] = Ridge.fit(train, val, center="last")
+        if o.instance_norm == AUTO:
+            # About the mean, a short training leaves a jump between the last row and the first step of series that
+            # wander; what is linear tells beforehand which they are, in closed form.
+            chosen = min(ridges, key=lambda center: ridges[center].val_mse)
+            config = replace(config, instance_norm=chosen)
+            self.notes.append(
+                f"Instance normalisation is about the {chosen}{' value' * (chosen == 'last')}: ridge regression has "
+                f"validation MSE {ridges['mean'].val_mse:.4f} about the mean, {ridges['last'].val_mse:.4f} about the "
+                "last value."
+            )
         # made on the CPU, so that a seed means the same weights everywhere
         self.model = self.forecaster.model = TSM2(config).to(self.device)
-        self.ridge = Ridge.fit(self.windows["train"], self.windows["val"])
         if config.linear_path:
-            ridge = self.ridge
-            if config.instance_norm == "last":
-                ridge = Ridge.fit(self.windows["train"], self.windows["val"], center="last")
             with torch.no_grad():
-                self.model.linear_path.weight.copy_(ridge.weight)
+                self.model.linear_path.weight.copy_(ridges[config.instance_norm].weight)
         path = [p for name, p in self.model.named_parameters() if name.startswith("linear_path.")]
         rest = [p for name, p in self.model.named_parameters() if not name.startswith("linear_path.")]
         groups = [
