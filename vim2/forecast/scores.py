@@ -105,18 +105,20 @@ def pinball(forecast: Tensor, y: Tensor, levels: Sequence[float]) -> Tensor:
     """Mean of twice the pinball losses of (..., H, M, Q) for the truth (..., H, M), a scalar. The median's is the
     absolute error, and the mean over levels the usual estimate of the CRPS from quantiles (Gneiting and Raftery, JASA,
     2007): that of a point forecast is its MAE."""
+    return pinball_losses(forecast, y, levels).mean()
+
+
+def pinball_losses(forecast: Tensor, y: Tensor, levels: Sequence[float]) -> Tensor:
+    """(..., H, M, Q), each loss twice."""
     tensor = forecast.new_tensor(levels)
     error = y.unsqueeze(-1) - forecast
-    return 2 * torch.maximum(tensor * error, (tensor - 1) * error).mean()
+    return 2 * torch.maximum(tensor * error, (tensor - 1) * error)
 
 
 def window_losses(forecast: Tensor, y: Tensor, levels: Sequence[float] = ()) -> Tensor:
     """The loss of each of n windows, (n,), float64 on the CPU: its squared error, with levels its pinball loss."""
-    if levels:
-        losses = torch.stack([pinball(f, t, levels) for f, t in zip(forecast, y)])
-    else:
-        losses = (forecast - y).square().mean((1, 2))
-    return losses.double().cpu()
+    losses = pinball_losses(forecast, y, levels) if levels else (forecast - y).square()
+    return losses.flatten(1).mean(1).double().cpu()
 
 
 def naive_errors(values: Tensor, season: int) -> Tensor:
