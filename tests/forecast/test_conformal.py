@@ -113,7 +113,7 @@ def test_a_forecaster_from_before_is_used_as_it_is_and_that_is_told(trained, dat
     frame = make_frame(412)
     frame.loc[400:, ["north", "south", "level"]] = float("nan")
     predict(data=frame, checkpoint=str(tmp_path), output=str(tmp_path), device="cpu")
-    assert capsys.readouterr().out.count("have no conformal correction, as an older vim2 saved it: fit again") == 2
+    assert capsys.readouterr().out.count("from an older vim2, have no conformal correction: fit again for one.") == 2
 
 
 @pytest.mark.parametrize(

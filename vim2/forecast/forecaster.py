@@ -293,9 +293,7 @@ class Forecaster:
         )
         model.to(device).eval()
         if config.quantiles and conformal is None:
-            say(
-                f"The quantiles of {folder} have no conformal correction, as an older vim2 saved it: fit again for one."
-            )
+            say(f"The quantiles of {folder}, from an older vim2, have no conformal correction: fit again for one.")
         return forecaster
 
 
