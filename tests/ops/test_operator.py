@@ -1,11 +1,14 @@
 """Operators are called without PyTorch's dispatcher where nobody looks, and through it where somebody does."""
 
+import contextlib
+
 import pytest
 import torch
 from devices import DEVICE, needs_triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from vim2.ops import norm_gate, selective_scan_fn, weighted_average_norm
+from vim2.ops import norm_gate, selective_scan_fn, weighted_average, weighted_average_norm
 
 NAMES = ("u", "delta", "A", "B")
 TRITON = pytest.param("triton", marks=needs_triton)
@@ -40,27 +43,95 @@ def average(first, second, *parameters):
     return weighted_average_norm([first, second], *parameters, backend="triton")
 
 
+def gate_alone_inputs():
+    return gate_inputs()[:2]
+
+
+def average_alone(first, second, weight):
+    return weighted_average([first, second], weight, backend="triton")
+
+
+def average_alone_inputs():
+    return average_inputs()[:3]
+
+
 CASES = {
     "norm_gate": (lambda *inputs: norm_gate(*inputs, backend="triton"), gate_inputs),
     "weighted_average": (average, average_inputs),
+    "norm_gate, no norm": (lambda *inputs: norm_gate(*inputs, backend="triton"), gate_alone_inputs),
+    "weighted_average, no norm": (average_alone, average_alone_inputs),
+}
+WATCHED = {
+    "neither": (contextlib.nullcontext, contextlib.nullcontext),
+    "both": (Seen, Seen),
+    "forward": (Seen, contextlib.nullcontext),
+    "backward": (contextlib.nullcontext, Seen),
 }
 
 
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
-def test_both_ways_give_the_same_bits(name):
+def test_both_ways_give_the_same_bits_and_may_be_mixed(name):
+    """A profile, say, may begin between a forward and its backward pass."""
+    function, make = CASES[name]
+    results = {}
+    for way, (forward, backward) in WATCHED.items():
+        inputs = make()
+        with forward() as first:
+            output = function(*inputs)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        with backward() as second:
+            results[way] = [output, *torch.autograd.grad(output, inputs, weight)]
+        operator = name.partition(",")[0]
+        for seen, expected in ((first, operator), (second, f"{operator}_backward")):
+            assert seen is None or seen.names == [expected]
+    for tensors in results.values():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, results["neither"], strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_may_be_recomputed_the_other_way(name):
     function, make = CASES[name]
     inputs = make()
-    direct = function(*inputs)
-    weight = torch.randn(direct.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    gradients = torch.autograd.grad(direct, inputs, weight)
-    with Seen() as seen:
-        registered = function(*inputs)
-        expected = torch.autograd.grad(registered, inputs, weight)
-    assert seen.names == [name, f"{name}_backward"]
-    assert torch.equal(direct, registered)
-    for a, b in zip(gradients, expected, strict=True):
-        assert torch.equal(a, b)
+    expected = torch.autograd.grad(function(*inputs).sum(), inputs)
+    for forward, backward in ((Seen, contextlib.nullcontext), (contextlib.nullcontext, Seen)):
+        with forward():
+            output = checkpoint(function, *inputs, use_reentrant=False)
+        with backward():
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_gradient_from_above_there_are_zeros(name):
+    function, make = CASES[name]
+    inputs = make()
+    gradients = torch.autograd.grad(NoGradient.apply(function(*inputs)).sum(), inputs)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_values_of_another_type_are_refused():
+    y, gate, *norm = gate_inputs()
+    for eps in (None, "a"):
+        with pytest.raises((TypeError, ValueError)):
+            norm_gate(y, gate, *norm, eps=eps)
+    sequence = torch.zeros(1, 3, 7, device=DEVICE)
+    with pytest.raises(ValueError, match="delta_softplus must be True or False, got 'yes'"):
+        selective_scan_fn(
+            sequence, sequence, -torch.ones(3, 2, device=DEVICE), *[sequence[:, :2]] * 2, delta_softplus="yes"
+        )
 
 
 @needs_triton

@@ -103,11 +103,7 @@ class Operator:
         @functools.wraps(function)
         def checked(*args):
             check(*args)
-            results = function(*args)
-            if not isinstance(results, tuple) or all(t is not None for t in results):
-                return results
-            first = next(t for t in results if t is not None)
-            return tuple(first.new_empty(0, dtype=torch.float32) if t is None else t for t in results)
+            return _all_tensors(function(*args))
 
         if mutates_args:
             torch.library.custom_op(name, checked, mutates_args=mutates_args)
@@ -141,16 +137,25 @@ class Operator:
         return torch.library.register_fake(self.name)(function)
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """As torch.library.register_autograd, with one difference: gradients of results that nobody used are None.
+        """As torch.library.register_autograd, with one difference: gradients of results that nobody used are None,
+        unless all are, in which case the first is zero.
 
         A first argument that is a list of tensors may have gradients, which `backward` returns as a list.
         """
 
         def set_up(ctx, inputs, output):
             ctx.set_materialize_grads(False)
+            ctx.first_result = output[0] if isinstance(output, tuple) else output
+            ctx.first_result = ctx.first_result.shape, ctx.first_result.dtype, ctx.first_result.device
             setup_context(ctx, inputs, output)
 
-        torch.library.register_autograd(self.name, backward, setup_context=set_up)
+        def differentiate(ctx, *grads):
+            if all(grad is None for grad in grads):  # as where what follows has no gradient itself
+                shape, dtype, device = ctx.first_result
+                grads = (torch.zeros(shape, dtype=dtype, device=device), *grads[1:])
+            return backward(ctx, *grads)
+
+        torch.library.register_autograd(self.name, differentiate, setup_context=set_up)
         function = self.function
 
         class Differentiable(torch.autograd.Function):
@@ -158,14 +163,16 @@ class Operator:
             def forward(ctx, length, *args):
                 if length is not None:
                     args = (args[:length], *args[length:])
-                output = function(*args)
+                # The same tensors are saved either way: a backward pass, or a checkpoint's second forward pass, may go
+                # the other.
+                output = _all_tensors(function(*args))
                 set_up(ctx, args, output)
                 ctx.length = length
                 return output
 
             @staticmethod
             def backward(ctx, *grads):
-                first, *others = backward(ctx, *grads)
+                first, *others = differentiate(ctx, *grads)
                 return None, *([first] if ctx.length is None else first), *others
 
         def differentiable(first, *args):
@@ -174,6 +181,14 @@ class Operator:
             return Differentiable.apply(len(first), *first, *args)
 
         self.differentiable = differentiable
+
+
+def _all_tensors(results: Tensor | tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, ...]:
+    """The results of an operator, with an empty tensor in place of each that was not asked for."""
+    if not isinstance(results, tuple) or all(t is not None for t in results):
+        return results
+    first = next(t for t in results if t is not None)
+    return tuple(first.new_empty(0, dtype=torch.float32) if t is None else t for t in results)
 
 
 _NO_TENSORS = {int, float, bool, str, type(None), torch.dtype}

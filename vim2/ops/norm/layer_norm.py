@@ -73,7 +73,7 @@ def _norm(x, weight, bias, eps, patch, backend):
     check_norm(weight, bias, x.shape[-1] * patch * patch)
     dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
     if resolve_backend(backend, x, weight, bias) == "triton":
-        return _layer_norm(x, weight, bias, eps, dtype, patch, needs_backward(x, weight, bias))[0]
+        return _layer_norm(x, weight, bias, float(eps), dtype, patch, needs_backward(x, weight, bias))[0]
     compute = compute_dtype(x, weight, bias)
     x = x.to(compute)
     if patch == 2:

@@ -57,7 +57,7 @@ def norm_gate(
     tensors = (y, gate) if norm_weight is None else (y, gate, norm_weight, norm_bias)
     dtype = autocast_dtype(y) or torch.promote_types(y.dtype, gate.dtype)
     if resolve_backend(backend, *tensors) == "triton":
-        options = (eps, dtype, needs_backward(*tensors))
+        options = (float(eps), dtype, needs_backward(*tensors))
         return _norm_gate(y, gate, norm_weight, norm_bias, *options)[0]
     compute = compute_dtype(*tensors)
     y = y.to(compute)

@@ -80,7 +80,7 @@ def weighted_average_norm(
     tensors = (*features, weight, norm_weight, norm_bias)
     if resolve_backend(backend, *tensors) == "triton":
         keeps = needs_backward(*tensors)
-        return _weighted_average(features, weight, norm_weight, norm_bias, eps, dtype, keeps)[0]
+        return _weighted_average(features, weight, norm_weight, norm_bias, float(eps), dtype, keeps)[0]
     compute = compute_dtype(*tensors)
     total = _sum(features, weight.to(compute)).to(compute)
     return F.layer_norm(total, total.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps).to(dtype)

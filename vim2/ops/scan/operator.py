@@ -46,10 +46,12 @@ def scan(
         and the states that are kept for `scan_backward`.
 
     Raises:
-        ValueError: An unknown backend, or one that does not know these sizes.
+        ValueError: An unknown backend, or one that does not know these sizes; a delta_softplus that is no truth value.
         RuntimeError: A backend that is not there.
     """
     refuse_transforms(*operands)
+    if delta_softplus not in (True, False):
+        raise ValueError(f"delta_softplus must be True or False, got {delta_softplus!r}.")
     backend = resolve_backend(backend, *operands, scan=True)
     height, width = _height_and_width(spatial)
     chunk = kept_every(backend, height * width, keeps)

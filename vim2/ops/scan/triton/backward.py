@@ -542,9 +542,15 @@ def scan_backward(
     return (
         grad_u if u.dim() == 4 else sum_directions(grad_u),
         grad_delta,
-        grad_A.transpose(1, 2).to(operands.A.dtype, copy=True, memory_format=torch.contiguous_format),
-        *(g.squeeze(1).to(t.dtype, copy=True) for g, t in ((grad_D, operands.D), (grad_bias, operands.delta_bias))),
+        _copy(grad_A.transpose(1, 2), operands.A.dtype),
+        _copy(grad_D.squeeze(1), operands.D.dtype),
+        _copy(grad_bias.squeeze(1), operands.delta_bias.dtype),
     )
+
+
+def _copy(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of the sums, contiguous and apart from the others, as compilers have been told."""
+    return sums.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 class _Plan(NamedTuple):
