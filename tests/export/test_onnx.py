@@ -213,8 +213,9 @@ def test_command(model, tmp_path, capsys):
     facts = dict(arch="test_vim2", num_classes=7, model_kwargs=TINY)
     save_checkpoint({**facts, "state_dict": model.state_dict()}, checkpoint)
     command = ["--format", "onnx", "--features-only", "--checkpoint", str(checkpoint), "--output", str(output)]
-    assert run_tool(export.main, command) == 0
-    assert str(output) in capsys.readouterr().out
+    assert run_tool(export.main, [*command, "--compare"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 97 x 131 |")
     run, names = read(output)
     x = torch.randn(SIZES[0])
     assert_alike(run(x), model.forward_intermediates(x, intermediates_only=True))
