@@ -1,0 +1,8 @@
+"""Models for runtimes other than PyTorch. docs/export.md is the guide.
+
+ONNX needs the packages onnx and onnxscript (`pip install "vim2[export]"`), which are imported when first used.
+"""
+
+from .onnx import export_onnx, onnx_translations
+
+__all__ = ["export_onnx", "onnx_translations"]
