@@ -9,7 +9,7 @@ floats, or of 16 bits by Pillow, are refused where they would be cut off. Needs 
 is used.
 """
 
-import importlib.util
+import contextlib
 
 from . import loading, operators
 from .backbone import ViM2
@@ -17,7 +17,7 @@ from .optimizer import ViM2LayerDecayOptimWrapperConstructor
 
 loading.allow_checkpoints()
 operators.install()
-if importlib.util.find_spec("mmcv") is not None:
+with contextlib.suppress(ImportError):  # without mmcv there are no pipelines, nor in its versions before 2
     from . import images  # noqa: F401  (it registers what reads them)
 
 __all__ = ["ViM2", "ViM2LayerDecayOptimWrapperConstructor"]
