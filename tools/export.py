@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(error) from None
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, ONNX, opset {args.opset}")
     if args.compare:
-        print("\n".join(compare_onnx(model.eval(), args.output, [size] if size else SIZES, channels)))
+        print(compare_onnx(model.eval(), args.output, [size] if size else SIZES, channels))
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ class Operator:
 
         def set_up(ctx, inputs, output):
             ctx.set_materialize_grads(False)
-            ctx.first_result = output[0] if isinstance(output, tuple) else output
-            ctx.first_result = ctx.first_result.shape, ctx.first_result.dtype, ctx.first_result.device
+            first = output[0] if isinstance(output, tuple) else output
+            ctx.first_result = first.shape, first.dtype, first.device
             setup_context(ctx, inputs, output)
 
         def differentiate(ctx, *grads):

@@ -42,8 +42,8 @@ def scan(
         backend: See `vim2.ops.backend.resolve_backend`.
 
     Returns:
-        y, (batch, L, E) in u's dtype, or without merge (batch, L, K, E); the last states, (batch, K, E, N), or (0,);
-        and the states that are kept for `scan_backward`.
+        y, (batch, L, E) in u's dtype, or without merge (batch, L, K, E); the last states, (batch, K, E, N), if
+        `with_last`; and the states that are kept for `scan_backward`.
 
     Raises:
         ValueError: An unknown backend, or one that does not know these sizes; a delta_softplus that is no truth value.
