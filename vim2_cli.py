@@ -25,7 +25,7 @@ images
   predict            classes of an image, a folder or a glob
   visualize          receptive field, attention, Grad-CAM
   convert            weights of VMamba into those of a ViM2 that computes the same
-  export             a file for runtimes other than PyTorch
+  export             a file for ONNX runtimes, or a folder for timm and the Hugging Face Hub
 
 time series
   forecast fit       train a TSM2 on the series of a file
