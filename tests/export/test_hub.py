@@ -49,7 +49,9 @@ def test_folder(folder, model):
     assert read.pretrained_cfg["label_names"] == NAMES
     config = resolve_data_config({}, model=read)
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()} == INPUT
-    maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)(torch.zeros(1, 1, 64, 64))
+    maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(0, 1))(
+        torch.zeros(1, 1, 64, 64)
+    )
     assert [m.shape[1] for m in maps] == [16, 24]
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).num_classes == 7
 
