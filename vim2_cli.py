@@ -1,4 +1,4 @@
-"""The console command `vim2`.
+"""The console command `vim2`, or `python -m vim2_cli`.
 
 Nothing of the package is imported before it is known for which command: PyTorch takes seconds to load. Importing this
 before it also tells OpenMP's threads to sleep. On a CPU that other programs use as well they would burn the time in
@@ -116,3 +116,7 @@ def _stop(*_) -> None:
     sys.stderr.write("stopped\n")
     sys.stderr.flush()
     os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,30 +1,44 @@
 """The console command: what it says without a command, of one that does not exist, and where packages are missing."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import vim2_cli
 
-
-def run(*argv, missing=None):
-    """A process of `vim2 ARGV`, in which one package cannot be imported."""
-    code = f"import sys; sys.modules[{missing!r}] = None\n" if missing else "import sys\n"
-    code += f"import vim2_cli; code = vim2_cli.main({list(argv)!r}); print('torch' in sys.modules); sys.exit(code)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})
+ROOT = Path(vim2_cli.__file__).parent
 
 
-def path() -> str:
-    return str(next(p for p in map(str, sys.path) if p and vim2_cli.__file__.startswith(p)))
+def run(*argv, missing="none"):
+    """A process of `vim2 ARGV`, in which one package cannot be imported, and which says whether PyTorch was."""
+    code = f"import sys; sys.modules[{missing!r}] = None; import vim2_cli; code = vim2_cli.main({list(argv)!r})"
+    code += "; print(bool(sys.modules.get('torch'))); sys.exit(code)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
 def test_help_loads_nothing(argv):
     done = run(*argv)
     assert done.returncode == 0 and done.stdout.endswith("\nFalse\n") and not done.stderr
-    for command in ("train", "validate", "predict", "visualize", "convert", "export", "forecast fit", "mm train"):
-        assert f"\n  {command} " in done.stdout
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "vim2_cli"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == vim2_cli.USAGE + "\n"
+
+
+@pytest.mark.parametrize("name", vim2_cli._PACKAGES)
+def test_help_names_every_command(name):
+    if name == "mm":
+        pytest.importorskip("mmengine")
+    commands = importlib.import_module(f"{vim2_cli._PACKAGES[name]}.cli").COMMANDS
+    assert name in vim2_cli._GROUPS or name in commands
+    for command in commands:
+        words = f"{name} {command}" if name in vim2_cli._GROUPS else command
+        assert f"\n  {words} " in vim2_cli.USAGE
 
 
 def test_unknown_command(capsys):

@@ -40,7 +40,7 @@ def main(monkeypatch):
         (["train", "bad"], 2, "sample.py: error: What is wrong.\n"),
         (["none"], 2, "sample.py: error: It needs this package.\n"),
         (["train", "lacks"], 2, LACKS.format("train", "nowhere")),
-        (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]"')),
+        (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]", or nowhere')),
         (["train", "full"], 2, "sample.py: error: The GPU's memory is full: use less.\n"),
         (["predict", "full"], 2, "sample.py: error: The GPU's memory is full: use a smaller --batch-size.\n"),
         (["train", "stop"], 130, "sample.py: stopped; it goes on with --resume\n"),

@@ -104,7 +104,8 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
         except ModuleNotFoundError as error:
             if (missing := missing_package(error)) is None:
                 raise
-            install = f'"vim2[{command.extra}]"' if command.extra else missing
+            # an extra does not have what a user's own config or data set may ask for
+            install = f'"vim2[{command.extra}]", or {missing}' if command.extra else missing
             raise UserError(f"{name} needs {missing}, which is not installed: pip install {install}.") from None
         except torch.OutOfMemoryError:
             raise UserError(f"The GPU's memory is full: {command.less_memory}.", one_process=True) from None
