@@ -104,11 +104,17 @@ def test_the_model_stays_as_it_is(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("argv", "says"),
-    [(["--opset", "20"], "--opset is for --format onnx"), (["--compare"], "--compare is for"), ([], "is a file")],
+    [
+        (["--opset", "20"], "--opset is for --format onnx"),
+        (["--compare"], "--compare is for"),
+        ([], "is a file"),
+        (["--output", "file/inside"], "file/inside (Not a directory): choose another --output"),
+    ],
 )
-def test_mistakes(argv, says, tmp_path, capsys):
+def test_mistakes(argv, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    command = ["export", "--model", "test_vim2", "--format", "timm", "--output", str(tmp_path / "file"), *argv]
+    command = ["export", "--model", "test_vim2", "--format", "timm", "--output", "file", *argv]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error

@@ -57,7 +57,8 @@ def export(argv: Sequence[str]) -> None:
         else:
             _export_timm(model, facts, args)
     except OSError as error:
-        raise UserError(error) from None
+        reason = error.strerror or error
+        raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
 
 
 def _export_onnx(model: nn.Module, args: argparse.Namespace) -> None:
