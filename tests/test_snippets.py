@@ -1,4 +1,5 @@
 """Every Python snippet of the README and the documents runs, those of a document one after another, as a reader would.
+The commands in their blocks of bash exist, with the options that they are given.
 
 What a snippet needs to be there, its document's preparation makes; what would take long there is cut short.
 """
@@ -17,11 +18,13 @@ import torch
 from PIL import Image
 
 import vim2.classify
+import vim2_cli
 from vim2.checkpoints import save_checkpoint
 from vim2.export import export_timm
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+CONFIG_PAGES = ["mmdet_configs/README.md", "mmseg_configs/README.md"]
 SNIPPETS = {page: re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S) for page in PAGES}
 # by a text of theirs, those that cannot run here, and why
 LEFT_OUT = {
@@ -123,3 +126,33 @@ def check_config(names: dict) -> None:
 def test_what_is_left_out_is_there():
     texts = "".join(text for page in PAGES for text in SNIPPETS[page])
     assert all(part in texts for part in LEFT_OUT)
+
+
+def commands(text: str) -> set[tuple[str, str]]:
+    """The commands of `vim2` in a document's blocks of bash, each with one of its options, or with none."""
+    found = set()
+    for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").replace("python tools/forecast.py", "vim2 forecast").splitlines():
+            for words in re.findall(r"(?:^|\s)vim2 ([^&|]+)", line.partition("#")[0]):
+                first, second, *_ = *words.split(), ""
+                command = f"{first} {second}" if first in vim2_cli._GROUPS else first
+                found |= {(command, option) for option in ["", *re.findall(r"(?:^|\s|\[)(--[\w-]+)", words)]}
+    return found
+
+
+NAMED = commands("".join((ROOT / page).read_text() for page in [*PAGES, *CONFIG_PAGES]))
+
+
+@pytest.mark.parametrize("command", sorted({command for command, _ in NAMED}))
+def test_commands_in_the_documents_have_their_options(command, capsys):
+    if command.startswith("mm"):
+        pytest.importorskip("mmdet")
+    with pytest.raises(SystemExit) as end:
+        vim2_cli.main([*command.split(), "--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(re.search(rf"{option}\b", told) for name, option in NAMED if name == command)
+
+
+def test_documents_show_every_command():
+    assert {command.partition(" ")[0] for command, _ in NAMED} >= set(vim2_cli._PACKAGES)
