@@ -22,7 +22,6 @@ from PIL import Image
 from torch import nn
 from vmamba_reference import SIZES, VMamba, vanilla_vmamba
 
-from tools.convert_vmamba import main as convert
 from vim2.checkpoints import (
     convert_vmamba,
     load_weights,
@@ -32,6 +31,7 @@ from vim2.checkpoints import (
     save_checkpoint,
     try_lock,
 )
+from vim2.classify import convert
 
 
 def images(*shape):

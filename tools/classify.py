@@ -1,12 +1,9 @@
 #!/usr/bin/env python
-"""Train, validate and predict on images: `classify.py train|validate|predict --help`; docs/training.md explains."""
-
-import common
+"""`vim2` from a checkout: `classify.py train|validate|predict ...`."""
 
 import sys
 
-from vim2.classify.cli import main
+from vim2_cli import main
 
 if __name__ == "__main__":
-    common.imported()
     sys.exit(main())

@@ -1,12 +1,9 @@
 #!/usr/bin/env python
-"""Forecast time series: `forecast.py fit|evaluate|predict --help`; docs/forecasting.md explains."""
-
-import common
+"""`vim2 forecast` from a checkout."""
 
 import sys
 
-from vim2.forecast.cli import main
+from vim2_cli import main
 
 if __name__ == "__main__":
-    common.imported()
-    sys.exit(main())
+    sys.exit(main(["forecast", *sys.argv[1:]]))

@@ -1,70 +1,9 @@
 #!/usr/bin/env python
-"""Train a detector or a segmenter from a config of MMDetection or MMSegmentation; docs/openmmlab.md explains.
+"""`vim2 mm train` from a checkout."""
 
-Usage: python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--amp] [--cfg-options KEY=VALUE ...]
-"""
-
-from common.command import run_tool
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-import torch
-from mmengine.device import get_device
-from mmengine.dist import get_dist_info
-
-import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from vim2.command.errors import UserError
-from vim2.command.processes import Processes
-from vim2.command.runs import identity, own_folder
-from vim2.mm.runner import (
-    add_config_arguments,
-    add_launcher_arguments,
-    build_data,
-    build_runner,
-    check_parts,
-    load_config,
-    run_errors,
-)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a detector or a segmenter.")
-    add_config_arguments(parser)
-    add_launcher_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="mixed precision")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate to the real batch size")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a name from the last one in the work dir, or from the start if none is",
-    )
-    args = parser.parse_args(argv)
-    config = load_config(args.config, args.cfg_options)
-    check_parts(config, args.config, "train")
-    if args.amp:
-        config.optim_wrapper.type = "AmpOptimWrapper"
-        config.optim_wrapper.setdefault("loss_scale", "dynamic")
-    if args.auto_scale_lr:
-        if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise UserError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set.")
-        config.auto_scale_lr.enable = True
-    if args.resume:
-        if args.resume != "auto" and "://" not in args.resume and not os.path.isfile(args.resume):
-            raise UserError(f"There is no checkpoint at {args.resume}.")
-        config.resume = True
-        config.load_from = None if args.resume == "auto" else args.resume
-    runner = build_runner(config, args)
-    build_data(runner, "train")
-    folder = Path(runner.work_dir)
-    processes = Processes(torch.device(get_device()), *get_dist_info())
-    with own_folder(folder, identity(folder / "last.pth"), processes), run_errors():
-        runner.train()
-
+from vim2_cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(main(["mm", "train", *sys.argv[1:]]))

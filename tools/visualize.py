@@ -1,16 +1,9 @@
 #!/usr/bin/env python
-"""Draw what a ViM2 has learned and what it does with images: `visualize.py --help`; docs/training.md explains."""
-
-from common.command import run_tool
+"""`vim2 visualize` from a checkout."""
 
 import sys
 
-from vim2.visualize import visualize
-
-
-def main(argv: list[str] | None = None) -> None:
-    visualize(sys.argv[1:] if argv is None else argv)
-
+from vim2_cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(main(["visualize", *sys.argv[1:]]))

@@ -20,4 +20,4 @@ def trained(tmp_path_factory, data):
 
 @pytest.fixture
 def fails(failing):
-    return failing(main, "classify.py")
+    return failing(main, "vim2")

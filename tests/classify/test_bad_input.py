@@ -50,7 +50,7 @@ def test_commands_and_options(fails, argv, words):
         (["--model-kwargs", "depths"], "NAME=VALUE"),
         (["--num-classes", "2"], "3 classes"),
         (["--freeze", "6"], "0 to 5"),
-        (["--pretrained"], "convert_vmamba"),
+        (["--pretrained"], "vim2 convert IN OUT"),
         (["--mean", "0.5", "0.5"], "--mean needs 1 or 3"),
         (["--class-map", "none.txt"], "none.txt"),
         (["--initial-checkpoint", "none.pth"], "none.pth"),

@@ -6,7 +6,9 @@ import torch
 
 from vim2.command.errors import Command, UserError, run_command
 
-COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(), "none": Command()}
+COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(extra="pictures"), "none": Command()}
+
+LACKS = "sample.py: error: {} needs nowhere, which is not installed: pip install {}.\n"
 
 
 @pytest.fixture
@@ -15,6 +17,7 @@ def main(monkeypatch):
 
     def end(argv):
         endings = {"stop": KeyboardInterrupt(), "full": torch.OutOfMemoryError(), "bad": UserError("What is\nwrong.")}
+        endings["lacks"] = ModuleNotFoundError("No module named 'nowhere.at'", name="nowhere.at")
         if argv:
             raise endings[argv[0]]
 
@@ -36,6 +39,8 @@ def main(monkeypatch):
         (["trian"], 2, "sample.py: error: unknown command trian; did you mean train? (of train, predict, none)\n"),
         (["train", "bad"], 2, "sample.py: error: What is wrong.\n"),
         (["none"], 2, "sample.py: error: It needs this package.\n"),
+        (["train", "lacks"], 2, LACKS.format("train", "nowhere")),
+        (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]", or nowhere')),
         (["train", "full"], 2, "sample.py: error: The GPU's memory is full: use less.\n"),
         (["predict", "full"], 2, "sample.py: error: The GPU's memory is full: use a smaller --batch-size.\n"),
         (["train", "stop"], 130, "sample.py: stopped; it goes on with --resume\n"),

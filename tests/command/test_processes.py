@@ -20,11 +20,11 @@ def test_no_gpu():
         choose_device("cuda")
 
 
-@pytest.mark.parametrize("command", ["classify.py train --data-dir", "forecast.py fit"])
+@pytest.mark.parametrize("command", ["classify train --data-dir", "forecast fit"])
 def test_a_device_without_float64_is_refused_before_anything_starts(command, monkeypatch, tmp_path, failing):
     """As Apple's is."""
-    program, *argv = command.split()
-    if program == "forecast.py":
+    room, *argv = command.split()
+    if room == "forecast":
         pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
     zeros = torch.zeros
 
@@ -37,21 +37,21 @@ def test_a_device_without_float64_is_refused_before_anything_starts(command, mon
         return zeros(*size, dtype=dtype, device=device, **options)
 
     monkeypatch.setattr(torch, "zeros", without_float64)
-    main = {"classify.py": classify, "forecast.py": forecast}[program]
-    error = failing(main, program)(*argv, tmp_path / "none", "--device", "mps", "--output", tmp_path / "runs")
+    main = {"classify": classify, "forecast": forecast}[room]
+    error = failing(main, "vim2")(*argv, tmp_path / "none", "--device", "mps", "--output", tmp_path / "runs")
     assert "The device mps cannot be used (Cannot convert" in error and "--device cpu" in error
     assert not any(tmp_path.iterdir())
 
 
 def test_launching_wrongly(monkeypatch):
-    assert start_processes("cpu", "tools/x.py").world_size == 1
+    assert start_processes("cpu", "vim2 x").world_size == 1
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # empty is unset
         monkeypatch.setenv(name, "")
-    assert start_processes("cpu", "tools/x.py").world_size == 1
+    assert start_processes("cpu", "vim2 x").world_size == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(UserError, match=r"torchrun --nproc-per-node=GPUS tools/x.py \.\.\."):
-        start_processes("cpu", "tools/x.py")
+    with pytest.raises(UserError, match=r"torchrun --no-python --nproc-per-node=GPUS vim2 x \.\.\."):
+        start_processes("cpu", "vim2 x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UserError, match=r"torchrun --nproc-per-node=2 tools/x.py \.\.\."):
-        start_processes("cpu", "tools/x.py")
+    with pytest.raises(UserError, match=r"torchrun --no-python --nproc-per-node=2 vim2 x \.\.\."):
+        start_processes("cpu", "vim2 x")

@@ -10,6 +10,7 @@ import vim2
 from vim2.checkpoints import save_checkpoint
 from vim2.command.errors import UserError
 from vim2.export import export_onnx, onnx_translations
+from vim2.export.cli import main
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -205,15 +206,11 @@ def test_missing_package(model, monkeypatch, tmp_path):
 
 @torch.no_grad()
 def test_command(model, tmp_path, capsys):
-    from common.command import run_tool
-
-    import export
-
     checkpoint, output = tmp_path / "best.pth", tmp_path / "new" / "features.onnx"
     facts = dict(arch="test_vim2", num_classes=7, model_kwargs=TINY)
     save_checkpoint({**facts, "state_dict": model.state_dict()}, checkpoint)
     command = ["--format", "onnx", "--features-only", "--checkpoint", str(checkpoint), "--output", str(output)]
-    assert run_tool(export.main, [*command, "--compare"]) == 0
+    assert main(["export", *command, "--compare"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 97 x 131 |")
     run, names = read(output)
@@ -236,12 +233,8 @@ def test_command(model, tmp_path, capsys):
     ],
 )
 def test_mistakes_of_the_command(arguments, says, model, tmp_path, monkeypatch, capsys):
-    from common.command import run_tool
-
-    import export
-
     monkeypatch.chdir(tmp_path)
     save_checkpoint({"state_dict": model.state_dict()}, "weights.pth")
-    assert run_tool(export.main, [*arguments, "--format", "onnx", "--output", "x.onnx"]) == 2
+    assert main(["export", *arguments, "--format", "onnx", "--output", "x.onnx"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and says in error, error
+    assert error.startswith("vim2: error: ") and error.count("\n") == 1 and says in error, error

@@ -25,4 +25,4 @@ def trained(tmp_path_factory, data):
 def fails(failing):
     from vim2.forecast.cli import main
 
-    return failing(main, "forecast.py")
+    return failing(main, "vim2")

@@ -7,9 +7,9 @@ import pytest
 from mm_helpers import SIDE, call, make_data, write_config
 from PIL import Image
 
-from tools.train import main as train
 from vim2.command.errors import UserError
 from vim2.mm import annotations
+from vim2.mm.commands import train
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ class TestWeights:
 
         vmamba = vanilla_vmamba("tiny").state_dict()
         torch.save({"model": vmamba}, tmp_path / "vmamba.pth")
-        with pytest.raises(UserError, match=r"weights of a VMamba; convert them first: tools/convert_vmamba\.py"):
+        with pytest.raises(UserError, match=r"weights of a VMamba; convert them first: vim2 convert"):
             self.loaded(tmp_path / "vmamba.pth", arch="tiny_vmamba")
         name, converted = convert_vmamba(vmamba)
         torch.save({"arch": name, "state_dict": converted}, tmp_path / "vim2.pth")

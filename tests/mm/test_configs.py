@@ -48,10 +48,10 @@ def test_readmes_and_metafiles_name_every_config():
         readme = (folder / "README.md").read_text()
         assert all(f"({name})" in readme for name in names), kind
         models = yaml.safe_load((folder / "metafile.yml").read_text())["Models"]
-        assert {model["Config"] for model in models} == {f"{kind}_configs/{name}" for name in names}
+        assert {model["Config"] for model in models} == {f"configs/{kind}/{name}" for name in names}
         assert all(model["Name"] == Path(model["Config"]).stem for model in models)
         for model in models:
-            metadata, schedule = model["Metadata"], load_config(ROOT / model["Config"]).train_cfg
+            metadata, schedule = model["Metadata"], load_config(ROOT / "vim2" / ".mim" / model["Config"]).train_cfg
             lengths = schedule.get("max_epochs"), schedule.get("max_iters")
             assert (metadata.get("Epochs"), metadata.get("Iterations")) == lengths, model["Name"]
         large = [model for model in models if model["Metadata"]["Training Data"] in ("COCO", "ADE20K")]
@@ -135,6 +135,24 @@ def test_bad_configs(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_config(tmp_path / "bad.py")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, config", [("mmdet", "mask-rcnn_vim2-tiny_fpn_ms-3x_coco"), ("mmseg", ADE[-1][14:-3])])
+def test_reference_to_a_config_of_the_package(kind, config, tmp_path):
+    """Also in the bases of another, which may take parts of it: they are still those of MMDetection and the like."""
+    named = load_config(f"vim2::{kind}/{config}.py")
+    assert named.to_dict() == load_config(ROOT / f"{kind}_configs/{config}.py").to_dict()
+    parts = "steps = _base_.train_pipeline\nmodel = dict(backbone=dict(arch=1))\n"
+    (tmp_path / "mine.py").write_text(f"_base_ = 'vim2::{kind}/{config}.py'\n{parts}")
+    mine = load_config(tmp_path / "mine.py")
+    assert mine.model.backbone.arch == 1 and mine.default_scope == kind
+    assert {step.get("_scope_", kind) for step in mine.steps} == {kind}
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn_vim2-tiny_fpn_1x_coco.py", "mmdet/mask-rcnn_vim2-tiny_fpn_1x_coc.py"])
+def test_reference_to_no_config(name):
+    with pytest.raises(UserError, match=r"no config .* did you mean mmdet/mask-rcnn_vim2-tiny_fpn_1x_coco\.py\?$"):
+        load_config(f"vim2::{name}")
 
 
 def test_no_config():

@@ -11,9 +11,9 @@ from mm_helpers import call, make_data, metrics, write_config
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import ValLoop
 
-from tools.train import main as train
 from vim2.command.errors import UserError
 from vim2.mm.checkpoint_hook import find_newest_checkpoint
+from vim2.mm.commands import train
 from vim2.mm.loading import allow_checkpoints
 
 EVERY_STEP = [f"default_hooks.checkpoint.{key}" for key in ("interval=1", "by_epoch=False", "max_keep_ckpts=-1")]

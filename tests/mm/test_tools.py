@@ -21,11 +21,11 @@ from PIL import Image
 
 import vim2.mm  # noqa: F401
 from benchmarks.mm import main as measure
-from tools.image_demo import main as demo
 from tools.prepare_data import COCO_STUFF, COCO_THINGS
 from tools.prepare_data import main as prepare
 from vim2.command.errors import UserError
 from vim2.mm.annotations import check_annotations
+from vim2.mm.commands import predict as demo
 from vim2.mm.runner import load_config
 
 SHARED = ROOT.parent / "shared" / "data"

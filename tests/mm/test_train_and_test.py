@@ -18,10 +18,10 @@ from mm_helpers import ROOT, SIDE, TOOLS, annotation, call, make_data, metrics, 
 from mmengine.config import Config
 from PIL import Image
 
-from tools.image_demo import main as demo
-from tools.test import main as evaluate
-from tools.train import main as train
 from vim2.command.errors import UserError
+from vim2.mm.commands import predict as demo
+from vim2.mm.commands import test as evaluate
+from vim2.mm.commands import train
 from vim2.mm.loading import allow_checkpoints
 
 KINDS = ("mmdet", "mmseg")
@@ -380,7 +380,7 @@ class TestSeveralProcesses:
 def test_error_is_one_line_and_exit_code_2(configs, tmp_path, capfd):
     def check(code, stderr, name):
         assert code == 2
-        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        errors = [line for line in stderr.splitlines() if line.removeprefix("vim2: ").startswith("error: ")]
         assert len(errors) == 1 and name in errors[0] and "Traceback" not in stderr
 
     done = run(TOOLS / "train.py", "none.py", cwd=tmp_path)

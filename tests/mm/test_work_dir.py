@@ -5,9 +5,9 @@ import sys
 import pytest
 from mm_helpers import call
 
-from tools.train import main as train
 from vim2.command.errors import UserError
 from vim2.command.runs import own_folder
+from vim2.mm.commands import train
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")

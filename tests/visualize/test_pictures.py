@@ -1,6 +1,4 @@
-"""tools/visualize.py: what it draws and returns."""
-
-from common.command import run_tool
+"""`vim2 visualize`: what it draws and returns."""
 
 import sys
 
@@ -10,9 +8,9 @@ import timm
 import torch
 from PIL import Image
 
-from tools import visualize as tool
 from vim2.command.errors import UserError
 from vim2.visualize import visualize
+from vim2.visualize.cli import main
 from vim2.visualize.layers import averaging_weights, map_sizes
 from vim2.visualize.saliency import grad_cam, receptive_field
 
@@ -32,9 +30,9 @@ def images(tmp_path):
 
 def test_pictures_of_two_images(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
-    assert run_tool(tool.main, [str(images), "--output", str(tmp_path / "out"), *MODEL]) == 0
+    assert main(["visualize", str(images), "--output", str(tmp_path / "out"), *MODEL]) == 0
     told = capsys.readouterr().out
-    assert "test_vim2 has random weights" in told and told.count("pip install grad-cam") == 1
+    assert "test_vim2 has random weights" in told and told.count('pip install "vim2[visualize]"') == 1
     names = ["averaging_weights", "receptive_field"]
     names += [f"photo{i}_{what}" for i in range(2) for what in ("channel_mixing", "token_attention")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(f"{name}.png" for name in names)
@@ -145,15 +143,15 @@ def test_sizes_of_maps_are_those_of_the_model():
 def test_mistakes_are_told_in_one_line(images, tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     output = tmp_path / "out"
-    assert run_tool(tool.main, [str(images), "--output", str(output), *argv]) == 2
+    assert main(["visualize", str(images), "--output", str(output), *argv]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert error.startswith("vim2: error: ") and error.count("\n") == 1 and words in error
     assert not output.exists()
 
 
 def test_mistakes_in_files(images, tmp_path, capsys):
     def fails(*argv) -> str:
-        assert run_tool(tool.main, [*map(str, argv), "--output", str(tmp_path / "out"), *MODEL]) == 2
+        assert main(["visualize", *map(str, argv), "--output", str(tmp_path / "out"), *MODEL]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
@@ -179,5 +177,5 @@ def test_a_full_gpu_is_told_with_a_remedy(images, tmp_path, capsys, monkeypatch)
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("vim2.visualize.command.receptive_field", full)
-    assert run_tool(tool.main, [str(images), "--output", str(tmp_path), *MODEL]) == 2
+    assert main(["visualize", str(images), "--output", str(tmp_path), *MODEL]) == 2
     assert "use a smaller --img-size" in capsys.readouterr().err

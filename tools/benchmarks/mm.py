@@ -32,9 +32,10 @@ from torch import Tensor, nn
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from benchmarks.measuring import AMP, autocast, machine, measure, positive
 from benchmarks.models import FlopCounter, multiply_adds
-from benchmarks.reporting import figure, table
+from benchmarks.reporting import figure
 from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
+from vim2.command.tables import table
 from vim2.mm.runner import check_device, load_config
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-ABSENT = "-"
+from vim2.command.tables import ABSENT, table
 
 
 def report(results: dict) -> str:
@@ -17,14 +17,6 @@ def report(results: dict) -> str:
 def is_number(value) -> bool:
     """Whether a value from a file of results is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table, without the columns that hold nothing."""
-    columns = [column for column in zip(header, *rows) if any(cell != ABSENT for cell in column[1:])]
-    header, *rows = zip(*columns)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def figure(row: dict, mode: str, key: str, digits: int) -> str:

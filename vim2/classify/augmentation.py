@@ -97,7 +97,7 @@ class Augmentation:
             from kornia import enhance
             from kornia.augmentation.random_generator import ResizedCropGenerator
         except ImportError:
-            raise UserError("Augmenting images in memory needs kornia: pip install kornia.") from None
+            raise UserError('Augmenting images in memory needs kornia: pip install "vim2[classify]".') from None
         if interpolation not in INTERPOLATIONS:
             raise UserError(
                 f"--train-interpolation {interpolation} does not work on images in memory: use one of "

@@ -1,4 +1,4 @@
-"""The command line: `tools/classify.py`, or `python -m vim2.classify`."""
+"""The command line: `vim2 train`, `validate`, `predict` and `convert`."""
 
 from ..command.errors import Command, run_command
 
@@ -11,16 +11,10 @@ COMMANDS = {
     ),
     "validate": Command(),
     "predict": Command(),
+    "convert": Command(),
 }
-USAGE = """usage: classify.py {train,validate,predict} ...
-
-  train      train or fine-tune on images (torchrun it for several GPUs)
-  validate   top-1 and top-5 accuracy at one or many image sizes
-  predict    classes of an image, a folder or a glob
-
-classify.py COMMAND --help lists the options of each; docs/training.md explains them."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run a command and return its exit code, see `run_command`."""
-    return run_command("classify.py", USAGE, __package__, COMMANDS, argv)
+    return run_command("vim2", "", __package__, COMMANDS, argv)

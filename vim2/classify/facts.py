@@ -58,7 +58,7 @@ class HoldOut(Options):
 
 
 def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
-    """The facts in a checkpoint of `vim2.classify.train` or `tools/convert_vmamba.py`, those of `Facts`.
+    """The facts in a checkpoint of `vim2.classify.train` or `vim2 convert`, those of `Facts`.
 
     Args:
         content: What the file holds.

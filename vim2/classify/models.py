@@ -53,7 +53,7 @@ def create_model(
         if "pretrained weights" in str(error):
             raise UserError(
                 f"There are no pretrained weights of {name} to download: leave --pretrained out, or convert VMamba's "
-                "with tools/convert_vmamba.py and start from them with --initial-checkpoint."
+                "with `vim2 convert IN OUT` and start from them with --initial-checkpoint."
             ) from None
         if not model_kwargs:
             raise

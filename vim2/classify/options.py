@@ -251,7 +251,7 @@ class TrainOptions(
 ):
     """Train or fine-tune on images; `torchrun` it to use several GPUs."""
 
-    program = "classify.py train"
+    program = "vim2 train"
 
     @property
     def default_name(self) -> str:
@@ -272,7 +272,7 @@ class CheckpointOptions(Options, group="model"):
 class ValidateOptions(DataOptions, CheckpointOptions, InputOptions, ComputeOptions):
     """Top-1 and top-5 accuracy of a checkpoint, at one or many image sizes."""
 
-    program = "classify.py validate"
+    program = "vim2 validate"
     split: str = option("validation", "split, folder, or packs", metavar="NAME")
     img_size: list[Pixels] | None = option(None, "default: the checkpoint's", metavar="PIXELS")
     batch_size: Positive = option(128, "images a step, fewer at larger sizes", short="-b", metavar="N")
@@ -285,7 +285,7 @@ class ValidateOptions(DataOptions, CheckpointOptions, InputOptions, ComputeOptio
 class PredictOptions(CheckpointOptions, InputOptions, ComputeOptions):
     """The classes that a checkpoint sees in images."""
 
-    program = "classify.py predict"
+    program = "vim2 predict"
     images: list[str] = option(REQUIRED, "image, folder, or glob in quotation marks", metavar="IMAGE", positional=True)
     class_map: str | None = option(
         None, "text file with a class name a line; default: the checkpoint's", metavar="FILE"

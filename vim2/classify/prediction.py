@@ -29,7 +29,7 @@ __all__ = ["predict"]
 
 
 def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]:
-    """Classify images, as `tools/classify.py predict` does.
+    """Classify images, as `vim2 predict` does.
 
     Where an image lies in a folder with the name of a class, that is taken for its true class and shown beside.
 
@@ -45,9 +45,9 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
         UserError: Anything that the user can put right. Then nothing is written.
     """
     o, _ = resolve(PredictOptions, argv, options)
-    processes = start_processes(o.device, "tools/classify.py predict")
+    processes = start_processes(o.device, "vim2 predict")
     if processes.world_size > 1:
-        raise UserError("predict runs in one process: start it with python, not with torchrun.")
+        raise UserError("predict runs in one process: start it without torchrun.")
     files = find_images(o.images)
     model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
     config = input_config(model, o, o.img_size, facts.get("data_config"))

@@ -70,7 +70,7 @@ COLUMNS = {"train_loss", "lr", "unreadable"}
 
 
 def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
-    """Train a model, as `tools/classify.py train` does.
+    """Train a model, as `vim2 train` does.
 
     Args:
         argv: Command line; or else
@@ -83,7 +83,7 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         UserError: Anything that the user can put right. What was saved before is kept.
     """
     given, explicit = resolve(TrainOptions, argv, options)
-    processes = start_processes(given.device, "tools/classify.py train")
+    processes = start_processes(given.device, "vim2 train")
     options, saved = recall(given, explicit, processes)
     run = Run(options, processes, saved)
     run.fit()
@@ -351,7 +351,7 @@ class Run:
         say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
         n = torch.cuda.device_count()
         if not first and self.processes.device.type == "cuda" and self.processes.world_size == 1 and n > 1:
-            say(f"Using one of {n} GPUs; for all: torchrun --nproc-per-node={n} tools/classify.py train ...")
+            say(f"Using one of {n} GPUs; for all: torchrun --no-python --nproc-per-node={n} vim2 train ...")
         with own_folder(self.folder, self.last, self.processes):
             if first:
                 say(f"Going on after epoch {first} of {o.epochs}.", self.processes)

@@ -27,7 +27,7 @@ __all__ = ["validate"]
 
 
 def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]:
-    """Measure top-1 and top-5 accuracy, as `tools/classify.py validate` does.
+    """Measure top-1 and top-5 accuracy, as `vim2 validate` does.
 
     Args:
         argv: Command line; or else
@@ -40,7 +40,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
         UserError: Anything that the user can put right.
     """
     o, _ = resolve(ValidateOptions, argv, options)
-    processes = start_processes(o.device, "tools/classify.py validate")
+    processes = start_processes(o.device, "vim2 validate")
     model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
     name = o.model or facts["arch"]
     images = open_images(o, facts, model)

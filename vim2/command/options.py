@@ -37,6 +37,7 @@ __all__ = [
     "DeviceOptions",
     "NotNegative",
     "Options",
+    "Parser",
     "Positive",
     "PositiveFloat",
     "Probability",

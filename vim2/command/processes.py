@@ -87,12 +87,12 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def start_processes(device: str | None, tool: str) -> Processes:
+def start_processes(device: str | None, command: str) -> Processes:
     """Join the other processes if torchrun started several, and choose a device.
 
     Args:
         device: As `choose_device` takes it; with several processes on GPUs, each has its own.
-        tool: What to start in which way, for messages.
+        command: What to start in which way, for messages, such as "vim2 train".
 
     Raises:
         UserError: No such device, or a launch that cannot work.
@@ -103,14 +103,14 @@ def start_processes(device: str | None, tool: str) -> Processes:
         if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
             raise UserError(
                 "srun started several copies of this command, which would all do the same: start one a node, "
-                f"srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS {tool} ..."
+                f"srun --ntasks-per-node=1 torchrun --no-python --nproc-per-node=GPUS {command} ..."
             )
         return Processes(device)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {missing[0]} is not set: start several processes with "
-            f"torchrun --nproc-per-node={world_size} {tool} ..., or unset WORLD_SIZE for one."
+            f"torchrun --no-python --nproc-per-node={world_size} {command} ..., or unset WORLD_SIZE for one."
         )
     if device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])

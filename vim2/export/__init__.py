@@ -3,6 +3,7 @@
 ONNX needs the packages onnx and onnxscript (`pip install "vim2[export]"`), which are imported when first used.
 """
 
+from .hub import export_timm
 from .onnx import export_onnx, onnx_translations
 
-__all__ = ["export_onnx", "onnx_translations"]
+__all__ = ["export_onnx", "export_timm", "onnx_translations"]

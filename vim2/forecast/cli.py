@@ -1,19 +1,23 @@
-"""The command line: `tools/forecast.py`, or `python -m vim2.forecast`."""
+"""The command line: `vim2 forecast`."""
 
 from ..command.errors import Command, run_command
 
 __all__ = ["main"]
 
-COMMANDS = {"fit": Command(resumable=True), "evaluate": Command(), "predict": Command()}
-USAGE = """usage: forecast.py {fit,evaluate,predict} DATA ...
+COMMANDS = {
+    "fit": Command(resumable=True, extra="forecast"),
+    "evaluate": Command(extra="forecast"),
+    "predict": Command(extra="forecast"),
+}
+USAGE = """usage: vim2 forecast {fit,evaluate,predict} DATA ...
 
   fit        train a TSM2 on the series of a file
   evaluate   its errors, and the baselines', on the rows set aside for testing
   predict    forecast beyond the end of a file
 
-forecast.py COMMAND --help lists the options of each; docs/forecasting.md explains them."""
+vim2 forecast COMMAND --help lists the options of each; docs/forecasting.md explains them."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code, see `run_command`."""
-    return run_command("forecast.py", USAGE, __package__, COMMANDS, argv)
+    return run_command("vim2", USAGE, __package__, COMMANDS, argv)

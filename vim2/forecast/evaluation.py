@@ -24,7 +24,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
-    """Errors of a trained TSM2 and of the baselines, as `tools/forecast.py evaluate` prints them.
+    """Errors of a trained TSM2 and of the baselines, as `vim2 forecast evaluate` prints them.
 
     Args:
         argv: Command line; or else

@@ -143,7 +143,7 @@ class TrainingRunOptions(RunOptions, group="run"):
 class FitOptions(SeriesOptions, ReadingOptions, ModelOptions, TrainingOptions, ComputeOptions, TrainingRunOptions):
     """Train a TSM2 on the series of a file, and choose its best epoch."""
 
-    program = "forecast.py fit"
+    program = "vim2 forecast fit"
     data: str = option(
         REQUIRED, ".csv (also .xz, .gz, ...) or .parquet, one row a time step", metavar="DATA", positional=True
     )
@@ -158,7 +158,7 @@ class FitOptions(SeriesOptions, ReadingOptions, ModelOptions, TrainingOptions, C
 class EvaluateOptions(SameReadingOptions, ComputeOptions):
     """Errors of a trained TSM2 and of the baselines on the test split."""
 
-    program = "forecast.py evaluate"
+    program = "vim2 forecast evaluate"
     data: str = option(REQUIRED, "the file it was trained on", metavar="DATA", positional=True)
     checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
     part: str = option("test", "of the split", choices=("test", "val"))
@@ -171,7 +171,7 @@ class EvaluateOptions(SameReadingOptions, ComputeOptions):
 class PredictOptions(SameReadingOptions, DeviceOptions):
     """Forecast beyond the end of a file."""
 
-    program = "forecast.py predict"
+    program = "vim2 forecast predict"
     data: str = option(
         REQUIRED, "a file with the same columns, at least a lookback long", metavar="DATA", positional=True
     )

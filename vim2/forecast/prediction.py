@@ -17,7 +17,7 @@ __all__ = ["predict"]
 
 
 def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
-    """Forecast the steps that follow a file's last row, as `tools/forecast.py predict` does.
+    """Forecast the steps that follow a file's last row, as `vim2 forecast predict` does.
 
     Args:
         argv: Command line; or else

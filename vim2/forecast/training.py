@@ -68,7 +68,7 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
-    """Train a TSM2, as `tools/forecast.py fit` does.
+    """Train a TSM2, as `vim2 forecast fit` does.
 
     Args:
         argv: Command line; or else

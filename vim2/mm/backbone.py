@@ -40,8 +40,8 @@ class ViM2(BaseModule):
         with_cp: Recompute blocks in the backward pass, for less memory.
         norm_eval: Keep batch norms in evaluation mode, as for other backbones. ViM2's own norms are LayerNorms, which
             have no such mode; it serves subclasses that bring others.
-        init_cfg: `dict(type="Pretrained", checkpoint=PATH_OR_URL)` loads weights of a ViM2: of tools/classify.py,
-            tools/convert_vmamba.py, timm, or of a whole detector or segmenter, whose backbone is taken. The final norm
+        init_cfg: `dict(type="Pretrained", checkpoint=PATH_OR_URL)` loads weights of a ViM2: of `vim2 train`,
+            `vim2 convert`, timm, or of a whole detector or segmenter, whose backbone is taken. The final norm
             of a classifier becomes the last stage's output norm. Other kinds are MMEngine's; in a list, as there, the
             checkpoint comes last.
         options: Further constructor arguments of `vim2.ViM2`: in_chans, patch_size, depths, dims, token_mixers,

@@ -69,7 +69,7 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
         if f"norm.{name}" in given:  # a classifier's final norm
             given.setdefault(f"norm{last}.{name}", given.pop(f"norm.{name}"))
     if any(name.startswith("layers.") for name in given):
-        raise UserError(f"{source} holds weights of a VMamba; convert them first: tools/convert_vmamba.py IN OUT.")
+        raise UserError(f"{source} holds weights of a VMamba; convert them first: vim2 convert IN OUT.")
 
     def spare(name: str) -> bool:  # a whole classifier's weights that this backbone has no use for
         stage = name.split(".")[1] if name.startswith("stages.") else ""

@@ -1,4 +1,4 @@
-"""From a config file to MMEngine's Runner: what tools/train.py, test.py and the others have in common."""
+"""From a config file to MMEngine's Runner: what `vim2 mm train`, `test` and `predict` have in common."""
 
 import argparse
 import contextlib
@@ -50,7 +50,8 @@ _LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpret
 def add_config_arguments(parser: argparse.ArgumentParser, flag: bool = False) -> None:
     """CONFIG, or with `flag` --config, and --cfg-options, as all of OpenMMLab's tools have them."""
     name, options = ("--config", {"required": True}) if flag else ("config", {})
-    text = "a config file, or LIBRARY::PATH for one that a library brings, such as mmdet::swin/mask-rcnn_....py"
+    text = "a config file, or LIBRARY::PATH for one that a package brings, such as "
+    text += "vim2::mmdet/mask-rcnn_vim2-tiny_fpn_1x_coco.py"
     parser.add_argument(name, metavar="CONFIG", help=text, **options)
     parser.add_argument(
         "--cfg-options",
@@ -82,7 +83,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
-        help="what has started this process; tools/dist_train.sh and its like say it",
+        help="what has started this process: pytorch stands for torchrun",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # old launchers
 
@@ -91,7 +92,7 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
     """Read a config and make sure that its library is there.
 
     Args:
-        path: Of the file, or LIBRARY::PATH of one that an installed library brings.
+        path: Of the file, or LIBRARY::PATH of one that this package or an installed library brings.
         options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
 
     Raises:
@@ -103,7 +104,8 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
     try:
         config = Config.fromstring(f"_base_ = {path!r}", ".py") if "::" in path else Config.fromfile(path)
     except FileNotFoundError as error:
-        raise UserError(f"{first_line(error)}.") from None
+        text = first_line(error)
+        raise UserError(text if text.endswith("?") else f"{text}.") from None
     except ModuleNotFoundError as error:
         raise UserError(f'{first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None
     except RecursionError:

@@ -1,4 +1,4 @@
-"""The command: `tools/visualize.py`."""
+"""The command `vim2 visualize`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ LEGIBLE = 8  # tokens a side of a map on which the default layer's attention sho
 class VisualizeOptions(CheckpointOptions, InputOptions, DeviceOptions):
     """Draw what a ViM2 has learned, and what it does with images."""
 
-    program = "visualize.py"
+    program = "vim2 visualize"
     images: list[str] = option(REQUIRED, "image, folder, or glob in quotation marks", metavar="IMAGE", positional=True)
     output: str = option("visualizations", "folder for the pictures", metavar="DIR")
     stage: Positive | None = option(
@@ -68,7 +68,7 @@ class VisualizeOptions(CheckpointOptions, InputOptions, DeviceOptions):
 
 
 def visualize(argv: Sequence[str] | None = None, /, **options) -> list[Path]:
-    """Draw what a ViM2 has learned and what it does with images, as `tools/visualize.py` does.
+    """Draw what a ViM2 has learned and what it does with images, as `vim2 visualize` does.
 
     Of the model: its averaging weights and its effective receptive field. Of each image: what a token attends to, how
     its channels are mixed, and Grad-CAM.

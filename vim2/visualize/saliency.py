@@ -52,7 +52,7 @@ def load_grad_cam():
     try:
         import pytorch_grad_cam
     except ImportError as error:
-        raise NoGradCam(f"Grad-CAM needs the package grad-cam ({error}): pip install grad-cam.") from None
+        raise NoGradCam(f'Grad-CAM needs the package grad-cam ({error}): pip install "vim2[visualize]".') from None
     return pytorch_grad_cam
 
 

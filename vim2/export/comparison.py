@@ -1,6 +1,7 @@
 """What other runtimes make of an exported model, beside PyTorch."""
 
 import statistics
+import timeit
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measuring import seconds
-from benchmarks.reporting import table
-from vim2.command.errors import UserError
+from ..command.errors import UserError
+from ..command.tables import table
+
+__all__ = ["SIZES", "compare_onnx"]
 
 SIZES = ((224, 224), (256, 320), (97, 131))  # the last has odd sides, and rounds up in every stage
 
@@ -49,7 +51,7 @@ def compare_onnx(
         runs = (partial(model, images), partial(session.run, None, {"images": images.numpy()}))
         for _ in range(2):
             results = [run() for run in runs]
-        times = [[seconds(run) for run in runs] for _ in range(repeats)]
+        times = [[timeit.timeit(run, number=1) for run in runs] for _ in range(repeats)]
         expected = results[0] if isinstance(results[0], list) else [results[0]]
         given = [torch.from_numpy(t) for t in results[1]]
         difference = max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))

@@ -1,0 +1,67 @@
+"""The console command: what it says without a command, of one that does not exist, and where packages are missing."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vim2_cli
+
+ROOT = Path(vim2_cli.__file__).parent
+
+
+def run(*argv, missing="none"):
+    """A process of `vim2 ARGV`, in which one package cannot be imported, and which says whether PyTorch was."""
+    code = f"import sys; sys.modules[{missing!r}] = None; import vim2_cli; code = vim2_cli.main({list(argv)!r})"
+    code += "; print(bool(sys.modules.get('torch'))); sys.exit(code)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_help_loads_nothing(argv):
+    done = run(*argv)
+    assert done.returncode == 0 and done.stdout.endswith("\nFalse\n") and not done.stderr
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "vim2_cli"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == vim2_cli.USAGE + "\n"
+
+
+@pytest.mark.parametrize("name", vim2_cli._PACKAGES)
+def test_help_names_every_command(name):
+    if name == "mm":
+        pytest.importorskip("mmengine")
+    commands = importlib.import_module(f"{vim2_cli._PACKAGES[name]}.cli").COMMANDS
+    assert name in vim2_cli._GROUPS or name in commands
+    for command in commands:
+        words = f"{name} {command}" if name in vim2_cli._GROUPS else command
+        assert f"\n  {words} " in vim2_cli.USAGE
+
+
+def test_unknown_command(capsys):
+    assert vim2_cli.main(["trian", "--help"]) == 2
+    assert capsys.readouterr().err == "vim2: error: unknown command trian; did you mean train? (see vim2 --help)\n"
+
+
+@pytest.mark.parametrize("argv", [["train", "--help"], ["mm", "train", "x"]])
+def test_without_pytorch(argv):
+    done = run(*argv, missing="torch")
+    told = f"vim2: error: {argv[0]} needs torch, which is not installed: pip install torch.\n"
+    assert done.returncode == 2 and done.stderr == told
+
+
+def test_without_openmmlab(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mmengine" or name.startswith("vim2.mm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mmengine", None)
+    assert vim2_cli.main(["mm", "test"]) == 2
+    told = 'vim2: error: mm needs mmengine, which is not installed: pip install "vim2[mm]".\n'
+    assert capsys.readouterr().err == told
+
+
+def test_version(capsys):
+    assert vim2_cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vim2 0.")

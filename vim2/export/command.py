@@ -1,0 +1,91 @@
+"""The command `vim2 export`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from ..classify.models import create_model, load_checkpoint_model
+from ..command.errors import UserError
+from ..command.options import Parser
+from ..vim2 import ViM2
+from .comparison import SIZES, compare_onnx
+from .hub import export_timm
+from .onnx import DEFAULT_OPSET, MIN_OPSET, export_onnx
+
+__all__ = ["export"]
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write a model for runtimes other than PyTorch, or to share.
+
+    Args:
+        argv: The command line.
+
+    Raises:
+        UserError: Anything that the user can put right.
+    """
+    parser = Parser(prog="vim2 export", description="Write a model for runtimes other than PyTorch, or to share.")
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
+    add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
+    formats = "onnx: a file; timm: a folder for timm, transformers and the Hugging Face Hub"
+    add("--format", required=True, choices=("onnx", "timm"), help=formats)
+    add("--output", required=True, type=Path, metavar="PATH", help="where to write")
+    onnx = parser.add_argument_group("onnx")
+    add = onnx.add_argument
+    add("--features-only", action="store_true", help="the stages' maps in place of the classifier's logits")
+    sizes = "height and width, or one number for both, for runtimes that take no dynamic ones; default: any"
+    add("--img-size", type=int, nargs="+", metavar="PIXELS", help=sizes)
+    add("--opset", type=int, help=f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}")
+    add("--compare", action="store_true", help="run the file in onnxruntime beside PyTorch: differences and times")
+    args = parser.parse_args(argv)
+    if args.model is None and args.checkpoint is None:
+        raise UserError("Say what to export: --model NAME, --checkpoint FILE, or both.")
+    torch.manual_seed(0)
+    if args.checkpoint is None:
+        model, facts = create_model(args.model), {}
+    else:
+        model, facts = load_checkpoint_model(args.checkpoint, args.model)
+    try:
+        if args.format == "onnx":
+            _export_onnx(model, args)
+        else:
+            _export_timm(model, facts, args)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
+
+
+def _export_onnx(model: nn.Module, args: argparse.Namespace) -> None:
+    size = None
+    if args.img_size is not None:
+        if len(args.img_size) > 2:
+            raise UserError(f"--img-size takes a height and a width, got {len(args.img_size)} numbers.")
+        size = args.img_size[0], args.img_size[-1]
+    if not isinstance(model, ViM2):
+        raise UserError(f"Only ViM2 models are exported here, not {type(model).__name__}: use torch.onnx.export.")
+    channels = model.in_chans
+    if args.features_only:
+        model = FeatureGetterNet(model, out_indices=tuple(range(len(model.stages))))
+    opset = DEFAULT_OPSET if args.opset is None else args.opset
+    export_onnx(model, args.output, img_size=size, opset=opset)
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, ONNX, opset {opset}")
+    if args.compare:
+        print(compare_onnx(model.eval(), args.output, [size] if size else SIZES, channels))
+
+
+def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
+    for name in ("features_only", "img_size", "opset", "compare"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for --format onnx: leave it out.")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"{args.output} is a file: choose another --output, for a folder.")
+    channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
+    model_args = {**facts.get("model_kwargs", {}), **channels}
+    export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
+    print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after import vim2")

@@ -1,0 +1,12 @@
+"""The command line: `vim2 visualize`."""
+
+from ..command.errors import Command, run_command
+
+__all__ = ["main"]
+
+COMMANDS = {"visualize": Command(extra="visualize")}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code, see `run_command`."""
+    return run_command("vim2", "", f"{__package__}.command", COMMANDS, argv)
