@@ -10,10 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in [
-        ROOT / "vim2_cli.py",
-        *sorted(p for folder in ("vim2", "tools") for p in (ROOT / folder).rglob("*.py")),
-    ]
+    for folder in ("vim2", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
     if ".mim" not in path.parts  # configs, which are no modules
 }
 DOORS = {name for name, path in FILES.items() if path.name == "__init__.py"}
@@ -34,7 +32,8 @@ def imports(module: str) -> frozenset[str]:
             # a name that a package hands on is an import of the package; a module in it is one of the module
             names = {f"{base}.{alias.name}" for alias in node.names}
             found |= {name if {name, f"tools.{name}"} & FILES.keys() else base for name in names}
-        elif module == "vim2_cli" and isinstance(node, ast.Constant):  # which imports packages by their names
+        elif module == "tools.vim2_cli" and isinstance(node, ast.Constant) and str(node.value).startswith("vim2."):
+            # which imports packages by their names
             found.add(node.value)
     if module.startswith("tools."):  # whose commands run with their folder on the path
         found |= {f"tools.{name}" for name in found}

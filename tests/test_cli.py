@@ -9,14 +9,15 @@ import pytest
 
 import vim2_cli
 
-ROOT = Path(vim2_cli.__file__).parent
+TOOLS = Path(vim2_cli.__file__).parent
 
 
 def run(*argv, missing="none"):
     """A process of `vim2 ARGV`, in which one package cannot be imported, and which says whether PyTorch was."""
     code = f"import sys; sys.modules[{missing!r}] = None; import vim2_cli; code = vim2_cli.main({list(argv)!r})"
     code += "; print(bool(sys.modules.get('torch'))); sys.exit(code)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    env = {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
@@ -26,7 +27,7 @@ def test_help_loads_nothing(argv):
 
 
 def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "vim2_cli"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "vim2_cli"], capture_output=True, text=True, cwd=TOOLS)
     assert done.returncode == 0 and done.stdout == vim2_cli.USAGE + "\n"
 
 

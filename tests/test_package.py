@@ -17,7 +17,7 @@ from vim2.checkpoints import save_checkpoint
 pytest.importorskip("build", reason="build is not installed")
 pytest.importorskip("setuptools", reason="setuptools is not installed")
 ROOT = Path(__file__).parents[1]
-PARTS = ("vim2", "mmdet_configs", "mmseg_configs", "vim2_cli.py", "setup.cfg", "pyproject.toml", "MANIFEST.in")
+PARTS = ("vim2", "mmdet_configs", "mmseg_configs", "tools", "setup.cfg", "pyproject.toml", "MANIFEST.in")
 COMMANDS = ["train", "validate", "predict", "convert", "visualize", "export"]
 COMMANDS += [f"forecast {name}" for name in ("fit", "evaluate", "predict")] * bool(importlib.util.find_spec("pandas"))
 COMMANDS += [f"mm {name}" for name in ("train", "test", "predict")] * bool(importlib.util.find_spec("mmdet"))
