@@ -29,6 +29,7 @@ from vim2.checkpoints import (
     read_state_dict,
     remove_leftovers,
     save_checkpoint,
+    save_half_precision,
     try_lock,
 )
 from vim2.classify import convert
@@ -470,3 +471,27 @@ class TestWriting:
         (tmp_path / "file").touch()
         with pytest.raises(OSError, match="Could not write"):
             save_checkpoint({}, tmp_path / "file" / "weights.pth")
+
+
+class TestHalfPrecision:
+    def test_it_is_read_as_float32_and_half_as_large(self, model, tmp_path):
+        path = tmp_path / "half.safetensors"
+        state = {**model.state_dict(), "again": model.head.fc.weight.detach().t(), "count": torch.tensor(3)}
+        save_half_precision(state, path)
+        read = read_checkpoint(path)
+        assert read["again"].dtype == torch.float16 and torch.equal(read["again"], read["head.fc.weight"].t())
+        assert read.pop("count") == 3 and read.pop("again") is not None
+        save_half_precision(read, path)
+        save_checkpoint(model.state_dict(), tmp_path / "full.pth")
+        assert path.stat().st_size < 0.55 * (tmp_path / "full.pth").stat().st_size
+        load_weights(model, path)
+        assert model.head.fc.weight.dtype == torch.float32
+        assert all(torch.equal(value.half(), read[name]) for name, value in model.state_dict().items())
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+    def test_what_it_cannot_hold_is_refused_and_the_old_file_kept(self, value, tmp_path):
+        path = tmp_path / "half.safetensors"
+        path.write_bytes(b"old")
+        with pytest.raises(ValueError, match=r"^head holds values that half precision cannot"):
+            save_half_precision({"stem": torch.ones(2), "head": torch.tensor([1.0, value])}, path)
+        assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

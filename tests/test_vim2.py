@@ -447,6 +447,17 @@ def test_loading_adapts_channels_and_classes(model, tmp_path):
     torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)).permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("adapted", [{}, dict(num_classes=4), dict(features_only=True)], ids=str)
+def test_pretrained_weights_of_other_names_are_refused(model, adapted, tmp_path):
+    """timm itself reads them without a word where it leaves the classifier out."""
+    weights = model.state_dict()
+    weights["stages.9.average.weight"] = weights.pop("stages.3.average.weight")
+    torch.save(weights, tmp_path / "renamed.pth")
+    overlay = dict(file=str(tmp_path / "renamed.pth"), num_classes=10)
+    with pytest.raises(ValueError, match=r"another architecture: 2 names differ \(such as stages\.3\.average"):
+        timm.create_model("test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, **adapted)
+
+
 def test_saved_for_the_hub_and_loaded_from_the_folder(model, tmp_path):
     timm.models.save_for_hf(model, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()

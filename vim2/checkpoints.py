@@ -13,6 +13,8 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ __all__ = [
     "read_state_dict",
     "remove_leftovers",
     "save_checkpoint",
+    "save_half_precision",
     "try_lock",
     "verify_archive",
     "write_atomically",
@@ -53,8 +56,6 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         verify_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -241,7 +242,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
                 f"{path} is for images of {channels} channels, the model for {model.in_chans}: "
                 f"create the model with in_chans={channels}."
             )
-        state_dict[stem] = adapt_input_conv(model.in_chans, state_dict[stem])
+        state_dict[stem] = adapt_input_conv(model.in_chans, state_dict[stem].float())
     model.load_state_dict(state_dict, strict=not ignored)
 
 
@@ -261,6 +262,26 @@ def save_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Write weights as a .safetensors file in half precision, half as large; loading casts them to the model's dtype.
+
+    Args:
+        state_dict: Weights by name; floating ones of any precision become float16, others stay.
+        path: Of the file, which is replaced in one step.
+
+    Raises:
+        ValueError: A weight with a NaN, or with a value that is infinite or becomes so in half precision.
+        OSError: The file cannot be written; what was at `path` is untouched.
+    """
+    halves = {}
+    for name, value in state_dict.items():
+        half = value.half() if value.is_floating_point() else value
+        if half.is_floating_point() and not half.isfinite().all():
+            raise ValueError(f"{name} holds values that half precision cannot: NaN, or beyond 65504.")
+        halves[name] = half.clone(memory_format=torch.contiguous_format)  # tensors that share memory are refused
+    write_atomically(path, serialize(halves, metadata={"format": "pt"}))
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:

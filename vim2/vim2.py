@@ -407,8 +407,18 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a checkpoint of tools/classify.py or of timm's train.py; bare state dicts pass through."""
-    return state_dict.get("state_dict", state_dict)
+    """The weights in a checkpoint of tools/classify.py or of timm's train.py, or of a bare state dict.
+
+    Raises:
+        ValueError: Names that the model lacks or does not have. timm overlooks these where it adapts the classifier.
+    """
+    weights = state_dict.get("state_dict", state_dict)
+    if wrong := sorted(n for n in weights.keys() ^ model.state_dict().keys() if not n.startswith("head.fc.")):
+        raise ValueError(
+            f"The pretrained weights are of another architecture: {len(wrong)} names differ (such as {wrong[0]})."
+        )
+    # timm would round the stem's again where it sums them for grey images
+    return {name: value.float() if value.dtype == torch.float16 else value for name, value in weights.items()}
 
 
 def _create_vim2(variant: str, pretrained: bool, output_stride: int = 32, **kwargs) -> ViM2:

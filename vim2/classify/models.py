@@ -52,9 +52,13 @@ def create_model(
     except RuntimeError as error:
         if "pretrained weights" in str(error):
             raise UserError(
-                f"There are no pretrained weights of {name} to download: leave --pretrained out, or convert VMamba's "
-                "with `vim2 convert IN OUT` and start from them with --initial-checkpoint."
+                f"There are no pretrained weights of {name}: take vim2_nano, which has some, leave --pretrained out, "
+                "or convert VMamba's with `vim2 convert IN OUT` and start from them with --initial-checkpoint."
             ) from None
+        if "pretrained tag" in str(error):
+            arch = name.partition(".")[0]
+            known = ", ".join(timm.list_models(f"{arch}.*", pretrained=True)) or f"{arch} alone"
+            raise UserError(f"There are no weights {name}: take {known}.") from None
         if not model_kwargs:
             raise
         raise UserError(f"{problem}: {error}") from None
@@ -80,7 +84,7 @@ def load_checkpoint_model(
     use_ema: bool = True,
     num_classes: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A trained model, and what its checkpoint tells about itself.
+    """A trained model, and what its checkpoint, or timm's pretrained_cfg, tells about it.
 
     Args:
         checkpoint: File of weights. Those of `vim2.classify.train` name their model, classes and input.
@@ -96,7 +100,8 @@ def load_checkpoint_model(
     if not checkpoint:
         if not (pretrained and model):
             raise UserError("Say what to use: --checkpoint FILE, or --model NAME --pretrained for timm's own weights.")
-        return create_model(model, model_kwargs, pretrained=True), {}
+        created = create_model(model, model_kwargs, pretrained=True)
+        return created, pretrained_facts(created, model)
     content = read_saved(checkpoint)
     facts = read_facts(content, checkpoint)
     name = model or facts.get("arch")
@@ -111,6 +116,23 @@ def load_checkpoint_model(
     created = create_model(name, {k: v for k, v in known.items() if v is not None}, called)
     load(created, checkpoint, use_ema=use_ema)
     return created, facts
+
+
+def pretrained_facts(model: nn.Module, name: str) -> dict[str, Any]:
+    """What timm's pretrained_cfg tells of the weights that a model was made with, as `read_facts` has it.
+
+    Args:
+        model: Made with pretrained=True.
+        name: timm's.
+
+    Returns:
+        Its `arch`, and where the cfg names the model's classes, `class_names` and, by these, `class_descriptions`.
+    """
+    names = model.pretrained_cfg.get("label_names") or ()
+    if len(names) != model.num_classes:  # made for other classes, which the classifier does not know yet
+        return {"arch": name}
+    descriptions = model.pretrained_cfg.get("label_descriptions") or {}
+    return {"arch": name, "class_names": list(names), "class_descriptions": dict(descriptions)}
 
 
 def head_size(content: Any) -> int | None:

@@ -52,6 +52,8 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
     config = input_config(model, o, o.img_size, facts.get("data_config"))
     names = label_names(facts, o.class_map, model.num_classes)
+    # folders may be named as the classes are called here, or as the training data called them
+    folders = {name: i for called in (facts.get("class_names") or [], names) for i, name in enumerate(called)}
     model.to(processes.device).eval()
     compiled = compile_model(model, o.torchcompile)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
@@ -72,8 +74,8 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
         for file, probabilities, indices in zip(files[start:], top.values.tolist(), top.indices.tolist()):
             ranked = [dict(label=names[i], index=i, probability=p) for i, p in zip(indices, probabilities)]
             prediction = {"file": str(file), "top": ranked}
-            if file.parent.name in names:
-                prediction["true_label"] = file.parent.name
+            if file.parent.name in folders:
+                prediction["true_label"] = names[folders[file.parent.name]]
             predictions.append(prediction)
     for prediction in predictions:
         ranked = ", ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in prediction["top"])

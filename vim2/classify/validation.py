@@ -98,8 +98,9 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
     unknown = sorted(set(found) - set(names)) if is_by_name and found is not None else []
     if unknown:
         raise UserError(
-            f"The data have classes that {options.checkpoint} does not know ({first_names(unknown)}; it knows "
-            f"{first_names(names)}): check --data-dir, or list those to use in a file and give it as --class-map."
+            f"The data have classes that {options.checkpoint or facts['arch']} does not know ({first_names(unknown)}; "
+            f"it knows {first_names(names)}): check --data-dir, or list those to use in a file and give it as "
+            "--class-map."
         )
     images = open_split(*opened, class_map=class_map, mode=mode)
     classes = len(found) if found is not None else count_classes(images)
@@ -166,7 +167,9 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def label_names(facts: dict[str, Any], class_map: str | None, num_classes: int) -> list[str]:
-    """Names of a model's classes: from a file, its checkpoint, or ImageNet's if there are 1000.
+    """Names of a model's classes: from a file, its checkpoint or pretrained weights, or ImageNet's if there are 1000.
+
+    Where these also describe the classes, by lists of synonyms, the first of each stands for its class.
 
     Raises:
         UserError: A file that is missing or names another number of classes.
@@ -182,7 +185,8 @@ def label_names(facts: dict[str, Any], class_map: str | None, num_classes: int) 
                 f"{first_names(known)}: keep to it, or leave --class-map out."
             )
         return names
-    names = facts.get("class_names")
+    synonyms = {name: text.split(",") for name, text in facts.get("class_descriptions", {}).items()}
+    names = [synonyms.get(name, [name])[0] for name in facts.get("class_names") or []]
     if not names and num_classes == 1000:
         names = ImageNetInfo().label_descriptions()
-    return (names or []) + [str(i) for i in range(len(names or []), num_classes)]
+    return names + [str(i) for i in range(len(names), num_classes)]

@@ -1,6 +1,7 @@
 """The command `vim2 export`."""
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
+from ..checkpoints import save_checkpoint, save_half_precision
+from ..classify import validate
 from ..classify.models import create_model, load_checkpoint_model
 from ..command.errors import UserError
 from ..command.options import Parser
@@ -18,6 +21,8 @@ from .hub import export_timm
 from .onnx import DEFAULT_OPSET, MIN_OPSET, export_onnx
 
 __all__ = ["export"]
+
+MAX_LOSS = 0.1  # points of top-1 accuracy that half precision may cost
 
 
 def export(argv: Sequence[str]) -> None:
@@ -33,8 +38,10 @@ def export(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
-    formats = "onnx: a file; timm: a folder for timm, transformers and the Hugging Face Hub"
-    add("--format", required=True, choices=("onnx", "timm"), help=formats)
+    add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
+    formats = "onnx: a file; timm: a folder for timm, transformers and the Hugging Face Hub; safetensors: weights in "
+    formats += "half precision"
+    add("--format", required=True, choices=("onnx", "timm", "safetensors"), help=formats)
     add("--output", required=True, type=Path, metavar="PATH", help="where to write")
     onnx = parser.add_argument_group("onnx")
     add = onnx.add_argument
@@ -43,19 +50,28 @@ def export(argv: Sequence[str]) -> None:
     add("--img-size", type=int, nargs="+", metavar="PIXELS", help=sizes)
     add("--opset", type=int, help=f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}")
     add("--compare", action="store_true", help="run the file in onnxruntime beside PyTorch: differences and times")
+    weights = parser.add_argument_group("safetensors")
+    weights.add_argument("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
+    weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
     args = parser.parse_args(argv)
     if args.model is None and args.checkpoint is None:
         raise UserError("Say what to export: --model NAME, --checkpoint FILE, or both.")
+    own = dict(onnx=("features_only", "img_size", "opset", "compare"), safetensors=("data_dir", "split"))
+    for form, names in own.items():
+        if given := [name for name in names if getattr(args, name) and args.format != form]:
+            raise UserError(f"--{given[0].replace('_', '-')} is for --format {form}: leave it out.")
     torch.manual_seed(0)
-    if args.checkpoint is None:
+    if args.checkpoint is None and not args.pretrained:
         model, facts = create_model(args.model), {}
     else:
-        model, facts = load_checkpoint_model(args.checkpoint, args.model)
+        model, facts = load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained)
     try:
         if args.format == "onnx":
             _export_onnx(model, args)
-        else:
+        elif args.format == "timm":
             _export_timm(model, facts, args)
+        else:
+            _export_weights(model, facts, args)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
@@ -80,12 +96,46 @@ def _export_onnx(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
-    for name in ("features_only", "img_size", "opset", "compare"):
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for --format onnx: leave it out.")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output} is a file: choose another --output, for a folder.")
     channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
     model_args = {**facts.get("model_kwargs", {}), **channels}
     export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
     print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after import vim2")
+
+
+def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write a checkpoint's weights, the moving average if it has one, in half precision.
+
+    Raises:
+        UserError: No checkpoint; half precision cannot hold the weights, or costs more than MAX_LOSS points of
+            accuracy. Nothing is written then.
+    """
+    if args.checkpoint is None:
+        raise UserError("--format safetensors turns a checkpoint into half precision: give --checkpoint FILE.")
+    if args.data_dir is not None:
+        _check_rounding(model, facts, args)
+    try:
+        save_half_precision(model.state_dict(), args.output)
+    except ValueError as error:
+        raise UserError(error) from None
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, half precision")
+
+
+def _check_rounding(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """Compare the accuracy of a checkpoint's weights before and after they are rounded.
+
+    Raises:
+        UserError: They lose more than MAX_LOSS points of top-1 accuracy; anything that validation refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rounded = {name: v.half().float() if v.is_floating_point() else v for name, v in model.state_dict().items()}
+        after = Path(folder) / "rounded.pth"
+        save_checkpoint({**facts, "arch": args.model or facts["arch"], "state_dict": rounded}, after)
+        common = dict(model=args.model, data_dir=args.data_dir, split=args.split or "validation", output=folder)
+        was, now = (validate(checkpoint=path, **common)[0]["top1"] for path in (args.checkpoint, after))
+    print(f"top-1: {was:.2f} % before, {now:.2f} % in half precision")
+    if was - now > MAX_LOSS:
+        raise UserError(
+            f"Half precision costs {was - now:.2f} points of top-1 accuracy, more than {MAX_LOSS}: keep the checkpoint."
+        )

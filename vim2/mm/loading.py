@@ -78,7 +78,7 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
     stem = "patch_embed.proj.weight"
     channels = given[stem].shape[1:2] if stem in given else ()
     if channels == (3,) and backbone.in_chans != 3:
-        given[stem] = adapt_input_conv(backbone.in_chans, given[stem])
+        given[stem] = adapt_input_conv(backbone.in_chans, given[stem].float())
     missing = sorted(name for name in wanted.keys() - given.keys() if not name.startswith("norm"))
     unexpected = sorted(name for name in given.keys() - wanted.keys() if not spare(name))
     reshaped = sorted(name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape)
