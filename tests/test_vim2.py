@@ -1,17 +1,22 @@
 """ViM2 as a timm model: the contract that timm's own tests/test_models.py checks, and what the paper says of it."""
 
 import pickle
+from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from devices import needs_gpu
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 from timm.layers import DropPath
 from timm.models import FeatureInfo
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+import vim2
 from vim2 import ViM2
 
 
@@ -445,6 +450,52 @@ def test_loading_adapts_channels_and_classes(model, tmp_path):
     )
     features = timm.create_model("test_vim2", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
     torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)).permute(0, 3, 1, 2))
+
+
+class TestShippedWeights:
+    def test_it_computes_what_the_file_holds(self):
+        """In half precision; the model has them in float32."""
+        model = timm.create_model("vim2_nano", pretrained=True)
+        cfg = model.pretrained_cfg
+        assert cfg["tag"] == "tiny_in200" and model.num_classes == 200
+        weights = load_file(cfg["file"])
+        assert Path(cfg["file"]).stat().st_size < 12e6 and {w.dtype for w in weights.values()} == {torch.float16}
+        state = model.state_dict()
+        assert {v.dtype for v in state.values()} == {torch.float32} and state.keys() == weights.keys()
+        assert all(torch.equal(value, weights[name].float()) for name, value in state.items())
+        tagged = timm.create_model("vim2_nano.tiny_in200", pretrained=True).state_dict()
+        assert all(torch.equal(tagged[name], value) for name, value in state.items())
+
+    def test_it_adapts(self):
+        model = timm.create_model("vim2_nano", pretrained=True)
+        grey = timm.create_model("vim2_nano", pretrained=True, num_classes=10, in_chans=1)
+        assert grey.head.fc.out_features == 10
+        torch.testing.assert_close(grey.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
+        torch.testing.assert_close(grey.stages.state_dict(), model.stages.state_dict())
+        features = timm.create_model("vim2_nano", pretrained=True, features_only=True)
+        x = images(1, 3, 64, 64)
+        torch.testing.assert_close(features(x)[-1], model.forward_intermediates(x)[1][-1])
+
+    def test_classes_are_named(self):
+        cfg = timm.get_pretrained_cfg("vim2_nano")
+        names, words = cfg.label_names, cfg.label_descriptions
+        assert len(names) == len(set(names)) == cfg.num_classes and list(words) == list(names) == sorted(names)
+        assert words["n02099601"] == "golden retriever"
+        imagenet = ImageNetInfo("imagenet-22k")
+        assert all(imagenet.label_name_to_description(name) == words[name] for name in names)
+
+    def test_they_are_package_data(self):
+        setup = ConfigParser()
+        setup.read(Path(__file__).parents[1] / "setup.cfg")
+        globs = setup["options.package_data"]["vim2"].split(", ")
+        file = Path(timm.get_pretrained_cfg("vim2_nano").file).relative_to(Path(vim2.__file__).parent)
+        assert any(file.match(pattern) for pattern in globs)
+        assert any(file.with_name("tiny_in200.json").match(pattern) for pattern in globs)
+
+    def test_other_models_have_none(self):
+        assert timm.list_models("*vim2*", pretrained=True) == ["vim2_nano.tiny_in200"]
+        with pytest.raises(RuntimeError, match="No pretrained weights exist for vim2_tiny"):
+            timm.create_model("vim2_tiny", pretrained=True)
 
 
 @pytest.mark.parametrize("adapted", [{}, dict(num_classes=4), dict(features_only=True)], ids=str)

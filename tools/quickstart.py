@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small ViM2 on scikit-learn's handwritten digits, on any CPU, and look at what it learned.
+"""Name what two photographs show, then teach ViM2 digits from few examples: from the shipped weights and from scratch.
 
 tools/quickstart.sh runs this in an environment of its own. It uses nothing that `tools/classify.py` does not offer.
 """
@@ -12,75 +12,108 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from vim2.classify import UserError, predict, train
 
+EXAMPLES = 10  # of each digit to train on
 TEST_IMAGES = 360  # the last fifth: other writers than those of the images before
-PIXELS = 32  # the least that ViM2 takes
-MODEL = dict(dims=(32, 64, 96, 128), depths=(1, 1, 1, 1), d_state=8)  # vim2_nano, narrower: 0.8 M parameters
+PIXELS = 48
+
+
+def find_photographs() -> list[Path]:
+    """Those that come with scikit-learn."""
+    try:
+        import sklearn.datasets
+    except ImportError:
+        raise UserError("The quickstart's images come with scikit-learn: pip install scikit-learn.") from None
+    return sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits, 8 x 8 pixels each, as folders {train,val}/{0..9} of enlarged PNGs."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("The quickstart's images come with scikit-learn: pip install scikit-learn.") from None
+    """Write handwritten digits, 8 x 8 pixels each, as folders {train,val}/{0..9} of enlarged PNGs."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     shutil.rmtree(folder, ignore_errors=True)
+    written = [0] * 10
+    first_test = len(digits.images) - TEST_IMAGES
     for i, (image, digit) in enumerate(zip(digits.images, digits.target)):
-        split = "train" if i < len(digits.images) - TEST_IMAGES else "val"
-        path = folder / split / str(digit) / f"{i:04}.png"
+        written[digit] += 1
+        if i < first_test and written[digit] > EXAMPLES:
+            continue
+        path = folder / ("train" if i < first_test else "val") / str(digit) / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray((image * 255 / 16).round().astype("uint8"))
         grey.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
-    parser.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    start = time.perf_counter()
-    data = args.output / "digits"
-    write_digits(data)
+def learn(data: Path, output: Path, name: str, epochs: int, pretrained: bool) -> dict[str, Any]:
+    """Train on the digits; both ways get the same options, but for where they start."""
     # a quickstart starts anew every time
-    (args.output / "run" / "last.pth").unlink(missing_ok=True)
-    run = train(
+    (output / name / "last.pth").unlink(missing_ok=True)
+    return train(
         data_dir=data,
         model="vim2_nano",
-        model_kwargs=MODEL,
+        pretrained=pretrained,
         img_size=PIXELS,
-        crop_pct=1.0,
-        epochs=args.epochs,
-        batch_size=64,
-        lr=2e-3,
+        epochs=epochs,
+        batch_size=20,
+        lr=1e-3,
         warmup_epochs=1,
         scale=(0.7, 1.0),
         hflip=0.0,  # a mirrored digit is another digit, or none
         color_jitter=0.0,
+        log_interval=1000,
         workers=0,  # the images are tiny: reading them is quicker than starting processes for it
-        output=args.output,
-        experiment="run",
+        output=output,
+        experiment=name,
     )
-    folder = Path(run["folder"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
+    parser.add_argument("--epochs", type=int, default=8, help="on the digits; default: %(default)s")
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    out, data = args.output, args.output / "digits"
+
+    print("What the shipped weights, of 200 kinds of things, see in two photographs:", flush=True)
+    predict(images=find_photographs(), model="vim2_nano", pretrained=True, output=out / "photographs")
+    print("(A pagoda and a dahlia. Neither is among the 200, so it names what comes nearest.)")
+
+    print(f"\nTen digits, from {EXAMPLES} examples of each. From the shipped weights:", flush=True)
+    write_digits(data)
+    shipped = learn(data, out, "shipped", args.epochs, pretrained=True)
+    print("\nThe same from scratch:", flush=True)
+    scratch = learn(data, out, "scratch", args.epochs, pretrained=False)
+    folder = Path(shipped["folder"])
     examples = sorted((data / "val").rglob("*.png"))[::15]
-    predict(images=examples, checkpoint=folder / "best.pth", output=args.output, topk=3)
+    print(f"\nWhat the first sees in {len(examples)} test images:", flush=True)
+    predict(images=examples, checkpoint=folder / "best.pth", output=out / "digits_seen", topk=3)
+
     path = os.environ.get("PYTHONPATH")
     command = (f"PYTHONPATH={path} " if path else "") + f"{sys.executable} {Path(__file__).with_name('classify.py')}"
+    rows = [
+        f"  {title:>21}" + "".join(f"{row['top1']:7.1f}" for row in run["history"])
+        for title, run in (("from shipped weights", shipped), ("from scratch", scratch))
+    ]
     print(f"""
-{run["best"]["top1"]:.2f} % of {TEST_IMAGES} test images right, after {time.perf_counter() - start:.0f} s.
+Of {TEST_IMAGES} test images, % right after each of {args.epochs} epochs ({time.perf_counter() - start:.0f} s in all):
 
-  {folder / "best.pth"}: the trained model
-  {folder / "curves.png"}: how it learned
-  {args.output / "predictions.png"}: what it sees in {len(examples)} test images, and what they are
+{chr(10).join(rows)}
+
+  {out / "photographs" / "predictions.png"}: what the shipped weights see in the photographs
+  {out / "digits_seen" / "predictions.png"}: what the fine-tuned model sees in {len(examples)} digits, and what they are
+  {folder / "best.pth"}, {folder / "curves.png"}: the fine-tuned model, and how it learned
   {data}: the images
 
 The same on images of your own, in a folder for each class:
 
-  {command} train --data-dir YOUR_FOLDER --model vim2_nano --epochs 30 --experiment mine
+  {command} train --data-dir YOUR_FOLDER --model vim2_nano --pretrained --epochs 30 --lr 3e-4 --experiment mine
   {command} predict SOME_IMAGE.jpg --checkpoint runs/mine/best.pth
 """)
 

@@ -5,9 +5,11 @@ Behrouz, Santacatterina, Zabih, 2024. The authors released no code; docs/archite
 package. Maps are channels-last, (batch, H, W, C), throughout.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -392,9 +394,25 @@ def _cfg(url: str = "", **kwargs) -> dict[str, Any]:
     }
 
 
+WEIGHTS = Path(__file__).with_name("weights")  # that come with the package
+# WordNet's id of each class of Tiny-ImageNet, in the order of the classifier, and the synonyms that it stands for
+TINY_IMAGENET = json.loads((WEIGHTS / "tiny_in200.json").read_text(encoding="utf-8"))
+
 default_cfgs = generate_default_cfgs(
     {
-        "vim2_nano": _cfg(),
+        "vim2_nano.tiny_in200": _cfg(
+            file=str(WEIGHTS / "vim2_nano.tiny_in200.safetensors"),
+            num_classes=len(TINY_IMAGENET),
+            label_names=tuple(TINY_IMAGENET),
+            label_descriptions=TINY_IMAGENET,
+            input_size=(3, 128, 128),
+            pool_size=(4, 4),
+            crop_pct=1.0,
+            license="other",
+            description="Trained on Tiny-ImageNet-200 at 128 x 128 pixels, for research only.",
+            notes=("ImageNet's terms allow non-commercial research and education only.",),
+            paper_ids="arXiv:2403.19888",
+        ),
         "vim2_tiny": _cfg(),
         "vim2_small": _cfg(),
         "vim2_base": _cfg(),
