@@ -1,7 +1,6 @@
 """ViM2 as a timm model: the contract that timm's own tests/test_models.py checks, and what the paper says of it."""
 
 import pickle
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-import vim2
 from vim2 import ViM2
 
 
@@ -483,14 +481,6 @@ class TestShippedWeights:
         assert words["n02099601"] == "golden retriever"
         imagenet = ImageNetInfo("imagenet-22k")
         assert all(imagenet.label_name_to_description(name) == words[name] for name in names)
-
-    def test_they_are_package_data(self):
-        setup = ConfigParser()
-        setup.read(Path(__file__).parents[1] / "setup.cfg")
-        globs = setup["options.package_data"]["vim2"].split(", ")
-        file = Path(timm.get_pretrained_cfg("vim2_nano").file).relative_to(Path(vim2.__file__).parent)
-        assert any(file.match(pattern) for pattern in globs)
-        assert any(file.with_name("tiny_in200.json").match(pattern) for pattern in globs)
 
     def test_other_models_have_none(self):
         assert timm.list_models("*vim2*", pretrained=True) == ["vim2_nano.tiny_in200"]
