@@ -59,7 +59,7 @@ def sum_parameters(parts: Tensor, weight: Tensor, first: Tensor, second: Tensor 
 def _sum(shape: tuple[int, ...], n: int, weight_stride: tuple[int, ...], other_stride: tuple[int, ...]) -> Launch:
     parts, groups, rows, features = shape
     room = max(triton.next_power_of_2(rows), 2)
-    block = max(min(1024 // room, triton.next_power_of_2(features)), 1)
+    block = max(min(512 // room, triton.next_power_of_2(features)), 1)
     numbers = (parts, groups, features, n, rows, *weight_stride, *other_stride)
     grid = (-(-features // block), groups)
     return Launch(_gradients_kernel, grid, numbers, PARTS=PARTS, ROWS=room, BLOCK=block, num_warps=4)
