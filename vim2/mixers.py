@@ -337,7 +337,7 @@ def _read(module: nn.Module, settings: list, tensors: list) -> bool:
         return False
     if module.__class__ is DropPath and module.training:
         return False
-    settings.append(of_kind(module))
+    settings.append((module.__class__, of_kind(module)))
     for parameter in module._parameters.values():
         if parameter is not None and parameter.__class__ is not nn.Parameter:
             return False
