@@ -1,9 +1,15 @@
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICE, needs_triton
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from vim2 import mixers
 from vim2.mixers import (
     MambaMixerBlock,
     MixerLayer,
@@ -12,7 +18,7 @@ from vim2.mixers import (
     SelectiveTokenMixer,
     WeightedAverage,
 )
-from vim2.ops import selective_scan_fn
+from vim2.ops import backend, selective_scan_fn
 from vim2.tsm2 import TimeMixer, VariateMixer
 
 
@@ -185,3 +191,94 @@ def test_pruned_and_adapted_weights_count(index):
     with torch.no_grad():
         reference.mixer.conv.bias.zero_()
     torch.testing.assert_close(adapted([x]), reference([x]))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The layers whose mixing was called, on Triton, and not replayed."""
+    calls = []
+    mix = MixerLayer._mix
+
+    def counted(self, *features):
+        calls.append(self)
+        return mix(self, *features)
+
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", "triton")
+    monkeypatch.setattr(MixerLayer, "_mix", counted)
+    return calls
+
+
+def two_features(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, 1, 3, 8, generator=generator).to(DEVICE) for _ in range(2)]
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", [SelectiveTokenMixer, SelectiveChannelMixer])
+@torch.inference_mode()
+def test_layers_are_replayed_in_inference(kind, calls):
+    options = {"channel_patch": 4} if kind is SelectiveChannelMixer else {}
+    layer = randomise(MixerLayer(8, kind(8, d_state=2, expand=1.0, **options), 2)).float().to(DEVICE)
+    for seed in range(3):
+        y = layer(two_features(seed))
+    assert len(calls) == 2 and y.equal(layer._mix(*two_features(2)))
+    layer.mixer.in_proj.weight.data.mul_(0.5)
+    layer.norm.weight = nn.Parameter(layer.norm.weight * 2)
+    z = layer(two_features(2))
+    assert len(calls) == 3 and z.equal(layer._mix(*two_features(2))) and not z.equal(y)
+
+
+class FewOperators(nn.Module):
+    """Stands for a mixer in what follows, which is about whether it is replayed."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.in_proj(x))
+
+
+@needs_triton
+def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeypatch):
+    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    layer = randomise(MixerLayer(8, FewOperators(), 2, drop_path=0.5)).float().to(DEVICE)
+    features = two_features(0)
+
+    def is_replayed() -> bool:
+        before = len(calls)
+        layer(features)
+        return len(calls) == before
+
+    with torch.no_grad():
+        layer(features)
+        expected = layer(features)
+        assert is_replayed()
+        for module in (layer.average, layer.norm, layer.mixer, layer.mixer.in_proj, layer.drop_path):
+            seen = []
+            hook = module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+            assert not is_replayed() and seen
+            hook.remove()
+            assert is_replayed()
+        layer.drop_path.train()
+        assert not is_replayed()
+        layer.drop_path.eval()
+        with FlopCounterMode(display=False):
+            assert not is_replayed()
+        layer.norm.eps = 0.1  # no tensor: noted anew
+        assert [is_replayed() for _ in range(3)] == [False, False, True] and not layer(features).equal(expected)
+        layer.norm.eps = 1e-5
+        assert is_replayed()
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+            assert other(features).equal(expected)
+        layer.mixer.in_proj.forward = lambda x: x  # as offloading wraps it
+        assert not is_replayed()
+        del layer.mixer.in_proj.forward
+        layer.mixer.in_proj = nn.Sequential(layer.mixer.in_proj)
+        assert not is_replayed()
+    assert not is_replayed()
+    layer(features).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())

@@ -113,14 +113,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ]
     args.models = (args.model or ([] if ops else ["vim2_tiny"])) + args.compare
     args.models = [name.removeprefix("timm:") for name in args.models]
-    if ops:
-        args.ops = args.ops or scan_backends(args.device_type)
-        try:
-            for name in args.ops:
-                resolve_backend(name, torch.empty(0, device=args.device), scan=True)
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
-        args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
+    args.ops = (args.ops or scan_backends(args.device_type)) if ops else []
+    scanning = args.modes and any("vim2" in name for name in args.models)
+    try:
+        for name in [*args.ops, *[None] * bool(scanning)]:  # None: the environment's
+            resolve_backend(name, torch.empty(0, device=args.device), scan=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
     return args
 
 
@@ -139,7 +139,7 @@ def measure_all(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
                 yield "models", measure_model(name, size, batch, args)
             for mode in args.modes * args.profile:
                 yield "profiles", profile_model(name, size, batch, mode, rates, args)
-    for name in args.ops or ():
+    for name in args.ops:
         for features, side in SCAN_SHAPES:
             for batch in args.batch_size:
                 yield "scans", measure_scan(name, features, side, batch, args)

@@ -26,6 +26,9 @@ from .ops import (
     weighted_average,
     weighted_average_norm,
 )
+from .ops.backend import autocast_dtype, resolve_backend
+from .ops.operator import is_observed
+from .ops.replay import replay
 
 # Leaves of torch.fx graphs: their argument checks look at shapes, which a symbolic trace does not have.
 torch.fx.wrap("depthwise_conv_silu")
@@ -288,7 +291,58 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        if torch.is_grad_enabled() or is_observed():
+            return self._mix(*features)
+        settings, parameters = [], []
+        if not _is_replayable(features) or not _read(self, settings, parameters):
+            return self._mix(*features)
+        settings += (len(features), torch.is_inference_mode_enabled(), autocast_dtype(features[0]))
+        # parameters are read from the modules, too; given here, they are known by where they lie
+        given = len(features)
+        mix = lambda *tensors: self._mix(*tensors[:given])  # noqa: E731
+        return replay(self, tuple(settings), mix, (*features, *parameters))
+
+    def _mix(self, *features: Tensor) -> Tensor:
         return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
+
+
+# What the forward passes of modules read besides tensors, of those that a `MixerLayer` may be made of to be replayed.
+_SETTINGS = {
+    MixerLayer: lambda module: None,
+    WeightedAverage: lambda module: None,
+    nn.LayerNorm: lambda module: module.eps,
+    SelectiveTokenMixer: lambda module: None,
+    SelectiveChannelMixer: lambda module: module.channel_patch,
+    S6: lambda module: (module.orders, module.separate_inputs),
+    nn.Conv1d: lambda module: None,
+    nn.Conv2d: lambda module: None,
+    nn.Linear: lambda module: None,
+    nn.Identity: lambda module: None,
+    DropPath: lambda module: None,
+}
+
+
+def _is_replayable(features: Sequence[Tensor]) -> bool:
+    """Whether these are plain tensors, and operators on them are Triton's kernels."""
+    return all(f.__class__ is Tensor for f in features) and resolve_backend(None, *features) == "triton"
+
+
+def _read(module: nn.Module, settings: list, tensors: list) -> bool:
+    """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
+    all: not where somebody holds on to one of them (see `is_plain`), or where it drops paths."""
+    of_kind = _SETTINGS.get(module.__class__)
+    if of_kind is None or module._buffers or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    if module.__class__ is not MixerLayer and (module._forward_pre_hooks or module._forward_hooks):
+        return False
+    if module.__class__ is DropPath and module.training:
+        return False
+    settings.append((module.__class__, of_kind(module)))
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.__class__ is not nn.Parameter:
+            return False
+        tensors.append(parameter)
+    return all(_read(each, settings, tensors) for each in module._modules.values())
 
 
 class MambaMixerBlock(nn.Module):

@@ -219,14 +219,41 @@ def test_launches(monkeypatch):
     options = "--device cpu --model test_vim2 timm:test_resnet --img-size 64 --batch-size 1 2 --infer --repeats 3"
     args = benchmark.parse(options.split())
     rows = list(launches.measure_launches(args))
-    assert [(row["model"], row["batch"]) for row in rows] == [
-        *[("test_vim2", batch) for batch in (1, 2)],
-        *[("test_resnet", batch) for batch in (1, 2)],
+    assert [(row["batch"], row["model"]) for row in rows] == [
+        (batch, name) for batch in (1, 2) for name in ("test_vim2", "test_resnet")
     ]
     for row in rows:
         assert row["launches"] == 2 and row["device_ms"] == pytest.approx(3.0) and row["ms"] > 0
-    rows[0]["ms"] = 6.0
-    assert "| test_vim2 | 64 | 1 | infer | 2 | 6.00 | 3.00 | 2.00 | 3000.0 |" in launch_table(rows)
+        assert 0 < row["host_us"] <= row["ms"] * 1e3 / 2
+    rows[0] |= {"ms": 6.0, "host_us": 1234.5}
+    rows.append({"model": "large", "size": 64, "batch": 9, "mode": "infer", "error": "out of memory"})
+    lines = launch_table(rows).splitlines()
+    assert "| test_vim2 | 64 | 1 | infer | 2 | 1234.5 | 6.00 | 3.00 | 2.00 |" in lines
+    assert lines[-1] == "| large | 64 | 9 | infer | out of memory | - | - | - | - |"
+
+
+def test_launches_of_what_does_not_fit(monkeypatch):
+    """A model that runs out of memory leaves the others' rows."""
+
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(launches, "on_device", lambda run, args: {"launches": 1, "device_ms": 1.0})
+    args = benchmark.parse(["--device", "cpu", "--repeats", "1"])
+    first, second = launches._in_turn([{}, {}], [too_much, lambda: None], args)
+    assert first == {"error": "out of memory"} and second["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("default", "message"), [("mamba_ssm", "needs the package mamba-ssm"), ("cuda", "must be one of")]
+)
+def test_a_default_backend_that_cannot_run_here_is_one_line(default, message, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", default)
+    monkeypatch.setattr(backend, "HAS_MAMBA_SSM", False)
+    assert run_tool(benchmark.main, ["--device", "cpu", "--model", "test_vim2"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_floors():

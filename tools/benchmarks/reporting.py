@@ -84,12 +84,16 @@ def compilation_table(rows: list[dict]) -> str:
 
 
 def launch_table(rows: list[dict]) -> str:
-    header = ["model", "size", "batch", "mode", "launches", "ms", "device ms", "ms / device ms", "us a launch"]
+    header = ["model", "size", "batch", "mode", "launches", "host us a launch", "ms", "device ms", "ms / device ms"]
     lines = []
     for row in rows:
-        line = [row["model"], str(row["size"]), str(row["batch"]), row["mode"], str(row["launches"])]
-        times = (f"{row['ms']:.2f}", f"{row['device_ms']:.2f}", f"{row['ms'] / row['device_ms']:.2f}")
-        lines.append([*line, *times, f"{row['ms'] / row['launches'] * 1e3:.1f}"])
+        line = [row["model"], str(row["size"]), str(row["batch"]), row["mode"]]
+        if "ms" in row:
+            line += [str(row["launches"]), f"{row['host_us']:.1f}", f"{row['ms']:.2f}", f"{row['device_ms']:.2f}"]
+            line.append(f"{row['ms'] / row['device_ms']:.2f}")
+        else:
+            line += [row["error"], *[ABSENT] * 4]
+        lines.append(line)
     return table(header, lines)
 
 

@@ -127,8 +127,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager:
-    """Autocast off on this tensor's device; meta tensors, for which PyTorch knows no autocast, need nothing."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    """Autocast off on this tensor's device. Meta tensors, for which PyTorch knows no autocast, need nothing, nor does
+    eager mode where it is off, as in most backward passes; a graph may be called with it on."""
+    if tensor.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(tensor.device.type)):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -1,6 +1,7 @@
 """How the package's operators are registered with PyTorch and called, and whether what they keep will be needed."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -65,12 +66,21 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
         )
 
 
+class _Own(threading.local):
+    """Dispatch modes of this package that are on in a thread."""
+
+    modes = 0
+
+
+own = _Own()
+
+
 def is_observed() -> bool:
-    """Whether somebody wants to see operators called: a compiler, a tracer, a mode, a transform, forward-mode
+    """Whether somebody else wants to see operators called: a compiler, a tracer, a mode, a transform, forward-mode
     derivatives or a profiler."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > own.modes
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None

@@ -1,15 +1,26 @@
 """How Triton kernels are launched, and what they want of the tensors that they are given."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on the CPU
 MAX_LAUNCHES = 4096  # of a kernel that are remembered, where every image has a size of its own
+
+
+class _Notes(threading.local):
+    """Who notes down a thread's launches: called with each, before it is made, and its tensors."""
+
+    take: Callable[["Launch", tuple], None] | None = None
+
+
+notes = _Notes()
 
 
 class Launch:
@@ -36,8 +47,11 @@ class Launch:
         self.compiled = {}
 
     def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+        if notes.take:
+            notes.take(self, tensors)
         if INTERPRETED:
-            self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+            with _disable_current_modes():  # the interpreter works with tensors of its own
+                self.kernel[self.grid](*tensors, *self.numbers, **self.options)
             return
         key, addresses, device, misaligned = [], [], None, 0
         for t in tensors:

@@ -121,6 +121,19 @@ def test_parameters_in_triton(directions, separate, dtype, rank):
 
 
 @needs_triton
+@pytest.mark.usefixtures("poison")
+def test_parameters_of_which_one_is_used():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, R + 2 * N, 6), (2, 6, N))
+    inputs = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in shapes]
+    for used in (0, 1):
+        losses = [scan_parameters(*inputs, False, backend)[used].square().sum() for backend in ("triton", "torch")]
+        actual, expected = (torch.autograd.grad(loss, inputs, allow_unused=True) for loss in losses)
+        assert actual[1 - used] is None and expected[1 - used] is None
+        torch.testing.assert_close(actual[used], expected[used])
+
+
+@needs_triton
 @pytest.mark.parametrize("separate", [False, True])
 def test_parameters_are_a_sound_operator(separate):
     generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,7 @@ def form(request, monkeypatch):
     """Whether a program scans whole sequences, or chunks that run side by side, as where little else fills the GPU, or
     slices by warps that take turns, as where sequences are long."""
     monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9 if request.param == "split" else 0)
+    monkeypatch.setattr(schedule, "MAX_WHOLE", 0)
     if request.param == "relay":
         take_turns(monkeypatch, 1, 1)
     return request.param
@@ -75,11 +76,24 @@ def test_inference_splits_no_finer_than_it_must(monkeypatch):
 
 def test_sequences_of_more_chunks_than_a_grid_has_room_for_are_not_split(monkeypatch):
     monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
+    monkeypatch.setattr(schedule, "MAX_WHOLE", 0)
     monkeypatch.setattr(schedule, "MAX_CHUNKS", 2)
     schedule.forward_plan.cache_clear()
     for module in (forward, backward):
         monkeypatch.setattr(module, "combine", None)
     assert_matches_oracle(((1, 80), FORWARD, 3, 4, 1, False), "triton", DEVICE)
+
+
+def test_short_sequences_are_not_split_however_few_they_are():
+    sizes = dict(directions=4, features=192, n=16, fill=8 * 132)
+    for length in (49, 196, schedule.MAX_WHOLE):
+        for chunk in (length, TRITON_CHUNK):
+            assert not schedule.forward_plan(1, length, chunk=chunk, **sizes).split
+    assert schedule.forward_plan(1, 3136, chunk=3136, **sizes).split
+
+
+def test_steps_of_one_state_are_loaded_some_at_a_time(form):
+    assert_matches_oracle(((1, 41), BIDIRECTIONAL, 3, 1, 2, True), "triton", DEVICE)
 
 
 def test_too_many_states():

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The forward scan in Triton. `reference.py` says what it computes; tests/ops/scan/test_triton.py compares the two.
 
 A program is one warp. It walks a tile of channels, with their states in registers (tiles.py), through the steps of one
@@ -85,12 +86,13 @@ def _forward_kernel(
     LAST: tl.constexpr,  # whether the last states are wanted
     FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,  # NVIDIA's instructions, 64-bit offsets, whole words
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,  # the tile, see tiles.py
+    GROUPS: tl.constexpr,  # of NL steps, whose loads are under way together
 ):  # fmt: skip
     """A program scans whole sequences and writes the states at the starts of all chunks but the first. With SPLIT it
     scans one chunk, from its start; with LOCAL too, from zero, and writes only the chunk's end state and decay.
 
-    It takes a group of NL steps at a time, with the next one under way. Each lane loads the operands of one of the
-    steps, and writes its y: shuffles tell the lanes that share channels or states.
+    It takes GROUPS of NL steps at a time, with the next ones under way. Each lane loads the operands of one of a
+    group's steps, and writes its y: shuffles tell the lanes that share channels or states.
     """
     TILE: tl.constexpr = NR * CR
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
@@ -153,41 +155,52 @@ def _forward_kernel(
         p, left, inner, stride, turn = start_walk(first + place, order, L, H, W, LARGE)
         walk = (p, left)
         advance = group_stride(NL, inner, stride, turn)
-        group_ahead, walk = _load_group(first + place, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE)
+        ahead = ()
+        for g in tl.static_range(GROUPS):
+            loaded, walk = _load_group(first + g * NL + place, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE)
+            ahead = ahead + (loaded,)
         for index in range(num_chunks):
             if not SPLIT and index > 0:
                 store_tile(starts_at + in_tile, E, h, inside, NR, CR)
                 starts_at += N_STATES * E
             first = (first_chunk + index) * chunk
-            for t in range(first, tl.minimum(first + chunk, L), NL):
+            for t in range(first, tl.minimum(first + chunk, L), GROUPS * NL):
                 # unpacked before the next loads, which then take the same registers: moved at the end of the loop, they
                 # would be waited for there
-                p, dt, u, b, c = group_ahead
-                dt = unpack(dt, dt_ptr, CR, WIDE)
-                u = unpack(u, u_ptr, CR, WIDE)
-                b = unpack(b, B_ptr, NR, WIDE)
-                c = unpack(c, C_ptr, NR, WIDE)
-                group_ahead, walk = _load_group(t + NL + place, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE)
-                dtu = multiply(dt, u, CR)
-                ys = ()
-                for r in tl.static_range(NL):
-                    dt_lane = lane % STATES_STRIDE + (lane % NL ^ r) * STATES_STRIDE
-                    bc_lane = lane // NL * NL + (lane // STATES_STRIDE ^ r)
-                    decay = decays(gather(dt, dt_lane, CR), A, NR, CR, FAST)
-                    inputs = multiply(
-                        of_states(gather(b, bc_lane, NR), NR, CR),
-                        of_channels(gather(dtu, dt_lane, CR), NR, CR),
-                        TILE,
-                    )
-                    h = multiply_add(decay, h, inputs, TILE)
-                    if not LOCAL:
-                        weights = of_states(gather(c, bc_lane, NR), NR, CR)
-                        ys = ys + sum_states(multiply(h, weights, TILE), NR, CR)
-                if LOCAL:
-                    total = add(total, dt, CR)
-                else:
-                    y = multiply_add(D, u, sum_over_lanes(ys, lane, ordered, STATES_STRIDE, NL, NL * CR), CR)
-                    store_row(y_at, p, y, tl.where(t + place < L, existing[0], 0), CR, WIDE, FAST)
+                groups = ()
+                for g in tl.static_range(GROUPS):
+                    p, dt, u, b, c = ahead[g]
+                    dt = unpack(dt, dt_ptr, CR, WIDE)
+                    u = unpack(u, u_ptr, CR, WIDE)
+                    groups = groups + ((p, dt, u, unpack(b, B_ptr, NR, WIDE), unpack(c, C_ptr, NR, WIDE)),)
+                ahead = ()
+                for g in tl.static_range(GROUPS):
+                    step = t + (GROUPS + g) * NL + place
+                    loaded, walk = _load_group(step, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE)
+                    ahead = ahead + (loaded,)
+                for g in tl.static_range(GROUPS):
+                    p, dt, u, b, c = groups[g]
+                    dtu = multiply(dt, u, CR)
+                    ys = ()
+                    for r in tl.static_range(NL):
+                        dt_lane = lane % STATES_STRIDE + (lane % NL ^ r) * STATES_STRIDE
+                        bc_lane = lane // NL * NL + (lane // STATES_STRIDE ^ r)
+                        decay = decays(gather(dt, dt_lane, CR), A, NR, CR, FAST)
+                        inputs = multiply(
+                            of_states(gather(b, bc_lane, NR), NR, CR),
+                            of_channels(gather(dtu, dt_lane, CR), NR, CR),
+                            TILE,
+                        )
+                        h = multiply_add(decay, h, inputs, TILE)
+                        if not LOCAL:
+                            weights = of_states(gather(c, bc_lane, NR), NR, CR)
+                            ys = ys + sum_states(multiply(h, weights, TILE), NR, CR)
+                    if LOCAL:
+                        total = add(total, dt, CR)
+                    else:
+                        y = multiply_add(D, u, sum_over_lanes(ys, lane, ordered, STATES_STRIDE, NL, NL * CR), CR)
+                        live = tl.where(t + g * NL + place < L, existing[0], 0)
+                        store_row(y_at, p, y, live, CR, WIDE, FAST)
         if LOCAL:
             at_chunk = tl.cast(first_chunk, tl.int64) * (N_STATES * E) + in_tile
             decay_at = decay_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)

@@ -13,6 +13,10 @@ from ...triton_math import LANES
 from ..chunks import TRITON_CHUNK
 
 MAX_CHUNKS = 65535  # that run side by side: the limit of a grid's third axis
+# Steps up to which a program takes a whole sequence, however few there are: it is done before the host would have
+# launched the two kernels more that chunks need.
+MAX_WHOLE = 256
+STEPS = 4  # whose operands the forward scan loads together: of one alone it would do little but wait for them
 MAX_STATES = 128  # that the lanes of a warp can hold in the backward pass
 
 
@@ -20,7 +24,8 @@ class ForwardPlan(NamedTuple):
     """How the forward scan runs.
 
     Attributes:
-        tile: Registers and lanes of a tile of states, see tiles.py: NR, NL, S, CE and CR.
+        tile: Registers and lanes of a tile of states, see tiles.py: NR, NL, S, CE and CR; and GROUPS, of NL steps,
+            whose operands are loaded together.
         split: Whether programs scan chunks side by side, not whole sequences.
         chunk: Steps of a chunk.
     """
@@ -48,7 +53,7 @@ def forward_plan(batch: int, length: int, directions: int, features: int, n: int
     steps = TRITON_CHUNK
     if chunk == length:
         steps *= -(-length * programs[0] // (8 * max(fill, 1)) // TRITON_CHUNK)
-    if length <= TRITON_CHUNK or length > steps * MAX_CHUNKS:
+    if length <= max(TRITON_CHUNK, MAX_WHOLE) or length > steps * MAX_CHUNKS:
         return ForwardPlan(tiles[-1], False, chunk)
     return ForwardPlan(tiles[0], True, steps)
 
@@ -58,7 +63,7 @@ def _forward_tile(n: int, features: int, channels: int) -> dict[str, int]:
     states = triton.next_power_of_2(n)
     NL = min(states, 4)
     CE = min(LANES.value // NL, max(NL, triton.next_power_of_2(-(-features // channels))))
-    return dict(NR=states // NL, NL=NL, S=LANES.value // (NL * CE), CE=CE, CR=channels)
+    return dict(NR=states // NL, NL=NL, S=LANES.value // (NL * CE), CE=CE, CR=channels, GROUPS=max(STEPS // NL, 1))
 
 
 def forward_registers(tile: dict[str, int]) -> int | None:
