@@ -68,11 +68,6 @@ CASES = {
     "depthwise_conv_silu": ((ones(1, 2, 2, 4), ones(3, 1, 3, 3), ones(3)), (ones(2, 2, 4), ones(4, 1, 3, 3), ones(4))),
     "directional_conv_silu": ((ones(1, 2, 4), ones(6, 1, 2), ones(6)), (ones(1, 2, 4), ones(8, 1, 2), ones(4))),
     "scan_parameters": ((ones(2, 5, 3), ones(2, 4, 2), False, torch.float32), (ones(1, 3, 3), ones(1, 3, 2), False)),
-    "scan_parameters_backward": (
-        (ones(7, 3), ones(1, 3, 2), ones(1, 3, 2), ones(1, 5, 3), False),
-        (ones(8, 3), ones(1, 3, 1), ones(1, 3, 2), ones(1, 5, 3), False),
-        (ones(8, 3), ones(1, 3, 2), ones(1, 3, 2), ones(2, 5, 3), False),
-    ),
     "norm_gate_backward": ((ones(2, 4), ones(3, 4), ones(3, 4), *NORM, ones(2, 3)),),
     "layer_norm_backward": ((ones(2, 4), ones(2, 4), ones(4), ones(2, 1), 1), (ones(1, 4), ones(2, 4), ones(4))),
     "weighted_average_backward": ((ones(2, 4), [ones(3, 4)], ones(1), ones(4), ones(2, 2)),),

@@ -207,45 +207,24 @@ def _(weight, A_log, separate_inputs, dtype):
     return weight.new_empty(shape, dtype=dtype), A_log.new_empty(A_log.mT.shape).mT
 
 
-def _check_parameters_backward(grad_matrix, grad_A, A, weight, separate_inputs):
-    directions, rows, features = weight.shape
-    columns = directions * features if separate_inputs else features
-    fits = A.shape[:2] == (directions, features) and rows >= 2 * A.shape[2] and grad_A.shape == A.shape
-    fits = fits and grad_matrix.shape == (directions * -(-rows // 8) * 8, columns)
-    require_fit(fits, "scan_parameters_backward", grad_matrix, grad_A, A, weight)
-
-
-@register_operator("vim2::scan_parameters_backward", _check_parameters_backward)
-def _scan_parameters_backward(
-    grad_matrix: Tensor, grad_A: Tensor, A: Tensor, weight: Tensor, separate_inputs: bool
-) -> tuple[Tensor, Tensor]:
-    from .triton.parameters import scan_parameters_triton_backward
-
-    return scan_parameters_triton_backward(grad_matrix, grad_A, A, weight, separate_inputs)
-
-
-@_scan_parameters_backward.register_fake
-def _(grad_matrix, grad_A, A, weight, separate_inputs):
-    return weight.new_empty(weight.shape), A.new_empty(A.shape)
-
-
 def _setup_context(ctx, inputs, output):
     weight, _, ctx.separate_inputs, _ = inputs
-    matrix, A = output
-    ctx.matrix = matrix.shape, matrix.dtype
-    ctx.save_for_backward(A, weight)
+    ctx.shape, ctx.dtype = weight.shape, weight.dtype
+    ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad_matrix, grad_A):
     refuse_second_derivatives()
-    A, weight = ctx.saved_tensors
-    shape, dtype = ctx.matrix
-    given = (
-        A.new_zeros(shape, dtype=dtype) if grad_matrix is None else grad_matrix,
-        A.new_zeros(A.shape) if grad_A is None else grad_A,
-    )
-    grad_weight, grad_A_log = _scan_parameters_backward(*given, A, weight, ctx.separate_inputs)
-    return None if grad_matrix is None else grad_weight, None if grad_A is None else grad_A_log, None, None
+    (A,) = ctx.saved_tensors
+    if grad_A is not None:
+        grad_A = grad_A * A
+    if grad_matrix is None:
+        return None, grad_A, None, None
+    directions, rows, _ = ctx.shape
+    grad = grad_matrix.unflatten(0, (directions, -1))[:, :rows]
+    if ctx.separate_inputs:
+        grad = grad.unflatten(-1, (directions, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A, None, None
 
 
 _scan_parameters.register_autograd(_backward, _setup_context)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
-from ...triton_sums import sum_parameters
 
 MIN_ROWS, MAX_ROWS = 10, 42  # of a strip
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more images than that, a program goes on to the next
@@ -253,10 +252,10 @@ def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
     sums = torch.empty(programs // -(-channels // 64), 10, channels, dtype=torch.float32, device=x.device)
     launch(x, weight, bias, grad_y, grad_pre, sums)
     grad_x = _convolve(grad_pre, weight, bias, activate=False)
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
-    sum_parameters(sums.unsqueeze(1), grad_weight.view(1, channels, 9), grad_bias.view(1, channels))
-    return grad_x, grad_weight, grad_bias
+    total = sums.sum(0)
+    # copied, as compilers have been told: contiguous, and no part of the other
+    grad_weight = total[:9].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format).view(weight.shape)
+    return grad_x, grad_weight, total[9].to(bias.dtype)
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
-from ...triton_sums import sum_parameters
 
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048
@@ -145,7 +144,8 @@ def _backward_kernel(
     sequences, L, blocks, x_n, STRIDE: tl.constexpr,  # these and the others as above
     P: tl.constexpr, TAPS: tl.constexpr, FAST: tl.constexpr, N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, and the program's sums (2, TAPS + 1, P) for each direction's taps and bias."""
+    """The gradient of x, and the program's sums (2, TAPS + 1, P) for each direction's taps, in the order of steps in
+    memory, and bias."""
     part, n, p = _tile(P, P_BLOCK, N_BLOCK)
     p_in = (p < P) & (n >= 0)
     p_wide = p + 0 * n
@@ -197,7 +197,7 @@ def _backward_kernel(
     sums_at = sums_ptr + tl.cast(part, tl.int64) * (2 * (TAPS + 1) * P) + p
     for j in tl.static_range(TAPS):
         tl.store(sums_at + j * P, tl.sum(gtaps0[j], axis=0)[None, :], mask=p < P)
-        tl.store(sums_at + (2 * TAPS - j) * P, tl.sum(gtaps1[j], axis=0)[None, :], mask=p < P)
+        tl.store(sums_at + (TAPS + 1 + j) * P, tl.sum(gtaps1[j], axis=0)[None, :], mask=p < P)
     tl.store(sums_at + TAPS * P, tl.sum(gbias0, axis=0)[None, :], mask=p < P)
     tl.store(sums_at + (2 * TAPS + 1) * P, tl.sum(gbias1, axis=0)[None, :], mask=p < P)
 
@@ -249,11 +249,14 @@ def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(parts, 2, width + 1, features, dtype=torch.float32, device=x.device)
     launch(x, weight, bias, grad_y, grad_x, sums)
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
-    by_direction = grad_weight.view(features, 2, width).transpose(0, 1), grad_bias.view(features, 2).t()
-    sum_parameters(sums, *by_direction)
-    return grad_x, grad_weight, grad_bias
+    total = sums.sum(0)
+    grad_weight, grad_bias = total[:, :width], total[:, width]
+    grad_weight = torch.stack((grad_weight[0], grad_weight[1].flip(0)))  # from the order of steps to that of taps
+    return (
+        grad_x,
+        grad_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
+        grad_bias.t().flatten().to(bias.dtype, copy=True, memory_format=torch.contiguous_format),
+    )
 
 
 @functools.lru_cache(MAX_LAUNCHES)

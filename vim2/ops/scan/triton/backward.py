@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, last_axis_contiguous, layout
 from ...triton_math import LANES, LN2, LOG2E, exp2
-from ...triton_sums import sum_parameters
 from ..chunks import TRITON_CHUNK
 from ..operands import Operands
 from . import schedule
@@ -539,9 +538,19 @@ def scan_backward(
     if plan.blocks > 1:
         sum_blocks(part_B, grad_B)
         sum_blocks(part_C, grad_C)
-    grad_A, grad_D, grad_bias = (empty(t.shape, dtype=t.dtype) for t in (operands.A, operands.D, operands.delta_bias))
-    sum_parameters(sums, grad_A, grad_D, grad_bias)
-    return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_delta, grad_A, grad_D, grad_bias
+    grad_A, grad_D, grad_bias = sums.sum(0).split((n, 1, 1), dim=1)
+    return (
+        grad_u if u.dim() == 4 else sum_directions(grad_u),
+        grad_delta,
+        _copy(grad_A.transpose(1, 2), operands.A.dtype),
+        _copy(grad_D.squeeze(1), operands.D.dtype),
+        _copy(grad_bias.squeeze(1), operands.delta_bias.dtype),
+    )
+
+
+def _copy(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of the sums, contiguous and apart from the others, as compilers have been told."""
+    return sums.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 class _Plan(NamedTuple):
