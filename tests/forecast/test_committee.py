@@ -194,8 +194,9 @@ def test_long_files_get_the_usual_sizes_and_short_trainings_enough_updates():
     given, _ = resolve(FitOptions, given={"data": "a.csv"})
     filled = fill_open(given, rows=17420, variates=21)
     assert (filled.horizon, filled.lookback, filled.patch, filled.stride) == (96, 512, 64, 32)
-    assert (filled.variate_mixer, filled.batch_size, filled.d_model) == ("s6", 92, 32)
+    assert (filled.variate_mixer, filled.batch_size, filled.d_model) == ("s6", 92, 16)
     assert filled.epoch_steps * filled.batch_size >= 11587
+    assert fill_open(given, rows=50_000, variates=7).d_model == 32
     short = fill_open(given, rows=966, variates=7)
     assert (short.variate_mixer, short.batch_size, short.d_model) == ("none", 16, 16)
     assert short.epoch_steps * short.epochs == 1000

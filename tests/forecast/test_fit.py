@@ -259,7 +259,7 @@ def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path,
 
 @needs_gpu
 def test_cuda_graphs_train_the_same(tmp_path, data):
-    options = dict(device="cuda", epochs=2, dropout=0.0, norm="2d")
+    options = dict(device="cuda", epochs=2, dropout=0.0, head_dropout=0.0, norm="2d")
     plain, graph = (start(data, tmp_path, cuda_graph=g, experiment=str(g), **options) for g in (False, True))
     for a, b in zip(plain["history"], graph["history"]):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)

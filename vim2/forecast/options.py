@@ -50,11 +50,10 @@ MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
 MODEL = TSM2Config()
 AUTO = "auto"
 LOSSES = ("mse", "mae", "huber", "spectral")
-# What `fill_open` goes by: variates from which on mixing them pays; values to learn from, windows times variates, from
-# which on a model is wider; the least updates of a training, and of an epoch that sees every window once; the windows
-# that an update may have.
+# What `fill_open` goes by: variates from which on mixing them pays; windows to train on from which on a model is as wide;
+# the least updates of a training, and of an epoch that sees every window once; the windows that an update may have.
 MANY_VARIATES = 20
-WIDTHS = {0: 16, 100_000: 32, 500_000: 64}
+WIDTHS = {0: 16, 20_000: 32}
 MIN_UPDATES, EPOCH_UPDATES = 1000, 125
 MIN_BATCH, MAX_BATCH = 16, 128
 
@@ -102,9 +101,7 @@ class ModelOptions(Options, group="model"):
     lookback: Positive | None = option(None, "steps it sees; default: 512, fewer for short files", metavar="STEPS")
     patch: Positive | None = option(None, "steps a patch; default: an eighth of the lookback", metavar="STEPS")
     stride: Positive | None = option(None, "steps between patches; default: half a patch", metavar="STEPS")
-    d_model: Positive | None = option(
-        None, "features of a patch; default: 16, 32 or 64, by the size of the file", metavar="N"
-    )
+    d_model: Positive | None = option(None, "features of a patch; default: 16, 32 for long files", metavar="N")
     depth: Positive = option(MODEL.depth, "MambaMixer blocks", metavar="N")
     d_state: Positive = option(8, "state size of the scans", metavar="N")
     expand: PositiveFloat = option(MODEL.expand, "inner width over --d-model", metavar="F")
@@ -247,7 +244,7 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
         lookback=lookback,
         patch=patch,
         stride=o.stride or max(patch // 2, 1),
-        d_model=o.d_model or next(width for size, width in reversed(WIDTHS.items()) if windows * variates >= size),
+        d_model=o.d_model or next(width for size, width in reversed(WIDTHS.items()) if windows >= size),
         variate_mixer=("s6" if variates >= MANY_VARIATES else "none") if o.variate_mixer == AUTO else o.variate_mixer,
         batch_size=batch_size,
         epoch_steps=o.epoch_steps or max(math.ceil(windows / batch_size), math.ceil(MIN_UPDATES / o.epochs)),
