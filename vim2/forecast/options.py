@@ -50,7 +50,7 @@ MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
 MODEL = TSM2Config()
 AUTO = "auto"
 LOSSES = ("mse", "mae", "huber", "spectral")
-# What `fill_open` goes by: variates from which on mixing them pays; windows to train on from which on a model is as wide;
+# What `fill_open` goes by: variates from which on mixing them pays; windows to train on from which on a model is wider;
 # the least updates of a training, and of an epoch that sees every window once; the windows that an update may have.
 MANY_VARIATES = 20
 WIDTHS = {0: 16, 20_000: 32}
