@@ -179,6 +179,8 @@ def test_a_short_file_needs_no_options(tmp_path, capsys):
     assert filled == {"horizon": 5, "lookback": 19, "patch": 2, "stride": 1, "batch_size": 16}
     assert run["options"]["variate_mixer"] == "none" and run["folder"].endswith("tsm2-DataFrame")
     out = capsys.readouterr().out
+    (told,) = (line for line in out.splitlines() if line.startswith("Chosen by the size of the file: "))
+    assert all(f"{name.replace('_', ' ')} {value}" in told for name, value in filled.items())
     for name, row in run["committee"]["members"].items():
         assert f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}" in out
     forecaster = Forecaster.from_pretrained(run["folder"])

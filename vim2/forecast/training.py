@@ -142,12 +142,17 @@ class Run:
     def open_data(self) -> None:
         o, futures = self.options, self.options.future_columns
         self.table = read_table(self.data, targets=o.targets, future_columns=futures, **reading_options(o))
-        self.options = o = fill_open(o, len(self.table), len(self.table.columns))
+        given, o = o, fill_open(o, len(self.table), len(self.table.columns))
+        self.options = o
         split = make_split(len(self.table), o.split, o.lookback, o.horizon)
         if not split.val:
             raise UserError("There are no rows to validate on: choose another --split.")
         scaler = Scaler.fit(self.table.values[: split.train])
         self.notes = list(self.table.repairs)
+        by_size = [name for name in o.to_dict() if getattr(o, name) != getattr(given, name)]
+        if by_size:
+            chosen = ", ".join(f"{name.replace('_', ' ')} {getattr(o, name)}" for name in by_size)
+            self.notes.append(f"Chosen by the size of the file: {chosen}.")
         constant = is_constant(self.table.values[: split.train])
         if constant.any():
             names = ", ".join(np.array(self.table.columns)[constant])
