@@ -112,7 +112,7 @@ def test_averaging_starts_as_a_residual_stream_and_is_unconstrained():
 
 @pytest.mark.parametrize("options", [{}, {"norm": "2d"}, {"time_mixer": "linear"}, {"variate_mixer": "mlp"}], ids=str)
 def test_shapes_and_gradients(options):
-    model = TSM2(TSM2Config(**SMALL, quantiles=(0.1, 0.5, 0.9), linear_path=True, **options))
+    model = TSM2(TSM2Config(**SMALL, quantiles=(0.1, 0.5, 0.9), **options))
     y = model(history().float())
     assert y.shape == (2, 6, 5, 3) and y.dtype == torch.float32
     nn.init.normal_(model.head.weight)
@@ -164,15 +164,6 @@ def test_constant_windows_give_finite_forecasts():
     assert y.isfinite().all() and x.grad.isfinite().all()
 
 
-def test_linear_path_is_the_whole_forecast_at_first():
-    model = TSM2(TSM2Config(**SMALL, linear_path=True)).double().eval()
-    weight = torch.randn(6, 32).double()
-    model.linear_path.weight.data.copy_(weight)
-    x = history()
-    mean = x.mean(1, keepdim=True)
-    torch.testing.assert_close(model(x), torch.einsum("hl,blm->bhm", weight, x - mean) + mean)
-
-
 def test_patches_cover_the_window_and_repeat_its_end():
     cut = cut_patches(torch.arange(10.0), 4, 2)
     assert cut.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 9, 9]]
@@ -189,7 +180,7 @@ def test_autocast_stays_near_float32():
 
 def test_paper_preset():
     config = TSM2Config.paper(horizon=192)
-    assert (config.norm, config.instance_norm, config.linear_path, config.horizon) == ("2d", "none", False, 192)
+    assert (config.norm, config.instance_norm, config.horizon) == ("2d", "none", 192)
     assert vim2.TSM2Config(**config.to_dict()) == config
 
 
@@ -206,7 +197,6 @@ def test_paper_preset():
         ({"quantiles": (0.5, 0.1)}, "ascending"),
         ({"quantiles": (0.0,)}, "between 0 and 1"),
         ({"static_features": -1}, "not be negative"),
-        ({"linear_path": True, "instance_norm": "none"}, "linear_path needs an instance_norm"),
         ({"expand": 0.01}, "expand must leave"),
     ],
     ids=str,

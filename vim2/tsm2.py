@@ -51,9 +51,6 @@ class TSM2Config:
             its "mean" or "last" value and divide by its deviation; "none" of it, as in the paper.
         dropout: Rate on the embedding and on every mixer's output.
         head_dropout: Rate before the projection to the horizon.
-        linear_path: Add a linear map from the instance-normalised lookback to the horizon, shared by all variates, to
-            the mixers' forecast, which then starts at zero. Not in the paper. `vim2.forecast` starts it at ridge
-            regression.
         quantiles: Levels in (0, 1), ascending; none forecasts a single value, the mean under the squared error.
         static_features: Features C_S of a variate that do not change with time.
         future_features: Features C_Z of a variate that are known for future_length time steps.
@@ -78,7 +75,6 @@ class TSM2Config:
     instance_norm: str = "mean"
     dropout: float = 0.1
     head_dropout: float = 0.0
-    linear_path: bool = False
     quantiles: tuple[float, ...] = ()
     static_features: int = 0
     future_features: int = 0
@@ -91,8 +87,6 @@ class TSM2Config:
             value = getattr(self, name)
             if isinstance(field.default, tuple):
                 kind, right = "numbers", isinstance(value, tuple) and all(map(_is_finite, value))
-            elif isinstance(field.default, bool):
-                kind, right = "True or False", isinstance(value, bool)
             elif isinstance(field.default, str):
                 kind, right = "text", isinstance(value, str)
             elif isinstance(field.default, float):
@@ -124,8 +118,6 @@ class TSM2Config:
             raise ValueError(
                 f"stride must not exceed patch {self.patch}, or time steps are skipped; got {self.stride}."
             )
-        if self.linear_path and self.instance_norm == "none":
-            raise ValueError("linear_path needs an instance_norm of mean or last: it maps windows without their level.")
         if int(self.expand * self.d_model) < 1:
             raise ValueError(f"expand must leave the mixers a width of 1 or more, got {self.expand}.")
         levels = self.quantiles
@@ -303,12 +295,6 @@ class TSM2(nn.Module):
         self.average = WeightedAverage(len(self.layers) + 1, **dd)
         self.head_dropout = nn.Dropout(c.head_dropout)
         self.head = nn.Linear(self.tokens * c.d_model, c.horizon * max(len(c.quantiles), 1), **dd)
-        self.linear_path = None
-        if c.linear_path:
-            self.linear_path = nn.Linear(c.lookback, c.horizon, bias=False, **dd)
-            nn.init.zeros_(self.linear_path.weight)
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, static: Tensor | None = None, future: Tensor | None = None) -> Tensor:
         """Forecast.
@@ -330,14 +316,10 @@ class TSM2(nn.Module):
         x = x.transpose(1, 2)
         features = self._mix(self._tokens(x, static, future))
         y = self.head(self.head_dropout(features.flatten(2))).unflatten(-1, (c.horizon, -1)).to(x.dtype)
-        if self.linear_path is not None:
-            # in the parameters' precision: under autocast, the path would otherwise be rounded to bfloat16
-            with torch.autocast(x.device.type, enabled=False):
-                y = y + self.linear_path(x).unsqueeze(-1)
         y = y.transpose(1, 2) * scale.unsqueeze(-1) + center.unsqueeze(-1)
         # Quantiles that cross are put in order, the monotone rearrangement of Chernozhukov et al. (Econometrica, 2010).
         # Exchanging forecasts a > b of levels s < t lowers the sum of their pinball losses by (t - s)(a - b), whatever
-        # the truth, so this never costs anything; and it leaves the linear path's start, where all are equal, as it is.
+        # the truth, so this never costs anything.
         return y.sort(dim=-1, stable=True).values if c.quantiles else y.squeeze(-1)
 
     def _tokens(self, x: Tensor, static: Tensor | None, future: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TINY = ["--horizon", "12", "--lookback", "48", "--d-model", "4", "--d-state", "2", "--device", "cpu", "--lr", "2e-3"]
+TINY += ["--members", "2", "--epoch-steps", "4"]
 
 
 def environment() -> dict[str, str]:

@@ -103,7 +103,7 @@ def test_a_forecaster_keeps_and_applies_its_correction(trained, data, tmp_path, 
     assert abs(result["quantiles"]["coverage"] - wanted) < abs(before - wanted)
 
 
-def test_a_forecaster_from_before_is_used_as_it_is_and_that_is_told(trained, data, tmp_path, capsys):
+def test_a_forecaster_of_a_run_that_was_cut_off_is_used_as_it_is_and_that_is_told(trained, data, tmp_path, capsys):
     forecaster = Forecaster.from_pretrained(trained)
     forecaster.conformal = None
     forecaster.save_pretrained(tmp_path)
@@ -113,7 +113,7 @@ def test_a_forecaster_from_before_is_used_as_it_is_and_that_is_told(trained, dat
     frame = make_frame(412)
     frame.loc[400:, ["north", "south", "level"]] = float("nan")
     predict(data=frame, checkpoint=str(tmp_path), output=str(tmp_path), device="cpu")
-    assert capsys.readouterr().out.count("from an older vim2, have no conformal correction: fit again for one.") == 2
+    assert capsys.readouterr().out.count("have no conformal correction, which a run learns when it is over") == 2
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 from forecast_helpers import TINY, TOOLS, environment, make_frame, write_csv
+from safetensors.torch import load_file
 
 import vim2.forecast.training
-from vim2 import TSM2
 from vim2.checkpoints import read_checkpoint
 from vim2.command.options import resolve
 from vim2.forecast import Forecaster, UserError, fit
-from vim2.forecast.baselines import Ridge
+from vim2.forecast.committee import Networks
 from vim2.forecast.options import FitOptions
 from vim2.forecast.training import Run
 
-OPTIONS = dict(horizon=12, lookback=48, d_model=4, d_state=2, device="cpu", lr=2e-3)
+OPTIONS = dict(horizon=12, lookback=48, d_model=4, d_state=2, members=2, epoch_steps=4, device="cpu", lr=2e-3)
 
 
 def start(data, output, **options):
@@ -53,11 +53,13 @@ def test_training_learns_what_the_naive_forecasts_cannot_know(tmp_path):
     noise = np.random.default_rng(0).normal(size=1000)
     frame = pd.DataFrame({"date": pd.date_range("2024", periods=990, freq="h"), "a": noise[10:], "b": noise[:-10]})
     data = write_csv(tmp_path / "a.csv", frame)
-    options = dict(horizon=4, lookback=16, patch=4, stride=4, d_model=16, d_state=4, dropout=0.0, batch_size=16)
-    run = start(data, tmp_path, **options, lr=5e-3, epochs=6, instance_norm="none", experiment="r")
-    assert run["best"]["val_mse"] < 0.7 * run["baselines"]["ridge"]["val_mse"]
-    alone = start(data, tmp_path, **options, lr=5e-3, epochs=2, variate_mixer="none", experiment="alone")
-    assert alone["best"]["val_mse"] > 0.9 * run["baselines"]["ridge"]["val_mse"]
+    options = dict(horizon=4, lookback=16, patch=4, stride=4, d_model=16, d_state=4, dropout=0.0, head_dropout=0.0)
+    options |= dict(batch_size=16, epoch_steps=43, lr=5e-3, ema=0.9, instance_norm="none", loss="mse")
+    run = start(data, tmp_path, **options, epochs=6, variate_mixer="s6", experiment="r")
+    assert run["committee"]["val_mse"] < 0.7 * run["baselines"]["ridge"]["val_mse"]
+    assert sum(row["weight"] for name, row in run["committee"]["members"].items() if "TSM2" in name) > 0.5
+    alone = start(data, tmp_path, **options, epochs=2, variate_mixer="none", experiment="alone")
+    assert alone["committee"]["val_mse"] > 0.9 * run["baselines"]["ridge"]["val_mse"]
 
 
 def test_same_seed_same_run_and_another_seed_another(tmp_path, data):
@@ -65,11 +67,12 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path, data):
         start(data, tmp_path, epochs=1, seed=seed, experiment=name)
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert not torch.equal(a["head.weight"], c["head.weight"])
+    assert not torch.equal(a["0.head.weight"], c["0.head.weight"])
+    assert not torch.equal(a["0.head.weight"], a["1.head.weight"])
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sam": 0.1, "linear_path": True, "linear_path_lr": 0.1}, {"norm": "2d"}], ids=str
+    "options", [{}, {"members": 1, "epoch_steps": 40}, {"norm": "2d", "quantiles": [0.1, 0.9]}], ids=str
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, options, monkeypatch):
     whole = start(data, tmp_path, epochs=3, patience=9, experiment="whole", **options)
@@ -86,6 +89,9 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, op
         start(data, tmp_path, epochs=3, patience=9, experiment="cut", **options)
     cut = start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=True, **options)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert whole["committee"] == cut["committee"]
+    a, b = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     for mine, theirs in zip(whole["history"], cut["history"], strict=True):
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
@@ -152,20 +158,18 @@ def test_a_last_pth_from_before_tables_had_fingerprints_goes_on(tmp_path, data):
         ({"history": ...}, "not a last.pth"),
         ({"history": [1]}, "its history is damaged"),
         ({"history": [{"epoch": 1}]}, "its history is damaged"),
-        ({"start": {"epoch": 0}}, "its start is damaged"),
-        ({"start": None, "start_losses": None}, "its start is damaged"),
-        ({"start_losses": torch.zeros(3)}, "its start is damaged"),
         ({"optimizer": {}}, "does not fit"),
         ({"optimizer": {"state": {}, "param_groups": [1]}}, "does not fit"),
         ({"state_dict": {1: torch.ones(1)}}, "lacks weights"),
-        ({"state_dict": {"head.bias": torch.full((12,), torch.nan)}}, "NaN or infinite"),
+        ({"state_dict": {"0.head.bias": torch.full((12,), torch.nan)}}, "NaN or infinite"),
+        ({"ema": {}}, "does not fit"),
         ({"state_dict": {}}, "does not fit"),
         ({"options": {"horizon": "12"}}, "horizon must be a whole number"),
     ],
     ids=str,
 )
 def test_a_last_pth_with_an_odd_inside(tmp_path, data, changes, words):
-    options = dict(epochs=1, epoch_steps=1, experiment="r", linear_path=True)
+    options = dict(epochs=1, epoch_steps=1, experiment="r")
     start(data, tmp_path, **options)
     change_last(tmp_path / "r", **changes)
     with pytest.raises(UserError, match=words):
@@ -191,7 +195,7 @@ def test_it_stops_without_progress_and_keeps_the_best_epoch(tmp_path, data):
     run = start(data, tmp_path, lr=0.5, epochs=30, patience=2, experiment="r")
     assert len(run["history"]) == run["best"]["epoch"] + 2 < 30
     kept = Forecaster.from_pretrained(tmp_path / "r").metrics
-    assert kept == {**run["best"], "seed": 0}
+    assert kept == {**run["best"], "committee": run["committee"], "seed": 0}
 
 
 def test_the_test_rows_are_never_looked_at(tmp_path, data):
@@ -212,68 +216,29 @@ def test_the_conformal_correction_is_of_validation_alone(tmp_path, data):
     runs = [start(path, tmp_path, experiment=path.stem, **options) for path in (data, other)]
     a, b = (Forecaster.from_pretrained(run["folder"]).conformal for run in runs)
     assert a is not None and torch.equal(a, b)
-    assert 0 <= runs[0]["best"]["val_coverage"] <= 1
+    assert 0 <= runs[0]["committee"]["val_coverage"] <= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"linear_path": True}, {"quantiles": [0.1, 0.5, 0.9]}], ids=str)
-def test_each_epoch_forecasts_each_validation_window_once(tmp_path, data, options, monkeypatch):
-    seen, forward = [], TSM2.forward
+@pytest.mark.parametrize("options", [{}, {"quantiles": [0.1, 0.5, 0.9]}], ids=str)
+def test_each_epoch_forecasts_each_validation_window_once_and_mixing_twice(tmp_path, data, options, monkeypatch):
+    seen, forward = [], Networks.forward
 
-    def counted(model, x, *args, **given):
-        if not model.training:
+    def counted(networks, x, *args, **given):
+        if not networks.training:
             seen.append(len(x))
-        return forward(model, x, *args, **given)
+        return forward(networks, x, *args, **given)
 
-    monkeypatch.setattr(TSM2, "forward", counted)
+    monkeypatch.setattr(Networks, "forward", counted)
     run = start(data, tmp_path, epochs=3, epoch_steps=1, patience=9, experiment="r", **options)
-    passes = 3 + bool(run["start"])
-    assert sum(seen) == passes * run["windows"]["val"]
+    assert sum(seen) == (3 + 2) * run["windows"]["val"]
 
 
-@pytest.mark.parametrize("center", ["mean", "last"])
-def test_the_linear_path_starts_at_ridge_and_stays_there_unless_it_is_trained(tmp_path, data, center):
-    options = dict(linear_path=True, instance_norm=center)
-    run = start(data, tmp_path, epochs=1, epoch_steps=1, lr=1e-9, experiment="r", **options)
-    if center == "mean":
-        assert run["best"]["val_mse"] == pytest.approx(run["baselines"]["ridge"]["val_mse"], rel=1e-3)
-    made = make_run(**{**run["options"], "experiment": "other"})
-    ridge = Ridge.fit(made.windows["train"], made.windows["val"], center)
-    torch.testing.assert_close(weights(tmp_path / "r")["linear_path.weight"], ridge.weight)
-    start(data, tmp_path, epochs=1, experiment="t", linear_path_lr=1.0, **options)
-    assert not torch.equal(weights(tmp_path / "t")["linear_path.weight"], ridge.weight)
-
-
-def test_where_training_only_does_harm_the_start_is_kept(tmp_path, data):
-    run = start(data, tmp_path, linear_path=True, lr=1.0, epochs=5, patience=2, experiment="r")
-    assert run["best"] == run["start"] and run["best"]["epoch"] == 0 and len(run["history"]) == 2
-    assert run["best"]["val_mse"] == pytest.approx(run["baselines"]["ridge"]["val_mse"], rel=1e-4)
-    kept = Forecaster.from_pretrained(tmp_path / "r")
-    assert kept.metrics == {**run["start"], "seed": 0} and not kept.model.head.weight.any()
-
-
-def test_an_epoch_must_be_better_than_the_start_by_more_than_chance(tmp_path, data):
-    saved = start(data, tmp_path, linear_path=True, epochs=1, experiment="r")
-    assert saved["history"][0]["gain_error"] > 0
-    assert saved["history"][0]["gain"] == pytest.approx(
-        saved["start"]["val_mse"] - saved["history"][0]["val_mse"], abs=1e-5
-    )
-    run = make_run(**{**saved["options"], "patience": 2, "epochs": 9})
-    run.start = {"epoch": 0, "val_loss": 1.0}
-    run.history = [{"epoch": 1, "val_loss": 0.9, "gain": 0.1, "gain_error": 0.2}]
-    assert run.best["epoch"] == 0 and not run.is_finished
-    run.history.append({"epoch": 2, "val_loss": 0.95, "gain": 0.05, "gain_error": 0.04})
-    assert run.best["epoch"] == 2 and not run.is_finished
-    run.history.append({"epoch": 3, "val_loss": 0.91, "gain": 0.09, "gain_error": 0.2})
-    assert run.best["epoch"] == 2 and run.is_finished  # two epochs without a lower loss than the first's
-
-
-@pytest.mark.parametrize("linear_path", [False, True])
-def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys, linear_path):
+def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys):
     noise = np.random.default_rng(0).normal(size=400)
     dates = pd.date_range("2024", periods=400, freq="h")
     for name, series in (("mean", noise), ("last", noise.cumsum())):
         data = write_csv(tmp_path / f"{name}.csv", pd.DataFrame({"date": dates, "a": series}))
-        options = dict(epochs=1, epoch_steps=1, lr=1e-9, linear_path=linear_path)
+        options = dict(epochs=1, epoch_steps=1, lr=1e-9)
         run = start(data, tmp_path, experiment=name, **options)
         assert f"Instance normalisation is about the {name}" in capsys.readouterr().out
         assert run["options"]["instance_norm"] == "auto"
@@ -284,7 +249,7 @@ def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys, linea
         assert other["best"]["val_mse"] == run["best"]["val_mse"]
 
 
-@pytest.mark.parametrize("loss", ["mae", "huber"])
+@pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
 def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path, data, loss):
     run = start(data, tmp_path, epochs=2, loss=loss, experiment="r")
     other = start(data, tmp_path, epochs=2, experiment="other")
@@ -294,7 +259,7 @@ def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path,
 
 @needs_gpu
 def test_cuda_graphs_train_the_same(tmp_path, data):
-    options = dict(device="cuda", epochs=2, dropout=0.0, norm="2d")
+    options = dict(device="cuda", epochs=2, dropout=0.0, head_dropout=0.0, norm="2d")
     plain, graph = (start(data, tmp_path, cuda_graph=g, experiment=str(g), **options) for g in (False, True))
     for a, b in zip(plain["history"], graph["history"]):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
@@ -336,10 +301,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path, data, monkeypat
         (["--lr", "0"], ["--lr must be positive"]),
         (["--lr", "nan"], ["--lr must be a finite number"]),
         (["--clip-grad", "-1"], ["--clip-grad must be 0 or more"]),
-        (["--linear-path-lr", "-1"], ["--linear-path-lr must be 0 or more"]),
         (["--warmup-epochs", "inf"], ["--warmup-epochs must be a finite number"]),
         (["--weight-decay", "-1"], ["--weight-decay must be 0 or more"]),
-        (["--sam", "nan"], ["--sam must be a finite number"]),
+        (["--ema", "1"], ["--ema must lie in [0, 1)"]),
+        (["--members", "0"], ["--members must be 1 or more"]),
         (["--expand", "0"], ["--expand must be positive"]),
         (["--quantiles", "0.5", "1"], ["--quantiles must lie in (0, 1)"]),
         (["--split", "0.7", "-0.1", "0.4"], ["--split must be 0 or more"]),

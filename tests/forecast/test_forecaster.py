@@ -25,14 +25,16 @@ def future_csv(path, frame=None):
 def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, capsys):
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(tmp_path), device="cpu")
     assert result["windows"] == 80 - 12 + 1 and result["part"] == "test"
-    assert set(result["scores"]) == {"TSM2", "ridge", "last value", "seasonal naive"}
+    alone = {"TSM2 members alone", "ridge members alone"}
+    assert set(result["scores"]) == {"TSM2", *alone, "ridge", "last value", "seasonal naive"}
     out = capsys.readouterr().out
     for name, row in result["scores"].items():
-        assert f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
+        assert f"{name:<19} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
     assert 0 <= result["quantiles"]["coverage"] <= 1
+    assert sum(result["weights"].values()) == pytest.approx(1)
     assert result["config"]["horizon"] == 12 and result["chosen"]["seed"] == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["TSM2"] == result["scores"]["TSM2"]
-    for name in ("forecast.png", "errors.png"):
+    for name in ("forecast.png", "errors.png", "weights.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 
 
@@ -191,7 +193,9 @@ NAN = float("nan")
         ({"model": {"depth": True}}, "depth must be a whole number"),
         ({"model": {"expand": NAN}}, "expand must be a finite number"),
         ({"model": {"dropout": "0"}}, "dropout must be a finite number"),
-        ({"model": {"linear_path": 1}}, "linear_path must be True or False"),
+        ({"members": 0}, "members must be 1 or more"),
+        ({"members": 3}, "does not fit config.json"),
+        ({"members": 10**9}, "does not fit config.json"),
         ({"model": {"static_features": 2}}, "future features"),
         ({"model": {"future_length": 30}}, "future features of 30 steps"),
         ({"model": {"depth": 10**9}}, "does not fit config.json"),
@@ -240,8 +244,8 @@ def test_a_config_that_is_none(trained, tmp_path, text):
 def test_weights_that_no_training_writes(trained, tmp_path, change, words):
     forecaster = Forecaster.from_pretrained(trained)
     forecaster.save_pretrained(tmp_path)
-    weights = {k: v.clone() for k, v in forecaster.model.state_dict().items()}
-    save_file({**weights, "head.bias": change(weights["head.bias"]).contiguous()}, tmp_path / "model.safetensors")
+    weights, name = {k: v.clone() for k, v in forecaster.model.state_dict().items()}, "networks.0.head.bias"
+    save_file({**weights, name: change(weights[name]).contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"model.safetensors .*{words}"):
         Forecaster.from_pretrained(tmp_path)
 

@@ -7,7 +7,7 @@ import matplotlib.figure
 import numpy as np
 from PIL import Image
 
-from vim2.forecast.plots import plot_errors
+from vim2.forecast.plots import plot_errors, plot_weights
 
 
 def scores(variates):
@@ -44,3 +44,14 @@ def test_errors_of_many_variates_stay_legible(tmp_path, variates, monkeypatch):
         assert "30 of 207" in bars.get_xlabel()
     else:
         assert drawn == list(range(variates))
+
+
+def test_a_committees_weights_are_drawn_as_they_are(tmp_path, monkeypatch):
+    figures, write = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **o: (figures.append(f), write(f, *a, **o)))
+    plot_weights(["ridge about the mean", "TSM2 1", "TSM2 2"], [0.5, 0.3, 0.2], tmp_path / "weights.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.3, 0.2]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ridge about the mean", "TSM2 1", "TSM2 2"]
+    assert [text.get_text() for text in axes.texts] == ["0.50", "0.30", "0.20"]
+    assert Image.open(tmp_path / "weights.png").size[0] > 500

@@ -1,4 +1,4 @@
-"""tools/benchmarks/forecast_results.py: a search, a run of what it chose, a comparison and their table."""
+"""tools/benchmarks/forecast_results.py: a run, a comparison and their table."""
 
 from common.command import run_tool
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from benchmarks.forecast_results import main
 
-SMALL = ["--set", "epochs=1", "epoch_steps=2", "patch=64", "stride=64", "d_state=2", "d_model=4"]
+SMALL = ["--set", "epochs=1", "epoch_steps=2", "patch=64", "stride=64", "d_state=2", "d_model=4", "members=2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,35 +43,29 @@ def read(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_search_then_run_then_table_cell_by_cell(results_tool, tmp_path):
-    code, out, _ = results_tool("search", *SMALL, "--candidates", "mae", "plain-sam")
+def test_a_run_cell_by_cell_and_its_table(results_tool, tmp_path):
+    code, out, _ = results_tool("run", *SMALL, "--seeds", "0", "1", "--minutes", "0")
+    assert code == 1 and "2 cells are left" in out
+    code, out, _ = results_tool("run", *SMALL, "--seeds", "0", "1", "--jobs", "2")
+    assert code == 0 and "2 cells to run, 0 done before" in out and "All cells are done." in out
     rows = read(tmp_path)
-    best = min(rows, key=lambda row: row["val_mse"])["label"]
-    assert code == 0 and "All cells are done." in out and f"ETTh1: {best} {{" in out
-    assert {row["label"] for row in rows} == {"mae", "plain-sam"}
-    assert not any("mse" in row for row in rows)  # the search sees no test rows
-    code, out, _ = results_tool("run", *SMALL, "--chosen", "--seeds", "0")
-    assert code == 0 and "1 cells to run, 2 done before" in out and "| ETTh1 | 96 | " in out
-    last = read(tmp_path)[-1]
-    assert last["changes"]["patch"] == 64 and last["mse"] > 0 and last["ridge_mse"] > 0
-    assert "0 cells to run, 3 done before" in results_tool("run", *SMALL, "--chosen", "--seeds", "0")[1]
-    assert "| ETTh1 | 96 | " in results_tool("table")[1]
+    assert {row["seed"] for row in rows} == {0, 1} and all(row["changes"]["patch"] == 64 for row in rows)
+    for row in rows:
+        assert row["mse"] > 0 and row["ridge_mse"] > 0 and row["TSM2_members_alone_mse"] > row["mse"]
+        assert sum(row["weights"].values()) == pytest.approx(1) and 0 <= row["tsm2_weight"] <= 1
+    code, out, _ = results_tool("table")
+    assert code == 0 and "| ETTh1 | 96 | " in out and " ± " in out
+    assert "0 cells to run, 2 done before" in results_tool("run", *SMALL, "--seeds", "0")[1]
     code, _, error = results_tool("run", "--set", "epochs=2", "--seeds", "0")
     assert code == 2 and "choose another output folder" in error  # other settings are not taken for another seed
 
 
-def test_all_searches_runs_what_it_chose_and_compares_until_the_time_is_over(results_tool, tmp_path):
-    argv = ["all", "--candidates", "mae", "eager", "--seeds", "0", "1", "--compare", "calendar", *SMALL]
-    code, out, _ = results_tool(*argv, "--minutes", "0")
-    assert code == 1 and "2 cells are left" in out
-    code, out, _ = results_tool(*argv, "--jobs", "2")
+def test_comparisons_that_validate_only(results_tool, tmp_path):
+    code, out, _ = results_tool("run", "--compare", "calendar", *SMALL, "--seeds", "0", "--no-test")
     rows = read(tmp_path)
-    assert [row["label"] for row in rows[2:4]] == ["TSM2", "TSM2"] and len(rows) == 8
-    searched = {row["label"]: row for row in rows[:2]}
-    best = min(searched.values(), key=lambda row: row["val_mse"])
-    assert rows[2]["changes"] == rows[3]["changes"] == best["changes"]
-    assert {row["label"] for row in rows[4:]} == {"history alone", "with calendar features"}
-    assert code == 0 and "All cells are done." in out and "| ETTh1 | 96 | " in out and " ± " in out
+    assert code == 0 and {row["label"] for row in rows} == {"history alone", "with calendar features"}
+    assert not any("mse" in row for row in rows) and all(row["val_mse"] > 0 for row in rows)
+    assert "test" not in out
 
 
 def test_what_is_missing_is_one_line(capsys, tmp_path):
@@ -97,7 +91,7 @@ ROW = dict(name="ETTh1", horizon=96, label="TSM2", seed=0, epoch=1, val_mse=1.0,
 )
 def test_a_line_that_no_cell_can_have_written_is_named(row, word, results_tool, tmp_path):
     (tmp_path / "results.jsonl").write_text(f"{json.dumps(ROW)}\n{json.dumps(row)}\n")
-    for command in ("table", "search"):
+    for command in ("table", "run"):
         code, _, error = results_tool(command)
         assert code == 2 and error.count("\n") == 1
         assert f"results.jsonl, line 2, has {word}: delete that line" in error

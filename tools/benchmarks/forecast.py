@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""How long TSM2 takes: epochs in the shape of ETTh1 and Weather, and time and memory over variates and lookback.
+"""How long TSM2 takes: epochs of a committee in the shape of ETTh1 and Weather, and one's time and memory over variates
+and lookback.
 
 Random series; medians. Writes benchmark.json, and benchmark.png of the scaling, to --output, and prints markdown.
 """
@@ -17,17 +18,19 @@ import platform
 import time
 
 import torch
+from timm.utils import ModelEmaV3
 
-from vim2 import TSM2, TSM2Config
+from vim2 import TSM2Config
 from vim2.checkpoints import write_atomically
 from vim2.command.graphs import record
+from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import model_forecast, score
-from vim2.forecast.training import Positional
 
+MEMBERS = 3
 EPOCHS = {  # windows to train on and to validate on, variates, batch, model
-    "ETTh1, d_model 16, 1 block": (8033, 2785, 7, 64, dict(d_model=16, depth=1)),
-    "Weather, d_model 64, 2 blocks": (36280, 5175, 21, 128, dict(d_model=64, depth=2)),
+    "ETTh1": (8033, 2785, 7, 64, dict(d_model=16, variate_mixer="none")),
+    "Weather": (36280, 5175, 21, 128, dict(d_model=64)),
 }
 
 
@@ -36,13 +39,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_step(config: TSM2Config, device: torch.device, amp: bool, example: torch.Tensor | None = None):
+def make_step(config: TSM2Config, members: int, device: torch.device, amp: bool, example: torch.Tensor | None = None):
     """A training step on a batch, as the training loop makes it; with CUDA graphs for batches like the example."""
     torch.manual_seed(0)
-    model = TSM2(config).to(device)
-    graphed = (
-        None if example is None else record(Positional(model).train(), (example,), torch.bfloat16 if amp else None)
-    )
+    model = Networks(config, members).to(device)
+    ema = ModelEmaV3(model, decay=0.998)
+    graphed = None if example is None else record(model.train(), (example,), torch.bfloat16 if amp else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def step(x, y):
@@ -52,11 +54,13 @@ def make_step(config: TSM2Config, device: torch.device, amp: bool, example: torc
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 loss = (model(x).float() - y).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for network in model:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        ema.update(model)
 
-    return model, step
+    return ema.module, step
 
 
 def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
@@ -64,10 +68,10 @@ def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
     cases = [(n, graph) for n in EPOCHS for graph in ((False, True) if device.type == "cuda" else (False,))]
     for name, graph in cases:
         train, val, variates, batch, options = EPOCHS[name]
-        config = TSM2Config(lookback=512, horizon=96, **options)
+        config = TSM2Config(lookback=512, horizon=96, patch=64, stride=32, d_state=8, **options)
         values = torch.randn(train + 607, variates, device=device)
         windows, validation = (Windows(values, 512, 96, 0, n + 607) for n in (train, val))
-        model, step = make_step(config, device, amp, windows[:batch][0].contiguous() if graph else None)
+        model, step = make_step(config, MEMBERS, device, amp, windows[:batch][0].contiguous() if graph else None)
         count = len(windows) if share == 1 else max(int(share * train) // batch, 1) * batch
         order = torch.randperm(len(windows), device=device)[:count]
         for size in (batch, batch, batch, len(order) % batch or batch):  # kernels may be compiled for the last batch
@@ -78,12 +82,12 @@ def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
             step(*windows[index][:2])
         synchronise(device)
         seconds = (time.perf_counter() - start) * train / len(order)
-        model.eval()
+        forecast = model_forecast(model.eval(), amp=amp)
         some = Windows(values, 512, 96, 0, 607 + max(int(share * val), 1))
         for _ in range(2):  # the first warms up
             synchronise(device)
             start = time.perf_counter()
-            score(model_forecast(model, amp=amp), some)
+            score(lambda x, _, forecast=forecast: forecast(x, None).mean(0), some)
             synchronise(device)
         rows.append(
             dict(
@@ -105,7 +109,7 @@ def time_scaling(
     for axis, sizes in (("variates", variates), ("lookback", lookbacks)):
         for size in sizes:
             m, lookback = (size, 512) if axis == "variates" else (21, size)
-            _, step = make_step(TSM2Config(lookback=lookback, d_model=64, depth=2), device, amp)
+            _, step = make_step(TSM2Config(lookback=lookback, d_model=64, depth=2), 1, device, amp)
             x, y = torch.randn(8, lookback, m, device=device), torch.randn(8, 96, m, device=device)
             step(x, y)
             if device.type == "cuda":

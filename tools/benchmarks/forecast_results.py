@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""The results tables of the benchmark data sets: search settings on validation, run cells, print tables.
+"""The results tables of the benchmark data sets: run cells, print tables.
 
     forecast_results.py ridge   the ridge baseline's test errors, which show that the protocol is the field's
-    forecast_results.py search  validates candidate settings of each data set, seed 0, and names the best
-    forecast_results.py run     trains and tests the frozen recipes, a cell for data set, horizon and seed
-    forecast_results.py all     search, and run with what it found, data sets side by side
+    forecast_results.py run     trains and tests, with one recipe for all, a cell for data set, horizon and seed
     forecast_results.py table   prints what was run, beside the paper's and published figures
 
-Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there already is not run again.
+Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there already is not run again. With --no-test,
+cells are trained and validated, and the test splits are not looked at.
 """
 
 import sys
@@ -21,12 +20,9 @@ from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable
 
 from benchmarks.reporting import is_number
 from vim2.command.errors import UserError
-
-Stage = Callable[[list[dict]], list[dict]]
 
 FILES = {
     "ETTh1": "ETTh1.csv",
@@ -46,59 +42,19 @@ PAPER = {  # arXiv 2403.19888, MSE at the four horizons
     "Weather": (0.161, 0.208, 0.252, 0.337),
 }
 DUET = {"ETTh1": 0.398, "ETTh2": 0.334, "ETTm1": 0.338, "ETTm2": 0.248, "Exchange": 0.280, "Weather": 0.218}  # averages
-# Settings that `search` tries: what differs from the recipe, by name. They are complete, so that they stay what they
-# were when the recipe becomes another.
-_FIXED = dict(loss="mse", sam=0.0, linear_path_lr=0.0)
-_GENTLE, _EAGER = dict(_FIXED, lr=1e-4, head_dropout=0.5), dict(_FIXED, lr=5e-4, head_dropout=0.7)
-_SMALL = {
-    "gentle": _GENTLE,
-    "eager": _EAGER,
-    "sam": dict(_EAGER, sam=0.3),
-    "path-trained": dict(_EAGER, linear_path_lr=0.05),
-    "mae": dict(_EAGER, loss="mae"),
-    "gentle-mae": dict(_GENTLE, loss="mae"),
-    "plain-sam": dict(_EAGER, linear_path=False, head_dropout=0.3, sam=0.3, epochs=10, patience=3),
-}
-_LARGE = dict(lr=5e-4, head_dropout=0.3, dropout=0.2, d_state=8, depth=2, epochs=6, patience=2)
-
-
-def _large(d_model: int, patch: int) -> dict[str, dict]:
-    base = dict(_LARGE, d_model=d_model, patch=patch, stride=patch // 2)
-    path, plain = dict(base, linear_path=True), dict(base, linear_path=False)
-    return {
-        "path": dict(path, loss="mse"),
-        "path-mae": dict(path, loss="mae"),
-        "path-mae-gentle": dict(path, loss="mae", lr=2e-4, head_dropout=0.5),
-        "path-mae-trained": dict(path, loss="mae", linear_path_lr=0.05),
-        "path-mae-coarse": dict(path, loss="mae", lr=2e-4, head_dropout=0.5, depth=1, patch=64, stride=32),
-        "plain": dict(plain, loss="mse"),
-        "plain-mae": dict(plain, loss="mae"),
-    }
-
-
-CANDIDATES = {
-    "ETTh1": _SMALL,
-    "ETTh2": _SMALL,
-    "Exchange": _SMALL,
-    "ETTm1": _large(32, 16),
-    "ETTm2": _large(32, 16),
-    "Weather": {k: v for k, v in _large(64, 32).items() if k not in ("path-mae-trained", "path-mae-coarse")},
-}
-# Comparisons, at the first horizon: without the linear path, which would hide what the mixers do, and with the same
-# settings everywhere, which no search chose.
-_ALONE = dict(linear_path=False, instance_norm="mean", loss="mse", patch=16, stride=8, d_model=32, depth=1, d_state=8)
-_ALONE |= dict(dropout=0.2, head_dropout=0.2, lr=5e-4, epochs=8, patience=3)
+# Comparisons, at the first horizon. What TSM2 does alone, and ridge, is told of every cell.
+_S6 = dict(variate_mixer="s6")
 COMPARISONS = {
     "ablations": {
-        "TSM2 without linear path": _ALONE,
-        "TSM2-MLP": dict(_ALONE, variate_mixer="mlp"),
-        "Mamba + linear time": dict(_ALONE, time_mixer="linear"),
-        "no variate mixer": dict(_ALONE, variate_mixer="none"),
-        "2-D norm, no instance norm": dict(_ALONE, norm="2d", instance_norm="none"),
+        "S6 along time and variates": _S6,
+        "TSM2-MLP": dict(variate_mixer="mlp"),
+        "Mamba + linear time": dict(_S6, time_mixer="linear"),
+        "no variate mixer": dict(variate_mixer="none"),
+        "2-D norm, no instance norm": dict(_S6, norm="2d", instance_norm="none"),
     },
     "calendar": {
-        "history alone": _ALONE,
-        "with calendar features": dict(_ALONE, calendar=True),
+        "history alone": {},
+        "with calendar features": dict(calendar=True),
     },
 }
 COMPARED = {"ablations": ("ETTh1", "ETTm1", "Exchange"), "calendar": ("ETTh1", "ETTh2", "Weather")}
@@ -112,7 +68,7 @@ def data_file(folder: Path, name: str) -> Path:
 
 
 def run_cell(task: dict) -> dict:
-    """Train, and test unless it is a search."""
+    """Train, and test if asked to."""
     import torch
 
     from vim2.forecast import evaluate, fit
@@ -123,25 +79,27 @@ def run_cell(task: dict) -> dict:
     options = {k: task[k] for k in ("data", "device", "cuda_graph", "output")} | task["settings"]["changes"]
     options |= dict(recipe=cell["name"], horizon=cell["horizon"], seed=cell["seed"])
     run = fit(**options, experiment=experiment, resume=True)
-    best = run["best"]
+    committee = run["committee"]
+    weights = {name: row["weight"] for name, row in committee["members"].items()}
     result = dict(
-        val_mse=best["val_mse"],
-        val_mae=best["val_mae"],
-        epoch=best["epoch"],
-        gain=best.get("gain"),
-        gain_error=best.get("gain_error"),
+        val_mse=committee["val_mse"],
+        val_mae=committee["val_mae"],
+        tsm2_val_mse=run["best"]["val_mse"],
+        ridge_val_mse=run["baselines"]["ridge"]["val_mse"],
+        weights=weights,
+        tsm2_weight=sum(weight for name, weight in weights.items() if name.startswith("TSM2")),
+        epoch=run["best"]["epoch"],
         epochs=len(run["history"]),
         epoch_seconds=sorted(row["seconds"] for row in run["history"])[len(run["history"]) // 2],
-        ridge_val_mse=run["baselines"]["ridge"]["val_mse"],
         parameters=run["parameters"],
         device=run["device"],
         versions=run["versions"],
     )
-    if task["test"]:
+    if task["settings"]["test"]:
         scores = evaluate(data=task["data"], checkpoint=run["folder"], device=task["device"], amp=run["options"]["amp"])
         for name, row in scores["scores"].items():
             prefix = "" if name == "TSM2" else name.replace(" ", "_") + "_"
-            result[prefix + "mse"], result[prefix + "mae"] = row["mse"], row["mae"]
+            result |= {prefix + error: row[error] for error in ("mse", "mae", "mase")}
     return result
 
 
@@ -177,88 +135,53 @@ def print_ridge(args: argparse.Namespace) -> None:
         print(f"| {name} | {cells} | {average:.4f} | {others} |", flush=True)
 
 
-def run_all(stages: dict[str, list[Stage]], args: argparse.Namespace) -> tuple[list[dict], int]:
-    """Run the cells that have no result yet, several at a time, until the time is over.
+def run_all(tasks: list[dict], args: argparse.Namespace) -> tuple[list[dict], int]:
+    """Run the cells that have no result yet, several at a time, until the time is over; all results, and how many cells
+    have none."""
+    path = args.output / "results.jsonl"
+    done = read_results(path, fault)
+    left = sum(find_result(task, done) is None for task in tasks)
+    print(f"{left} cells to run, {len(done)} done before", flush=True)
 
-    Args:
-        stages: For each data set, what is to be done one after the other: functions from all results so far to tasks.
-        args: Of the command line.
-
-    Returns:
-        All results, and how many cells have none.
-    """
-    left = dict.fromkeys(stages, 0)
-
-    def next_cells(name: str, rows: list[dict]) -> Iterable[dict]:
-        while stages[name] and not left[name]:
-            tasks = [task for task in stages[name].pop(0)(rows) if find_result(task, rows) is None]
-            print(f"{name}: {len(tasks)} cells to run, {len(rows)} done before", flush=True)
-            left[name] += len(tasks)
-            yield from tasks
-
-    def finished(task: dict, row: dict | None, rows: list[dict]) -> Iterable[dict]:
-        left[task["key"]["name"]] -= 1
+    def finished(task: dict, row: dict | None, rows: list[dict]) -> list[dict]:
         if row:
             test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
             print(
                 f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
-                f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  epoch {row['epoch']} of "
-                f"{row['epochs']}, {row['seconds']} s",
+                f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  TSM2's weight "
+                f"{row['tsm2_weight']:.2f}  epoch {row['epoch']} of {row['epochs']}, {row['seconds']} s",
                 flush=True,
             )
-        return next_cells(task["key"]["name"], rows)
-
-    path = args.output / "results.jsonl"
-
-    def first(rows: list[dict]) -> list[dict]:
-        return [task for name in stages for task in next_cells(name, rows)]
+        return []
 
     gpus = visible_gpus() if args.device in (None, "cuda") else []
     rows, count = run_tasks(
-        run_cell, first, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished, fault=fault
+        run_cell, tasks, path, jobs=args.jobs, minutes=args.minutes, gpus=gpus, then=finished, fault=fault
     )
     print(f"{count} cells are left." if count else "All cells are done.", flush=True)
     return rows, count
-
-
-def chosen_label(name: str, rows: list[dict]) -> str | None:
-    """The candidate with the lowest validation error over the horizons, each relative to ridge's."""
-    totals = {}
-    for row in rows:
-        if row["name"] == name and row["label"] in CANDIDATES[name] and row["seed"] == 0:
-            totals.setdefault(row["label"], []).append(row["val_mse"] / row["ridge_val_mse"])
-    complete = max(map(len, totals.values()), default=0)
-    means = {label: sum(v) / len(v) for label, v in totals.items() if len(v) == complete}
-    if not means:
-        return None
-    listed = ", ".join(f"{k} {v:.4f}" for k, v in sorted(means.items(), key=lambda kv: kv[1]))
-    print(f"{name}, validation over ridge's: {listed}", flush=True)
-    return min(means, key=means.get)
 
 
 def tables(rows: list[dict]) -> str:
     """Markdown: errors of every cell with at least one seed, mean ± deviation over the seeds, beside the baselines' and
     published ones, and averages.
 
-    `epoch` has the chosen epoch of every seed. An MSE in bold is below ridge's; "p" is below the paper's, "d" below
-    DUET's, which is known to us as an average.
+    "weight" is what TSM2 has of the committee's weights, "TSM2" and "ridges" the errors of these members alone. An MSE
+    in bold is below ridge's; "p" is below the paper's, "d" below DUET's, which is known to us as an average.
     """
     lines, by_cell = [], {}
     for row in rows:
         if "mse" in row:
             by_cell.setdefault((row["label"], row["name"], row["horizon"]), []).append(row)
     for label in dict.fromkeys(label for label, _, _ in by_cell):
-        lines += [
-            f"\n{label}\n",
-            "| data set | H | epoch | MSE | MAE | ridge, MSE | ridge, MAE | last value, MSE | paper, MSE | DUET, MSE |",
-        ]
-        lines.append("|---" * 10 + "|")
+        heads = ["data set", "H", "MSE", "MAE", "MASE", "weight", "TSM2, MSE", "ridges, MSE"]
+        heads += ["ridge, MSE", "ridge, MAE", "last value, MSE", "paper, MSE", "DUET, MSE"]
+        lines += [f"\n{label}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for name in FILES:
             cells = {h: by_cell[label, name, h] for h in HORIZONS if (label, name, h) in by_cell}
             for h, group in cells.items():
                 group.sort(key=lambda row: row["seed"])
-                epochs = ", ".join(str(row["epoch"]) for row in group)
-                lines.append(line(f"{name} | {h} | {epochs}", group, PAPER[name][HORIZONS.index(h)]))
+                lines.append(line(f"{name} | {h}", group, PAPER[name][HORIZONS.index(h)]))
             seeds = set.intersection(*({row["seed"] for row in group} for group in cells.values())) if cells else ()
             if len(cells) == len(HORIZONS) and seeds:
                 averages = []
@@ -266,11 +189,12 @@ def tables(rows: list[dict]) -> str:
                     of_seed = [next(row for row in group if row["seed"] == seed) for group in cells.values()]
                     averages.append({k: sum(row[k] for row in of_seed) / len(of_seed) for k in COLUMNS})
                 paper = sum(PAPER[name]) / len(HORIZONS)
-                lines.append(line(f"{name} | average | ", averages, paper, DUET[name], len(seeds)))
+                lines.append(line(f"{name} | average", averages, paper, DUET[name], len(seeds)))
     return "\n".join(lines)
 
 
-COLUMNS = ("mse", "mae", "ridge_mse", "ridge_mae", "last_value_mse")
+COLUMNS = ("mse", "mae", "mase", "tsm2_weight", "TSM2_members_alone_mse", "ridge_members_alone_mse")
+COLUMNS += ("ridge_mse", "ridge_mae", "last_value_mse")
 KEY_NUMBERS, VALIDATION = ("horizon", "seed"), ("epoch", "val_mse", "ridge_val_mse")  # that every row has
 
 
@@ -286,11 +210,11 @@ def fault(row: dict) -> str:
 def line(start: str, group: list[dict], paper: float, duet: float | None = None, seeds: int = 0) -> str:
     """A row of the table from the rows of its seeds."""
     means = {k: statistics.fmean(row[k] for row in group) for k in COLUMNS}
-    cells = [f"{means[k]:.4f}" for k in COLUMNS]
+    cells = [f"{means[k]:.2f}" if k == "tsm2_weight" else f"{means[k]:.4f}" for k in COLUMNS]
     if len(group) > 1:
         for i in range(2):
             cells[i] += f" ± {statistics.stdev(row[COLUMNS[i]] for row in group):.4f}"
-    if round(means["mse"], 4) < round(means["ridge_mse"], 4):  # where the start was kept, it is ridge but for rounding
+    if round(means["mse"], 4) < round(means["ridge_mse"], 4):
         cells[0] = f"**{cells[0]}**"
     marks = [mark for mark, other in (("p", paper), ("d", duet)) if other is not None and means["mse"] < other]
     cells[0] += "".join(f" {mark}" for mark in marks)
@@ -299,7 +223,7 @@ def line(start: str, group: list[dict], paper: float, duet: float | None = None,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("ridge", "search", "run", "all", "table"))
+    parser.add_argument("command", choices=("ridge", "run", "table"))
     parser.add_argument("--data-dir", type=Path, help="folder with ETTh1.csv, ..., exchange_rate.csv, weather.csv")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-results"), help="folder of the results")
     parser.add_argument("--names", nargs="+", choices=tuple(FILES), default=list(FILES))
@@ -313,14 +237,12 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=tuple(COMPARISONS),
         default=[],
-        help="with `run`: this instead of the recipes; with `all`: this, too",
+        help="this, at the first horizon, instead of the recipe at all",
     )
-    parser.add_argument("--candidates", nargs="+", metavar="LABEL", help="of `search` and `all`; default: all")
-    parser.add_argument("--chosen", action="store_true", help="run what `search` found best, not the frozen recipes")
+    parser.add_argument("--no-test", action="store_true", help="validate only")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a cell")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
-    parser.add_argument("--search-horizons", nargs="+", type=int, choices=HORIZONS, help="default: --horizons")
     parser.add_argument("--device", default=None)
     parser.add_argument("--cuda-graph", action="store_true", help="see `fit`")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help="further options of `fit`")
@@ -333,49 +255,31 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "ridge":
         print_ridge(args)
         return 0
-    rows, left = run_all({name: plan(name, args) for name in args.names}, args)
-    if args.command == "search":
-        for name in args.names:
-            if label := chosen_label(name, rows):
-                print(f"{name}: {label} {CANDIDATES[name][label]}")
-    else:
-        print(tables(rows))
+    rows, left = run_all([task for name in args.names for task in plan(name, args)], args)
+    print(tables(rows))
     return int(left > 0)
 
 
-def plan(name: str, args: argparse.Namespace) -> list[Stage]:
-    """What the command does with a data set. Of several, what is nearly done comes first."""
+def plan(name: str, args: argparse.Namespace) -> list[dict]:
+    """The cells of a data set."""
     extra = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
     common = dict(data=str(data_file(args.data_dir, name)), output=str(args.output / "runs"))
     common |= dict(device=args.device, cuda_graph=args.cuda_graph, threads=args.threads)
     common |= dict(group=name, places=1 + (name == "Weather"))  # the largest, with which a GPU is busy
 
-    def task(priority: int, horizon: int, label: str, changes: dict, seed: int, test: bool = True) -> dict:
+    test = not args.no_test
+
+    def task(horizon: int, label: str, changes: dict, seed: int) -> dict:
         key = dict(name=name, horizon=horizon, seed=seed, label=label)
-        return dict(common, key=key, settings=dict(changes={**changes, **extra}), priority=priority, test=test)
+        return dict(common, key=key, settings=dict(changes={**changes, **extra}, test=test), priority=seed)
 
-    def search(rows: list[dict]) -> list[dict]:
-        candidates = {k: v for k, v in CANDIDATES[name].items() if args.candidates is None or k in args.candidates}
-        horizons = args.search_horizons or args.horizons
-        return [task(1, h, label, changes, 0, test=False) for h in horizons for label, changes in candidates.items()]
-
-    def run(rows: list[dict]) -> list[dict]:
-        label = chosen_label(name, rows) if args.chosen or args.command == "all" else None
-        changes = CANDIDATES[name][label] if label else {}
-        return [task(0, h, "TSM2", changes, seed) for seed in args.seeds for h in args.horizons]
-
-    def compare(rows: list[dict]) -> list[dict]:
-        settings = {}
-        for comparison in args.compare:
-            if name in COMPARED[comparison]:
-                settings.update(COMPARISONS[comparison])
-        return [task(2, args.horizons[0], label, c, seed) for seed in args.seeds for label, c in settings.items()]
-
-    if args.command == "search":
-        return [search]
-    if args.command == "all":
-        return [search, run, compare]
-    return [compare] if args.compare else [run]
+    if not args.compare:
+        return [task(horizon, "TSM2", {}, seed) for seed in args.seeds for horizon in args.horizons]
+    settings = {}
+    for comparison in args.compare:
+        if name in COMPARED[comparison]:
+            settings |= COMPARISONS[comparison]
+    return [task(args.horizons[0], label, c, seed) for seed in args.seeds for label, c in settings.items()]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,17 @@ from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite
 from .frames import LONG, describe, leave_out_index, read_frame, widen
 from .stamps import find_step, join_time_of_day, parse_times, repair_times, to_step, usual_gap
 
-__all__ = ["Scaler", "Split", "Table", "Windows", "calendar_cycles", "calendar_features", "make_split", "read_table"]
+__all__ = [
+    "Scaler",
+    "Split",
+    "Table",
+    "Windows",
+    "calendar_cycles",
+    "calendar_features",
+    "make_split",
+    "read_table",
+    "split_rows",
+]
 
 TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
 MISSING = ("error", "interpolate", "previous")
@@ -233,11 +243,11 @@ class Split:
         return starts[part], ends[part]
 
 
-def make_split(rows: int, parts: Sequence[float], lookback: int, horizon: int) -> Split:
+def split_rows(rows: int, parts: Sequence[float]) -> Split:
     """A split by shares, (0.7, 0.1, 0.2), rounded as the field does, or by rows, (8640, 2880, 2880).
 
     Raises:
-        UserError: More rows than there are, or too few for lookback and horizon.
+        UserError: Numbers that are none of both, or more rows than there are.
     """
     if len(parts) != 3 or any(p < 0 for p in parts):
         raise UserError(f"A split is three numbers, of training, validation and test, got {list(parts)}.")
@@ -250,17 +260,27 @@ def make_split(rows: int, parts: Sequence[float], lookback: int, horizon: int) -
         raise UserError(f"The shares of a split must sum to 1, or be whole numbers of rows; got {list(parts)}.")
     if train + val + test > rows:
         raise UserError(f"The split asks for {train + val + test} rows, the file has {rows}: choose another --split.")
+    return Split(train, val, test)
+
+
+def make_split(rows: int, parts: Sequence[float], lookback: int, horizon: int) -> Split:
+    """The `split_rows` for windows of a lookback and a horizon.
+
+    Raises:
+        UserError: As `split_rows`; too few rows for lookback and horizon.
+    """
+    split = split_rows(rows, parts)
     for name, size, needed in (
-        ("training", train, lookback + horizon),
-        ("validation", val, horizon),
-        ("test", test, horizon if test else 0),
+        ("training", split.train, lookback + horizon),
+        ("validation", split.val, horizon),
+        ("test", split.test, horizon if split.test else 0),
     ):
         if size < needed:
             raise UserError(
                 f"{size} rows of {name} (of {rows} in the file) are too few for a lookback of {lookback} and a "
                 f"horizon of {horizon}, which need {needed}: shorten them, or choose another --split."
             )
-    return Split(train, val, test)
+    return split
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Errors over all windows of a split, of a model and of the baselines."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .baselines import Ridge
 from .data import Windows
 from .forecaster import Forecaster
 from .options import EvaluateOptions, open_options, reading_options
-from .plots import plot_errors, plot_forecast
+from .plots import plot_errors, plot_forecast, plot_weights
 from .scores import baseline_scores, mase, model_forecast, naive_errors, score
 from .training import versions
 
@@ -24,7 +25,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
-    """Errors of a trained TSM2 and of the baselines, as `vim2 forecast evaluate` prints them.
+    """Errors of a trained committee and of the baselines, as `vim2 forecast evaluate` prints them.
 
     Args:
         argv: Command line; or else
@@ -41,9 +42,10 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     device = choose_device(o.device)
     forecaster = Forecaster.from_pretrained(o.checkpoint, device)
     table = forecaster.read(data, **reading_options(o))
-    for note in table.repairs:
+    for note in [*table.repairs, *forecaster.doubts]:
         say(note)
-    config, split, part = forecaster.model.config, forecaster.split, o.part
+    model, split, part = forecaster.model, forecaster.split, o.part
+    config = model.config
     if split is None:
         raise UserError(f"{o.checkpoint} does not say which rows are its test rows.")
     rows = split.train + split.val + split.test
@@ -58,6 +60,11 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     }
     amp, levels = o.amp and device.type == "cuda", config.quantiles
     scores = {"TSM2": score(lambda x, f: forecaster.forecast_windows(x, f, amp), windows[part], o.batch_size, levels)}
+    if model.linear:
+        for kind in ("TSM2", "ridge"):
+            weights = model.prior([kind])
+            forecast = model_forecast(partial(model, weights=weights), amp)
+            scores[f"{kind} members alone"] = score(forecast, windows[part], o.batch_size, levels)
     ridge = Ridge.fit(windows["train"], windows["val"])
     scores.update(baseline_scores(ridge, windows[part], forecaster.season, o.batch_size))
     naive = naive_errors(values[: split.train], forecaster.season)
@@ -65,13 +72,16 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     for name, row in scores.items():
         row["mase"] = mase(row, naive)
         scaled = "" if row["mase"] is None else f"  MASE {row['mase']:.4f}"
-        say(f"{name:<15} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}{scaled}")
+        say(f"{name:<19} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}{scaled}")
+    if model.linear:
+        say("Committee: " + ", ".join(f"{w:.2f} {name}" for name, w in zip(model.names, model.weights.tolist())))
     result = {
         "part": part,
         "windows": len(windows[part]),
         "columns": forecaster.columns,
         "scores": scores,
         "ridge_penalty": ridge.penalty,
+        "weights": dict(zip(model.names, model.weights.tolist(), strict=True)),
         "chosen": forecaster.metrics,
         "config": config.to_dict(),
         "rows": {"train": split.train, "val": split.val, "test": split.test},
@@ -81,7 +91,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         result["quantiles"] = {name: scores["TSM2"][name] for name in ("crps", "coverage")}
         say(describe_quantiles("Quantiles", result["quantiles"], levels))
         if forecaster.conformal is not None:
-            before = score(model_forecast(forecaster.model, amp), windows[part], o.batch_size, levels)
+            before = score(model_forecast(model, amp), windows[part], o.batch_size, levels)
             result["without_conformal"] = {name: before[name] for name in ("crps", "coverage")}
             say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))
     folder = Path(o.output or o.checkpoint)
@@ -111,7 +121,10 @@ def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: Evalu
     start = split.borders(part, config.lookback)[0] + index
     now, end = start + config.lookback, start + config.lookback + config.horizon
     first = now - min(config.lookback, max(2 * config.horizon, 24))
-    with figures_if_possible("forecast.png and errors.png"):
+    model = forecaster.model
+    with figures_if_possible("forecast.png, errors.png and weights.png"):
         history, truth = table.values[first:now], table.values[now:end]
         plot_forecast(forecaster, table.times[first:end], history, truth, forecast, folder / "forecast.png")
         plot_errors(forecaster.columns, scores, folder / "errors.png")
+        if model.linear:
+            plot_weights(model.names, model.weights.tolist(), folder / "weights.png")

@@ -1,4 +1,4 @@
-"""A trained TSM2 together with what it needs to know of the series: saved, loaded, applied to files."""
+"""A trained committee together with what it needs to know of the series: saved, loaded, applied to files."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
 from ..command.progress import say
-from ..tsm2 import TSM2, TSM2Config
+from ..tsm2 import TSM2Config
+from .committee import Committee
 from .conformal import calibrate
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
 from .frames import LONG
@@ -32,7 +33,7 @@ CONFORMAL = "conformal"  # its name among the weights
 
 @dataclass
 class Forecaster:
-    """A TSM2, the scale and order of its series, and their time step.
+    """A committee of TSM2 and ridge regression, the scale and order of its series, and their time step.
 
     Args:
         model: On any device.
@@ -50,7 +51,7 @@ class Forecaster:
             model's device, see `conformal.Conformity`; None without quantiles, and for forecasters from before.
     """
 
-    model: TSM2
+    model: Committee
     columns: list[str]
     scaler: Scaler
     future_columns: list[str] = field(default_factory=list)
@@ -83,6 +84,15 @@ class Forecaster:
             )
         return table
 
+    @property
+    def doubts(self) -> list[str]:
+        """What is to be known of its forecasts beforehand, a sentence each."""
+        if not self.model.config.quantiles or self.conformal is not None:
+            return []
+        return [
+            "The quantiles have no conformal correction, which a run learns when it is over: resume it, or fit again."
+        ]
+
     def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Standardised variates (rows, M) and future features (rows and more, C) or None, float32, on a device."""
         values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
@@ -111,7 +121,7 @@ class Forecaster:
             UserError: As `read` and `forecast`.
         """
         table = self.read(data, **changes)
-        for note in table.repairs:
+        for note in [*table.repairs, *self.doubts]:
             say(note)
         return self.frame(table, *self.forecast(table))
 
@@ -208,8 +218,8 @@ class Forecaster:
         return pd.date_range(table.times[-1], periods=horizon + 1, freq=step)[1:]
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors, each in one step. The conformal correction lies among the weights,
-        so that they are never of two epochs.
+        """Write config.json and model.safetensors, each in one step. The conformal correction and the members' weights
+        lie among the weights, so that they are never of two epochs.
 
         Raises:
             OSError: The disk is full or cannot be written.
@@ -226,6 +236,7 @@ class Forecaster:
         return {
             "model_type": "tsm2",
             "model": self.model.config.to_dict(),
+            "members": len(self.model.networks),
             "columns": self.columns,
             "mean": self.scaler.mean.tolist(),
             "std": self.scaler.std.tolist(),
@@ -265,12 +276,14 @@ class Forecaster:
             raise UserError(f"{folder / WEIGHTS_NAME} is truncated or no safetensors file ({error}).") from None
         try:
             # without memory until it is known to fit, and no deeper than there are weights for
-            model = TSM2(replace(config, depth=min(config.depth, len(weights) + 1)), device="meta")
+            limit = len(weights) + 1
+            model = Committee(replace(config, depth=min(config.depth, limit)), min(saved.members, limit), device="meta")
             wanted = {**model.state_dict(), CONFORMAL: torch.zeros(0)}
             check_weights(weights, wanted, folder / WEIGHTS_NAME)
             weights = {n: v.to(wanted.get(n, v).dtype, copy=True) for n, v in weights.items()}
             conformal = weights.pop(CONFORMAL, None)
             check_conformal(conformal, config, len(saved.columns))
+            check_mixture(weights.get("weights"))
             model.load_state_dict(weights, assign=True)
         except (OverflowError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
@@ -292,8 +305,6 @@ class Forecaster:
             None if conformal is None else conformal.float().to(device),
         )
         model.to(device).eval()
-        if config.quantiles and conformal is None:
-            say(f"The quantiles of {folder}, from an older vim2, have no conformal correction: fit again for one.")
         return forecaster
 
 
@@ -305,13 +316,20 @@ def check_conformal(correction: Tensor | None, config: TSM2Config, variates: int
         raise RuntimeError(f"conformal is {tuple(correction.shape)}, for {horizon} steps and {levels} quantiles.")
 
 
+def check_mixture(weights: Tensor | None) -> None:
+    """Raise a RuntimeError for weights of members that are not those of a mean."""
+    if weights is not None and ((weights < 0).any() or abs(weights.double().sum() - 1) > 1e-4):
+        raise RuntimeError("weights of members are negative, or their sum is not 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedConfig(Options):
     """What a config.json holds beside the model's own options, which `TSM2Config` checks."""
 
     program = CONFIG_NAME
     model_type: str = option("tsm2", "what it is of", choices=("tsm2",))
-    model: dict[str, Any] = option(REQUIRED, "options of the model")
+    model: dict[str, Any] = option(REQUIRED, "options of each TSM2")
+    members: Positive = option(REQUIRED, "TSM2")
     columns: list[str] = option(REQUIRED, "names of the variates")
     mean: list[float] = option(REQUIRED, "of the variates")
     std: list[PositiveFloat] = option(REQUIRED, "of the variates")

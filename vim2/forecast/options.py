@@ -1,8 +1,9 @@
 """The options of fit, evaluate and predict. A value comes from, first to last: its default, the recipe, the run that
 is resumed, the command line."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -26,17 +27,19 @@ from ..command.options import (
     unset,
 )
 from ..tsm2 import INSTANCE_NORMS, NORMS, TIME_MIXERS, VARIATE_MIXERS, TSM2Config
-from .data import MISSING
+from .data import MISSING, split_rows
 from .frames import describe, require_data
 from .recipes import RECIPES
 from .stamps import DATES, TIMES
 
 __all__ = [
     "AUTO",
+    "LOSSES",
     "MAY_CHANGE",
     "EvaluateOptions",
     "FitOptions",
     "PredictOptions",
+    "fill_open",
     "model_config",
     "open_options",
     "reading_options",
@@ -46,6 +49,13 @@ __all__ = [
 MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
 MODEL = TSM2Config()
 AUTO = "auto"
+LOSSES = ("mse", "mae", "huber", "spectral")
+# What `fill_open` goes by: variates from which on mixing them pays; windows to train on from which on a model is wider;
+# the least updates of a training, and of an epoch that sees every window once; the windows that an update may have.
+MANY_VARIATES = 20
+WIDTHS = {0: 16, 20_000: 32}
+MIN_UPDATES, EPOCH_UPDATES = 1000, 125
+MIN_BATCH, MAX_BATCH = 16, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,46 +97,51 @@ class SameReadingOptions(Options, group="reading; by default, as in training"):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options, group="model"):
-    horizon: Positive = option(MODEL.horizon, "steps to forecast", metavar="STEPS")
-    lookback: Positive = option(MODEL.lookback, "steps it sees", metavar="STEPS")
-    patch: Positive = option(MODEL.patch, "steps a patch", metavar="STEPS")
-    stride: Positive = option(MODEL.stride, "steps between patches", metavar="STEPS")
-    d_model: Positive = option(MODEL.d_model, "features of a patch", metavar="N")
+    horizon: Positive | None = option(None, "steps to forecast; default: 96, fewer for short files", metavar="STEPS")
+    lookback: Positive | None = option(None, "steps it sees; default: 512, fewer for short files", metavar="STEPS")
+    patch: Positive | None = option(None, "steps a patch; default: an eighth of the lookback", metavar="STEPS")
+    stride: Positive | None = option(None, "steps between patches; default: half a patch", metavar="STEPS")
+    d_model: Positive | None = option(None, "features of a patch; default: 16, 32 for long files", metavar="N")
     depth: Positive = option(MODEL.depth, "MambaMixer blocks", metavar="N")
-    d_state: Positive = option(MODEL.d_state, "state size of the scans", metavar="N")
+    d_state: Positive = option(8, "state size of the scans", metavar="N")
     expand: PositiveFloat = option(MODEL.expand, "inner width over --d-model", metavar="F")
     d_conv: Positive = option(MODEL.d_conv, "width of the convolutions", metavar="N")
     time_mixer: str = option(MODEL.time_mixer, "along time", choices=TIME_MIXERS)
-    variate_mixer: str = option(MODEL.variate_mixer, "along variates", choices=VARIATE_MIXERS)
+    variate_mixer: str = option(
+        AUTO, "along variates; auto: s6 for 20 variates or more, else none", choices=(AUTO, *VARIATE_MIXERS)
+    )
     norm: str = option(MODEL.norm, "of patches, or the paper's 2-D one", choices=NORMS)
     instance_norm: str = option(
         AUTO,
         "of each window; auto: about its mean or its last value, about whichever ridge regression validates better",
         choices=(AUTO, *INSTANCE_NORMS),
     )
-    dropout: Rate = option(MODEL.dropout, "in the mixers", metavar="RATE")
-    head_dropout: Rate = option(MODEL.head_dropout, "at the end", metavar="RATE")
-    linear_path: bool = option(
-        MODEL.linear_path, "add a linear map that starts at ridge regression; not in the paper", negatable=True
-    )
+    dropout: Rate = option(0.2, "in the mixers", metavar="RATE")
+    head_dropout: Rate = option(0.2, "at the end", metavar="RATE")
     quantiles: list[Share] = option([], "levels, such as .1 .5 .9", metavar="Q")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options, group="training"):
-    epochs: Positive = option(10, "at most", metavar="N")
-    batch_size: Positive = option(64, "windows an update", short="-b", metavar="N")
-    epoch_steps: Positive | None = option(None, "updates an epoch; default: all windows", metavar="N")
-    loss: str = option("mse", "to train with; epochs are chosen by the MSE", choices=("mse", "mae", "huber"))
-    lr: PositiveFloat = option(2e-4, "peak learning rate of AdamW, cosine to zero")
-    linear_path_lr: NotNegative = option(0.0, "factor on it for the linear path; 0: fixed", metavar="F")
-    warmup_epochs: NotNegative = option(0.2, "epochs of linear warm-up", metavar="N")
+    members: Positive = option(
+        3, "TSM2 that are trained side by side and mixed with ridge regression; 1: a TSM2 alone", metavar="N"
+    )
+    epochs: Positive = option(8, "at most", metavar="N")
+    batch_size: Positive | None = option(
+        None, "windows an update; default: 16 to 128, by the size of the file", short="-b", metavar="N"
+    )
+    epoch_steps: Positive | None = option(
+        None, "updates an epoch; default: all windows, and 1,000 updates in all or more", metavar="N"
+    )
+    loss: str = option("spectral", "to train with; spectral: .65 MAE and .35 of that of the spectrum", choices=LOSSES)
+    lr: PositiveFloat = option(2e-3, "peak learning rate of AdamW, cosine to zero")
+    ema: Rate = option(0.998, "decay of the averaged weights, which forecast; shorter averages at first")
+    warmup_epochs: NotNegative = option(0.5, "epochs of linear warm-up", metavar="N")
     weight_decay: NotNegative = option(1e-4, "of matrices")
-    clip_grad: NotNegative = option(1.0, "clip gradients to this norm; 0: do not", metavar="NORM")
-    sam: NotNegative = option(0.0, "sharpness-aware minimisation; 0: none", metavar="RHO")
+    clip_grad: NotNegative = option(1.0, "clip each TSM2's gradients to this norm; 0: do not", metavar="NORM")
     patience: Positive = option(3, "epochs without progress to stop after", metavar="N")
     seed: Count = option(0, "of weights, order and dropout")
-    cuda_graph: bool = option(False, "record the model's passes as CUDA graphs", negatable=True)
+    cuda_graph: bool = option(False, "record the models' passes as CUDA graphs", negatable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +156,7 @@ class TrainingRunOptions(RunOptions, group="run"):
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(SeriesOptions, ReadingOptions, ModelOptions, TrainingOptions, ComputeOptions, TrainingRunOptions):
-    """Train a TSM2 on the series of a file, and choose its best epoch."""
+    """Train a committee of TSM2 on the series of a file, and mix it with ridge regression."""
 
     program = "vim2 forecast fit"
     data: str = option(
@@ -151,12 +166,13 @@ class FitOptions(SeriesOptions, ReadingOptions, ModelOptions, TrainingOptions, C
 
     @property
     def default_name(self) -> str:
-        return f"tsm2-{Path(self.data).name.split('.')[0]}-{self.horizon}"
+        name = f"tsm2-{Path(self.data).name.split('.')[0]}"
+        return name if self.horizon is None else f"{name}-{self.horizon}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(SameReadingOptions, ComputeOptions):
-    """Errors of a trained TSM2 and of the baselines on the test split."""
+    """Errors of a trained committee and of the baselines on the test split."""
 
     program = "vim2 forecast evaluate"
     data: str = option(REQUIRED, "the file it was trained on", metavar="DATA", positional=True)
@@ -203,8 +219,41 @@ def reading_options(options: ReadingOptions | SameReadingOptions) -> dict[str, A
     return {name: value for name, value in given.items() if value is not None}
 
 
+def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
+    """Options in which nothing is left open but the centre of instance normalisation: what was not given is chosen by
+    the size of the file.
+
+    Args:
+        options: As given.
+        rows: Of the file.
+        variates: To forecast.
+
+    Raises:
+        UserError: A split that cannot be made.
+    """
+    o, split = options, split_rows(rows, options.split)
+    shortest = min(split.val, split.test or split.val)
+    horizon = o.horizon or max(min(MODEL.horizon, shortest // 2), 1)
+    lookback = o.lookback or max(min(MODEL.lookback, (split.train - horizon) // 3), 1)
+    patch = o.patch or max(lookback // 8, 1)
+    windows = max(split.train - lookback - horizon + 1, 1)
+    batch_size = o.batch_size or min(max(windows // EPOCH_UPDATES, MIN_BATCH), MAX_BATCH)
+    return replace(
+        o,
+        horizon=horizon,
+        lookback=lookback,
+        patch=patch,
+        stride=o.stride or max(patch // 2, 1),
+        d_model=o.d_model or next(width for size, width in reversed(WIDTHS.items()) if windows >= size),
+        variate_mixer=("s6" if variates >= MANY_VARIATES else "none") if o.variate_mixer == AUTO else o.variate_mixer,
+        batch_size=batch_size,
+        epoch_steps=o.epoch_steps or max(math.ceil(windows / batch_size), math.ceil(MIN_UPDATES / o.epochs)),
+    )
+
+
 def model_config(options: ModelOptions, future_features: int) -> TSM2Config:
-    """The model that the options ask for; with `AUTO`, instance normalised about the mean, until ridge has told.
+    """The model that options with nothing left open ask for; with `AUTO`, instance normalised about the mean, until
+    ridge has told.
 
     Raises:
         UserError: Values that do not fit together.

@@ -1,4 +1,4 @@
-"""Pictures: a forecast beside the truth, a forecast of what is to come, errors of every variate."""
+"""Pictures: a forecast beside the truth, a forecast of what is to come, variates' errors, a committee's weights."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from .data import Table
 from .forecaster import Forecaster
 from .scores import nearest_to_median
 
-__all__ = ["plot_errors", "plot_forecast", "plot_prediction"]
+__all__ = ["plot_errors", "plot_forecast", "plot_prediction", "plot_weights"]
 
 HISTORY, TRUTH, FORECAST = "#555555", "#1a7f37", "#c02626"
 MAX_PANELS = 8
@@ -110,4 +110,23 @@ def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.Pa
     for axes in (bars, curve):
         axes.grid(alpha=0.3)
     curve.legend()
+    save(fig, path)
+
+
+def plot_weights(names: Sequence[str], weights: Sequence[float], path: str | os.PathLike) -> None:
+    """The weights of a committee.
+
+    Args:
+        names: Of its members.
+        weights: One for each, of sum 1.
+        path: PNG to write.
+    """
+    fig = figure(figsize=(6.5, 0.35 * len(names) + 1))
+    axes = fig.subplots()
+    bars = axes.barh(range(len(names)), weights, color=[FORECAST if n.startswith("TSM2") else HISTORY for n in names])
+    axes.bar_label(bars, [f"{weight:.2f}" for weight in weights], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(weights))
+    axes.set_xlabel("weight in the forecast")
     save(fig, path)

@@ -17,8 +17,8 @@ __all__ = [
     "naive_errors",
     "nearest_to_median",
     "pinball",
+    "pinball_losses",
     "score",
-    "window_losses",
 ]
 
 Forecast = Callable[[Tensor, Tensor | None], Tensor]
@@ -113,12 +113,6 @@ def pinball_losses(forecast: Tensor, y: Tensor, levels: Sequence[float]) -> Tens
     tensor = forecast.new_tensor(levels)
     error = y.unsqueeze(-1) - forecast
     return 2 * torch.maximum(tensor * error, (tensor - 1) * error)
-
-
-def window_losses(forecast: Tensor, y: Tensor, levels: Sequence[float] = ()) -> Tensor:
-    """The loss of each of n windows, (n,), float64 on the CPU: its squared error, with levels its pinball loss."""
-    losses = pinball_losses(forecast, y, levels) if levels else (forecast - y).square()
-    return losses.flatten(1).mean(1).double().cpu()
 
 
 def naive_errors(values: Tensor, season: int) -> Tensor:

@@ -1,8 +1,11 @@
 """Training.
 
-A run lives in one folder: best/ (the best epoch's config.json and model.safetensors), last.pth (everything that is
-needed to go on) and metrics.json. Every epoch begins with random states that depend on (seed, epoch) alone and ends
-with last.pth, so that a run which was cut off goes on as if it had not been. The test rows are never looked at here.
+The TSM2 of a committee see the same batches, each with weights and dropout of its own; their moving averages forecast.
+When they have been trained, the committee is mixed on the validation windows. The test rows are never looked at here.
+
+A run lives in one folder: best/ (config.json and model.safetensors of the best epoch, mixed when the run is over),
+last.pth (everything that is needed to go on) and metrics.json. Every epoch begins with random states that depend on
+(seed, epoch) alone and ends with last.pth, so that a run which was cut off goes on as if it had not been.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import vim2
@@ -41,34 +45,41 @@ from ..command.runs import (
     restore_weights,
     seed_everything,
 )
-from ..tsm2 import TSM2
 from .baselines import Ridge
+from .committee import Committee, Products, find_weights
 from .conformal import Conformity
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
 from .forecaster import Forecaster
-from .options import AUTO, MAY_CHANGE, FitOptions, model_config, open_options, reading_options
+from .options import AUTO, MAY_CHANGE, FitOptions, fill_open, model_config, open_options, reading_options
 from .recipes import RECIPES
-from .scores import baseline_scores, gain, model_forecast, pinball, score, window_losses
+from .scores import baseline_scores, model_forecast, pinball, score
 
 __all__ = ["fit"]
 
 # What a last.pth holds at least; since its table's fingerprint is kept, that too.
-LAST = {
-    "forecaster": dict,
-    "history": list,
-    "optimizer": dict,
-    "options": dict,
-    "start": dict | None,
-    "start_losses": Tensor | None,
-    "state_dict": dict,
-}
+LAST = {"ema": dict, "forecaster": dict, "history": list, "optimizer": dict, "options": dict, "state_dict": dict}
 COLUMNS = {"train_loss", "val_loss", "val_mse", "val_mae"}
-START = {"epoch", "val_loss", "val_mse"}
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+VALIDATION_BATCH = 256  # windows
+SPECTRAL = 0.35  # the spectrum's share of its loss
+
+
+def spectral_loss(forecast: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute error, and the mean magnitude of the error's spectrum over the horizon, whose phases tell where it
+    is: steps of a window depend on one another, frequencies hardly (Wang et al., FreDF, ICLR 2025).
+
+    Args:
+        forecast, y: (..., H, M).
+    """
+    error = forecast - y
+    spectrum = torch.fft.rfft(error, dim=-2, norm="ortho").abs()
+    return (1 - SPECTRAL) * error.abs().mean() + SPECTRAL * spectrum.mean()
+
+
+LOSS = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss, "spectral": spectral_loss}
 
 
 def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
-    """Train a TSM2, as `vim2 forecast fit` does.
+    """Train a committee of TSM2, as `vim2 forecast fit` does.
 
     Args:
         argv: Command line; or else
@@ -98,17 +109,6 @@ def recall(options: FitOptions, explicit: set[str]) -> tuple[FitOptions, dict[st
     return resume_options(options, explicit, saved["options"], path, MAY_CHANGE, "choose another --experiment"), saved
 
 
-class Positional(nn.Module):
-    """A TSM2 whose arguments have no names, as CUDA graphs want it: history, and future features if there are some."""
-
-    def __init__(self, model: TSM2):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, future: Tensor | None = None) -> Tensor:
-        return self.model(x, future=future)
-
-
 class Run:
     """One training run.
 
@@ -131,10 +131,8 @@ class Run:
         self.device = choose_device(o.device)
         self.amp = o.amp and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
-        self.start: dict[str, Any] | None = saved["start"] if saved else None
-        self.start_losses: Tensor | None = saved["start_losses"] if saved else None
         self.graphed: nn.Module | None = None
-        self.conformity: Conformity | None = None
+        self.committee: dict[str, Any] | None = None
         self.open_data()
         seed_everything(o.seed, 0)
         self.create_model()
@@ -142,14 +140,19 @@ class Run:
             self.restore(saved)
 
     def open_data(self) -> None:
-        o = self.options
-        targets, futures = o.targets, o.future_columns
-        self.table = read_table(self.data, targets=targets, future_columns=futures, **reading_options(o))
+        o, futures = self.options, self.options.future_columns
+        self.table = read_table(self.data, targets=o.targets, future_columns=futures, **reading_options(o))
+        given, o = o, fill_open(o, len(self.table), len(self.table.columns))
+        self.options = o
         split = make_split(len(self.table), o.split, o.lookback, o.horizon)
         if not split.val:
             raise UserError("There are no rows to validate on: choose another --split.")
         scaler = Scaler.fit(self.table.values[: split.train])
         self.notes = list(self.table.repairs)
+        by_size = [name for name in o.to_dict() if getattr(o, name) != getattr(given, name)]
+        if by_size:
+            chosen = ", ".join(f"{name.replace('_', ' ')} {getattr(o, name)}" for name in by_size)
+            self.notes.append(f"Chosen by the size of the file: {chosen}.")
         constant = is_constant(self.table.values[: split.train])
         if constant.any():
             names = ", ".join(np.array(self.table.columns)[constant])
@@ -165,7 +168,7 @@ class Run:
         config = model_config(o, len(futures) + 2 * len(cycles))
         step = self.table.step
         self.forecaster = Forecaster(
-            TSM2(config, device="meta"),
+            Committee(config, o.members, device="meta"),
             self.table.columns,
             scaler,
             self.table.future_columns,
@@ -184,13 +187,9 @@ class Run:
         }
 
     def create_model(self) -> None:
-        o = self.options
-        config = self.forecaster.model.config
-        train, val = self.windows["train"], self.windows["val"]
-        self.ridge = Ridge.fit(train, val)
-        ridges = {"mean": self.ridge}
-        if o.instance_norm == AUTO or (config.linear_path and config.instance_norm == "last"):
-            ridges["last"] = Ridge.fit(train, val, center="last")
+        o, config = self.options, self.forecaster.model.config
+        ridges = {center: Ridge.fit(*self.windows.values(), center=center) for center in ("mean", "last")}
+        self.ridge = ridges["mean"]
         if o.instance_norm == AUTO:
             # About the mean, a short training leaves a jump between the last row and the first step of series that
             # wander; what is linear tells beforehand which they are, in closed form.
@@ -202,30 +201,24 @@ class Run:
                 "last value."
             )
         # made on the CPU, so that a seed means the same weights everywhere
-        self.model = self.forecaster.model = TSM2(config).to(self.device)
-        if config.linear_path:
-            with torch.no_grad():
-                self.model.linear_path.weight.copy_(ridges[config.instance_norm].weight)
-        path = [p for name, p in self.model.named_parameters() if name.startswith("linear_path.")]
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith("linear_path.")]
+        self.model = self.forecaster.model = Committee(config, o.members).to(self.device)
+        self.model.set_linear(ridges, self.forecaster.season)
+        self.networks = self.model.networks
+        averaging = dict(use_warmup=True, warmup_power=1.0, exclude_buffers=True)
+        self.ema = ModelEmaV3(self.networks, decay=o.ema, **averaging)
+        self.model.networks = self.ema.module  # the averages forecast, the others are trained
+        parameters = list(self.networks.parameters())
         groups = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in rest if p.dim() <= 1]},
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1]},
         ]
-        for parameter in path:
-            parameter.requires_grad_(o.linear_path_lr > 0)
-        if path and o.linear_path_lr > 0:
-            groups.append({"params": path, "lr": o.lr * o.linear_path_lr})
-        self.parameters = [p for group in groups for p in group["params"]]
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=fused)
-        windows = len(self.windows["train"])
-        self.batch_size = min(o.batch_size, windows)
-        self.steps = min(math.ceil(windows / self.batch_size), o.epoch_steps or windows)
-        warmup = min(round(o.warmup_epochs * self.steps), self.steps * o.epochs - 1)
+        self.batch_size = min(o.batch_size, len(self.windows["train"]))
+        warmup = min(round(o.warmup_epochs * o.epoch_steps), o.epoch_steps * o.epochs - 1)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=self.steps * o.epochs - warmup,
+            t_initial=o.epoch_steps * o.epochs - warmup,
             warmup_t=warmup,
             warmup_prefix=True,
             t_in_epochs=False,
@@ -239,25 +232,18 @@ class Run:
                 "rows or values differ. Give the run its old file, or start another --experiment."
             )
         called = str(self.folder / "last.pth")
-        if self.start is not None or self.model.linear_path is not None:
-            losses = getattr(self.start_losses, "shape", None)
-            whole = self.start is not None and self.start.keys() >= START and losses == (len(self.windows["val"]),)
-            if not whole or not all(row.keys() >= {"gain", "gain_error"} for row in self.history):
-                raise UserError(f"{called} cannot be resumed: its start is damaged.")
-        restore_weights(self.model, saved["state_dict"], called)
+        restore_weights(self.networks, saved["state_dict"], called)
+        restore_weights(self.ema.module, saved["ema"], called)
         restore_optimizer(self.optimizer, saved["optimizer"], called)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the lowest validation loss. Where the linear path is a start, that is epoch 0, which stays the
-        best until an epoch's loss is lower by more than a standard error."""
-        rows = [row for row in self.history if not self.start or row["gain"] > row["gain_error"]]
-        return min(rows, key=lambda row: row["val_loss"], default=self.start)
+        """The row of the lowest validation loss."""
+        return min(self.history, key=lambda row: row["val_loss"], default=None)
 
     @property
     def is_finished(self) -> bool:
-        rows = [self.start, *self.history] if self.start else self.history
-        waited = len(self.history) - min(rows, key=lambda row: row["val_loss"])["epoch"] if rows else 0
+        waited = len(self.history) - self.best["epoch"] if self.history else 0
         return len(self.history) >= self.options.epochs or waited >= self.options.patience
 
     def fit(self) -> None:
@@ -273,30 +259,24 @@ class Run:
         if cycles := self.forecaster.calendar:
             say(f"Calendar features: {', '.join(f'time of {name}' for name in cycles)}.")
         counts = f"{len(self.windows['train']):,} to train on, {len(self.windows['val']):,} to validate on"
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = sum(p.numel() for p in self.networks.parameters())
         say(
-            f"TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o.lookback} steps -> "
+            f"{o.members} TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o.lookback} steps -> "
             f"{o.horizon}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
         )
         self.baselines = baseline_scores(self.ridge, self.windows["val"], self.forecaster.season)
         for name, row in self.baselines.items():
-            say(f"{name:<15} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
+            say(f"{name:<26} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
             say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
         with own_folder(self.folder, self.last):
             remove_leftovers(self.folder / "best")
-            if self.model.linear_path is not None and self.start is None:
-                self.start = {"epoch": 0, **self.validate()}
-                self.start_losses = self.val_losses
-                self.save_best(self.start)
             if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
                 self.capture()
             while not self.is_finished:
                 epoch = len(self.history)
                 row = self.train_epoch(epoch)
                 row.update(self.validate())
-                if self.start:
-                    row["gain"], row["gain_error"] = gain(self.start_losses, self.val_losses, o.horizon)
                 self.require_finite(epoch, row["train_loss"], row["val_loss"])
                 self.history.append(row)
                 self.write()
@@ -304,103 +284,117 @@ class Run:
                     f"epoch {row['epoch']:>3}/{o.epochs} · loss {row['train_loss']:.4f} · validation "
                     f"MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
                 )
+            self.mix()
             with explain_disk_errors(MAKE_ROOM):
+                self.forecaster.save_pretrained(self.folder / "best")
                 self.write_metrics()
-            best, ridge = self.best, self.baselines["ridge"]["mse"]
-            say(f"Best: epoch {best['epoch']}, validation MSE {best['val_mse']:.4f} (ridge {ridge:.4f}); {self.folder}")
-            levels = self.model.config.quantiles
-            if "val_coverage" in best and len(levels) > 1:
-                say(
-                    f"The band of {levels[-1] - levels[0]:.0%} covers {best['val_coverage']:.1%} of the validation "
-                    "values; the forecaster corrects its quantiles by that (conformal correction)."
-                )
+            self.report()
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        seed_everything(self.options.seed, epoch + 1)
-        self.model.train()
+        o = self.options
+        seed_everything(o.seed, epoch + 1)
+        self.networks.train()
         windows, start = self.windows["train"], time.perf_counter()
-        order = torch.randperm(len(windows)).to(self.device)
-        total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        batches = order.split(self.batch_size)[: self.steps]
+        passes = math.ceil(o.epoch_steps * self.batch_size / len(windows))
+        order = torch.cat([torch.randperm(len(windows)) for _ in range(passes)]).to(self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = order.split(self.batch_size)[: o.epoch_steps]
         for step, index in enumerate(progress_bar(batches, f"epoch {epoch + 1}", Processes(self.device))):
-            self.scheduler.step_update(epoch * self.steps + step + 1)
-            total += self.update(*windows[index]) * len(index)
-            seen += len(index)
+            updates = epoch * o.epoch_steps + step + 1
+            self.scheduler.step_update(updates)
+            total += self.update(*windows[index])
+            self.ema.update(self.networks, updates)
         lr = self.optimizer.param_groups[0]["lr"]
-        train_loss = total.item() / seen  # waits for the device, so that the time is the epoch's
+        train_loss = total.item() / len(batches)  # waits for the device, so that the time is the epoch's
         return {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "seconds": time.perf_counter() - start}
 
     def update(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """One update of the weights; the batch's loss before it."""
-        o = self.options
+        """One update of all TSM2, each as if it were alone; the mean of their losses before it."""
         loss = self.loss(x, y, future)
-        loss.backward()
-        if o.sam:  # Foret et al., ICLR 2021: the gradient is taken where the loss nearby is highest
-            with torch.no_grad():
-                norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-                climb = [None if p.grad is None else p.grad * (o.sam / (norm + 1e-12)) for p in self.parameters]
-                for parameter, step in zip(self.parameters, climb):
-                    if step is not None:
-                        parameter.add_(step)
-            self.optimizer.zero_grad()
-            self.loss(x, y, future).backward()
-            with torch.no_grad():
-                for parameter, step in zip(self.parameters, climb):
-                    if step is not None:
-                        parameter.sub_(step)
-        if o.clip_grad:
-            nn.utils.clip_grad_norm_(self.parameters, o.clip_grad)
+        (loss * len(self.networks)).backward()
+        if self.options.clip_grad:
+            for network in self.networks:
+                nn.utils.clip_grad_norm_(network.parameters(), self.options.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
     def loss(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """The loss that was asked for, with quantiles the pinball loss, on standardised values."""
-        if self.graphed is not None and len(x) == self.batch_size:
-            forecast = self.graphed(x) if future is None else self.graphed(x, future)
+        """The loss that was asked for, with quantiles the pinball loss, on standardised values; the TSM2's mean."""
+        given = (x,) if future is None else (x, future)
+        if self.graphed is not None:
+            forecast = self.graphed(*(t.contiguous() for t in given))
         else:
             with torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
-                forecast = self.model(x, future=future)
+                forecast = self.networks(*given)
         levels = self.model.config.quantiles
-        return pinball(forecast.float(), y, levels) if levels else LOSSES[self.options.loss](forecast.float(), y)
+        y = y.expand(len(self.networks), *y.shape)
+        return pinball(forecast.float(), y, levels) if levels else LOSS[self.options.loss](forecast.float(), y)
 
     def capture(self) -> None:
-        """From here on, batches run as CUDA graphs; the last of an epoch, if it is smaller, goes without."""
+        """From here on, batches run as CUDA graphs."""
         x, _, future = self.windows["train"][: self.batch_size]
         inputs = tuple(t.contiguous() for t in (x, future) if t is not None)
-        self.graphed = record(Positional(self.model).train(), inputs, torch.bfloat16 if self.amp else None)
+        self.graphed = record(self.networks.train(), inputs, torch.bfloat16 if self.amp else None)
 
     def validate(self) -> dict[str, Any]:
-        """Errors on the validation windows. The same pass leaves the loss of every window in `val_losses` and, with
-        quantiles, what the conformal correction is made of in `conformity`."""
-        self.model.eval()
-        windows, levels, losses = self.windows["val"], self.model.config.quantiles, []
-        if levels:
-            self.conformity = Conformity(self.model.config, len(windows), len(self.table.columns))
-
-        def observe(x: Tensor, forecast: Tensor, y: Tensor) -> None:
-            losses.append(window_losses(forecast, y, levels))
-            if levels:
-                self.conformity.add(x, forecast, y)
-
-        scores = score(model_forecast(self.model, self.amp), windows, levels=levels, observe=observe)
-        self.val_losses = torch.cat(losses)
+        """Errors of the mean of all TSM2 on the validation windows."""
+        networks, levels = model_forecast(self.model.networks.eval(), self.amp), self.model.config.quantiles
+        scores = score(lambda x, future: networks(x, future).float().mean(0), self.windows["val"], levels=levels)
         row = {"val_loss": scores["mse"], "val_mse": scores["mse"], "val_mae": scores["mae"]}
         if levels:
             row |= {"val_loss": scores["crps"], "val_crps": scores["crps"], "val_coverage": scores["coverage"]}
         return row
 
+    def mix(self) -> None:
+        """Make a committee of the best epoch: weights and, with quantiles, conformal correction."""
+        windows, config = self.windows["val"], self.model.config
+        best = Forecaster.from_pretrained(self.folder / "best", self.device)
+        self.model = self.forecaster.model = model = best.model
+        products = Products()
+        for x, y, future in windows.batches(VALIDATION_BATCH):
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
+                points, _ = model.members(x, future)
+            products.add(points, y)
+        products = products.result()
+        weights = find_weights(products, model.groups, model.validated_prior(products), config.horizon)
+        model.weights.copy_(weights)
+        conformity = Conformity(config, len(windows), len(self.table.columns)) if config.quantiles else None
+        observe = conformity.add if conformity else None
+        scores = score(model_forecast(model, self.amp), windows, levels=config.quantiles, observe=observe)
+        errors = products.mean(0).diagonal().tolist()
+        self.committee = {f"val_{name}": scores[name] for name in ("mse", "mae", "crps", "coverage") if name in scores}
+        self.committee["members"] = {
+            name: {"weight": weight, "val_mse": error}
+            for name, weight, error in zip(model.names, model.weights.tolist(), errors, strict=True)
+        }
+        self.forecaster.metrics = {**self.best, "committee": self.committee, "seed": self.options.seed}
+        if conformity:
+            self.forecaster.conformal = conformity.correction().to(self.device)
+
+    def report(self) -> None:
+        """Say who carries the forecast, and how good it is."""
+        committee, levels = self.committee, self.model.config.quantiles
+        for name, row in committee["members"].items():
+            say(f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}")
+        share = sum(row["weight"] for name, row in committee["members"].items() if name.startswith("TSM2"))
+        errors = f"validation MSE {committee['val_mse']:.4f}  MAE {committee['val_mae']:.4f}"
+        say(f"{'committee':<26} {errors}: TSM2, of epoch {self.best['epoch']}, carry {share:.0%} of it; {self.folder}")
+        if len(levels) > 1:
+            say(
+                f"The band of {levels[-1] - levels[0]:.0%} covers {committee['val_coverage']:.1%} of the validation "
+                "values; the forecaster corrects its quantiles by that (conformal correction)."
+            )
+
     def require_finite(self, epoch: int, *losses: float) -> None:
         if all(map(math.isfinite, losses)):
             return
-        kept = f"Epoch {epoch} is kept in {self.folder}." if epoch or self.start else "Nothing was saved yet."
+        kept = f"Epoch {epoch} is kept in {self.folder}." if epoch else "Nothing was saved yet."
         raise UserError(f"The loss became NaN or infinite in epoch {epoch + 1}. {kept} Start again with a lower --lr.")
 
     def save_best(self, row: dict[str, Any]) -> None:
-        """Save the epoch that was validated last."""
+        """Save the epoch that was validated last, its members with equal weights."""
         self.forecaster.metrics = {**row, "seed": self.options.seed}
-        if self.conformity is not None:
-            self.forecaster.conformal = self.conformity.correction().to(self.device)
         with explain_disk_errors(MAKE_ROOM):
             self.forecaster.save_pretrained(self.folder / "best")
 
@@ -410,10 +404,9 @@ class Run:
             "options": self.options.to_dict(),
             "forecaster": described(self.forecaster),
             "table": self.fingerprint,
-            "start": self.start,
-            "start_losses": self.start_losses,
             "history": self.history,
-            "state_dict": self.model.state_dict(),
+            "state_dict": self.networks.state_dict(),
+            "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         # best/ first: a run cut off in between repeats the epoch, and writes it again
@@ -428,13 +421,13 @@ class Run:
         split = self.forecaster.split
         return {
             "best": self.best,
+            "committee": self.committee,
             "baselines": {name: {"val_mse": row["mse"], "val_mae": row["mae"]} for name, row in self.baselines.items()},
             "ridge_penalty": self.ridge.penalty,
-            "start": self.start,
             "history": self.history,
             "seed": self.options.seed,
             "options": self.options.to_dict(),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": sum(p.numel() for p in self.networks.parameters()),
             "variates": len(self.table.columns),
             "rows": {"train": split.train, "val": split.val, "test": split.test},
             "windows": {part: len(windows) for part, windows in self.windows.items()},

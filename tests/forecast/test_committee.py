@@ -1,0 +1,204 @@
+import pytest
+
+pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
+
+import numpy as np
+import pandas as pd
+import torch
+from forecast_helpers import make_frame, write_csv
+
+from vim2 import TSM2Config
+from vim2.forecast import Forecaster, fit
+from vim2.forecast.baselines import Ridge, last_value, seasonal_naive
+from vim2.forecast.committee import Committee, Products, find_weights, minimise_on_simplex, mixture_losses
+from vim2.forecast.data import Windows
+from vim2.forecast.scores import gain
+from vim2.forecast.training import spectral_loss
+
+SMALL = dict(lookback=24, horizon=6, patch=6, stride=3, d_model=4, d_state=2)
+RIDGES = ("ridge about the mean", "ridge about the last value")
+
+
+def make(networks=2, season=4, **options):
+    torch.manual_seed(0)
+    values = torch.randn(120, 3).cumsum(0)
+    windows = [Windows(values, 24, 6, *rows) for rows in ((0, 90), (60, 120))]
+    committee = Committee(TSM2Config(**SMALL, **options), networks).eval()
+    ridges = {center: Ridge.fit(*windows, center=center) for center in ("mean", "last")}
+    committee.set_linear(ridges, season)
+    return committee, ridges, windows[1]
+
+
+def random_weights(committee):
+    weights = torch.rand(len(committee.names))
+    return weights / weights.sum()
+
+
+@torch.no_grad()
+def test_the_forecast_is_the_weighted_sum_of_members_by_hand():
+    committee, ridges, windows = make()
+    committee.weights.copy_(random_weights(committee))
+    x, _, _ = windows[:5]
+    members = [ridges["mean"](x), ridges["last"](x), seasonal_naive(x, 6, 4), *(tsm2(x) for tsm2 in committee.networks)]
+    assert committee.names == [*RIDGES, "last season", "TSM2 1", "TSM2 2"]
+    by_hand = sum(w * y for w, y in zip(committee.weights, members, strict=True))
+    torch.testing.assert_close(committee(x), by_hand)
+    with torch.autocast("cpu", torch.bfloat16):  # which rounds no linear member
+        alone = committee(x, weights=committee.prior(["ridge"]))
+    torch.testing.assert_close(alone, (members[0] + members[1]) / 2)
+
+
+@torch.no_grad()
+def test_quantiles_are_those_of_the_networks_about_the_mixed_point():
+    committee, ridges, windows = make(quantiles=(0.1, 0.4, 0.9))
+    x, _, _ = windows[:5]
+    quantiles = torch.stack([tsm2(x) for tsm2 in committee.networks])
+    y = committee(x)
+    assert (y.diff(dim=-1) >= 0).all()
+    points = (ridges["mean"](x) + ridges["last"](x)) / 4 + quantiles[..., 1].mean(0) / 2
+    torch.testing.assert_close(y[..., 1], points)
+    mean = quantiles.mean(0)
+    torch.testing.assert_close(y.diff(dim=-1), mean.diff(dim=-1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(committee(x, weights=committee.prior(["TSM2"])), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_season_of_one_step_is_the_last_value_and_a_long_one_what_there_is():
+    for season, steps in ((1, 1), (100, 24)):
+        committee, _, windows = make(season=season)
+        x, _, _ = windows[:5]
+        torch.testing.assert_close(committee.linear[2](x), seasonal_naive(x, 6, steps))
+    assert torch.equal(seasonal_naive(x, 6, 1), last_value(x, 6))
+
+
+def test_a_committee_of_one_is_the_plain_model():
+    committee, _, windows = make(networks=1)
+    x, _, _ = windows[:5]
+    assert committee.names == ["TSM2 1"] and committee.weights.tolist() == [1.0]
+    torch.testing.assert_close(committee(x), committee.networks[0](x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_products_tell_the_error_of_every_mixture():
+    committee, _, windows = make()
+    products = Products()
+    for x, y, future in windows.batches(7):
+        products.add(committee.members(x, future)[0], y)
+    weights = random_weights(committee)
+    x, y, _ = windows[:]
+    errors = (committee(x, weights=weights) - y).square().flatten(1).mean(1)
+    torch.testing.assert_close(
+        mixture_losses(products.result(), weights.double()).float(), errors, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_lowest_error_of_all_mixtures():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        errors = torch.randn(30, 4, generator=generator, dtype=torch.float64) + 1
+        matrix = errors.T @ errors
+        weights = minimise_on_simplex(matrix)
+        assert (weights >= 0).all() and weights.sum().item() == pytest.approx(1)
+        tried = torch.rand(2000, 4, generator=generator, dtype=torch.float64) ** 4
+        tried /= tried.sum(1, keepdim=True)
+        assert weights @ matrix @ weights <= (tried @ matrix * tried).sum(1).min() + 1e-9
+    assert minimise_on_simplex(torch.zeros(3, 3, dtype=torch.float64)).sum() == 1
+    assert minimise_on_simplex(torch.ones(3, 3, dtype=torch.float64)).sum().item() == pytest.approx(1)
+
+
+def products_of(errors):
+    """Of members' errors (K, windows, steps)."""
+    return torch.einsum("ins,jns->nij", errors, errors).double() / errors.shape[-1]
+
+
+def test_the_prior_is_half_of_the_better_ridge_and_half_of_the_networks():
+    committee, _, _ = make()
+    errors = torch.randn(5, 50, 6, generator=torch.Generator().manual_seed(0))
+    for scale, expected in (([1, 2, 0.5, 1, 1], [0.5, 0, 0, 0.25, 0.25]), ([2, 1, 0.5, 9, 9], [0, 0.5, 0, 0.25, 0.25])):
+        products = products_of(errors * torch.tensor(scale).view(5, 1, 1))
+        assert committee.validated_prior(products).tolist() == expected
+    alone, _, _ = make(networks=1)
+    assert alone.validated_prior(products_of(errors[:1])).tolist() == [1.0]
+
+
+def test_weights_stay_equal_until_validation_is_against_them():
+    committee, _, _ = make()
+    prior, groups = committee.prior(), committee.groups
+    assert prior.tolist() == [0.25, 0.25, 0, 0.25, 0.25]
+    errors = torch.randn(5, 200, 6, generator=torch.Generator().manual_seed(0))
+    one, other = torch.ones(5, 200, 6), torch.tensor([1.1, 1.1, 2, 1.0, 1.0]).view(5, 1, 1)
+    undecided = torch.cat((one * other, one * other.flip(0)), dim=1)  # each kind is better half of the time
+    assert torch.equal(find_weights(products_of(undecided), groups, prior, horizon=6), prior.double())
+    for scale, expected in (
+        ([0.01, 3, 3, 3, 3], [1, 0, 0, 0, 0]),
+        ([3, 3, 0.01, 3, 3], [0, 0, 1, 0, 0]),  # the prior has none of it
+        ([3, 3, 3, 0.01, 0.01], [0, 0, 0, 0.5, 0.5]),
+    ):
+        products = products_of(errors * torch.tensor(scale).view(5, 1, 1))
+        weights = find_weights(products, groups, prior, horizon=6)
+        assert (weights >= 0).all() and weights.sum().item() == pytest.approx(1)
+        torch.testing.assert_close(weights, torch.tensor(expected).double(), rtol=0, atol=0.01)
+
+
+def test_the_mixture_is_no_worse_than_the_best_member_within_a_standard_error():
+    generator, (committee, _, _) = torch.Generator().manual_seed(0), make()
+    for _ in range(20):
+        scale = 0.5 + torch.rand(5, 1, 1, generator=generator)
+        common = torch.randn(200, 6, generator=generator)
+        products = products_of(common + scale * torch.randn(5, 200, 6, generator=generator))
+        weights = find_weights(products, committee.groups, committee.prior(), horizon=6)
+        best = torch.eye(5, dtype=torch.float64)[products.mean(0).diagonal().argmin()]
+        worse, error = gain(mixture_losses(products, weights), mixture_losses(products, best), 6)
+        assert worse <= error + 1e-9
+
+
+def test_the_spectral_loss_adds_the_magnitudes_of_the_errors_spectrum():
+    assert spectral_loss(torch.ones(2, 16, 3), torch.zeros(2, 16, 3)).item() == pytest.approx(0.65 + 0.35 * 4 / 9)
+    y = torch.randn(2, 16, 3)
+    assert spectral_loss(y, y) == 0
+    spike = torch.zeros(1, 16, 1)
+    spike[0, 3] = 1.0  # equally much of each frequency
+    assert spectral_loss(spike, torch.zeros(1, 16, 1)).item() == pytest.approx(0.65 / 16 + 0.35 / 4)
+
+
+def test_a_series_that_ridge_knows_perfectly_ends_on_ridge(tmp_path):
+    t = np.arange(400)
+    waves = {name: np.sin(2 * np.pi * t / period) for name, period in (("a", 24), ("b", 17.3))}
+    data = write_csv(tmp_path / "a.csv", pd.DataFrame({"date": pd.date_range("2024", periods=400, freq="h"), **waves}))
+    options = dict(horizon=12, lookback=72, d_model=4, d_state=2, epochs=2, epoch_steps=4, device="cpu")
+    run = fit(data=str(data), output=str(tmp_path), **options)
+    members = run["committee"]["members"]
+    assert sum(members[name]["weight"] for name in RIDGES) > 0.99
+    assert run["committee"]["val_mse"] <= 1.01 * run["baselines"]["ridge"]["val_mse"] + 1e-6
+    assert members["TSM2 1"]["val_mse"] > 100 * members[RIDGES[0]]["val_mse"]
+
+
+def test_a_short_file_needs_no_options(tmp_path, capsys):
+    frame = make_frame(90, step="MS").drop(columns="promotion")
+    run = fit(data=frame, output=str(tmp_path), device="cpu", epochs=2, epoch_steps=3)
+    filled = {name: run["options"][name] for name in ("horizon", "lookback", "patch", "stride", "batch_size")}
+    assert filled == {"horizon": 5, "lookback": 19, "patch": 2, "stride": 1, "batch_size": 16}
+    assert run["options"]["variate_mixer"] == "none" and run["folder"].endswith("tsm2-DataFrame")
+    out = capsys.readouterr().out
+    (told,) = (line for line in out.splitlines() if line.startswith("Chosen by the size of the file: "))
+    assert all(f"{name.replace('_', ' ')} {value}" in told for name, value in filled.items())
+    for name, row in run["committee"]["members"].items():
+        assert f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}" in out
+    forecaster = Forecaster.from_pretrained(run["folder"])
+    weights = dict(zip(forecaster.model.names, forecaster.model.weights.tolist(), strict=True))
+    assert weights == {name: row["weight"] for name, row in run["committee"]["members"].items()}
+    assert forecaster.predict(frame).shape == (5, 3)
+
+
+def test_long_files_get_the_usual_sizes_and_short_trainings_enough_updates():
+    from vim2.command.options import resolve
+    from vim2.forecast.options import FitOptions, fill_open
+
+    given, _ = resolve(FitOptions, given={"data": "a.csv"})
+    filled = fill_open(given, rows=17420, variates=21)
+    assert (filled.horizon, filled.lookback, filled.patch, filled.stride) == (96, 512, 64, 32)
+    assert (filled.variate_mixer, filled.batch_size, filled.d_model) == ("s6", 92, 16)
+    assert filled.epoch_steps * filled.batch_size >= 11587
+    assert fill_open(given, rows=50_000, variates=7).d_model == 32
+    short = fill_open(given, rows=966, variates=7)
+    assert (short.variate_mixer, short.batch_size, short.d_model) == ("none", 16, 16)
+    assert short.epoch_steps * short.epochs == 1000

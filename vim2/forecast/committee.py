@@ -1,0 +1,234 @@
+"""A committee of forecasters that is one model: linear maps in closed form and independently trained TSM2, mixed by
+weights that validation windows find."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from ..tsm2 import TSM2, TSM2Config
+from .baselines import Ridge, centre
+from .scores import gain, nearest_to_median
+
+__all__ = ["Committee", "Networks", "Products", "find_weights", "mixture_losses"]
+
+# The linear members: their names, and about what of a window they map it. The last season is one too.
+LINEAR = {"ridge about the mean": "mean", "ridge about the last value": "last", "last season": "mean"}
+RIDGES = tuple(name for name in LINEAR if name.startswith("ridge"))
+SHARES = [share / 10 for share in range(10, -1, -1)]  # of equal weights, that `find_weights` tries
+
+
+class Linear(nn.Module):
+    """A linear map from a window's centred history to its centred future, shared by all variates, which is not trained.
+
+    Args:
+        center: "mean" or "last": what of the history is subtracted, and added again.
+        lookback, horizon: Steps L and H.
+    """
+
+    def __init__(self, center: str, lookback: int, horizon: int, device=None):
+        super().__init__()
+        self.center = center
+        self.register_buffer("weight", torch.zeros(horizon, lookback, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, L, M) -> (n, H, M), in the weight's dtype, under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            level = centre(x, self.center)
+            return ((x - level).transpose(1, 2) @ self.weight.T).transpose(1, 2) + level
+
+
+class Networks(nn.ModuleList):
+    """TSM2 of one configuration, each with weights of its own.
+
+    Args:
+        config: Of each.
+        count: How many, k.
+    """
+
+    def __init__(self, config: TSM2Config, count: int, device=None):
+        super().__init__(TSM2(config, device=device) for _ in range(count))
+
+    def forward(self, x: Tensor, future: Tensor | None = None) -> Tensor:
+        """(n, L, M), and future features as TSM2 takes them -> each one's forecast, (k, n, H, M) or (k, n, H, M, Q)."""
+        return torch.stack([network(x, future=future) for network in self])
+
+
+class Committee(nn.Module):
+    """The weighted sum of several forecasts.
+
+    Members are ridge regression about a window's mean and about its last value, the last season over and over, and k
+    TSM2; of a committee of one, the TSM2 alone. With quantiles, members are mixed as points, the TSM2's by the quantile
+    nearest to the median; its distances to the other quantiles, the mean over all TSM2, are then added.
+
+    Args:
+        config: Of each TSM2.
+        networks: How many TSM2, k.
+
+    Attributes:
+        weights: One for each of `names`, not negative, of sum 1, float32: the prior until they are found.
+    """
+
+    def __init__(self, config: TSM2Config, networks: int = 3, device=None):
+        super().__init__()
+        self.config = config
+        linear = LINEAR.values() if networks > 1 else ()
+        self.linear = nn.ModuleList(Linear(center, config.lookback, config.horizon, device) for center in linear)
+        self.networks = Networks(config, networks, device)
+        self.register_buffer("weights", self.prior().to(device))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the members, in the order of their weights."""
+        return [*list(LINEAR)[: len(self.linear)], *(f"TSM2 {i + 1}" for i in range(len(self.networks)))]
+
+    @property
+    def groups(self) -> Tensor:
+        """Members that share one weight, for `find_weights`: (groups, K), float64, a row the mean of its members. The
+        TSM2, which differ by chance only, are one group; so validation has four weights to find, however many there
+        are."""
+        linear, count = len(self.linear), len(self.networks)
+        groups = torch.zeros(linear + 1, linear + count, dtype=torch.float64)
+        groups[:linear, :linear] = torch.eye(linear)
+        groups[linear, linear:] = 1 / count
+        return groups
+
+    def prior(self, kinds: Sequence[str] = ("ridge", "TSM2")) -> Tensor:
+        """Weights that need no data: as much for each kind, which are the first words of names, and equal ones within
+        it, (K,), float32."""
+        of_kind = [torch.tensor([name.startswith(kind) for name in self.names]).float() for kind in kinds]
+        shares = [chosen / chosen.sum() for chosen in of_kind if chosen.any()]
+        return torch.stack(shares).mean(0)
+
+    def validated_prior(self, products: Tensor) -> Tensor:
+        """What to shrink to: half for the ridge with the lower error, equal parts of the other half for the TSM2. On
+        series that wander, the ridge about the mean is no candidate, and validation tells that better than its weight.
+
+        Args:
+            products: As `Products.result` returns them.
+        """
+        errors = dict(zip(self.names, products.mean(0).diagonal().tolist(), strict=True))
+        better = sorted(errors.keys() & set(RIDGES), key=lambda name: (errors[name], name))[:1]
+        return self.prior([*better, "TSM2"])
+
+    def set_linear(self, ridges: dict[str, Ridge], season: int) -> None:
+        """Give the linear members their maps.
+
+        Args:
+            ridges: By their centre, "mean" and "last".
+            season: Steps of a season; no more than the lookback are repeated.
+        """
+        for member, name in zip(self.linear, LINEAR):
+            if name in RIDGES:
+                member.weight.copy_(ridges[member.center].weight)
+            else:
+                horizon, lookback = member.weight.shape
+                steps, season = torch.arange(horizon, device=member.weight.device), min(season, lookback)
+                member.weight[steps, lookback - season + steps % season] = 1.0
+
+    def forward(
+        self, x: Tensor, static: None = None, future: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Forecast.
+
+        Args:
+            x: History, (n, L, M), standardised.
+            static: None: there are no static features here.
+            future: (n, H, C), or None.
+            weights: Other weights than the committee's, (K,).
+
+        Returns:
+            (n, H, M), with quantiles (n, H, M, Q), ascending along Q.
+        """
+        points, spread = self.members(x, future)
+        weights = (self.weights if weights is None else weights).to(points)
+        y = (weights.view(-1, 1, 1, 1) * points).sum(0)  # no matrix product, which autocast would round
+        return y if spread is None else y.unsqueeze(-1) + spread
+
+    def members(self, x: Tensor, future: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Each member's forecast, (K, n, H, M), and with quantiles their distances to these, (n, H, M, Q)."""
+        y, levels, spread = self.networks(x, future), self.config.quantiles, None
+        if levels:
+            point = y[..., nearest_to_median(levels)]
+            spread, y = (y - point.unsqueeze(-1)).mean(0), point
+        return torch.cat((*(member(x).unsqueeze(0) for member in self.linear), y)), spread
+
+
+class Products:
+    """Products of the members' errors on windows, collected batch by batch: they tell the squared error of every
+    mixture of the members."""
+
+    def __init__(self):
+        self.batches: list[Tensor] = []
+
+    def add(self, points: Tensor, y: Tensor) -> None:
+        """The members' forecasts of n windows, (K, n, H, M), as `Committee.members` returns them, and the truth
+        (n, H, M)."""
+        errors = (points.float() - y).flatten(2).transpose(0, 1)
+        self.batches.append((errors @ errors.transpose(1, 2) / errors.shape[2]).double().cpu())
+
+    def result(self) -> Tensor:
+        """(windows, K, K), float64: means over steps and variates."""
+        return torch.cat(self.batches)
+
+
+def find_weights(products: Tensor, groups: Tensor, prior: Tensor, horizon: int) -> Tensor:
+    """Weights of a mixture that validation windows choose, shrunk towards equal ones.
+
+    The weights of the lowest squared error are found among all that are not negative and sum to 1. Between them and the
+    prior, those are taken that lie as near to the prior as the error allows: it may be higher by one standard error of
+    the difference, see `scores.gain`. Equal weights need no data and are hard to beat (Clemen, International Journal of
+    Forecasting, 1989), so validation has to say what is against them; as it does for a series that is linear, where
+    they end on ridge. The lowest error is below each member's, so the mixture is no worse than the best of them but
+    for that standard error.
+
+    Args:
+        products: As `Products.result` returns them, (windows, K, K), of windows in order of time at stride 1.
+        groups: Members that share one weight, as `Committee.groups`, (G, K).
+        prior: As `Committee.validated_prior`, (K,), the same for all of a group.
+        horizon: Steps by which windows must lie apart to forecast nothing in common.
+
+    Returns:
+        (K,), float64.
+    """
+    prior = prior.double()
+    best = minimise_on_simplex(groups @ products.mean(0) @ groups.T) @ groups
+    lowest = mixture_losses(products, best)
+    for share in SHARES:
+        weights = share * prior + (1 - share) * best
+        loss, error = gain(mixture_losses(products, weights), lowest, horizon)
+        if loss <= error:
+            break
+    return weights
+
+
+def mixture_losses(products: Tensor, weights: Tensor) -> Tensor:
+    """The squared error of a mixture on each window, (windows,)."""
+    return torch.einsum("i,nij,j->n", weights, products, weights)
+
+
+def minimise_on_simplex(matrix: Tensor) -> Tensor:
+    """The w with the lowest w'Aw of all that are not negative and sum to 1: the best of the solutions for each set of
+    members, of which there are few.
+
+    Args:
+        matrix: A, (G, G), symmetric and positive semi-definite, float64.
+
+    Returns:
+        (G,)
+    """
+    best, lowest = None, float("inf")
+    for size in range(1, len(matrix) + 1):
+        for chosen in map(list, combinations(range(len(matrix)), size)):
+            block = matrix[chosen][:, chosen]
+            # a hair on the diagonal: members may be equal, as seasons of one step are to the last value
+            block = block + (1e-9 * block.diagonal().mean() + 1e-30) * torch.eye(size, dtype=matrix.dtype)
+            direction = torch.linalg.lstsq(block, block.new_ones(size, 1)).solution[:, 0]
+            weights = matrix.new_zeros(len(matrix))
+            weights[chosen] = direction / direction.sum()
+            loss = (weights @ matrix @ weights).item()
+            if (weights >= 0).all() and loss < lowest:
+                best, lowest = weights, loss
+    return best
