@@ -159,7 +159,6 @@ def test_profile(tmp_path, capsys):
         assert rows["selective_scan"]["calls"] == 15 and rows["selective_scan"]["ms"] > 0
         assert rows["products"]["ms"] == pytest.approx(sum(rows["products"]["members"].values()))
         assert ("selective_scan_backward" in rows) == (result["mode"] == "train")
-        assert rows["others"]["ms"] < sum(row["ms"] for row in rows.values()) / 2
         assert result["profile"] == sorted(result["profile"], key=lambda row: -row["ms"])
     assert f"{train['step_ms']:.2f} ms a step" in out
     assert "floor" not in out  # which only GPUs have
