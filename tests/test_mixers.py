@@ -214,18 +214,19 @@ def two_features(seed: int) -> list[torch.Tensor]:
 
 
 @needs_triton
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("kind", [SelectiveTokenMixer, SelectiveChannelMixer])
-@torch.inference_mode()
-def test_layers_are_replayed_in_inference(kind, calls):
+def test_layers_are_replayed_in_inference(kind, autocast, calls):
     options = {"channel_patch": 4} if kind is SelectiveChannelMixer else {}
     layer = randomise(MixerLayer(8, kind(8, d_state=2, expand=1.0, **options), 2)).float().to(DEVICE)
-    for seed in range(3):
-        y = layer(two_features(seed))
-    assert len(calls) == 2 and y.equal(layer._mix(*two_features(2)))
-    layer.mixer.in_proj.weight.data.mul_(0.5)
-    layer.norm.weight = nn.Parameter(layer.norm.weight * 2)
-    z = layer(two_features(2))
-    assert len(calls) == 3 and z.equal(layer._mix(*two_features(2))) and not z.equal(y)
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        for seed in range(3):
+            y = layer(two_features(seed))
+        assert len(calls) == 2 and y.equal(layer._mix(*two_features(2)))
+        layer.mixer.in_proj.weight.data.mul_(0.5)
+        layer.norm.weight = nn.Parameter(layer.norm.weight * 2)
+        z = layer(two_features(2))
+        assert len(calls) == 3 and z.equal(layer._mix(*two_features(2))) and not z.equal(y)
 
 
 class FewOperators(nn.Module):
@@ -269,6 +270,13 @@ def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeyp
         assert [is_replayed() for _ in range(3)] == [False, False, True] and not layer(features).equal(expected)
         layer.norm.eps = 1e-5
         assert is_replayed()
+        weight = layer.norm.weight
+        del layer.norm.weight
+        layer.norm.weight = weight  # as pruning puts it back: behind the bias now
+        assert [is_replayed() for _ in range(3)] == [False, False, True] and layer(features).equal(expected)
+        layer.mixer.compile(backend="eager")
+        assert not is_replayed()
+        layer.mixer._compiled_call_impl = None
         file = io.BytesIO()
         torch.save(layer, file)
         file.seek(0)

@@ -313,7 +313,7 @@ _SETTINGS = {
     nn.LayerNorm: lambda module: module.eps,
     SelectiveTokenMixer: lambda module: None,
     SelectiveChannelMixer: lambda module: module.channel_patch,
-    S6: lambda module: (module.orders, module.separate_inputs),
+    S6: lambda module: (tuple(module.orders), module.separate_inputs),
     nn.Conv1d: lambda module: None,
     nn.Conv2d: lambda module: None,
     nn.Linear: lambda module: None,
@@ -323,8 +323,10 @@ _SETTINGS = {
 
 
 def _is_replayable(features: Sequence[Tensor]) -> bool:
-    """Whether these are plain tensors, and operators on them are Triton's kernels."""
-    return all(f.__class__ is Tensor for f in features) and resolve_backend(None, *features) == "triton"
+    """Whether these are plain tensors, and operators on them, the scan too, are Triton's kernels."""
+    if not features or any(f.__class__ is not Tensor or f.layout is not torch.strided for f in features):
+        return False
+    return resolve_backend(None, *features, scan=True) == "triton"
 
 
 def _read(module: nn.Module, settings: list, tensors: list) -> bool:
@@ -333,13 +335,16 @@ def _read(module: nn.Module, settings: list, tensors: list) -> bool:
     of_kind = _SETTINGS.get(module.__class__)
     if of_kind is None or module._buffers or "forward" in module.__dict__ or _has_any_global_hook():
         return False
+    if module._compiled_call_impl is not None:
+        return False
     if module.__class__ is not MixerLayer and (module._forward_pre_hooks or module._forward_hooks):
         return False
     if module.__class__ is DropPath and module.training:
         return False
-    settings.append((module.__class__, of_kind(module)))
+    # names, too: who takes a weight out and puts it back changes the order
+    settings.append((module.__class__, of_kind(module), tuple(module._parameters), tuple(module._modules)))
     for parameter in module._parameters.values():
-        if parameter is not None and parameter.__class__ is not nn.Parameter:
+        if parameter is not None and (parameter.__class__ is not nn.Parameter or parameter.layout is not torch.strided):
             return False
         tensors.append(parameter)
     return all(_read(each, settings, tensors) for each in module._modules.values())

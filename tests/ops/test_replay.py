@@ -171,3 +171,40 @@ def test_replays_go_with_their_owner_and_are_bounded():
         assert len(module._replays) == before + 1 and len(module._replays[owner]) <= MAX_REPLAYS
     del owner
     assert len(module._replays) == before
+
+
+def cast_by_parts(x, weight):
+    return torch.einsum("ij,kj->ik", x, weight)
+
+
+def partly_not_cast(x, weight):
+    with torch.autocast(DEVICE, enabled=False):
+        return torch.mm(x, weight)
+
+
+@pytest.mark.parametrize("way", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", [cast_by_parts, partly_not_cast])
+def test_casts_are_those_of_a_plain_call(function, way):
+    owner = Owner(function)
+    with way(), torch.autocast(DEVICE, torch.bfloat16):
+        for seed in range(4):
+            x, weight = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+            expected = function(x, weight)
+            actual = owner(x, weight)
+            assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+def test_what_is_noted_may_replay_others():
+    inner = Owner(gated)
+    outer = Owner(lambda x, weight, bias: inner(x, weight, bias) * 2)
+    for seed in range(5):
+        inputs = gated_inputs(seed)
+        assert torch.equal(outer(*inputs), gated(*inputs) * 2)
+    assert outer.calls == 2
+
+
+def test_errors_are_those_of_a_plain_call():
+    owner = Owner(torch.mm)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            owner(torch.ones(2, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE))

@@ -32,7 +32,21 @@ ALLOCATIONS = {
     aten.new_empty.default,
     aten.new_empty_strided.default,
 }
-# the same, called with less ado
+# operators made of others, none of which autocast casts
+MOVES = {
+    aten.chunk.default,
+    aten.contiguous.default,
+    aten.flatten.using_ints,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.narrow.default,
+    aten.reshape.default,
+    aten.split.sizes,
+    aten.tensor_split.sections,
+    aten.to.dtype,
+    aten.unflatten.int,
+}
+# operators, called with less ado
 QUICKER = {
     aten._to_copy.default: torch.Tensor.to,
     aten.addmm.default: torch.addmm,
@@ -87,6 +101,8 @@ def note(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> t
     """The replay of a function, or REFUSED, and its result for these tensors."""
     from .triton_launch import notes
 
+    if notes.take is not None:
+        return SEEN, function(*tensors)  # what this is part of is being noted
     notebook = Notebook(tensors)
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # which holds tensors that no line has made
@@ -95,10 +111,14 @@ def note(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> t
     try:
         with notebook:
             result = function(*tensors)
+    except Exception:
+        result = None
     finally:
         notes.take = None
         own.modes -= 1
         torch.set_autocast_cache_enabled(cached)
+    if result is None:
+        return REFUSED, function(*tensors)  # which raises again what is an error without a notebook, too
     try:
         return notebook.replay(result), result
     except NotReplayableError:
@@ -119,6 +139,8 @@ class Notebook(TorchDispatchMode):
         self.whole: dict[StorageWeakRef, tuple[str, torch.dtype, tuple]] = {}  # by memory: what lies there
         self.parts: dict[tuple, str] = {}
         self.problem = ""
+        self.device = next((t.device.type for t in tensors if t is not None), "cpu")
+        self.autocast = torch.is_autocast_enabled(self.device)
         self.given = [f"given{i}" for i in range(len(tensors))]
         for name, t in zip(self.given, tensors):
             if t is not None:
@@ -126,6 +148,8 @@ class Notebook(TorchDispatchMode):
                 self.whole[_memory(t)] = name, t.dtype, _extent(t)
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if self.autocast and function not in MOVES and _has_parts_to_cast(function, self.device):
+            raise NotReplayableError(f"{function} comes as a whole, so that autocast does not see its parts")
         result = function(*arguments, **(options or {}))
         try:
             self.take_call(function, arguments, options or {}, result)
@@ -227,7 +251,27 @@ class Notebook(TorchDispatchMode):
         lines.append(f"def replay({', '.join(self.given)}):")
         scope = dict(self.constants)
         exec("\n".join(reversed(lines)), scope)
-        return scope["replay"]
+        return _without_autocast(scope["replay"], self.device) if self.autocast else scope["replay"]
+
+
+def _without_autocast(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """The same with autocast off: the casts are lines of their own."""
+
+    def replay(*tensors):
+        torch.set_autocast_enabled(device, False)
+        try:
+            return function(*tensors)
+        finally:
+            torch.set_autocast_enabled(device, True)
+
+    return replay
+
+
+def _has_parts_to_cast(function, device: str) -> bool:
+    """Whether an operator is made of others, which autocast may cast, but not the operator itself. In inference mode it
+    comes to a notebook as a whole, and autocast is off there."""
+    has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, function.name()
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, f"Autocast{device.upper()}")
 
 
 def _memory(t: Tensor) -> StorageWeakRef:
