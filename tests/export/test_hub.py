@@ -118,3 +118,10 @@ def test_mistakes(argv, says, tmp_path, capsys, monkeypatch):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error
+
+
+def test_what_is_said_of_shipped_weights_is_not_said_of_others(tmp_path):
+    export_timm(timm.create_model("vim2_nano", num_classes=3), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not config.get("label_names") and not config["pretrained_cfg"].get("label_descriptions")
+    assert "Tiny-ImageNet" not in json.dumps(config) and "tiny_in200" not in json.dumps(config)

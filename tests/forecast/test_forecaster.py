@@ -219,7 +219,7 @@ def test_a_config_that_lacks_something(trained, tmp_path, name):
     Forecaster.from_pretrained(trained).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if k != name}))
-    with pytest.raises(UserError, match=f"damaged .*{name}"):
+    with pytest.raises(UserError, match=f"damaged, .*{name}"):
         Forecaster.from_pretrained(tmp_path)
 
 
@@ -227,7 +227,7 @@ def test_a_config_that_lacks_something(trained, tmp_path, name):
 def test_a_config_that_is_none(trained, tmp_path, text):
     Forecaster.from_pretrained(trained).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is damaged or of something else"):
+    with pytest.raises(UserError, match=r"config\.json is damaged, or of something else, or of an earlier version"):
         Forecaster.from_pretrained(tmp_path)
 
 

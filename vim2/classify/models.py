@@ -90,7 +90,7 @@ def load_checkpoint_model(
         checkpoint: File of weights. Those of `vim2.classify.train` name their model, classes and input.
         model: timm's name; the checkpoint's if None.
         model_kwargs: Arguments of the model; the checkpoint's if None.
-        pretrained: Take timm's own weights and no checkpoint.
+        pretrained: Take the weights that come with the model, of timm or of this package, and no checkpoint.
         use_ema: Prefer the checkpoint's moving average.
         num_classes: Classes of the data, where the checkpoint does not tell.
 
@@ -99,7 +99,9 @@ def load_checkpoint_model(
     """
     if not checkpoint:
         if not (pretrained and model):
-            raise UserError("Say what to use: --checkpoint FILE, or --model NAME --pretrained for timm's own weights.")
+            raise UserError(
+                "Say what to use: --checkpoint FILE, or --model NAME --pretrained for weights of timm or of vim2_nano."
+            )
         created = create_model(model, model_kwargs, pretrained=True)
         return created, pretrained_facts(created, model)
     content = read_saved(checkpoint)

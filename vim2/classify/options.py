@@ -117,7 +117,7 @@ class ModelOptions(Options, group="model"):
     num_classes: Positive | None = option(None, "default: as many as the data have", metavar="N")
     in_chans: int = option(3, "1 reads images as grey", choices=(1, 3))
     img_size: Pixels | None = option(None, "height and width; default: the model's", metavar="PIXELS")
-    pretrained: bool = option(False, "start from timm's pretrained weights")
+    pretrained: bool = option(False, "start from the model's pretrained weights")
     initial_checkpoint: str | None = option(None, "start from these weights, with a new head if needed", metavar="FILE")
     freeze: Count = option(
         0, "do not train the stem and the first N stages; 5 trains nothing but the classifier", metavar="N"
@@ -264,7 +264,7 @@ class CheckpointOptions(Options, group="model"):
     checkpoint: str | None = option(None, "best.pth or last.pth of a run, or another file of weights", metavar="FILE")
     model: str | None = option(None, "name of a timm model; default: the checkpoint's")
     model_kwargs: dict[str, Any] | None = option(None, "arguments of it; default: the checkpoint's", metavar="K=V")
-    pretrained: bool = option(False, "timm's pretrained weights instead of a checkpoint")
+    pretrained: bool = option(False, "the model's pretrained weights instead of a checkpoint")
     no_ema: bool = option(False, "the weights themselves, not their moving average")
 
 

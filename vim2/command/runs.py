@@ -73,7 +73,9 @@ def read_last(path: Path, content: Mapping[str, type | tuple], columns: Set[str]
     """
     saved = read_saved(path)
     if not (isinstance(saved, dict) and content.keys() <= saved.keys()):
-        raise UserError(f"{path} cannot be resumed: it is not a last.pth of this command. {instead}")
+        raise UserError(
+            f"{path} cannot be resumed: it is not a last.pth of this command, or of another version. {instead}"
+        )
     for name, kind in content.items():
         if not isinstance(saved[name], kind):
             raise UserError(f"{path} cannot be resumed: its {name} is damaged. {instead}")

@@ -15,6 +15,7 @@ from ..checkpoints import write_atomically
 __all__ = ["export_timm"]
 
 CONFIG = "config.json"
+ORIGIN = ("tag", "description", "notes")  # of the weights that a model's name stands for, which others need not be
 
 
 def export_timm(
@@ -42,7 +43,9 @@ def export_timm(
     before = model.pretrained_cfg
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as made:
-        model.pretrained_cfg = {**before, **(data_config or {})}
+        model.pretrained_cfg = {k: v for k, v in before.items() if k not in ORIGIN} | dict(data_config or {})
+        if len(before.get("label_names") or ()) != model.num_classes:
+            model.pretrained_cfg |= {"label_names": None, "label_descriptions": None}
         try:
             labels = {"label_names": list(class_names)} if class_names else {}
             save_for_hf(model, made, model_config=labels, model_args=dict(model_args or {}), safe_serialization=True)

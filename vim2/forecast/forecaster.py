@@ -269,7 +269,10 @@ class Forecaster:
             saved, config = _read_config(json.loads((folder / CONFIG_NAME).read_text()))
         except (UserError, OSError, RecursionError, ValueError) as error:  # of JSON, and of its encoding
             reason = first_line(error)
-            raise UserError(f"{folder / CONFIG_NAME} is damaged or of something else ({reason}).") from None
+            raise UserError(
+                f"{folder / CONFIG_NAME} is damaged, or of something else, or of an earlier version ({reason}): "
+                "fit it again."
+            ) from None
         try:
             weights = load((folder / WEIGHTS_NAME).read_bytes())
         except (SafetensorError, OSError) as error:
