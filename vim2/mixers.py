@@ -53,12 +53,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: Of a mixer.
         kind: The class that it was made as.
     """
-    return (
-        type(module) is kind
-        and not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks)
-        and not (module._backward_hooks or "forward" in module.__dict__ or _has_any_global_hook())
-        and not any(map(is_traceable_wrapper_subclass, module._parameters.values()))
-    )
+    parameters = module._parameters.values()
+    return type(module) is kind and not _is_hooked(module) and not any(map(is_traceable_wrapper_subclass, parameters))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than, or something else than, the `forward` of its class."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    hooked = before or after or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooked) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 def inner_width(dim: int, ratio: float) -> int:
@@ -333,11 +336,9 @@ def _read(module: nn.Module, settings: list, tensors: list) -> bool:
     """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
     all: not where somebody holds on to one of them (see `is_plain`), or where it drops paths."""
     of_kind = _SETTINGS.get(module.__class__)
-    if of_kind is None or module._buffers or "forward" in module.__dict__ or _has_any_global_hook():
+    if of_kind is None or module._buffers or module._compiled_call_impl is not None:
         return False
-    if module._compiled_call_impl is not None:
-        return False
-    if module.__class__ is not MixerLayer and (module._forward_pre_hooks or module._forward_hooks):
+    if module.__class__ is not MixerLayer and _is_hooked(module):  # of a layer's own hooks, this runs in their midst
         return False
     if module.__class__ is DropPath and module.training:
         return False

@@ -425,7 +425,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a checkpoint of tools/classify.py or of timm's train.py, or of a bare state dict.
+    """The weights in a checkpoint of `vim2 train` or of timm's train.py, or of a bare state dict.
 
     Raises:
         ValueError: Names that the model lacks or does not have. timm overlooks these where it adapts the classifier.
@@ -483,21 +483,21 @@ def vim2_base(pretrained: bool = False, **kwargs) -> ViM2:
 
 @register_model
 def vim2_tiny_vmamba(pretrained: bool = False, **kwargs) -> ViM2:
-    """ViM2-T with the token mixers of vanilla VMamba-T, for its weights (tools/convert_vmamba.py)."""
+    """ViM2-T with the token mixers of vanilla VMamba-T, for its weights (`vim2 convert`)."""
     model_args = dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768), token_mixers=(2, 2, 3, 2))
     return _create_vim2("vim2_tiny_vmamba", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim2_small_vmamba(pretrained: bool = False, **kwargs) -> ViM2:
-    """ViM2-S with the token mixers of vanilla VMamba-S, for its weights (tools/convert_vmamba.py)."""
+    """ViM2-S with the token mixers of vanilla VMamba-S, for its weights (`vim2 convert`)."""
     model_args = dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768), token_mixers=(2, 2, 3, 2))
     return _create_vim2("vim2_small_vmamba", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vim2_base_vmamba(pretrained: bool = False, **kwargs) -> ViM2:
-    """ViM2-B with the token mixers of vanilla VMamba-B, for its weights (tools/convert_vmamba.py)."""
+    """ViM2-B with the token mixers of vanilla VMamba-B, for its weights (`vim2 convert`)."""
     model_args = dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024), token_mixers=(2, 2, 3, 2))
     return _create_vim2("vim2_base_vmamba", pretrained, **dict(model_args, **kwargs))
 
