@@ -229,6 +229,39 @@ def test_layers_are_replayed_in_inference(kind, autocast, calls):
         assert len(calls) == 3 and z.equal(layer._mix(*two_features(2))) and not z.equal(y)
 
 
+@needs_triton
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", [SelectiveTokenMixer, SelectiveChannelMixer])
+def test_layers_are_replayed_in_training(kind, autocast, calls):
+    """Outputs and every gradient have the bits of plain calls, and chance drops the same paths."""
+    options = {"channel_patch": 4} if kind is SelectiveChannelMixer else {}
+    layer = randomise(MixerLayer(8, kind(8, d_state=2, expand=1.0, **options), 2, drop_path=0.5)).float().to(DEVICE)
+    mix = lambda features: layer._mix(*features)  # noqa: E731
+
+    def step(forward, seed):
+        features = [f.requires_grad_() for f in two_features(seed)]
+        layer.zero_grad()
+        torch.manual_seed(seed)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y = forward(features)
+        y.float().square().sum().backward()
+        return [y.detach(), *(t.grad for t in (*features, *layer.parameters()) if t.requires_grad)]
+
+    for seed in range(4):
+        calls.clear()
+        actual = step(layer, seed)
+        noted = len(calls)
+        assert noted == (1, 1, 0, 0)[seed]
+        for a, b in zip(actual, step(mix, seed), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+    layer.mixer.in_proj.weight.requires_grad_(False)  # frozen: noted for itself
+    for seed in range(4, 7):
+        calls.clear()
+        actual = step(layer, seed)
+        assert bool(calls) == (seed < 6) and layer.mixer.in_proj.weight.grad is None
+        assert all(map(torch.equal, actual, step(mix, seed)))
+
+
 class FewOperators(nn.Module):
     """Stands for a mixer in what follows, which is about whether it is replayed."""
 
@@ -262,7 +295,7 @@ def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeyp
             hook.remove()
             assert is_replayed()
         layer.drop_path.train()
-        assert not is_replayed()
+        assert [is_replayed() for _ in range(3)] == [False, False, True]
         layer.drop_path.eval()
         with FlopCounterMode(display=False):
             assert not is_replayed()

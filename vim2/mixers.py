@@ -294,12 +294,17 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        if torch.is_grad_enabled() or is_observed():
+        if is_observed():
             return self._mix(*features)
         settings, parameters = [], []
         if not _is_replayable(features) or not _read(self, settings, parameters):
             return self._mix(*features)
-        settings += (len(features), torch.is_inference_mode_enabled(), autocast_dtype(features[0]))
+        settings += (
+            len(features),
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            autocast_dtype(features[0]),
+        )
         # parameters are read from the modules, too; given here, they are known by where they lie
         given = len(features)
         mix = lambda *tensors: self._mix(*tensors[:given])  # noqa: E731
@@ -321,7 +326,7 @@ _SETTINGS = {
     nn.Conv2d: lambda module: None,
     nn.Linear: lambda module: None,
     nn.Identity: lambda module: None,
-    DropPath: lambda module: None,
+    DropPath: lambda module: (module.drop_prob, module.scale_by_keep, module.training),
 }
 
 
@@ -334,13 +339,11 @@ def _is_replayable(features: Sequence[Tensor]) -> bool:
 
 def _read(module: nn.Module, settings: list, tensors: list) -> bool:
     """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
-    all: not where somebody holds on to one of them (see `is_plain`), or where it drops paths."""
+    all: not where somebody holds on to one of them (see `is_plain`)."""
     of_kind = _SETTINGS.get(module.__class__)
     if of_kind is None or module._buffers or module._compiled_call_impl is not None:
         return False
     if module.__class__ is not MixerLayer and _is_hooked(module):  # of a layer's own hooks, this runs in their midst
-        return False
-    if module.__class__ is DropPath and module.training:
         return False
     # names, too: who takes a weight out and puts it back changes the order
     settings.append((module.__class__, of_kind(module), tuple(module._parameters), tuple(module._modules)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICE, needs_triton
+from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import norm_gate
 from vim2.ops import replay as module
@@ -14,8 +15,8 @@ from vim2.ops.replay import MAX_REPLAYS, replay
 pytestmark = needs_triton
 
 
-class Owner:
-    """Of the replays of a function whose calls are counted."""
+class Trainee:
+    """The owner of the replays of a function whose calls are counted."""
 
     def __init__(self, function):
         self.function = function
@@ -26,8 +27,15 @@ class Owner:
             self.calls += 1
             return self.function(*tensors)
 
+        return replay(self, settings, function, tensors)
+
+
+class Owner(Trainee):
+    """The same, of which no gradient is asked."""
+
+    def __call__(self, *tensors, settings=None):
         with torch.no_grad():
-            return replay(self, settings, function, tensors)
+            return super().__call__(*tensors, settings=settings)
 
 
 def gated(x, weight, bias):
@@ -108,6 +116,7 @@ def test_a_part_of_what_is_given_may_be_returned():
 ELSEWHERE = torch.ones(3, device=DEVICE)
 NOT_REPLAYABLE = {
     "changes what it is given": lambda x, y: x.add_(y),
+    "changes a part of what it is given": lambda x, y: x[1:].add_(y[1:]),
     "reads a value": lambda x, y: x * y.sum().item(),
     "takes another way for other values": lambda x, y: x if bool((y > 0).all()) else y,
     "reads what it was not given": lambda x, y: x + ELSEWHERE,
@@ -208,3 +217,148 @@ def test_errors_are_those_of_a_plain_call():
     for _ in range(3):
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             owner(torch.ones(2, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE))
+
+
+def drop_and_gate(x, weight, bias):
+    """`gated` of a tensor of which rows are dropped by chance, as stochastic depth does it."""
+    kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(0.5).div_(0.5)
+    return gated(x * kept, weight, bias)
+
+
+def both_passes(function, inputs, seed, grad=None, autocast=False):
+    """What a function and its gradients are, and what chance gives after both passes."""
+    torch.manual_seed(seed)
+    inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        y = function(*inputs)
+    torch.autograd.backward(y, torch.cos(y.detach()) if grad is None else grad)
+    return y.detach(), *(t.grad for t in inputs), torch.rand(2, device=DEVICE)
+
+
+def assert_same_bits(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, False)])
+def test_replayed_training_gives_the_same_bits(wanted, autocast):
+    owner = Trainee(drop_and_gate)
+    for seed in range(4):
+        inputs = [t.requires_grad_(wants) for t, wants in zip(gated_inputs(seed), wanted)]
+        expected = both_passes(drop_and_gate, inputs, seed, autocast=autocast)
+        assert_same_bits(both_passes(owner, inputs, seed, autocast=autocast), expected)
+    assert owner.calls == 2  # as it is, and noted
+
+
+def test_gradients_may_lie_anyhow():
+    owner = Trainee(gated)
+    inputs = [t.requires_grad_() for t in gated_inputs(0)]
+    shape = gated(*inputs).shape
+    rows = torch.randn(*shape[1:], device=DEVICE)
+    turned = torch.randn(shape[::-1], device=DEVICE).permute(*reversed(range(len(shape))))
+    shifted = torch.randn(rows.numel() * shape[0] + 1, device=DEVICE)[1:].view(shape)
+    for grad in (rows.expand(shape), turned, shifted, turned):
+        assert_same_bits(both_passes(owner, inputs, 0, grad), both_passes(gated, inputs, 0, grad))
+    assert owner.calls == 2
+
+
+def trained(function=gated):
+    """An owner that replays, and its inputs."""
+    owner = Trainee(function)
+    inputs = [t.requires_grad_() for t in gated_inputs(0)]
+    owner(*inputs), owner(*inputs)
+    calls = owner.calls
+    owner(*inputs)
+    assert owner.calls == calls
+    return owner, inputs
+
+
+def test_a_graph_that_is_kept_may_be_walked_again():
+    owner, inputs = trained()
+    y = owner(*inputs)
+    first, second = (torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True) for _ in range(2))
+    assert_same_bits(first, second)
+    (only,) = torch.autograd.grad(y, inputs[1], torch.ones_like(y))
+    assert torch.equal(only, first[1])
+
+
+def test_gradients_of_replays_have_none_themselves():
+    owner, inputs = trained()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(owner(*inputs).sum(), inputs, create_graph=True)
+
+
+def test_a_weight_that_is_changed_between_the_passes_is_an_error():
+    owner, inputs = trained()
+    y = owner(*inputs)
+    with torch.no_grad():
+        inputs[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_who_watches_autograd_sees_plain_calls():
+    owner, inputs = trained()
+    expected = both_passes(gated, inputs, 0)
+    saved = []
+
+    def is_called():
+        calls = owner.calls
+        assert_same_bits(both_passes(owner, inputs, 0), expected)
+        return owner.calls > calls
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        assert is_called() and saved
+    with torch.autograd.detect_anomaly(check_nan=False):
+        assert is_called()
+    assert not is_called()
+    recomputed = both_passes(lambda *tensors: checkpoint(owner, *tensors, use_reentrant=False), inputs, 0)
+    assert_same_bits(recomputed, expected)
+
+
+def test_hooks_on_what_is_given_see_each_gradient_once():
+    owner = Trainee(gated)
+    inputs = [t.requires_grad_() for t in gated_inputs(0)]
+    seen = []
+    inputs[1].register_hook(seen.append)
+    for step in range(4):
+        owner(*inputs).sum().backward()
+        assert len(seen) == step + 1
+    owner, inputs = trained()
+    inputs[1].register_hook(lambda grad: grad * 2)
+    (grad,) = torch.autograd.grad(gated(*inputs).sum(), inputs[1])
+    assert torch.equal(torch.autograd.grad(owner(*inputs).sum(), inputs[1])[0], grad)
+
+
+def test_what_has_no_gradient_is_replayed_under_grad_mode_too():
+    owner = Trainee(gated)
+    for seed in range(4):
+        inputs = gated_inputs(seed)
+        y = owner(*inputs)
+        assert torch.equal(y, gated(*inputs)) and not y.requires_grad
+    assert owner.calls == 2
+
+
+class Doubled(torch.autograd.Function):
+    """A gradient that writes into what the forward pass saved."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x * 2)
+        return x + 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0].mul_(grad)
+
+
+def test_what_cannot_be_noted_of_a_backward_pass_is_done_as_ever():
+    def function(x):
+        return Doubled.apply(x * 3)
+
+    owner = Trainee(function)
+    for seed in range(4):
+        inputs = [gated_inputs(seed)[0].requires_grad_()]
+        assert_same_bits(both_passes(owner, inputs, 0), both_passes(function, inputs, 0))
+    assert owner.calls == 5  # once to find out

@@ -1,13 +1,18 @@
-"""Inference without the Python between its kernels.
+"""Inference and training without the Python between their kernels.
 
 Checks, views and layouts take the host longer than a small kernel takes the GPU, and come out the same for every call
 with tensors of the same shapes. So what a function of tensors does is noted once: what it allocates, which of PyTorch's
 operators it calls and which kernels it launches, on which parts of which tensors. From then on just that is done, by a
-function written for it. No value is remembered: weights are read at each call, wherever they lie by then.
+function written for it. In training the backward pass is noted as well, as autograd made it, and both become one
+node of its graph. No value is remembered: weights are read at each call, wherever they lie by then.
 """
 
+import functools
+import itertools
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +22,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operator import own
+from .operator import own, refuse_second_derivatives
 
 MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
 SEEN, REFUSED = object(), object()  # in place of the replay of what has come but once, and of what cannot be noted
+
+NAMES = re.compile(r"\b(?:given|made|part)\d+\b|\bgrad\b")  # of tensors, in lines
 
 _replays: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
@@ -48,7 +55,7 @@ MOVES = {
 }
 # operators, called with less ado
 QUICKER = {
-    aten._to_copy.default: torch.Tensor.to,
+    aten._to_copy.default: functools.partial(torch.Tensor.to, copy=True),
     aten.addmm.default: torch.addmm,
     aten.linear.default: F.linear,
     aten.mm.default: torch.mm,
@@ -65,20 +72,27 @@ def replay(
 ) -> Tensor:
     """function(*tensors), noted the second time that such tensors come, and replayed from then on.
 
-    For callers that want no gradient, whose operators nobody observes (`operator.is_observed`), and whose kernels are
-    Triton's: what others compute cannot be seen here.
+    For callers whose operators nobody observes (`operator.is_observed`), and whose kernels are Triton's: what others
+    compute cannot be seen here. Where a gradient is wanted, noting takes both passes once more, with the random numbers
+    as they were.
 
     Args:
         owner: Whose replays these are: they go with it.
         settings: All that the function reads besides the tensors, and besides what was settled on import.
         function: It returns one tensor, changes none that it is given, and allocates, computes and launches the same
             for all tensors that lie alike.
-        tensors: No two of which share memory.
+        tensors: No two of which share memory. Those of which the function knows without being given them, as of a
+            module's parameters, are leaves of autograd's graph.
     """
+    from .triton_launch import has_hooks
+
+    wants = _wants(tensors)
+    if has_hooks() or (wants and _is_watched()) or _is_elsewhere(tensors):
+        return function(*tensors)
     known = _replays.get(owner)
     if known is None:
         known = _replays[owner] = {}
-    key = settings, tuple([None if t is None else _layout(t) for t in tensors])
+    key = settings, wants, tuple([None if t is None else _layout(t) for t in tensors])
     way = known.get(key)
     if way is None:
         if len(known) >= MAX_REPLAYS:
@@ -87,10 +101,34 @@ def replay(
         return function(*tensors)
     if way is REFUSED:
         return function(*tensors)
-    if way is SEEN:
+    if way is SEEN and not wants:
         known[key], result = note(function, tensors)
         return result
-    return way(*tensors)
+    if way is SEEN:
+        way = known[key] = note_both(function, tensors)
+        if not isinstance(way, BothPasses):
+            return function(*tensors)
+    return _Replayed.apply(way, *tensors) if wants else way(*tensors)
+
+
+def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
+    """Which tensors want a gradient, if any does."""
+    if not torch.is_grad_enabled():
+        return None
+    wants = tuple([t is not None and t.requires_grad for t in tensors])
+    return wants if any(wants) else None
+
+
+def _is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are on another GPU than the current one."""
+    first = next((t for t in tensors if t is not None), None)
+    return first is not None and first.is_cuda and first.get_device() != torch.cuda.current_device()
+
+
+def _is_watched() -> bool:
+    """Whether autograd is asked for what one node cannot give: what is saved between the passes to be handed to others
+    (as checkpoints ask, which want the same tensors in each forward pass), or an error traced to where it arose."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or torch.is_anomaly_enabled()
 
 
 def _layout(t: Tensor) -> tuple:
@@ -99,30 +137,104 @@ def _layout(t: Tensor) -> tuple:
 
 def note(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor]:
     """The replay of a function, or REFUSED, and its result for these tensors."""
+    if is_noting():
+        return SEEN, function(*tensors)
+    notebook = Notebook(tensors)
+    try:
+        with noting(notebook):
+            result = function(*tensors)
+    except Exception:
+        return REFUSED, function(*tensors)  # which raises again what is an error without a notebook, too
+    try:
+        return notebook.replay(result), result
+    except NotReplayableError:
+        return REFUSED, result
+
+
+@dataclass(frozen=True)
+class BothPasses:
+    """A function and its gradients, as they were noted.
+
+    Attributes:
+        forward: Takes the function's tensors. Returns its result, and what else `backward` wants.
+        given: Which of the function's tensors `backward` wants first.
+        layout: Of the gradient of the result.
+        backward: Takes that gradient, and what it wants. Returns a gradient or None for each of the function's tensors.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    given: tuple[int, ...]
+    layout: tuple
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+def note_both(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Any:
+    """A function's `BothPasses`, REFUSED, or SEEN where this is no time to note."""
+    if is_noting() or any(t is not None and t._backward_hooks for t in tensors):  # which would see gradients of ours
+        return SEEN
+    on_gpu = [t.get_device() for t in tensors if t is not None and t.is_cuda][:1]
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return SEEN  # all that is done would become part of the graph
+    leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    notebook = Notebook(leaves)
+    try:
+        with torch.random.fork_rng(on_gpu), torch.autograd.set_multithreading_enabled(False):
+            with noting(notebook):
+                result = function(*leaves)
+            grad = torch.empty_like(result)
+            notebook.turn(result.detach(), grad)
+            with torch.autocast(notebook.device, enabled=False), noting(notebook):
+                grads = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
+        grads = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
+        return notebook.both_passes(grads, _layout(grad))
+    except Exception:  # an error that is one without a notebook, too, comes again in a moment
+        return REFUSED
+
+
+class _Replayed(torch.autograd.Function):
+    """Both passes as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx, way, *tensors):
+        result, *saved = way.forward(*tensors)
+        ctx.way = way
+        ctx.save_for_backward(*[tensors[i] for i in way.given], *saved)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivatives()
+        way = ctx.way
+        if _layout(grad) != way.layout:
+            shape, stride, dtype, *_ = way.layout
+            grad = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad)
+        return None, *way.backward(grad, *ctx.saved_tensors)
+
+
+def is_noting() -> bool:
+    """Whether what this is part of is being noted."""
     from .triton_launch import notes
 
-    if notes.take is not None:
-        return SEEN, function(*tensors)  # what this is part of is being noted
-    notebook = Notebook(tensors)
+    return notes.take is not None
+
+
+@contextmanager
+def noting(notebook: "Notebook") -> Iterator[None]:
+    """Has a notebook note what this thread does."""
+    from .triton_launch import notes
+
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # which holds tensors that no line has made
     own.modes += 1
     notes.take = notebook.take_launch
     try:
         with notebook:
-            result = function(*tensors)
-    except Exception:
-        result = None
+            yield
     finally:
         notes.take = None
         own.modes -= 1
         torch.set_autocast_cache_enabled(cached)
-    if result is None:
-        return REFUSED, function(*tensors)  # which raises again what is an error without a notebook, too
-    try:
-        return notebook.replay(result), result
-    except NotReplayableError:
-        return REFUSED, result
 
 
 class Notebook(TorchDispatchMode):
@@ -139,7 +251,10 @@ class Notebook(TorchDispatchMode):
         self.whole: dict[StorageWeakRef, tuple[str, torch.dtype, tuple]] = {}  # by memory: what lies there
         self.parts: dict[tuple, str] = {}
         self.problem = ""
-        self.device = next((t.device.type for t in tensors if t is not None), "cpu")
+        self.numbers = itertools.count()  # of the names of what is made
+        self.forward: tuple[str, list[tuple[str | None, str]]] = "", []  # that pass's result and lines
+        first = next((t for t in tensors if t is not None), torch.empty(0))
+        self.device, self.index = first.device.type, first.get_device()
         self.autocast = torch.is_autocast_enabled(self.device)
         self.given = [f"given{i}" for i in range(len(tensors))]
         for name, t in zip(self.given, tensors):
@@ -160,7 +275,8 @@ class Notebook(TorchDispatchMode):
     def take_call(self, function, arguments, options, result) -> None:
         """Note a call of one of PyTorch's operators, unless all that it returns are parts of what is known."""
         if function._schema.is_mutable:
-            raise NotReplayableError(f"{function} changes a tensor")
+            self.take_change(function, arguments, options)
+            return
         results = result if isinstance(result, list | tuple) else [result]
         if all(isinstance(t, Tensor) and _memory(t) in self.whole for t in results):
             return
@@ -175,20 +291,55 @@ class Notebook(TorchDispatchMode):
             else:
                 text = f"{self.constant(torch.empty_strided)}({tuple(result.shape)}, {result.stride()}, {kind})"
         else:
-            given = [self.text(value) for value in arguments]
-            given += [f"{name}={self.text(value)}" for name, value in options.items()]
-            text = f"{self.constant(QUICKER.get(function, function))}({', '.join(given)})"
-        name = f"made{len(self.lines)}"
+            text = self.call(function, arguments, options)
+        name = f"made{next(self.numbers)}"
         self.whole[_memory(result)] = name, result.dtype, _extent(result)
         self.lines.append((name, text))
 
-    def take_launch(self, launch, tensors) -> None:
-        """Note a launch, which `triton_launch.notes` tells of."""
+    def take_change(self, function, arguments, options) -> None:
+        """Note a call that changes tensors, all of them made by the lines of this pass."""
+        for argument, value in zip(function._schema.arguments, (*arguments, *options.values())):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                name = (
+                    self.whole[_memory(value)][0] if isinstance(value, Tensor) and _memory(value) in self.whole else ""
+                )
+                if name not in {made for made, _ in self.lines}:
+                    raise NotReplayableError(f"{function} changes a tensor")
+        self.lines.append((None, self.call(function, arguments, options)))
+
+    def call(self, function, arguments, options) -> str:
+        given = [self.text(value) for value in arguments]
+        # left out is what says nothing, which not all ways of calling take
+        options = {name: value for name, value in options.items() if value not in (None, False, torch.strided)}
+        given += [f"{name}={self.text(value)}" for name, value in options.items()]
+        return f"{self.constant(QUICKER.get(function, function))}({', '.join(given)})"
+
+    def take_launch(self, launch, tensors, form) -> None:
+        """Note a launch, which `triton_launch.notes` tells of: of its kernel's form, which takes addresses, without a
+        check of what never changes."""
         try:
-            text = ", ".join(map(self.text, tensors))
-            self.lines.append((None, f"{self.constant(launch)}({text})"))
+            if form is None:
+                text = f"{self.constant(launch)}({', '.join(map(self.text, tensors))})"
+            else:
+                run, function, metadata = map(self.constant, form)
+                addresses = ", ".join(map(self.address, tensors))
+                first = f"*{launch.grid}, stream, {function}, {metadata}, None, None, None"  # no hooks
+                text = f"{run}({first}, {addresses}, *{self.constant(launch.settled)})"
+            self.lines.append((None, text))
         except NotReplayableError as problem:
             self.problem = self.problem or str(problem)
+
+    def address(self, value: Tensor | tuple[Tensor, ...] | None) -> str:
+        """Of a tensor that a kernel is given."""
+        if value is None:
+            return "None"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{self.address(each)}, ' for each in value)})"
+        if _memory(value) not in self.whole:
+            raise NotReplayableError("a tensor of unknown origin")
+        name, _, (_, _, start) = self.whole[_memory(value)]
+        offset = (value.storage_offset() - start) * value.itemsize
+        return f"{name}.data_ptr() + {offset}" if offset else f"{name}.data_ptr()"
 
     def constant(self, value) -> str:
         """The name of a value that the lines use as it is."""
@@ -225,9 +376,15 @@ class Notebook(TorchDispatchMode):
         if (name, extent) not in self.parts:
             offset -= whole[2]
             at = f"{name}.storage_offset() + {offset}" if name in self.given else f"{offset}"
-            self.parts[name, extent] = f"part{len(self.lines)}"
+            self.parts[name, extent] = f"part{next(self.numbers)}"
             self.lines.append((self.parts[name, extent], f"{name}.as_strided({shape}, {stride}, {at})"))
         return self.parts[name, extent]
+
+    def turn(self, result: Tensor, grad: Tensor) -> None:
+        """From the forward pass to the backward pass, which is given the gradient of the result."""
+        self.forward = (self.part(result), self.lines)  # in this order: a part of what was made is a line, too
+        self.lines, self.parts = [], {}
+        self.whole[_memory(grad)] = "grad", grad.dtype, _extent(grad)
 
     def replay(self, result: Tensor) -> Callable[..., Tensor]:
         """The function that was noted.
@@ -235,29 +392,59 @@ class Notebook(TorchDispatchMode):
         Raises:
             NotReplayableError: It cannot be.
         """
-        returned = self.part(result)
+        replay = self.function(self.given, self.part(result), self.lines)
+        return _without_autocast(replay, self.device) if self.autocast else replay
+
+    def both_passes(self, grads: Sequence[Tensor | None], layout: tuple) -> BothPasses:
+        """The function that was noted, and its gradients.
+
+        Raises:
+            NotReplayableError: They cannot be.
+        """
+        returned = f"({', '.join('None' if grad is None else self.part(grad) for grad in grads)},)"
+        made = {name for name, _ in self.lines}
+        names = {name: None for name in NAMES.findall(f"{returned} {' '.join(text for _, text in self.lines)}")}
+        given = [name for name in self.given if name in names]
+        saved = [name for name in names if name not in made and name not in self.given and name != "grad"]
+        result, lines = self.forward
+        forward = self.function(self.given, f"({', '.join([result, *saved])},)", lines)
+        backward = self.function(["grad", *given, *saved], returned, self.lines)
+        return BothPasses(
+            forward=_without_autocast(forward, self.device) if self.autocast else forward,
+            given=tuple(self.given.index(name) for name in given),
+            layout=layout,
+            backward=_without_autocast(backward, self.device),  # whether it is on when that pass comes, nobody knows
+        )
+
+    def function(self, arguments: Sequence[str], returned: str, lines: Sequence[tuple[str | None, str]]) -> Callable:
+        """A function of these lines."""
         if self.problem:
             raise NotReplayableError(self.problem)
         # From the end to the start: what nobody uses is not made, and what nobody uses any more makes room for others.
-        lines, used = [f"    return {returned}"], {returned}
-        for name, text in reversed(self.lines):
+        used = set(NAMES.findall(returned))
+        written = [f"    return {returned}"]
+        for name, text in reversed(lines):
             if name and name not in used:
                 continue
-            names = set(re.findall(r"\b(?:made|part)\d+", text))
-            if names - used:
-                lines.append(f"    del {', '.join(sorted(names - used))}")
+            names = set(NAMES.findall(text))
+            if last := sorted(names - used - set(self.given)):
+                written.append(f"    del {', '.join(last)}")
             used |= names
-            lines.append(f"    {name} = {text}" if name else f"    {text}")
-        lines.append(f"def replay({', '.join(self.given)}):")
+            written.append(f"    {name} = {text}" if name else f"    {text}")
+        if self.index >= 0:
+            written.append(f"    stream = {self.constant(torch._C._cuda_getCurrentRawStream)}({self.index})")
+        written.append(f"def replay({', '.join(arguments)}):")
         scope = dict(self.constants)
-        exec("\n".join(reversed(lines)), scope)
-        return _without_autocast(scope["replay"], self.device) if self.autocast else scope["replay"]
+        exec("\n".join(reversed(written)), scope)
+        return scope["replay"]
 
 
-def _without_autocast(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+def _without_autocast(function: Callable, device: str) -> Callable:
     """The same with autocast off: the casts are lines of their own."""
 
     def replay(*tensors):
+        if not torch.is_autocast_enabled(device):
+            return function(*tensors)
         torch.set_autocast_enabled(device, False)
         try:
             return function(*tensors)

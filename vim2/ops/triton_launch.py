@@ -14,10 +14,19 @@ INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on the CP
 MAX_LAUNCHES = 4096  # of a kernel that are remembered, where every image has a size of its own
 
 
-class _Notes(threading.local):
-    """Who notes down a thread's launches: called with each, before it is made, and its tensors."""
+class Form(NamedTuple):
+    """A compiled kernel, and what its launcher wants first."""
 
-    take: Callable[["Launch", tuple], None] | None = None
+    run: Callable
+    function: int
+    metadata: tuple
+
+
+class _Notes(threading.local):
+    """Who notes down a thread's launches: called with each, after it was made, its tensors, and the form of the kernel
+    that they took, or None in Triton's interpreter."""
+
+    take: Callable[["Launch", tuple, Form | None], None] | None = None
 
 
 notes = _Notes()
@@ -47,12 +56,15 @@ class Launch:
         self.compiled = {}
 
     def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+        form = self._launch(tensors)
         if notes.take:
-            notes.take(self, tensors)
+            notes.take(self, tensors, form)
+
+    def _launch(self, tensors: tuple) -> Form | None:
         if INTERPRETED:
             with _disable_current_modes():  # the interpreter works with tensors of its own
                 self.kernel[self.grid](*tensors, *self.numbers, **self.options)
-            return
+            return None
         key, addresses, device, misaligned = [], [], None, 0
         for t in tensors:
             if t is None:
@@ -76,13 +88,15 @@ class Launch:
             key.append(tuple([_alignment(address) for address in addresses]))
         key = tuple(key)
         with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
-            if key not in self.compiled or _has_hooks():
+            form = self.compiled.get(key)
+            if form is None or has_hooks():
                 compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
-                self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
-                return
-            run, function, metadata = self.compiled[key]
+                form = self.compiled[key] = Form(compiled.run, compiled.function, compiled.packed_metadata)
+                return form
+            run, function, metadata = form
             stream = torch._C._cuda_getCurrentRawStream(device)
             run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self.settled)  # no hooks
+            return form
 
 
 def _alignment(address: int | tuple[int, ...] | None) -> bool | tuple[bool, ...] | None:
@@ -92,7 +106,7 @@ def _alignment(address: int | tuple[int, ...] | None) -> bool | tuple[bool, ...]
     return address if address is None else address % 16 == 0
 
 
-def _has_hooks() -> bool:
+def has_hooks() -> bool:
     """Whether a tool, such as Triton's profiler, wants to see launches. Where Triton has chains of hooks now, it had
     single ones."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
