@@ -22,7 +22,7 @@ from . import schedule
 from .combine import combine
 from .step_size import kernel_inputs
 from .sums import sum_blocks, sum_directions
-from .tiles import add, half, multiply, sum_over_lanes, zeros
+from .tiles import add, half, multiply, store_row, sum_over_lanes, zeros
 from .walk import MAX_ORDERS, next_position, pack_orders, start_walk
 
 UNROLL = 3  # steps whose states are held in registers at once
@@ -204,8 +204,8 @@ def _load_steps(
         dt = _load_row(dt_at, p, channels, row_live, True, CR, WIDE)
         u = _load_row(u_at, p, channels, row_live, False, CR, WIDE)
         gy = _load_row(gy_at, p, channels, row_live, True, CR, WIDE)
-        b = _load_row(B_at, p, states, row_live, False, NR, WIDE)
-        c = _load_row(C_at, p, states, row_live, False, NR, WIDE) if REVERSE else b
+        b = _load_row(B_at, p, states, row_live, False, NR, WIDE and NR == 4)
+        c = _load_row(C_at, p, states, row_live, False, NR, WIDE and NR == 4) if REVERSE else b
         steps = steps + ((p, live, dt, u, gy, b, c),)
         p_next, left_next = next_position(p, left, inner, stride, turn)
         moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
@@ -235,8 +235,8 @@ def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, WIDE: tl.cons
         dt = _unpack(dt, dt_at, WIDE)
         u = _unpack(u, u_at, WIDE)
         gy = _unpack(gy, gy_at, WIDE)
-        b = _columns(_unpack(b, B_at, WIDE), NR)
-        c = _columns(_unpack(c, C_at, WIDE), NR)
+        b = _columns(_unpack(b, B_at, WIDE and NR == 4), NR)
+        c = _columns(_unpack(c, C_at, WIDE and NR == 4), NR)
         converted = converted + ((p, live, dt, u, gy, b, c),)
     return converted
 
@@ -442,9 +442,9 @@ def _backward_kernel(
                         dt = _own(_split(dt, CR), lane, STATES_STRIDE, NL, CR)
                         u = _own(_split(u, CR), lane, STATES_STRIDE, NL, CR)
                         gy = _own(_split(gy, CR), lane, STATES_STRIDE, NL, CR)
-                        row = (first_in_dt + position * (K * E)) + own_in_dt
                         gD = add(gD, multiply(gy, u, OWN_CHANNELS), OWN_CHANNELS)
-                        biases = ()
+                        gus = ()
+                        gdts = ()
                         for v in tl.static_range(OWN_CHANNELS):
                             gdt = u[v] * ginput[v] + gdecay[v] * LN2
                             if SOFTPLUS:
@@ -455,12 +455,14 @@ def _backward_kernel(
                                     size * (1.0 - size * (0.5 - size * 0.16666667)),
                                     1.0 - exp2(-size * LOG2E, FAST),
                                 )
-                            biases = biases + (gbias[v] + gdt,)
-                            gu = dt[v] * ginput[v] + D[v] * gy[v]
-                            mask = first_e & (own_e + v < E) & s_in & live
-                            tl.store(gu_ptr + row + v, gu.to(gu_ptr.dtype.element_ty), mask=mask)
-                            tl.store(gdelta_ptr + row + v, gdt.to(gdelta_ptr.dtype.element_ty), mask=mask)
-                        gbias = biases
+                            gdts = gdts + (gdt,)
+                            gus = gus + (dt[v] * ginput[v] + D[v] * gy[v],)
+                        gbias = add(gbias, gdts, OWN_CHANNELS)
+                        own = tl.where(first_e & s_in & live, E - own_e, 0)
+                        gu_at = (gu_ptr + first_in_dt, own_in_dt, K * E)
+                        gdelta_at = (gdelta_ptr + first_in_dt, own_in_dt, K * E)
+                        store_row(gu_at, position, gus, own, OWN_CHANNELS, WIDE, FAST)
+                        store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
                 if DISCARD and not LOCAL:  # else all of it goes to memory, sooner or later
                     _discard(scratch_lines + (subs - 1 - i) * KEPT)
 
@@ -598,7 +600,8 @@ def _plan(
     starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
     block = tile["CE"] * tile["CR"]
     all_exist = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
-    fits_words = all_exist and tile["NR"] == tile["CR"] == 4
+    fits_words = all_exist and tile["CR"] == 4
+    words = [u, dt, grad_y, *((B, C) if tile["NR"] == 4 else ())]
     options = dict(
         CHUNK=TRITON_CHUNK,
         UNROLL=UNROLL,
@@ -607,7 +610,7 @@ def _plan(
         FAST=not INTERPRETED,
         DISCARD=_can_discard(device),
         LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, starts),
-        WIDE=fits_words and all(map(schedule.in_words, (u, dt, B, C, grad_y))),
+        WIDE=fits_words and all(map(schedule.in_words, words)),
         num_warps=1,
         **tile,
     )

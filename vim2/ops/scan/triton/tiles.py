@@ -60,10 +60,10 @@ def unpack(row, pointer, COUNT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def store_row(at, p, row, existing, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """COUNT neighbours at position p, but those beyond the `existing` ones. With WIDE all exist or none, and are
-    bfloat16."""
+    """COUNT neighbours at position p, but those beyond the `existing` ones. With WIDE all exist or none, and those of
+    bfloat16 are stored as words."""
     address = at[0] + (p * at[2] + at[1])
-    if WIDE and FAST and COUNT > 1:
+    if WIDE and FAST and COUNT > 1 and at[0].dtype.element_ty == tl.bfloat16:
         for i in tl.static_range(COUNT // 4 if COUNT > 2 else 1):
             word = _pack(row[i * 4], row[i * 4 + 1])
             if COUNT > 2:
