@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from vim2 import ViM2
+from vim2.mixers import S6
 
 
 def images(*shape, seed=0, **kwargs):
@@ -54,11 +55,14 @@ def test_all_models_are_listed():
     assert timm.list_models(module="vim2") == [
         "test_vim2",
         "vim2_base",
+        "vim2_base_d1",
         "vim2_base_vmamba",
         "vim2_nano",
         "vim2_small",
+        "vim2_small_d1",
         "vim2_small_vmamba",
         "vim2_tiny",
+        "vim2_tiny_d1",
         "vim2_tiny_vmamba",
     ]
 
@@ -66,6 +70,16 @@ def test_all_models_are_listed():
 @pytest.mark.parametrize("name, expected", [("vim2_tiny", 24.0), ("vim2_small", 43.7), ("vim2_base", 75.6)])
 def test_parameters_of_the_papers_table(name, expected):
     assert parameters(name) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_with_one_state_a_channel_it_is_the_same_network(size):
+    with torch.device("meta"):
+        model, paper = timm.create_model(f"vim2_{size}_d1"), timm.create_model(f"vim2_{size}")
+        assert all(m.d_state == 1 for m in model.modules() if isinstance(m, S6))
+        given = timm.create_model(f"vim2_{size}_d1", d_state=16)
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (paper, given)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("depth, expected", [(3, 22.89), (9, 44.42)])

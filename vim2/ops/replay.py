@@ -403,7 +403,7 @@ class Notebook(TorchDispatchMode):
         """
         returned = f"({', '.join('None' if grad is None else self.part(grad) for grad in grads)},)"
         made = {name for name, _ in self.lines}
-        names = {name: None for name in NAMES.findall(f"{returned} {' '.join(text for _, text in self.lines)}")}
+        names = dict.fromkeys(NAMES.findall(f"{returned} {' '.join(text for _, text in self.lines)}"))
         given = [name for name in self.given if name in names]
         saved = [name for name in names if name not in made and name not in self.given and name != "grad"]
         result, lines = self.forward

@@ -154,6 +154,24 @@ def test_half_precision(case, dtype):
     assert_matches_oracle(case, "triton", DEVICE, dtype)
 
 
+@pytest.mark.parametrize(
+    "case", [((2, 3), CROSS_SCAN, 32, n, 2, True) for n in (1, 2)] + [((7,), FORWARD, 64, 4, 1, True)]
+)
+def test_channels_travel_as_words(case):
+    """Where all lanes of a tile have channels, two or four of 16 bits are loaded and stored as one."""
+    n, features, batch = case[3], case[2], case[4]
+    tile = schedule.backward_tile(n, features, batch)
+    assert features % (tile["CE"] * tile["CR"]) == 0 and batch % tile["S"] == 0 and tile["CR"] == 2
+    assert_matches_oracle(case, "triton", DEVICE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("batch, sequences", [(2, 2), (3, 1)])
+def test_a_second_sequence_takes_lanes_without_channels(batch, sequences):
+    tile = schedule.backward_tile(1, 96, batch)
+    assert tile["S"] == sequences and tile["CE"] * tile["S"] == 32
+    assert_matches_oracle(((2, 3), BIDIRECTIONAL, 96, 1, batch, True), "triton", DEVICE)
+
+
 @pytest.mark.parametrize("step", EXTREME_STEPS)
 def test_extreme_steps(step):
     assert_finite_at_step(step, "triton", DEVICE)

@@ -22,27 +22,25 @@ from . import schedule
 from .combine import combine
 from .step_size import kernel_inputs
 from .sums import sum_blocks, sum_directions
-from .tiles import add, half, multiply, store_row, sum_over_lanes, zeros
+from .tiles import add, half, load_word, multiply, store_row, sum_over_lanes, zeros
 from .walk import MAX_ORDERS, next_position, pack_orders, start_walk
-
-UNROLL = 3  # steps whose states are held in registers at once
 
 
 @triton.jit
-def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
+def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
     """COUNT neighbours at position p of a tensor, given as the address of its first, offsets from there and the stride
     of positions: [LANES, COUNT]; zero beyond the `existing` ones, and with LIVE where not `live`.
 
-    With WIDE all exist and come as one word of 64 bits [LANES]: unpacked only where they are used, they take half of
-    the registers meanwhile.
+    With WIDE, two or four of 16 bits, all exist and come as one word [LANES]: unpacked only where they are used, they
+    take half of the registers meanwhile.
     """
     address = at[0] + p * at[2] + at[1]
-    if WIDE:
-        address = address.to(tl.pointer_type(tl.int64))
-        if LIVE:
-            return tl.load(address, mask=live, other=0)
+    if WIDE and COUNT > 1:
+        mask = (live if LIVE else at[1] >= 0) & (at[1] >= 0)
+        if FAST:
+            return load_word(address, mask, COUNT)
         else:
-            return tl.load(address)
+            return tl.load(address.to(tl.pointer_type(tl.int64 if COUNT == 4 else tl.int32)), mask=mask, other=0)
     else:
         i = tl.arange(0, COUNT)[None, :]
         mask = (i < existing[:, None]) & live if LIVE else i < existing[:, None]
@@ -50,20 +48,27 @@ def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WI
 
 
 @triton.jit
-def _unpack(row, at, WIDE: tl.constexpr):
-    """What `_load_row` has loaded, in float32. A word holds four elements of 16 bits; bfloat16 is the upper half of a
-    float32."""
-    if WIDE:
-        low, high = row.to(tl.int32), (row >> 32).to(tl.int32)
-        if at[0].dtype.element_ty == tl.bfloat16:
-            even = tl.join(low << 16, high << 16).to(tl.float32, bitcast=True)
-            odd = tl.join(low & -65536, high & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = tl.join(low, high).to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
-            odd = tl.join(low >> 16, high >> 16).to(tl.int16).to(at[0].dtype.element_ty, bitcast=True).to(tl.float32)
+def _unpack(row, at, COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """What `_load_row` has loaded, in float32."""
+    kind: tl.constexpr = at[0].dtype.element_ty
+    if WIDE and COUNT == 4:
+        even, odd = _unpack_word(tl.join(row.to(tl.int32), (row >> 32).to(tl.int32)), kind)
         return tl.reshape(tl.join(even, odd), [LANES, 4])
+    elif WIDE and COUNT == 2:
+        even, odd = _unpack_word(row, kind)
+        return tl.join(even, odd)
     else:
         return row.to(tl.float32)
+
+
+@triton.jit
+def _unpack_word(word, kind: tl.constexpr):
+    """The two elements in each word of 32 bits; bfloat16 is the upper half of a float32."""
+    if kind == tl.bfloat16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = word.to(tl.int16).to(kind, bitcast=True).to(tl.float32)
+        return even, (word >> 16).to(tl.int16).to(kind, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -190,6 +195,7 @@ def _sum_states(a, b, NR: tl.constexpr, CR: tl.constexpr):
 def _load_steps(
     t, p, left, inner, stride, turn, L, at, channels, states,
     REVERSE: tl.constexpr, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """The operands of UNROLL steps of a walk from step t on, or with REVERSE from t down, and where the walk then is.
 
@@ -200,12 +206,12 @@ def _load_steps(
     steps = ()
     for _ in tl.static_range(UNROLL):
         live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
-        row_live = live if WIDE else live[:, None]
-        dt = _load_row(dt_at, p, channels, row_live, True, CR, WIDE)
-        u = _load_row(u_at, p, channels, row_live, False, CR, WIDE)
-        gy = _load_row(gy_at, p, channels, row_live, True, CR, WIDE)
-        b = _load_row(B_at, p, states, row_live, False, NR, WIDE and NR == 4)
-        c = _load_row(C_at, p, states, row_live, False, NR, WIDE and NR == 4) if REVERSE else b
+        row_live = live if WIDE and CR > 1 else live[:, None]
+        dt = _load_row(dt_at, p, channels, row_live, True, CR, WIDE, FAST)
+        u = _load_row(u_at, p, channels, row_live, False, CR, WIDE, FAST)
+        gy = _load_row(gy_at, p, channels, row_live, True, CR, WIDE, FAST)
+        b = _load_row(B_at, p, states, row_live, False, NR, WIDE, FAST)
+        c = _load_row(C_at, p, states, row_live, False, NR, WIDE, FAST) if REVERSE else b
         steps = steps + ((p, live, dt, u, gy, b, c),)
         p_next, left_next = next_position(p, left, inner, stride, turn)
         moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
@@ -226,17 +232,17 @@ def _columns(row, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, WIDE: tl.constexpr):
+def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr):
     """dt, u and gy as rows [LANES, CR], B and C as NR columns [LANES, 1]."""
     dt_at, u_at, gy_at, B_at, C_at = at
     converted = ()
     for r in tl.static_range(UNROLL):
         p, live, dt, u, gy, b, c = steps[r]
-        dt = _unpack(dt, dt_at, WIDE)
-        u = _unpack(u, u_at, WIDE)
-        gy = _unpack(gy, gy_at, WIDE)
-        b = _columns(_unpack(b, B_at, WIDE and NR == 4), NR)
-        c = _columns(_unpack(c, C_at, WIDE and NR == 4), NR)
+        dt = _unpack(dt, dt_at, CR, WIDE)
+        u = _unpack(u, u_at, CR, WIDE)
+        gy = _unpack(gy, gy_at, CR, WIDE)
+        b = _columns(_unpack(b, B_at, NR, WIDE), NR)
+        c = _columns(_unpack(c, C_at, NR, WIDE), NR)
         converted = converted + ((p, live, dt, u, gy, b, c),)
     return converted
 
@@ -374,7 +380,7 @@ def _backward_kernel(
                 h = _load_tile(start_at, E, inside, not_first[:, None], NR, CR)
                 p, left, inner, stride, turn = start_walk(first, order, L, H, W, LARGE)
                 steps, p, left = _load_steps(
-                    first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE
+                    first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
                 )
                 for i in range(subs):
                     for v in tl.static_range(NR):
@@ -382,9 +388,9 @@ def _backward_kernel(
                         tl.store(kept_at, h[v], eviction_policy="evict_last")
                     # here and below, the next operands are under way while these are used
                     t = first + (i + 1) * UNROLL
-                    current = _in_float32(steps, at, UNROLL, NR, WIDE)
+                    current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
                     steps, p, left = _load_steps(
-                        t, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE
+                        t, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
                     )
                     for r in tl.static_range(UNROLL):
                         position, live, dt, u, gy, b, _ = current[r]
@@ -398,7 +404,7 @@ def _backward_kernel(
             last = first + subs * UNROLL - 1
             p, left, inner, stride, turn = start_walk(tl.maximum(L - 1 - last, 0), order ^ 2, L, H, W, LARGE)
             steps, p, left = _load_steps(
-                last, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE
+                last, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
             )
             for i in range(subs):
                 if not LOCAL:
@@ -407,9 +413,9 @@ def _backward_kernel(
                         kept_at = scratch_at + ((subs - 1 - i) * NR + v) * (CR * LANES)
                         state = state + (tl.load(kept_at, eviction_policy="evict_first"),)
                 t = last - (i + 1) * UNROLL
-                current = _in_float32(steps, at, UNROLL, NR, WIDE)
+                current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
                 steps, p, left = _load_steps(
-                    t, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE
+                    t, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
                 )
                 decays = ()
                 before = ()
@@ -579,7 +585,7 @@ def _plan(
     n: int, chunks: int, orders: tuple[str, ...], height: int, width: int, softplus: bool, last: bool,
 ) -> _Plan:  # fmt: skip
     batch, length, directions, features = dt.shape
-    tile = schedule.backward_tile(n, features)
+    tile = schedule.backward_tile(n, features, batch)
     blocks = schedule.channel_blocks(features, tile)
     tiles = -(-batch // tile["S"])
     fills = tiles * blocks * directions >= schedule.programs_to_fill(device)
@@ -600,17 +606,15 @@ def _plan(
     starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
     block = tile["CE"] * tile["CR"]
     all_exist = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
-    fits_words = all_exist and tile["CR"] == 4
-    words = [u, dt, grad_y, *((B, C) if tile["NR"] == 4 else ())]
+    words = [u, dt, grad_y, *((B, C) if tile["NR"] > 1 else ())]
     options = dict(
         CHUNK=TRITON_CHUNK,
-        UNROLL=UNROLL,
         SOFTPLUS=softplus,
         LAST=last,
         FAST=not INTERPRETED,
         DISCARD=_can_discard(device),
         LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, starts),
-        WIDE=fits_words and all(map(schedule.in_words, words)),
+        WIDE=all_exist and all(map(schedule.in_words, words)),
         num_warps=1,
         **tile,
     )
@@ -622,7 +626,7 @@ def _plan(
     return _Plan(
         blocks=blocks,
         parts=parts * groups * tile["S"],
-        scratch=(parts, directions, programs, TRITON_CHUNK // UNROLL, kept),
+        scratch=(parts, directions, programs, TRITON_CHUNK // tile["UNROLL"], kept),
         scan_chunks=scan_chunks,
         scan_all=Launch(_backward_kernel, (programs, directions, parts), numbers, SPLIT=split, LOCAL=False, **options),
     )

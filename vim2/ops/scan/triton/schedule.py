@@ -76,14 +76,18 @@ def forward_registers(tile: dict[str, int]) -> int | None:
     return 80 if tile["CR"] == 4 else 100
 
 
-def backward_tile(n: int, features: int) -> dict[str, int]:
-    """A tile of the backward scan: 16 states a thread where there are as many."""
+def backward_tile(n: int, features: int, batch: int) -> dict[str, int]:
+    """A tile of the backward scan, see tiles.py, and UNROLL, the steps whose states are held in registers at once: 16
+    states a thread where a channel has as many, else fewer, so that there are more warps to wait for memory."""
     states = triton.next_power_of_2(n)
     NR = min(states, 4)
     NL = states // NR
-    CR = min(triton.next_power_of_2(features), 4)
+    CR = min(triton.next_power_of_2(features), 4 if states > 8 else 2)
     CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
-    return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=LANES.value // (NL * CE))
+    S = LANES.value // (NL * CE)
+    if CE > 1 and features % (CE * CR) and features % (CE // 2 * CR) == 0 and batch % (2 * S) == 0:
+        CE, S = CE // 2, 2 * S  # another sequence where lanes would have no channels
+    return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=S, UNROLL=3)
 
 
 def channel_blocks(features: int, tile: dict[str, int]) -> int:
