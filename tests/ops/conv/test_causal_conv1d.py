@@ -224,21 +224,22 @@ def test_deterministic_algorithms(device):
 @pytest.mark.parametrize("mixer", [TimeMixer, VariateMixer])
 def test_mixers_of_tsm2_run_on_it(mixer, device, monkeypatch):
     torch.manual_seed(0)
-    mixer, x = mixer(8).to(device), torch.randn(2, 3, 5, 8, device=device)
+    mixer, x = mixer(8), torch.randn(2, 3, 5, 8)
+    mixer.s6 = _FirstDirection()
+    with monkeypatch.context() as plain:
+        plain.setattr(causal, "resolve_backend", lambda *args, **options: "torch")
+        plain.setattr(directional, "resolve_backend", lambda *args, **options: "torch")
+        expected = mixer(x)
     calls = []
     kernel = causal.convolve
     for module, name in ((causal, "convolve"), (directional, "convolve_causally")):
         monkeypatch.setattr(module, name, lambda *args: calls.append(1) or kernel(*args))
-    monkeypatch.setattr(backend, "DEFAULT_BACKEND", "auto")
     if device == "cuda":
-        monkeypatch.setattr(backend, "HAS_MAMBA_SSM", True)  # the scan is not run
-        mixer.s6 = _FirstDirection()
-        expected = mixer(x)
         monkeypatch.setattr(backend, "DEFAULT_BACKEND", "mamba_ssm")
-        torch.testing.assert_close(mixer(x), expected, rtol=1e-4, atol=1e-5)
-    else:
-        mixer(x)
+        monkeypatch.setattr(backend, "HAS_MAMBA_SSM", True)  # no scan is run
+    actual = mixer.to(device)(x.to(device))
     assert calls
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 class _FirstDirection(torch.nn.Module):
