@@ -206,6 +206,13 @@ def test_operator_is_registered_correctly(device):
     torch.library.opcheck(torch.ops.vim2.causal_conv_silu, inputs)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 5, 7), (1, 1, 16)], ids=str)
+def test_gradients_lie_in_memory_as_their_fakes_say(shape, device):
+    inputs = [t.detach() for t in make_inputs(shape, device=device)]
+    grads = torch.ops.vim2.causal_conv_silu_backward(torch.ones(shape, device=device), *inputs)
+    assert all(grad.is_contiguous() for grad in grads)
+
+
 @pytest.mark.parametrize("outputs", FUNCTIONS)
 def test_compiles_without_graph_breaks(outputs, device):
     inputs = make_inputs((2, 4, 8), device=device, outputs=outputs)
