@@ -31,14 +31,14 @@ from torch._inductor import list_mode_options
 
 from benchmarks.compilations import count_compilations
 from benchmarks.launches import measure_launches
-from benchmarks.measuring import AMP, machine, positive
+from benchmarks.measuring import AMP, check_backends, machine, positive
 from benchmarks.models import measure_model
 from benchmarks.profiles import device_rates, profile_model
 from benchmarks.reporting import plot, report
 from benchmarks.scans import MAMBA_KERNELS, SCAN_SHAPES, measure_scan, scan_backends
 from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
-from vim2.ops.backend import BACKENDS, resolve_backend
+from vim2.ops.backend import BACKENDS
 
 TEN_SIZES = tuple(range(224, 544, 32))
 
@@ -115,11 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = [name.removeprefix("timm:") for name in args.models]
     args.ops = (args.ops or scan_backends(args.device_type)) if ops else []
     scanning = args.modes and any("vim2" in name for name in args.models)
-    try:
-        for name in [*args.ops, *[None] * bool(scanning)]:  # None: the environment's
-            resolve_backend(name, torch.empty(0, device=args.device), scan=True)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    check_backends([*args.ops, *[None] * bool(scanning)], args.device)
     args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
     return args
 

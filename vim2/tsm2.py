@@ -18,7 +18,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from .mixers import S6, WeightedAverage, average_and_normalise, convolve_both_ways, is_plain
-from .ops import BIDIRECTIONAL, FORWARD, norm_gate
+from .ops import BIDIRECTIONAL, FORWARD, causal_conv_silu, norm_gate
 
 __all__ = ["TSM2", "TSM2Config", "TimeMixer", "VariateMixer"]
 
@@ -169,13 +169,11 @@ class TimeMixer(nn.Module):
         """(batch, variates, patches, dim) -> (batch, variates, patches, dim)."""
         value, gate = self.in_proj(x).flatten(0, 1).chunk(2, dim=-1)
         conv = self.conv
-        steps = F.pad(value, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)
         if is_plain(conv, nn.Conv1d):
-            # a 2-D convolution, channels-last as memory has them: PyTorch's 1-D form is slower on CPUs
-            value = F.conv2d(steps.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, groups=conv.groups).squeeze(2)
+            value = causal_conv_silu(value, conv.weight, conv.bias)
         else:
-            value = conv(steps)
-        value = F.silu(value).transpose(1, 2).contiguous()
+            steps = F.pad(value, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)
+            value = F.silu(conv(steps)).transpose(1, 2).contiguous()
         return self.out_proj(norm_gate(self.s6(value), gate)).unflatten(0, x.shape[:2])
 
 

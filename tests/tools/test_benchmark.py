@@ -13,7 +13,7 @@ import timm
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import compilations, launches, models, profiles, scans
+from benchmarks import compilations, forecast, launches, models, profiles, scans
 from benchmarks.reporting import launch_table, profile_table
 from tools import benchmark
 from vim2.ops import backend
@@ -247,10 +247,13 @@ def test_launches_of_what_does_not_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("default", "message"), [("mamba_ssm", "needs the package mamba-ssm"), ("cuda", "must be one of")]
 )
-def test_a_default_backend_that_cannot_run_here_is_one_line(default, message, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("main", "options"), [(benchmark.main, "--model test_vim2"), (forecast.main, "")], ids=["models", "forecast"]
+)
+def test_a_default_backend_that_cannot_run_here_is_one_line(main, options, default, message, monkeypatch, capsys):
     monkeypatch.setattr(backend, "DEFAULT_BACKEND", default)
     monkeypatch.setattr(backend, "HAS_MAMBA_SSM", False)
-    assert run_tool(benchmark.main, ["--device", "cpu", "--model", "test_vim2"]) == 2
+    assert run_tool(main, ["--device", "cpu", *options.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -20,12 +20,14 @@ import time
 import torch
 from timm.utils import ModelEmaV3
 
+from benchmarks.measuring import check_backends
 from vim2 import TSM2Config
 from vim2.checkpoints import write_atomically
 from vim2.command.graphs import record
 from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import model_forecast, score
+from vim2.ops.backend import DEFAULT_BACKEND
 
 MEMBERS = 3
 EPOCHS = {  # windows to train on and to validate on, variates, batch, model
@@ -156,9 +158,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lookbacks", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    check_backends([None], device)
     amp = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if amp else f"{platform.machine()}, {torch.get_num_threads()} threads"
     where = f"{name}, PyTorch {torch.__version__}, {'bfloat16 autocast' if amp else 'float32'}"
+    where += "" if DEFAULT_BACKEND == "auto" else f", VIM2_SCAN_BACKEND={DEFAULT_BACKEND}"
     epochs = time_epochs(device, amp, args.share)
     scaling = time_scaling(device, amp, args.repeats, args.variates, args.lookbacks)
     result = {"where": where, "share": args.share, "epochs": epochs, "scaling": scaling}

@@ -8,13 +8,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import timm
 import torch
 from torch._inductor import config as inductor_config
 
 import vim2
+from vim2.command.errors import UserError
+from vim2.ops.backend import resolve_backend
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 GIB = 2**30
@@ -26,6 +28,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def check_backends(names: Iterable[str | None], device: str | torch.device) -> None:
+    """Raise a UserError for a backend of the scan that cannot run on the device; None is the environment's."""
+    try:
+        for name in names:
+            resolve_backend(name, torch.empty(0, device=device), scan=True)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:

@@ -1,5 +1,6 @@
 """Operators: the only place that knows about devices and kernels."""
 
+from .conv.causal import causal_conv_silu
 from .conv.depthwise import depthwise_conv_silu
 from .conv.directional import directional_conv_silu
 from .norm.layer_norm import layer_norm, patch_merging_norm
@@ -15,6 +16,7 @@ __all__ = [
     "BIDIRECTIONAL",
     "CROSS_SCAN",
     "FORWARD",
+    "causal_conv_silu",
     "depthwise_conv_silu",
     "directional_conv_silu",
     "layer_norm",

@@ -1,5 +1,5 @@
 """Which implementation runs an operator: Triton kernels on CUDA, Numba's scan on CPUs, plain PyTorch everywhere, and on
-request mamba-ssm's scan."""
+request the kernels of Mamba's authors, mamba-ssm's scan and causal-conv1d's convolutions."""
 
 import importlib.util
 import os
@@ -17,7 +17,10 @@ DEFAULT_BACKEND = os.environ.get("VIM2_SCAN_BACKEND") or "auto"  # as it was on 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_ROCM = torch.version.hip is not None  # PyTorch's build for AMD's GPUs
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
-HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None  # its compiled part, which is all we use
+# their compiled parts, by the names that these have
+HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None
+HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d_cuda") is not None
+CAUSAL_CONV1D_TAPS = (2, 3, 4)  # that its kernels know
 
 _warned = set()
 
@@ -51,16 +54,18 @@ def check_tensors(*tensors: Tensor) -> None:
             )
 
 
-def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -> str:
+def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, causal_taps: int = 0) -> str:
     """The backend that runs an operator on these tensors: "triton", "numba" (of which only the scan has a form; other
-    operators then run in PyTorch) or "torch"; for the scan, also "mamba_ssm".
+    operators then run in PyTorch) or "torch"; for the scan and causal convolutions, also "mamba_ssm".
 
     Args:
         backend: One of BACKENDS; None is the environment's VIM2_SCAN_BACKEND, else "auto". "auto" is Triton for CUDA
             tensors on NVIDIA's GPUs and Numba for the CPU's, where they are installed, but for float64, which neither
-            knows. It never is "mamba_ssm", whose package needs Triton, too. Operators other than the scan take
-            "mamba_ssm" as "auto".
+            knows. It never is "mamba_ssm", whose package needs Triton, too. Other operators take "mamba_ssm" as "auto",
+            and so do causal convolutions off a GPU, in float64, with taps that causal-conv1d does not know and, said
+            once, where that package is not installed.
         scan: Whether the operator is the scan.
+        causal_taps: Of an operator that is made of causal convolutions, their taps.
 
     Raises:
         ValueError: Another name; tensors that are not of a floating dtype, or on several devices.
@@ -77,11 +82,19 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
     if backend == "mamba_ssm" and not HAS_MAMBA_SSM:
         raise RuntimeError(
             "The mamba_ssm backend needs the package mamba-ssm with its CUDA kernels, which are not installed: "
-            "pip install --no-build-isolation mamba-ssm (it wants nvcc), or use the backend 'auto'."
+            "pip install --no-build-isolation \"vim2[mamba]\" (they want nvcc), or use the backend 'auto'."
         )
     if backend == "mamba_ssm" and scan and tensors[0].device.type != "cuda":
         raise RuntimeError("The mamba_ssm backend needs tensors on a GPU; use the backend 'auto' elsewhere.")
+    is_double = any(t.dtype == torch.float64 for t in tensors)
     if backend == "mamba_ssm" and not scan:
+        if causal_taps in CAUSAL_CONV1D_TAPS and tensors[0].device.type == "cuda" and not is_double:
+            if HAS_CAUSAL_CONV1D:
+                return backend
+            _warn_once(
+                "vim2: causal-conv1d is not installed: with the backend mamba_ssm, the scan alone runs on the kernels "
+                "of Mamba's authors, and convolutions as with auto. pip install --no-build-isolation causal-conv1d"
+            )
         backend = "auto"
     if backend == "triton" and not HAS_TRITON:
         raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
@@ -93,7 +106,6 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False) -
         raise RuntimeError(f"{FORKED}: use another backend here, or start processes by spawn.")
     if backend == "numba" and (not HAS_NUMBA or tensors[0].device.type != "cpu"):
         raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
-    is_double = any(t.dtype == torch.float64 for t in tensors)
     if is_double and (backend == "triton" or (backend == "numba" and scan)):
         raise RuntimeError(f"The {backend} backend computes in float32, and a tensor is float64: use backend='torch'.")
     if backend != "auto":

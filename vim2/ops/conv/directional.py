@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
+from .causal import convolve as convolve_causally
 from .operator import register_conv
 
 
@@ -22,7 +23,8 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
             floating dtype; weight and bias may have another.
         weight: (2P, 1, w), as nn.Conv1d(P, 2P, w, groups=P) has it: output channel 2p + k is direction k of feature p.
         bias: (2P,).
-        backend: "triton", "torch" or "auto", see `vim2.ops.backend.resolve_backend`.
+        backend: "triton", "torch", "mamba_ssm", which is causal-conv1d, or "auto", see
+            `vim2.ops.backend.resolve_backend`.
 
     Returns:
         (n, steps, 2, P), contiguous, in x's dtype, also under autocast.
@@ -39,9 +41,20 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
             f"weight and bias must be {(outputs, 1)} with any number of taps and {(outputs,)} for P = {outputs // 2}, "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
-    if resolve_backend(backend, x, weight, bias) == "triton":
+    backend = resolve_backend(backend, x, weight, bias, causal_taps=weight.shape[-1])
+    if backend == "triton":
         return _convolve(x, weight, bias)
+    if backend == "mamba_ssm":
+        return _directional_conv_silu_causal(x, weight, bias)
     return _directional_conv_silu_torch(x, weight, bias)
+
+
+def _directional_conv_silu_causal(x, weight, bias):
+    """Each direction as a causal convolution of its own, the second on a copy of the sequences from their ends, whose
+    results are copied back: what causal-conv1d asks for."""
+    forward = convolve_causally(x, weight[0::2], bias[0::2])
+    backward = convolve_causally(x.flip(1), weight[1::2], bias[1::2])
+    return torch.stack((forward, backward.flip(1)), dim=2)
 
 
 def _directional_conv_silu_torch(x, weight, bias):

@@ -285,8 +285,15 @@ def _relay_kernel(
     if CHUNK:
         starts_at = starts_ptr + (seq * K + k) * (tl.cdiv(L, CHUNK) - 1) * (N_STATES * E) + in_tile
 
-    # Barrier 1 + w is between warp w, which arrives, and the next, which waits; 0 is Triton's own. A warp overwrites
-    # the state that it handed on only when it has received another, which comes from the reader by way of the others.
+    # Barrier 1 + w is between warp w, which arrives, and the next, which waits; 0 is Triton's own. Why no two accesses
+    # race: arriving at a barrier synchronizes with waiting at it (PTX ISA, Memory Consistency Model), so that all that
+    # a warp did before it arrived comes before all that the next does after it waited, and so on around the circle.
+    # - A state is read after it was written: the write stands before the arrival, the read behind the wait.
+    # - It is overwritten after it was read: a warp hands on after it has received, and what it receives comes, by way
+    #   of the others, from the next warp, which had read before it handed on.
+    # - No warp arrives at a barrier a second time before the next has waited there: the same chain goes through that
+    #   wait. Warp 3 arrives once before the loop, too, and warp 0 waits once more after it.
+    # - Rows that lanes stage are their warp's own, and barriers of the warp stand before and after the writes.
     before = (warp + (WARPS - 1)) % WARPS
     thread_before = before * 32 + thread % 32
     always = (thread >= 0).to(tl.uint32)
