@@ -7,6 +7,7 @@ What a snippet needs to be there, its document's preparation makes; what would t
 import functools
 import importlib.util
 import re
+import socket
 import sys
 import timeit
 from pathlib import Path
@@ -87,10 +88,28 @@ def prepare_openmmlab(monkeypatch) -> dict:
     return {}
 
 
+def prepare_ecosystem(monkeypatch) -> dict:
+    """Two classes of flowers, the variables that torchrun sets for a single process, and a tiny model."""
+    create = timm.create_model
+
+    def create_model(name, pretrained=False, **options):
+        return create("test_vim2" if pretrained else name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    for i in range(8):
+        photo(f"flowers/{'tulip' if i % 2 else 'rose'}/{i}.png", i)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    return {}
+
+
 PREPARE = {
     "README.md": prepare_readme,
     "docs/training.md": prepare_training,
     "docs/export.md": prepare_export,
+    "docs/ecosystem.md": prepare_ecosystem,
     "docs/mixers.md": prepare_mixers,
     "docs/openmmlab.md": prepare_openmmlab,
     "docs/faq.md": lambda monkeypatch: {"model": timm.create_model("test_vim2"), "torch": torch},

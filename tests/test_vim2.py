@@ -225,7 +225,8 @@ def test_default_cfg_names_the_right_layers(model):
     assert cfg["input_size"] == (3, 96, 96)
     state_dict = model.state_dict()
     assert cfg["first_conv"] + ".weight" in state_dict and cfg["classifier"] + ".weight" in state_dict
-    assert model.forward_features(images(1, *cfg["input_size"])).shape == (1, *cfg["pool_size"], model.num_features)
+    assert model.forward_features(images(1, *cfg["input_size"])).shape == (1, 3, 3, model.num_features)
+    assert cfg["pool_size"] is None  # else fastai would take these channels-last maps for (batch, C, H, W)
 
 
 def test_head(model):

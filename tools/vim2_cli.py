@@ -24,6 +24,7 @@ images
   validate           top-1 and top-5 accuracy at one or many image sizes
   predict            classes of an image, a folder or a glob
   visualize          receptive field, attention, Grad-CAM
+  demo               the same in a browser, for images that you drop
   convert            weights of VMamba into those of a ViM2 that computes the same
   export             a file for ONNX runtimes, or a folder for timm and the Hugging Face Hub
 
@@ -46,6 +47,7 @@ _PACKAGES = {
     "predict": "vim2.classify",
     "convert": "vim2.classify",
     "visualize": "vim2.visualize",
+    "demo": "vim2.visualize",
     "export": "vim2.export",
     "forecast": "vim2.forecast",
     "mm": "vim2.mm",

@@ -30,6 +30,8 @@ from .ops.backend import autocast_dtype, resolve_backend
 from .ops.operator import is_observed
 from .ops.replay import replay
 
+__all__ = ["S6", "MambaMixerBlock", "MixerLayer", "SelectiveChannelMixer", "SelectiveTokenMixer", "WeightedAverage"]
+
 # Leaves of torch.fx graphs: their argument checks look at shapes, which a symbolic trace does not have.
 torch.fx.wrap("depthwise_conv_silu")
 torch.fx.wrap("directional_conv_silu")

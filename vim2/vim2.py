@@ -383,7 +383,7 @@ def _cfg(url: str = "", **kwargs) -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "min_input_size": (3, MIN_SIZE, MIN_SIZE),
-        "pool_size": (7, 7),
+        "pool_size": None,  # fastai would pool forward_features by itself, as maps of (batch, C, H, W)
         "crop_pct": 0.9,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
@@ -406,7 +406,6 @@ default_cfgs = generate_default_cfgs(
             label_names=tuple(TINY_IMAGENET),
             label_descriptions=TINY_IMAGENET,
             input_size=(3, 128, 128),
-            pool_size=(4, 4),
             crop_pct=1.0,
             license="other",
             description="Trained on Tiny-ImageNet-200 at 128 x 128 pixels, for research only.",
@@ -422,7 +421,7 @@ default_cfgs = generate_default_cfgs(
         "vim2_tiny_vmamba": _cfg(),
         "vim2_small_vmamba": _cfg(),
         "vim2_base_vmamba": _cfg(),
-        "test_vim2": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        "test_vim2": _cfg(input_size=(3, 96, 96)),
     }
 )
 

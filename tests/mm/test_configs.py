@@ -141,6 +141,7 @@ def test_bad_configs(tmp_path, text, message):
 def test_reference_to_a_config_of_the_package(kind, config, tmp_path):
     """Also in the bases of another, which may take parts of it: they are still those of MMDetection and the like."""
     named = load_config(f"vim2::{kind}/{config}.py")
+    assert named.filename.endswith(f"/{config}.py")  # after which MMEngine names the copy in the work dir
     assert named.to_dict() == load_config(ROOT / f"{kind}_configs/{config}.py").to_dict()
     parts = "steps = _base_.train_pipeline\nmodel = dict(backbone=dict(arch=1))\n"
     (tmp_path / "mine.py").write_text(f"_base_ = 'vim2::{kind}/{config}.py'\n{parts}")

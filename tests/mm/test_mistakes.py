@@ -89,7 +89,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_setting_that_cannot_be(option, complaint, configs, tmp_path):
-    assert OPTIONS[option] in complaint(train, configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", option)
+    folder = tmp_path / "work_dirs" / "run"
+    (tmp_path / "mine.txt").write_text("")
+    assert OPTIONS[option] in complaint(train, configs["mmseg"], "--work-dir", folder, "--cfg-options", option)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_options_without_a_value(configs):
@@ -106,6 +109,7 @@ def test_a_broken_file_of_annotations(text, complaint, tmp_path):
     for split in ("train", "val"):
         line = complaint(train, config, "--work-dir", tmp_path / "run", "--cfg-options", option.format(split))
         assert f"{split}_dataloader" in line or "no image for training is left" in line
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind, workers, damage", [("mmdet", 0, "cut"), ("mmdet", 0, "missing"), ("mmseg", 1, "empty")])

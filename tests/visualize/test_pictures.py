@@ -91,6 +91,9 @@ def test_receptive_field_is_the_mean_magnitude_of_gradients():
     features = model.forward_intermediates(pixels, indices=[2], intermediates_only=True)[0]
     features[:, :, 2, 3].sum().backward()
     torch.testing.assert_close(field, pixels.grad.abs().sum(1).mean(0))
+    torch.testing.assert_close(receptive_field(model, images, 2, (2, 3)), field)  # the centre, by its name
+    corner = receptive_field(model, images, 0, (0, 0))
+    assert corner[:8, :8].sum() > corner[-8:, -8:].sum()
 
 
 def test_averaging_weights_are_those_of_the_layers():

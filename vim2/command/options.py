@@ -182,8 +182,10 @@ class DeviceOptions(Options, group="device"):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options, group="run"):
-    output: str = option("runs", "folder of all runs", metavar="DIR")
-    experiment: str | None = option(None, "folder of this run; default: named after model and data", metavar="NAME")
+    output: str = option("runs", "parent folder, in which a run writes to a folder of its own", metavar="DIR")
+    experiment: str | None = option(
+        None, "name of the run's own folder in --output; default: after model and data", metavar="NAME"
+    )
 
     @property
     def default_name(self) -> str:

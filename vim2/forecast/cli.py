@@ -15,7 +15,7 @@ USAGE = """usage: vim2 forecast {fit,evaluate,predict} DATA ...
   evaluate   its errors, and the baselines', on the rows set aside for testing
   predict    forecast beyond the end of a file
 
-vim2 forecast COMMAND --help lists the options of each; docs/forecasting.md explains them."""
+vim2 forecast COMMAND --help lists the options of each. In vim2's repository, docs/forecasting.md is the guide."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -130,7 +130,8 @@ class Forecaster:
 
         Args:
             table: As `read` returns it.
-            times, values: As `forecast` returns them.
+            times: As `forecast` returns them.
+            values: As `forecast` returns them.
 
         Returns:
             Of a wide table, a column a variate by time stamps, an index called date; with quantiles a column a variate

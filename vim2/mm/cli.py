@@ -15,7 +15,7 @@ USAGE = """usage: vim2 mm {train,test,predict} ...
   test       evaluate one
   predict    draw boxes, masks or maps on images
 
-vim2 mm COMMAND --help lists the options of each; docs/openmmlab.md explains them."""
+vim2 mm COMMAND --help lists the options of each. In vim2's repository, docs/openmmlab.md is the guide."""
 
 
 def main(argv: list[str]) -> int:

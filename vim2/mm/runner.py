@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ __all__ = [
     "check_device",
     "check_parts",
     "checkpoint_errors",
+    "choose_work_dir",
     "load_config",
+    "removed_unless_started",
     "run_errors",
 ]
 
@@ -113,6 +116,8 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
     except Exception as error:  # a config is code, which can fail in every way
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} is no config that MMEngine can read: {reason}.") from None
+    if "::" in path:
+        object.__setattr__(config, "_filename", path)  # a text has that of a temporary file, after which runs are named
     try:
         config.merge_from_dict(options or {})
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -141,6 +146,34 @@ def check_parts(config: Config, path: str, split: str) -> None:
         raise UserError(f"{path} has no {missing[0]}: it needs {', '.join(needed)}.")
 
 
+def choose_work_dir(config: Config, args: argparse.Namespace) -> Path:
+    """The folder to write to, of the options, the config or its name, which it is set to in the config."""
+    if args.work_dir:
+        config.work_dir = args.work_dir
+    elif not config.get("work_dir"):
+        config.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    return Path(config.work_dir)
+
+
+@contextlib.contextmanager
+def removed_unless_started(folder: Path) -> Iterator[None]:
+    """Removes the work dir of a run that a UserError ends before it starts, if it was made for that run.
+
+    A Runner makes it, with a folder for its log and a copy of the config, before it looks at anything. Where there are
+    two folders in it, another run has come meanwhile, and everything stays.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except UserError:
+        if new and folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) < 2:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                for parent in new[1:]:
+                    parent.rmdir()
+        raise
+
+
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The Runner of a config.
 
@@ -158,10 +191,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
-    if args.work_dir:
-        config.work_dir = args.work_dir
-    elif not config.get("work_dir"):
-        config.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    choose_work_dir(config, args)
     for name in ("optim_wrapper", "param_scheduler"):
         _check_numbers(config.get(name), name)
     register_backend("local", _AtomicBackend, force=True, prefixes="")

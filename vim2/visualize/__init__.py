@@ -2,5 +2,6 @@
 
 from ..command.errors import UserError
 from .command import visualize
+from .page import demo
 
-__all__ = ["UserError", "visualize"]
+__all__ = ["UserError", "demo", "visualize"]

@@ -1,12 +1,12 @@
-"""The command line: `vim2 visualize`."""
+"""The command line: `vim2 visualize` and `vim2 demo`."""
 
 from ..command.errors import Command, run_command
 
 __all__ = ["main"]
 
-COMMANDS = {"visualize": Command(extra="visualize")}
+COMMANDS = {"visualize": Command(extra="visualize"), "demo": Command("use a smaller --img-size", extra="demo")}
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code, see `run_command`."""
-    return run_command("vim2", "", f"{__package__}.command", COMMANDS, argv)
+    """Run a command and return its exit code, see `run_command`."""
+    return run_command("vim2", "", __package__, COMMANDS, argv)

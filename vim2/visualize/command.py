@@ -24,7 +24,16 @@ from ..command.runs import explain_disk_errors, make_folder
 from ..mixers import SelectiveChannelMixer, SelectiveTokenMixer
 from ..vim2 import ViM2
 from .attention import channel_attention, scan_inputs, token_attention, tokens_seen
-from .layers import averaging_weights, check_token, choose_layer, map_sizes, mixers_of, stage_of
+from .layers import (
+    LEGIBLE,
+    averaging_weights,
+    check_token,
+    choose_layer,
+    legible_layer,
+    map_sizes,
+    mixers_of,
+    stage_of,
+)
 from .plots import (
     plot_averaging_weights,
     plot_channel_mixing,
@@ -35,8 +44,6 @@ from .plots import (
 from .saliency import NoGradCam, grad_cam, load_grad_cam, receptive_field
 
 __all__ = ["VisualizeOptions", "visualize"]
-
-LEGIBLE = 8  # tokens a side of a map on which the default layer's attention shows something
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +138,7 @@ def check_names(files: Sequence[Path]) -> None:
             )
 
 
-def load_model(o: VisualizeOptions) -> tuple[ViM2, dict[str, Any]]:
+def load_model(o: CheckpointOptions) -> tuple[ViM2, dict[str, Any]]:
     """A trained ViM2, or one with random weights, and what its checkpoint tells about itself."""
     if o.checkpoint or o.pretrained:
         model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
@@ -142,7 +149,8 @@ def load_model(o: VisualizeOptions) -> tuple[ViM2, dict[str, Any]]:
     else:
         raise UserError("Say what to draw: --checkpoint FILE, or --model NAME for a model before its training.")
     if not isinstance(model, ViM2):
-        raise UserError(f"visualize looks into ViM2s, and {o.model or facts.get('arch')} is a {type(model).__name__}.")
+        command, name = o.program.split()[-1], o.model or facts.get("arch")
+        raise UserError(f"{command} looks into ViM2s, and {name} is a {type(model).__name__}.")
     if not (o.checkpoint or o.pretrained):
         say(f"{o.model} has random weights: give a --checkpoint to see what training made of them.")
     return model, facts
@@ -200,10 +208,7 @@ def choose_view(model: ViM2, o: VisualizeOptions, image: tuple[int, int]) -> Vie
         check_token(token, size, name)
         return Spot(name, mixer, size, token)
 
-    names = list(mixers_of(model, SelectiveTokenMixer))
-    large = [name for name in names if min(sizes[stage_of(name)]) >= LEGIBLE]
-    # of small images all maps are small: the first stage's are the largest
-    tokens = spot(o.layer or (large or [name for name in names if stage_of(name) == 0])[-1], SelectiveTokenMixer)
+    tokens = spot(o.layer or legible_layer(model, sizes), SelectiveTokenMixer)
     names = list(mixers_of(model, SelectiveChannelMixer))
     name = o.channel_layer or next((n for n in reversed(names) if stage_of(n) == stage_of(tokens.layer)), None)
     channels = spot(name, SelectiveChannelMixer) if name else None
@@ -217,14 +222,20 @@ def displayed(image: Tensor, config: dict[str, Any]) -> np.ndarray:
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
+def pixels_of(model: ViM2, stage: int, token: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height in pixels of the square that a token of a stage's map stands for."""
+    side = model.feature_info[stage]["reduction"]
+    return token[1] * side, token[0] * side, side, side
+
+
 def draw_model(model: ViM2, images: Iterable[Tensor], count: int, view: View, folder: Path) -> list[Path]:
     """Draw what is of the model, or of all images together."""
     weights, field = folder / "averaging_weights.png", folder / "receptive_field.png"
     plot_averaging_weights(averaging_weights(model), weights)
-    side = model.feature_info[view.stage]["reduction"]  # of the square of pixels that a token stands for
-    centre = (view.size[1] // 2 * side, view.size[0] // 2 * side, side, side)
+    centre = pixels_of(model, view.stage, (view.size[0] // 2, view.size[1] // 2))
     values = receptive_field(model, images, view.stage)
-    plot_receptive_field(values, centre, view.stage + 1, count, field)
+    mean = f"mean of {count} image{'s' if count > 1 else ''}"
+    plot_receptive_field(values, centre, f"stage {view.stage + 1}'s centre token (outlined)\n{mean}", field)
     return [weights, field]
 
 

@@ -1,5 +1,6 @@
 """The layers of a ViM2, by the names that a user gives, and how each weighs those before it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timm.layers import Mlp
@@ -10,7 +11,19 @@ from ..command.images import first_names
 from ..mixers import MixerLayer, SelectiveChannelMixer, SelectiveTokenMixer
 from ..vim2 import ViM2
 
-__all__ = ["StageWeights", "averaging_weights", "check_token", "choose_layer", "map_sizes", "mixers_of", "stage_of"]
+__all__ = [
+    "LEGIBLE",
+    "StageWeights",
+    "averaging_weights",
+    "check_token",
+    "choose_layer",
+    "legible_layer",
+    "map_sizes",
+    "mixers_of",
+    "stage_of",
+]
+
+LEGIBLE = 8  # tokens a side of a map on which a layer's attention shows something
 
 KINDS = {SelectiveTokenMixer: "a token mixer", SelectiveChannelMixer: "an S6 channel mixer", Mlp: "an MLP"}
 OPTIONS = {SelectiveTokenMixer: "--layer", SelectiveChannelMixer: "--channel-layer"}
@@ -47,6 +60,19 @@ def choose_layer(model: ViM2, name: str, kind: type[nn.Module]) -> nn.Module:
     found = type(everything[name])
     advice = f", for {OPTIONS[found]}" if found in OPTIONS else ""
     raise UserError(f"{OPTIONS[kind]} {name} is {KINDS[found]}{advice}, not {KINDS[kind]}; {others}.")
+
+
+def legible_layer(model: ViM2, sizes: Sequence[tuple[int, int]]) -> str:
+    """The last layer with a token mixer whose map has `LEGIBLE` tokens a side or more; of small images, of whose maps
+    none has, the first stage's last.
+
+    Args:
+        model: Has the layer.
+        sizes: Of the stages' maps, see `map_sizes`.
+    """
+    names = list(mixers_of(model, SelectiveTokenMixer))
+    large = [name for name in names if min(sizes[stage_of(name)]) >= LEGIBLE]
+    return (large or [name for name in names if stage_of(name) == 0])[-1]
 
 
 def stage_of(name: str) -> int:

@@ -31,15 +31,14 @@ ORDERS = {
 
 
 def plot_receptive_field(
-    field: Tensor, centre: tuple[float, float, float, float], stage: int, images: int, path: str | os.PathLike
+    field: Tensor, token: tuple[float, float, float, float], whose: str, path: str | os.PathLike
 ) -> None:
     """The effective receptive field, on a logarithmic scale.
 
     Args:
         field: (H, W), see `receptive_field`.
-        centre: Left, top, width and height in pixels of the token itself.
-        stage: Its stage, from 1 on.
-        images: How many were averaged.
+        token: Left, top, width and height in pixels of the token itself.
+        whose: Which token this is, for the title.
         path: PNG to write.
     """
     fig = figure(figsize=(6, 5.4))
@@ -47,14 +46,10 @@ def plot_receptive_field(
     values = field.double().numpy()
     scale = _Scale([values])
     drawn = scale.draw(axes, values)
-    _outline(axes, *centre)
+    _outline(axes, *token)
     axes.set_xlabel("pixel column")
     axes.set_ylabel("pixel row")
-    axes.set_title(
-        f"Effective receptive field of stage {stage}'s centre token (outlined)\n"
-        f"mean of {images} image{'s' if images > 1 else ''}",
-        fontsize=10,
-    )
+    axes.set_title(f"Effective receptive field of {whose}", fontsize=10)
     fig.colorbar(drawn, ax=axes, label="magnitude of the gradient, of its maximum", shrink=0.9, extend=scale.extend)
     save(fig, path)
 

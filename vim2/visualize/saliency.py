@@ -16,8 +16,8 @@ class NoGradCam(UserError):
     """The package that computes Grad-CAM is not installed, or cannot be loaded."""
 
 
-def receptive_field(model: ViM2, images: Iterable[Tensor], stage: int) -> Tensor:
-    """The effective receptive field of a stage's centre token (Luo, Li, Urtasun, Zemel, 2016: Understanding the
+def receptive_field(model: ViM2, images: Iterable[Tensor], stage: int, token: tuple[int, int] | None = None) -> Tensor:
+    """The effective receptive field of a stage's token (Luo, Li, Urtasun, Zemel, 2016: Understanding the
     Effective Receptive Field in Deep Convolutional Neural Networks, arXiv 1701.04128).
 
     That is the magnitude of the gradient of the token's features, summed, over the pixels. The stage's map is taken
@@ -27,6 +27,7 @@ def receptive_field(model: ViM2, images: Iterable[Tensor], stage: int) -> Tensor
         model: In eval mode.
         images: Each (channels, H, W), all of one size, on the model's device.
         stage: From 0 on.
+        token: Its row and column on the stage's map; the centre where None.
 
     Returns:
         (H, W) on the CPU in the model's dtype: summed over channels, averaged over images.
@@ -37,8 +38,8 @@ def receptive_field(model: ViM2, images: Iterable[Tensor], stage: int) -> Tensor
         (features,) = model.forward_intermediates(
             pixels, indices=[stage], stop_early=True, output_fmt="NHWC", intermediates_only=True
         )
-        centre = features[0, features.shape[1] // 2, features.shape[2] // 2].sum()
-        (gradient,) = torch.autograd.grad(centre, pixels)
+        row, column = token or (features.shape[1] // 2, features.shape[2] // 2)
+        (gradient,) = torch.autograd.grad(features[0, row, column].sum(), pixels)
         fields.append(gradient[0].abs().sum(0).cpu())
     return torch.stack(fields).mean(0)
 

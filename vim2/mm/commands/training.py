@@ -18,7 +18,9 @@ from ..runner import (
     build_data,
     build_runner,
     check_parts,
+    choose_work_dir,
     load_config,
+    removed_unless_started,
     run_errors,
 )
 
@@ -61,8 +63,9 @@ def train(argv: Sequence[str]) -> None:
             raise UserError(f"There is no checkpoint at {args.resume}.")
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
-    runner = build_runner(config, args)
-    build_data(runner, "train")
+    with removed_unless_started(choose_work_dir(config, args)):
+        runner = build_runner(config, args)
+        build_data(runner, "train")
     folder = Path(runner.work_dir)
     processes = Processes(torch.device(get_device()), *get_dist_info())
     with own_folder(folder, identity(folder / "last.pth"), processes), run_errors():

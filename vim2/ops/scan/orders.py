@@ -7,8 +7,11 @@ import torch
 ORDERS = ("forward", "columns", "backward", "columns_backward")  # kernels know them by their index here
 
 FORWARD = ("forward",)
+"""One walk, row by row."""
 BIDIRECTIONAL = ("forward", "backward")
-CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")  # in VMamba's order of directions
+"""Row by row, and the same from the end."""
+CROSS_SCAN = ("forward", "columns", "backward", "columns_backward")
+"""Rows, columns, and both from their ends, in VMamba's order of directions."""
 
 
 def check_orders(orders: Sequence[str]) -> None:
