@@ -89,6 +89,14 @@ def test_tensors_that_lie_otherwise_are_noted_for_themselves():
     assert owner.calls == 2 * len(others)
 
 
+def test_options_of_zero_are_options():
+    owner = Owner(lambda x: x.var(0, correction=0))
+    for _ in range(3):
+        x = gated_inputs(0)[0]
+        assert torch.equal(owner(x), x.var(0, correction=0))
+    assert owner.calls == 2
+
+
 def test_settings_are_told_apart():
     for owner in (Owner(gated), Owner(gated)):
         for settings in (1, 2, 1, 2, 1):
@@ -258,7 +266,8 @@ def test_gradients_may_lie_anyhow():
     rows = torch.randn(*shape[1:], device=DEVICE)
     turned = torch.randn(shape[::-1], device=DEVICE).permute(*reversed(range(len(shape))))
     shifted = torch.randn(rows.numel() * shape[0] + 1, device=DEVICE)[1:].view(shape)
-    for grad in (rows.expand(shape), turned, shifted, turned):
+    behind = torch.randn(2, *shape, device=DEVICE)[1]  # as of what is concatenated
+    for grad in (rows.expand(shape), turned, shifted, turned, behind):
         assert_same_bits(both_passes(owner, inputs, 0, grad), both_passes(gated, inputs, 0, grad))
     assert owner.calls == 2
 
@@ -272,6 +281,17 @@ def trained(function=gated):
     owner(*inputs)
     assert owner.calls == calls
     return owner, inputs
+
+
+@pytest.mark.parametrize("kind", [Owner, Trainee])
+def test_results_may_be_changed_in_place(kind):
+    """Though they are parts of what lines make: of a product as a matrix, here."""
+    inputs = [t.requires_grad_() for t in gated_inputs(0)]
+    owner = kind(F.linear)
+    for _ in range(3):
+        y = owner(*inputs)
+        y += inputs[2]
+    assert owner.calls == 2 and torch.equal(y, F.linear(*inputs) + inputs[2])
 
 
 def test_a_graph_that_is_kept_may_be_walked_again():

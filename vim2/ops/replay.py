@@ -144,6 +144,8 @@ def note(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> t
         with noting(notebook):
             result = function(*tensors)
     except Exception:
+        result = None
+    if result is None:  # outside of the clause above, which keeps all that the error's frames hold from being freed
         return REFUSED, function(*tensors)  # which raises again what is an error without a notebook, too
     try:
         return notebook.replay(result), result
@@ -310,7 +312,8 @@ class Notebook(TorchDispatchMode):
     def call(self, function, arguments, options) -> str:
         given = [self.text(value) for value in arguments]
         # left out is what says nothing, which not all ways of calling take
-        options = {name: value for name, value in options.items() if value not in (None, False, torch.strided)}
+        unsaid = None, False, torch.strided
+        options = {name: value for name, value in options.items() if not any(value is each for each in unsaid)}
         given += [f"{name}={self.text(value)}" for name, value in options.items()]
         return f"{self.constant(QUICKER.get(function, function))}({', '.join(given)})"
 
@@ -375,14 +378,21 @@ class Notebook(TorchDispatchMode):
             return name
         if (name, extent) not in self.parts:
             offset -= whole[2]
-            at = f"{name}.storage_offset() + {offset}" if name in self.given else f"{offset}"
+            # what comes from elsewhere may start anywhere in its memory
+            at = f"{name}.storage_offset() + {offset}" if name in (*self.given, "grad") else f"{offset}"
             self.parts[name, extent] = f"part{next(self.numbers)}"
             self.lines.append((self.parts[name, extent], f"{name}.as_strided({shape}, {stride}, {at})"))
         return self.parts[name, extent]
 
+    def result(self, t: Tensor) -> str:
+        """The tensor that the lines of a forward pass return: no view to autograd, which as the part that it may be of
+        what was made could not be changed in place."""
+        name = self.part(t)
+        return f"{name}.detach()" if name.startswith("part") else name
+
     def turn(self, result: Tensor, grad: Tensor) -> None:
         """From the forward pass to the backward pass, which is given the gradient of the result."""
-        self.forward = (self.part(result), self.lines)  # in this order: a part of what was made is a line, too
+        self.forward = (self.result(result), self.lines)  # in this order: a part of what was made is a line, too
         self.lines, self.parts = [], {}
         self.whole[_memory(grad)] = "grad", grad.dtype, _extent(grad)
 
@@ -392,7 +402,7 @@ class Notebook(TorchDispatchMode):
         Raises:
             NotReplayableError: It cannot be.
         """
-        replay = self.function(self.given, self.part(result), self.lines)
+        replay = self.function(self.given, self.result(result), self.lines)
         return _without_autocast(replay, self.device) if self.autocast else replay
 
     def both_passes(self, grads: Sequence[Tensor | None], layout: tuple) -> BothPasses:
