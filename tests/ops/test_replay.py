@@ -303,6 +303,25 @@ def test_a_graph_that_is_kept_may_be_walked_again():
     assert torch.equal(only, first[1])
 
 
+class Ignored(torch.autograd.Function):
+    """Uses its input for nothing."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+def test_results_that_nobody_used_have_no_gradients():
+    owner, inputs = trained()
+    other = torch.ones(2, device=DEVICE, requires_grad=True)
+    Ignored.apply(owner(*inputs), other).sum().backward()
+    assert other.grad is not None and all(t.grad is None for t in inputs)
+
+
 def test_gradients_of_replays_have_none_themselves():
     owner, inputs = trained()
     with pytest.raises(RuntimeError, match="create_graph"):

@@ -200,6 +200,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, way, *tensors):
         result, *saved = way.forward(*tensors)
+        ctx.set_materialize_grads(False)
         ctx.way = way
         ctx.save_for_backward(*[tensors[i] for i in way.given], *saved)
         return result
@@ -208,6 +209,8 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivatives()
         way = ctx.way
+        if grad is None:  # nobody used the result
+            return (None,) * len(ctx.needs_input_grad)
         if _layout(grad) != way.layout:
             shape, stride, dtype, *_ = way.layout
             grad = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad)
