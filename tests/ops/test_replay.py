@@ -290,7 +290,7 @@ def test_results_may_be_changed_in_place(kind):
     owner = kind(F.linear)
     for _ in range(3):
         y = owner(*inputs)
-        y += inputs[2]
+    y += inputs[2]
     assert owner.calls == 2 and torch.equal(y, F.linear(*inputs) + inputs[2])
 
 

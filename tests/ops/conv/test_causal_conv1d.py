@@ -30,6 +30,7 @@ def check(x, weight, bias, silu):
     assert x.dtype in BOUNDS and weight.dtype == bias.dtype and silu
     assert weight.shape == (channels, weight.shape[1]) and 2 <= weight.shape[1] <= 4 and bias.shape == (channels,)
     assert x.stride(2) == 1 or x.stride(1) == 1
+    assert weight.stride(1) == 1 and bias.stride(0) == 1  # along axes of one element, too
     together = x.stride(1) == 1 and x.stride(2) > 1
     if together:
         assert channels % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0

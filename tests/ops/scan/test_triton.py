@@ -157,18 +157,26 @@ def test_half_precision(case, dtype):
 @pytest.mark.parametrize(
     "case", [((2, 3), CROSS_SCAN, 32, n, 2, True) for n in (1, 2)] + [((7,), FORWARD, 64, 4, 1, True)]
 )
-def test_channels_travel_as_words(case):
+def test_channels_travel_as_words(case, monkeypatch):
     """Where all lanes of a tile have channels, two or four of 16 bits are loaded and stored as one."""
     n, features, batch = case[3], case[2], case[4]
-    tile = schedule.backward_tile(n, features, batch)
+    tile = schedule.backward_tile(n, features, batch, len(case[1]), fill=10**9)
     assert features % (tile["CE"] * tile["CR"]) == 0 and batch % tile["S"] == 0 and tile["CR"] == 2
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
     assert_matches_oracle(case, "triton", DEVICE, torch.bfloat16)
 
 
+def test_threads_take_more_channels_of_the_backward_pass_where_there_are_many():
+    fill = 8 * 132
+    channels = [schedule.backward_tile(1, features, 128, 4, fill)["CR"] for features in (192, 384, 768, 1536)]
+    assert channels == [2, 2, 4, 4] and schedule.backward_tile(16, 192, 1, 4, fill)["CR"] == 4
+
+
 @pytest.mark.parametrize("batch, sequences", [(2, 2), (3, 1)])
-def test_a_second_sequence_takes_lanes_without_channels(batch, sequences):
-    tile = schedule.backward_tile(1, 96, batch)
+def test_a_second_sequence_takes_lanes_without_channels(batch, sequences, monkeypatch):
+    tile = schedule.backward_tile(1, 96, batch, 2, fill=10**9)
     assert tile["S"] == sequences and tile["CE"] * tile["S"] == 32
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
     assert_matches_oracle(((2, 3), BIDIRECTIONAL, 96, 1, batch, True), "triton", DEVICE)
 
 

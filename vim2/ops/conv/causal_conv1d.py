@@ -63,4 +63,6 @@ def _channels_first(t: Tensor) -> Tensor:
 
 
 def _parameters(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.squeeze(1).float().contiguous(), bias.float().contiguous()
+    # Copies in any case: what PyTorch calls contiguous may have any stride along an axis of one element, and the
+    # kernels want 1.
+    return tuple(t.float().clone(memory_format=torch.contiguous_format) for t in (weight.squeeze(1), bias))

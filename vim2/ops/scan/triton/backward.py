@@ -585,10 +585,11 @@ def _plan(
     n: int, chunks: int, orders: tuple[str, ...], height: int, width: int, softplus: bool, last: bool,
 ) -> _Plan:  # fmt: skip
     batch, length, directions, features = dt.shape
-    tile = schedule.backward_tile(n, features, batch)
+    fill = schedule.programs_to_fill(device)
+    tile = schedule.backward_tile(n, features, batch, directions, fill)
     blocks = schedule.channel_blocks(features, tile)
     tiles = -(-batch // tile["S"])
-    fills = tiles * blocks * directions >= schedule.programs_to_fill(device)
+    fills = tiles * blocks * directions >= fill
     split = 1 < chunks <= schedule.MAX_CHUNKS and not fills
     parts = chunks if split else 1
     repeats = schedule.tiles_a_program(tiles * blocks * directions, device)

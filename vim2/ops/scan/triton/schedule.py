@@ -76,13 +76,14 @@ def forward_registers(tile: dict[str, int]) -> int | None:
     return 80 if tile["CR"] == 4 else 100
 
 
-def backward_tile(n: int, features: int, batch: int) -> dict[str, int]:
+def backward_tile(n: int, features: int, batch: int, directions: int, fill: int) -> dict[str, int]:
     """A tile of the backward scan, see tiles.py, and UNROLL, the steps whose states are held in registers at once: 16
     states a thread where a channel has as many, else fewer, so that there are more warps to wait for memory."""
     states = triton.next_power_of_2(n)
     NR = min(states, 4)
     NL = states // NR
-    CR = min(triton.next_power_of_2(features), 4 if states > 8 else 2)
+    many = batch * directions * (features // (LANES.value // NL * 4)) >= 2 * fill
+    CR = min(triton.next_power_of_2(features), 4 if states > 8 or many else 2)
     CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
     S = LANES.value // (NL * CE)
     if CE > 1 and features % (CE * CR) and features % (CE // 2 * CR) == 0 and batch % (2 * S) == 0:
