@@ -13,7 +13,7 @@ from vim2.forecast.baselines import Ridge, last_value, seasonal_naive
 from vim2.forecast.committee import Committee, Products, find_weights, minimise_on_simplex, mixture_losses
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import gain
-from vim2.forecast.training import spectral_loss
+from vim2.forecast.trainer import spectral_loss
 
 SMALL = dict(lookback=24, horizon=6, patch=6, stride=3, d_model=4, d_state=2)
 RIDGES = ("ridge about the mean", "ridge about the last value")

@@ -21,6 +21,7 @@ from vim2.command.options import resolve
 from vim2.forecast import Forecaster, UserError, fit
 from vim2.forecast.committee import Networks
 from vim2.forecast.options import FitOptions
+from vim2.forecast.trainer import Trainer
 from vim2.forecast.training import Run
 
 OPTIONS = dict(horizon=12, lookback=48, d_model=4, d_state=2, members=2, epoch_steps=4, device="cpu", lr=2e-3)
@@ -76,15 +77,15 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path, data):
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, options, monkeypatch):
     whole = start(data, tmp_path, epochs=3, patience=9, experiment="whole", **options)
-    epochs, train_epoch = [], Run.train_epoch
+    epochs, train = [], Trainer.epoch
 
-    def stop(run, epoch):
+    def stop(trainer, epoch):
         if epoch == 1 and not epochs:
             epochs.append(epoch)
             raise KeyboardInterrupt
-        return train_epoch(run, epoch)
+        return train(trainer, epoch)
 
-    monkeypatch.setattr(Run, "train_epoch", stop)
+    monkeypatch.setattr(Trainer, "epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         start(data, tmp_path, epochs=3, patience=9, experiment="cut", **options)
     cut = start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=True, **options)
@@ -220,7 +221,7 @@ def test_the_conformal_correction_is_of_validation_alone(tmp_path, data):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantiles": [0.1, 0.5, 0.9]}], ids=str)
-def test_each_epoch_forecasts_each_validation_window_once_and_mixing_twice(tmp_path, data, options, monkeypatch):
+def test_each_epoch_forecasts_each_validation_window_once_and_so_does_mixing(tmp_path, data, options, monkeypatch):
     seen, forward = [], Networks.forward
 
     def counted(networks, x, *args, **given):
@@ -230,7 +231,7 @@ def test_each_epoch_forecasts_each_validation_window_once_and_mixing_twice(tmp_p
 
     monkeypatch.setattr(Networks, "forward", counted)
     run = start(data, tmp_path, epochs=3, epoch_steps=1, patience=9, experiment="r", **options)
-    assert sum(seen) == (3 + 2) * run["windows"]["val"]
+    assert sum(seen) == (3 + 1) * run["windows"]["val"]
 
 
 def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys):
@@ -270,7 +271,7 @@ def test_a_loss_that_is_not_finite_is_told_and_nothing_is_lost(tmp_path, data, m
     before = (tmp_path / "r" / "last.pth").read_bytes()
     saved = read_checkpoint(tmp_path / "r" / "last.pth")
     run = make_run(saved, **{**saved["options"], "epochs": 3})
-    monkeypatch.setattr(Run, "loss", lambda self, *a: torch.full((), torch.nan, requires_grad=True))
+    monkeypatch.setattr(Trainer, "loss", lambda self, *a: torch.full((), torch.nan, requires_grad=True))
     with pytest.raises(UserError, match=r"NaN or infinite in epoch 3. Epoch 2 is kept"):
         run.fit()
     assert (tmp_path / "r" / "last.pth").read_bytes() == before

@@ -26,14 +26,16 @@ def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, cap
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(tmp_path), device="cpu")
     assert result["windows"] == 80 - 12 + 1 and result["part"] == "test"
     alone = {"TSM2 members alone", "ridge members alone"}
-    assert set(result["scores"]) == {"TSM2", *alone, "ridge", "last value", "seasonal naive"}
+    assert set(result["scores"]) == {"committee", *alone, "ridge", "last value", "seasonal naive"}
     out = capsys.readouterr().out
     for name, row in result["scores"].items():
         assert f"{name:<19} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
     assert 0 <= result["quantiles"]["coverage"] <= 1
     assert sum(result["weights"].values()) == pytest.approx(1)
     assert result["config"]["horizon"] == 12 and result["chosen"]["seed"] == 0
-    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["TSM2"] == result["scores"]["TSM2"]
+    assert (
+        json.loads((tmp_path / "evaluation.json").read_text())["scores"]["committee"] == result["scores"]["committee"]
+    )
     for name in ("forecast.png", "errors.png", "weights.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 
@@ -55,7 +57,7 @@ def test_evaluation_is_the_mean_over_all_windows_by_hand(trained, data):
             y = forecaster.model(scaled[None, start:now], future=future[None, now : now + 12])[0, ..., 1]
             errors.append((y - scaled[now : now + 12]).square().mean().item())
     assert len(errors) == result["windows"]
-    assert result["scores"]["TSM2"]["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert result["scores"]["committee"]["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def test_predict_goes_beyond_the_end(trained, tmp_path):
@@ -82,7 +84,7 @@ def test_columns_are_taken_in_the_order_of_training(trained, data, tmp_path):
     frame = make_frame()[["promotion", "level", "date", "south", "north"]]
     other = write_csv(tmp_path / "a.csv", frame)
     a, b = (evaluate(data=str(p), checkpoint=str(trained), output=str(tmp_path))["scores"] for p in (data, other))
-    assert a["TSM2"]["mse"] == b["TSM2"]["mse"]
+    assert a["committee"]["mse"] == b["committee"]["mse"]
 
 
 def test_data_frames_as_their_file(trained, data, tmp_path):
@@ -91,7 +93,7 @@ def test_data_frames_as_their_file(trained, data, tmp_path):
     for given in (frame, frame.set_index("date")):
         np.testing.assert_allclose(forecaster.read(given).values, forecaster.read(data).values, rtol=1e-12)
         a, b = (evaluate(data=d, checkpoint=str(trained), output=str(tmp_path))["scores"] for d in (data, given))
-        assert a["TSM2"]["mse"] == pytest.approx(b["TSM2"]["mse"], rel=1e-6)
+        assert a["committee"]["mse"] == pytest.approx(b["committee"]["mse"], rel=1e-6)
     ahead = pd.read_csv(path := future_csv(tmp_path / "a.csv"), parse_dates=["date"])
     a, b = (predict(data=d, checkpoint=str(trained), output=str(tmp_path)) for d in (path, ahead))
     assert (a["times"] == b["times"]).all()

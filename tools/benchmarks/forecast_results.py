@@ -98,7 +98,7 @@ def run_cell(task: dict) -> dict:
     if task["settings"]["test"]:
         scores = evaluate(data=task["data"], checkpoint=run["folder"], device=task["device"], amp=run["options"]["amp"])
         for name, row in scores["scores"].items():
-            prefix = "" if name == "TSM2" else name.replace(" ", "_") + "_"
+            prefix = "" if name == "committee" else name.replace(" ", "_") + "_"
             result |= {prefix + error: row[error] for error in ("mse", "mae", "mase")}
     return result
 

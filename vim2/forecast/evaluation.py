@@ -1,11 +1,12 @@
 """Errors over all windows of a split, of a model and of the baselines."""
 
 import json
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
@@ -18,10 +19,12 @@ from .data import Windows
 from .forecaster import Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
-from .scores import baseline_scores, mase, model_forecast, naive_errors, score
+from .scores import baseline_forecasts, mase, naive_errors, score_all
 from .training import versions
 
 __all__ = ["evaluate"]
+
+UNCORRECTED = "without conformal correction"
 
 
 def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -59,14 +62,15 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         for p in dict.fromkeys(("train", "val", part))
     }
     amp, levels = o.amp and device.type == "cuda", config.quantiles
-    scores = {"TSM2": score(lambda x, f: forecaster.forecast_windows(x, f, amp), windows[part], o.batch_size, levels)}
-    if model.linear:
-        for kind in ("TSM2", "ridge"):
-            weights = model.prior([kind])
-            forecast = model_forecast(partial(model, weights=weights), amp)
-            scores[f"{kind} members alone"] = score(forecast, windows[part], o.batch_size, levels)
     ridge = Ridge.fit(windows["train"], windows["val"])
-    scores.update(baseline_scores(ridge, windows[part], forecaster.season, o.batch_size))
+
+    def forecasts(x: Tensor, future: Tensor | None) -> dict[str, Tensor]:
+        return all_forecasts(forecaster, x, future, amp) | baseline_forecasts(
+            ridge, x, config.horizon, forecaster.season
+        )
+
+    scores = score_all(forecasts, windows[part], o.batch_size, levels)
+    before = scores.pop(UNCORRECTED, None)
     naive = naive_errors(values[: split.train], forecaster.season)
     say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
     for name, row in scores.items():
@@ -88,16 +92,31 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         "versions": versions(),
     }
     if levels:
-        result["quantiles"] = {name: scores["TSM2"][name] for name in ("crps", "coverage")}
+        result["quantiles"] = {name: scores[forecaster.called][name] for name in ("crps", "coverage")}
         say(describe_quantiles("Quantiles", result["quantiles"], levels))
-        if forecaster.conformal is not None:
-            before = score(model_forecast(model, amp), windows[part], o.batch_size, levels)
+        if before is not None:
             result["without_conformal"] = {name: before[name] for name in ("crps", "coverage")}
             say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))
     folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
         draw(forecaster, table, windows[part], scores, o, folder)
+    return result
+
+
+def all_forecasts(forecaster: Forecaster, x: Tensor, future: Tensor | None, amp: bool) -> dict[str, Tensor]:
+    """Of the committee, of its TSM2 and of its ridges, from one pass of the members; of a TSM2 alone, its own. With
+    quantiles, also that without conformal correction."""
+    model = forecaster.model
+    with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
+        members = model.members(x, future)
+    mixed = model.mixture(*members)
+    result = {forecaster.called: forecaster.correct(mixed, x)}
+    if model.linear:
+        for kind in ("TSM2", "ridge"):
+            result[f"{kind} members alone"] = model.mixture(*members, model.prior([kind]))
+    if forecaster.conformal is not None:
+        result[UNCORRECTED] = mixed
     return result
 
 

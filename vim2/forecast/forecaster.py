@@ -85,6 +85,11 @@ class Forecaster:
         return table
 
     @property
+    def called(self) -> str:
+        """What forecasts: a committee, or a TSM2 alone."""
+        return "committee" if self.model.linear else "TSM2"
+
+    @property
     def doubts(self) -> list[str]:
         """What is to be known of its forecasts beforehand, a sentence each."""
         if not self.model.config.quantiles or self.conformal is not None:
@@ -199,7 +204,11 @@ class Forecaster:
         Returns:
             (n, H, M), with quantiles (n, H, M, Q), float32.
         """
-        y = model_forecast(self.model, amp)(x, future)
+        return self.correct(model_forecast(self.model, amp)(x, future), x)
+
+    def correct(self, y: Tensor, x: Tensor) -> Tensor:
+        """The model's forecasts of windows with their conformal correction, float32; shapes as in
+        `forecast_windows`."""
         return y.float() if self.conformal is None else calibrate(y, x, self.conformal, self.model.config)
 
     def times_ahead(self, table: Table) -> pd.DatetimeIndex:

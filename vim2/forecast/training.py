@@ -1,7 +1,7 @@
 """Training.
 
-The TSM2 of a committee see the same batches, each with weights and dropout of its own; their moving averages forecast.
-When they have been trained, the committee is mixed on the validation windows. The test rows are never looked at here.
+When the TSM2 of a committee have been trained, it is mixed on the validation windows. The test rows are never looked at
+here.
 
 A run lives in one folder: best/ (config.json and model.safetensors of the best epoch, mixed when the run is over),
 last.pth (everything that is needed to go on) and metrics.json. Every epoch begins with random states that depend on
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import platform
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,19 +20,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 
 import vim2
 
 from ..checkpoints import remove_leftovers, save_checkpoint, write_atomically
 from ..command.errors import UserError
-from ..command.graphs import record
 from ..command.options import fill_in, plain, resume_options
-from ..command.processes import Processes, choose_device
-from ..command.progress import progress_bar, say
+from ..command.processes import choose_device
+from ..command.progress import say
 from ..command.runs import (
     MAKE_ROOM,
     explain_disk_errors,
@@ -41,8 +35,6 @@ from ..command.runs import (
     identity,
     own_folder,
     read_last,
-    restore_optimizer,
-    restore_weights,
     seed_everything,
 )
 from .baselines import Ridge
@@ -52,7 +44,8 @@ from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_spl
 from .forecaster import Forecaster
 from .options import AUTO, MAY_CHANGE, FitOptions, fill_open, model_config, open_options, reading_options
 from .recipes import RECIPES
-from .scores import baseline_scores, model_forecast, pinball, score
+from .scores import Errors, baseline_forecasts, model_forecast, score, score_all
+from .trainer import Trainer
 
 __all__ = ["fit"]
 
@@ -60,22 +53,6 @@ __all__ = ["fit"]
 LAST = {"ema": dict, "forecaster": dict, "history": list, "optimizer": dict, "options": dict, "state_dict": dict}
 COLUMNS = {"train_loss", "val_loss", "val_mse", "val_mae"}
 VALIDATION_BATCH = 256  # windows
-SPECTRAL = 0.35  # the spectrum's share of its loss
-
-
-def spectral_loss(forecast: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error, and the mean magnitude of the error's spectrum over the horizon, whose phases tell where it
-    is: steps of a window depend on one another, frequencies hardly (Wang et al., FreDF, ICLR 2025).
-
-    Args:
-        forecast, y: (..., H, M).
-    """
-    error = forecast - y
-    spectrum = torch.fft.rfft(error, dim=-2, norm="ortho").abs()
-    return (1 - SPECTRAL) * error.abs().mean() + SPECTRAL * spectrum.mean()
-
-
-LOSS = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss, "spectral": spectral_loss}
 
 
 def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -131,7 +108,6 @@ class Run:
         self.device = choose_device(o.device)
         self.amp = o.amp and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
-        self.graphed: nn.Module | None = None
         self.committee: dict[str, Any] | None = None
         self.open_data()
         seed_everything(o.seed, 0)
@@ -203,26 +179,8 @@ class Run:
         # made on the CPU, so that a seed means the same weights everywhere
         self.model = self.forecaster.model = Committee(config, o.members).to(self.device)
         self.model.set_linear(ridges, self.forecaster.season)
-        self.networks = self.model.networks
-        averaging = dict(use_warmup=True, warmup_power=1.0, exclude_buffers=True)
-        self.ema = ModelEmaV3(self.networks, decay=o.ema, **averaging)
-        self.model.networks = self.ema.module  # the averages forecast, the others are trained
-        parameters = list(self.networks.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1]},
-        ]
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=fused)
-        self.batch_size = min(o.batch_size, len(self.windows["train"]))
-        warmup = min(round(o.warmup_epochs * o.epoch_steps), o.epoch_steps * o.epochs - 1)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=o.epoch_steps * o.epochs - warmup,
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        self.trainer = Trainer(self.model.networks, self.windows["train"], o, self.amp)
+        self.model.networks = self.trainer.averages  # they forecast, the others are trained
 
     def restore(self, saved: dict[str, Any]) -> None:
         same = saved.get("table", self.fingerprint) == self.fingerprint
@@ -231,10 +189,7 @@ class Run:
                 f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
                 "rows or values differ. Give the run its old file, or start another --experiment."
             )
-        called = str(self.folder / "last.pth")
-        restore_weights(self.networks, saved["state_dict"], called)
-        restore_weights(self.ema.module, saved["ema"], called)
-        restore_optimizer(self.optimizer, saved["optimizer"], called)
+        self.trainer.restore(saved, str(self.folder / "last.pth"))
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -259,12 +214,15 @@ class Run:
         if cycles := self.forecaster.calendar:
             say(f"Calendar features: {', '.join(f'time of {name}' for name in cycles)}.")
         counts = f"{len(self.windows['train']):,} to train on, {len(self.windows['val']):,} to validate on"
-        parameters = sum(p.numel() for p in self.networks.parameters())
+        parameters = sum(p.numel() for p in self.model.networks.parameters())
         say(
             f"{o.members} TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o.lookback} steps -> "
             f"{o.horizon}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
         )
-        self.baselines = baseline_scores(self.ridge, self.windows["val"], self.forecaster.season)
+        horizon, season = o.horizon, self.forecaster.season
+        self.baselines = score_all(
+            lambda x, _: baseline_forecasts(self.ridge, x, horizon, season), self.windows["val"], VALIDATION_BATCH
+        )
         for name, row in self.baselines.items():
             say(f"{name:<26} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
@@ -272,10 +230,10 @@ class Run:
         with own_folder(self.folder, self.last):
             remove_leftovers(self.folder / "best")
             if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
-                self.capture()
+                self.trainer.capture()
             while not self.is_finished:
                 epoch = len(self.history)
-                row = self.train_epoch(epoch)
+                row = self.trainer.epoch(epoch)
                 row.update(self.validate())
                 self.require_finite(epoch, row["train_loss"], row["val_loss"])
                 self.history.append(row)
@@ -289,53 +247,6 @@ class Run:
                 self.forecaster.save_pretrained(self.folder / "best")
                 self.write_metrics()
             self.report()
-
-    def train_epoch(self, epoch: int) -> dict[str, Any]:
-        o = self.options
-        seed_everything(o.seed, epoch + 1)
-        self.networks.train()
-        windows, start = self.windows["train"], time.perf_counter()
-        passes = math.ceil(o.epoch_steps * self.batch_size / len(windows))
-        order = torch.cat([torch.randperm(len(windows)) for _ in range(passes)]).to(self.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = order.split(self.batch_size)[: o.epoch_steps]
-        for step, index in enumerate(progress_bar(batches, f"epoch {epoch + 1}", Processes(self.device))):
-            updates = epoch * o.epoch_steps + step + 1
-            self.scheduler.step_update(updates)
-            total += self.update(*windows[index])
-            self.ema.update(self.networks, updates)
-        lr = self.optimizer.param_groups[0]["lr"]
-        train_loss = total.item() / len(batches)  # waits for the device, so that the time is the epoch's
-        return {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "seconds": time.perf_counter() - start}
-
-    def update(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """One update of all TSM2, each as if it were alone; the mean of their losses before it."""
-        loss = self.loss(x, y, future)
-        (loss * len(self.networks)).backward()
-        if self.options.clip_grad:
-            for network in self.networks:
-                nn.utils.clip_grad_norm_(network.parameters(), self.options.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-    def loss(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """The loss that was asked for, with quantiles the pinball loss, on standardised values; the TSM2's mean."""
-        given = (x,) if future is None else (x, future)
-        if self.graphed is not None:
-            forecast = self.graphed(*(t.contiguous() for t in given))
-        else:
-            with torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
-                forecast = self.networks(*given)
-        levels = self.model.config.quantiles
-        y = y.expand(len(self.networks), *y.shape)
-        return pinball(forecast.float(), y, levels) if levels else LOSS[self.options.loss](forecast.float(), y)
-
-    def capture(self) -> None:
-        """From here on, batches run as CUDA graphs."""
-        x, _, future = self.windows["train"][: self.batch_size]
-        inputs = tuple(t.contiguous() for t in (x, future) if t is not None)
-        self.graphed = record(self.networks.train(), inputs, torch.bfloat16 if self.amp else None)
 
     def validate(self) -> dict[str, Any]:
         """Errors of the mean of all TSM2 on the validation windows."""
@@ -351,22 +262,31 @@ class Run:
         windows, config = self.windows["val"], self.model.config
         best = Forecaster.from_pretrained(self.folder / "best", self.device)
         self.model = self.forecaster.model = model = best.model
-        products = Products()
+        products, of_networks = Products(), []
         for x, y, future in windows.batches(VALIDATION_BATCH):
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
-                points, _ = model.members(x, future)
+                points, spread = model.members(x, future)
             products.add(points, y)
+            # of the networks, whose weights are equal, the mean is enough to mix them once the weights are known
+            mean = points[len(model.linear) :].float().mean(0, keepdim=True)
+            of_networks.append([None if t is None else t.cpu() for t in (mean, spread)])
         products = products.result()
         weights = find_weights(products, model.groups, model.validated_prior(products), config.horizon)
         model.weights.copy_(weights)
         conformity = Conformity(config, len(windows), len(self.table.columns)) if config.quantiles else None
-        observe = conformity.add if conformity else None
-        scores = score(model_forecast(model, self.amp), windows, levels=config.quantiles, observe=observe)
-        errors = products.mean(0).diagonal().tolist()
+        errors, shared = Errors(config.quantiles), model.groups.sign().to(weights) @ weights
+        for (x, y, _), (mean, spread) in zip(windows.batches(VALIDATION_BATCH), of_networks, strict=True):
+            points = torch.cat((*model.linear_members(x), mean.to(x.device)))
+            forecast = model.mixture(points, None if spread is None else spread.to(x.device), shared).float()
+            errors.add(forecast, y)
+            if conformity:
+                conformity.add(x, forecast, y)
+        scores = errors.result()
+        alone = products.mean(0).diagonal().tolist()
         self.committee = {f"val_{name}": scores[name] for name in ("mse", "mae", "crps", "coverage") if name in scores}
         self.committee["members"] = {
             name: {"weight": weight, "val_mse": error}
-            for name, weight, error in zip(model.names, model.weights.tolist(), errors, strict=True)
+            for name, weight, error in zip(model.names, model.weights.tolist(), alone, strict=True)
         }
         self.forecaster.metrics = {**self.best, "committee": self.committee, "seed": self.options.seed}
         if conformity:
@@ -375,11 +295,14 @@ class Run:
     def report(self) -> None:
         """Say who carries the forecast, and how good it is."""
         committee, levels = self.committee, self.model.config.quantiles
-        for name, row in committee["members"].items():
-            say(f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}")
-        share = sum(row["weight"] for name, row in committee["members"].items() if name.startswith("TSM2"))
+        carried = f"of epoch {self.best['epoch']}"
+        if self.model.linear:
+            for name, row in committee["members"].items():
+                say(f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}")
+            share = sum(row["weight"] for name, row in committee["members"].items() if name.startswith("TSM2"))
+            carried = f"TSM2, {carried}, carry {share:.0%} of it"
         errors = f"validation MSE {committee['val_mse']:.4f}  MAE {committee['val_mae']:.4f}"
-        say(f"{'committee':<26} {errors}: TSM2, of epoch {self.best['epoch']}, carry {share:.0%} of it; {self.folder}")
+        say(f"{self.forecaster.called:<26} {errors}: {carried}; {self.folder}")
         if len(levels) > 1:
             say(
                 f"The band of {levels[-1] - levels[0]:.0%} covers {committee['val_coverage']:.1%} of the validation "
@@ -405,9 +328,7 @@ class Run:
             "forecaster": described(self.forecaster),
             "table": self.fingerprint,
             "history": self.history,
-            "state_dict": self.networks.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.trainer.state(),
         }
         # best/ first: a run cut off in between repeats the epoch, and writes it again
         if self.best is self.history[-1]:
@@ -427,7 +348,7 @@ class Run:
             "history": self.history,
             "seed": self.options.seed,
             "options": self.options.to_dict(),
-            "parameters": sum(p.numel() for p in self.networks.parameters()),
+            "parameters": sum(p.numel() for p in self.model.networks.parameters()),
             "variates": len(self.table.columns),
             "rows": {"train": split.train, "val": split.val, "test": split.test},
             "windows": {part: len(windows) for part, windows in self.windows.items()},
