@@ -104,7 +104,7 @@ def test_a_forecaster_keeps_and_applies_its_correction(trained, data, tmp_path, 
 
 
 def test_a_forecaster_of_a_run_that_was_cut_off_is_used_as_it_is_and_that_is_told(trained, data, tmp_path, capsys):
-    forecaster = Forecaster.from_pretrained(trained)
+    forecaster = Forecaster.from_pretrained(trained, refitted=False)
     forecaster.conformal = None
     forecaster.save_pretrained(tmp_path)
     assert "conformal" not in load_file(tmp_path / "model.safetensors")

@@ -79,21 +79,23 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, op
     whole = start(data, tmp_path, epochs=3, patience=9, experiment="whole", **options)
     epochs, train = [], Trainer.epoch
 
-    def stop(trainer, epoch):
-        if epoch == 1 and not epochs:
-            epochs.append(epoch)
+    def stop(trainer, epoch, called=""):
+        if (epoch == 1 or called) and (epoch, called) not in epochs:
+            epochs.append((epoch, called))
             raise KeyboardInterrupt
-        return train(trainer, epoch)
+        return train(trainer, epoch, called)
 
     monkeypatch.setattr(Trainer, "epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        start(data, tmp_path, epochs=3, patience=9, experiment="cut", **options)
+    for resume in (False, True):  # cut off in its second epoch, then while it is fitted again to all rows
+        with pytest.raises(KeyboardInterrupt):
+            start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=resume, **options)
     cut = start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=True, **options)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert whole["committee"] == cut["committee"]
-    a, b = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    for part in ("best", "refitted"):
+        a, b = (load_file(tmp_path / name / part / "model.safetensors") for name in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
     for mine, theirs in zip(whole["history"], cut["history"], strict=True):
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
 

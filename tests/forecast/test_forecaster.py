@@ -43,7 +43,7 @@ def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, cap
 def test_evaluation_is_the_mean_over_all_windows_by_hand(trained, data):
     """With the file read by pandas, the scale from its training rows and one window at a time."""
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(trained / "e"), device="cpu", batch_size=7)
-    forecaster = Forecaster.from_pretrained(trained)
+    forecaster = Forecaster.from_pretrained(trained, refitted=False)
     frame = pd.read_csv(data)
     values = frame[["north", "south", "level"]].to_numpy()
     mean, std = values[:280].mean(0), values[:280].std(0)

@@ -1,6 +1,7 @@
 """Time series: read from files and DataFrames with stated repairs, split, standardised, cut into windows."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -328,6 +329,13 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def stretch(self, start: int, end: int) -> "Windows":
+        """The windows from one number to before another."""
+        part = copy(self)
+        part.windows = self.windows[start:end]
+        part.future = None if self.future is None else self.future[start:end]
+        return part
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,10 @@
 """Errors over all windows of a split, of a model and of the baselines."""
 
 import json
+import math
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .baselines import Ridge
-from .data import Windows
-from .forecaster import Forecaster
+from .data import Table, Windows
+from .forecaster import BEST, Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
-from .scores import baseline_forecasts, mase, naive_errors, score_all
+from .refitting import refit
+from .scores import Forecasts, baseline_forecasts, mase, naive_errors, score_all
 from .training import versions
 
 __all__ = ["evaluate"]
@@ -43,10 +47,15 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     """
     o, _, data = open_options(EvaluateOptions, argv, options)
     device = choose_device(o.device)
-    forecaster = Forecaster.from_pretrained(o.checkpoint, device)
+    forecaster = Forecaster.from_pretrained(o.checkpoint, device, refitted=False)
     table = forecaster.read(data, **reading_options(o))
     for note in [*table.repairs, *forecaster.doubts]:
         say(note)
+    if forecaster.refitted:
+        raise UserError(
+            f"{o.checkpoint} was fitted again to all of {forecaster.refitted} rows, and knows those that it would be "
+            f"tested on: give the folder of its run, where {BEST} does not."
+        )
     model, split, part = forecaster.model, forecaster.split, o.part
     config = model.config
     if split is None:
@@ -62,14 +71,25 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         for p in dict.fromkeys(("train", "val", part))
     }
     amp, levels = o.amp and device.type == "cuda", config.quantiles
+    index = o.window if o.window >= 0 else len(windows[part]) + o.window
+    if not 0 <= index < len(windows[part]):
+        raise UserError(f"There is no window {o.window}: there are {len(windows[part])}.")
     ridge = Ridge.fit(windows["train"], windows["val"])
+    first = split.borders(part, config.lookback)[0] + config.lookback  # row of the first forecast
+    size = math.ceil(len(windows[part]) / max(o.refits, 1))  # windows for which one fit serves
+    fits = []
 
-    def forecasts(x: Tensor, future: Tensor | None) -> dict[str, Tensor]:
-        return all_forecasts(forecaster, x, future, amp) | baseline_forecasts(
-            ridge, x, config.horizon, forecaster.season
-        )
+    def stretches() -> Iterator[tuple[Forecasts, Windows]]:
+        for start in range(0, len(windows[part]), size):
+            fitted, of_ridge, known = forecaster, ridge, first + start
+            if o.refits:
+                fitted = refit(forecaster, values, future, known, amp, f"fit {len(fits) + 1} of {o.refits}")
+                of_ridge = ridge.refit(Windows(values, config.lookback, config.horizon, 0, known))
+                say(f"Fitted again to the {known:,} rows before {table.times[known]}.")
+            fits.append(fitted)
+            yield partial(all_forecasts, fitted, of_ridge, amp), windows[part].stretch(start, start + size)
 
-    scores = score_all(forecasts, windows[part], o.batch_size, levels)
+    scores = score_all(stretches(), o.batch_size, levels)
     before = scores.pop(UNCORRECTED, None)
     naive = naive_errors(values[: split.train], forecaster.season)
     say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
@@ -88,6 +108,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         "weights": dict(zip(model.names, model.weights.tolist(), strict=True)),
         "chosen": forecaster.metrics,
         "config": config.to_dict(),
+        "refits": [fitted.refitted for fitted in fits] if o.refits else [],
         "rows": {"train": split.train, "val": split.val, "test": split.test},
         "versions": versions(),
     }
@@ -100,13 +121,15 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        draw(forecaster, table, windows[part], scores, o, folder)
+        draw(fits[index // size], table, windows[part], index, scores, part, folder)
     return result
 
 
-def all_forecasts(forecaster: Forecaster, x: Tensor, future: Tensor | None, amp: bool) -> dict[str, Tensor]:
+def all_forecasts(
+    forecaster: Forecaster, ridge: Ridge, amp: bool, x: Tensor, future: Tensor | None
+) -> dict[str, Tensor]:
     """Of the committee, of its TSM2 and of its ridges, from one pass of the members; of a TSM2 alone, its own. With
-    quantiles, also that without conformal correction."""
+    quantiles, also that without conformal correction. Then those of the baselines."""
     model = forecaster.model
     with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
         members = model.members(x, future)
@@ -117,7 +140,7 @@ def all_forecasts(forecaster: Forecaster, x: Tensor, future: Tensor | None, amp:
             result[f"{kind} members alone"] = model.mixture(*members, model.prior([kind]))
     if forecaster.conformal is not None:
         result[UNCORRECTED] = mixed
-    return result
+    return result | baseline_forecasts(ridge, x, future, model.config.horizon, forecaster.season)
 
 
 def describe_quantiles(what: str, row: dict[str, float], levels: tuple[float, ...]) -> str:
@@ -127,11 +150,11 @@ def describe_quantiles(what: str, row: dict[str, float], levels: tuple[float, ..
     return f"{what}: CRPS {row['crps']:.4f}, the band of {levels[-1] - levels[0]:.0%} covers {row['coverage']:.1%}."
 
 
-def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: EvaluateOptions, folder: Path) -> None:
-    config, split, part = forecaster.model.config, forecaster.split, o.part
-    index = o.window if o.window >= 0 else len(windows) + o.window
-    if not 0 <= index < len(windows):
-        raise UserError(f"There is no window {o.window}: there are {len(windows)}.")
+def draw(
+    forecaster: Forecaster, table: Table, windows: Windows, index: int, scores: dict, part: str, folder: Path
+) -> None:
+    """The pictures: a window's forecast by the forecaster that was scored on it, all errors, the members' weights."""
+    config, split = forecaster.model.config, forecaster.split
     x, _, future = windows[index : index + 1]
     with torch.no_grad():
         y = forecaster.forecast_windows(x, future)[0].double().cpu().numpy()

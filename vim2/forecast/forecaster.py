@@ -22,13 +22,14 @@ from .committee import Committee
 from .conformal import calibrate
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
 from .frames import LONG
-from .options import ReadingOptions
+from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
 
-__all__ = ["Forecaster"]
+__all__ = ["BEST", "REFITTED", "Forecaster"]
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 CONFORMAL = "conformal"  # its name among the weights
+BEST, REFITTED = "best", "refitted"  # folders within a run's
 
 
 @dataclass
@@ -47,6 +48,11 @@ class Forecaster:
         split: Rows that it was trained, validated and is to be tested on.
         reading: Options of `read_table` that it was trained with, but for the columns.
         metrics: What training reported of the chosen epoch, and its seed.
+        training: `TrainingOptions` of its TSM2, nothing left open, which fitting again goes by; {} for forecasters from
+            before that.
+        penalties: Of its ridges, by their centre.
+        refitted: Rows that its members were fitted to again, see `refitting`; None if they know the training rows
+            alone.
         conformal: Correction of the quantiles that the validation windows taught, (H, M or 1, Q), float32 on the
             model's device, see `conformal.Conformity`; None without quantiles, and for forecasters from before.
     """
@@ -62,6 +68,9 @@ class Forecaster:
     split: Split | None = None
     reading: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=dict)
+    refitted: int | None = None
     conformal: Tensor | None = None
 
     def read(self, data: str | Path | pd.DataFrame, **changes) -> Table:
@@ -97,6 +106,14 @@ class Forecaster:
         return [
             "The quantiles have no conformal correction, which a run learns when it is over: resume it, or fit again."
         ]
+
+    @property
+    def knowledge(self) -> str:
+        """Which rows its members were fitted to, a sentence."""
+        if self.refitted:
+            return f"The members know {self.refitted:,} rows: they were fitted again to all that training's file had."
+        of_training = "training rows" if self.split is None else f"{self.split.train:,} training rows"
+        return f"The members know the {of_training} alone: `fit --resume --refit` fits them again to all."
 
     def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Standardised variates (rows, M) and future features (rows and more, C) or None, float32, on a device."""
@@ -258,19 +275,31 @@ class Forecaster:
             "split": [self.split.train, self.split.val, self.split.test] if self.split else None,
             "reading": self.reading,
             "metrics": self.metrics,
+            "training": self.training,
+            "penalties": self.penalties,
+            "refitted": self.refitted,
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, device: torch.device | str = "cpu") -> "Forecaster":
-        """Read what `save_pretrained` wrote, or the best epoch of a run's folder. No pickle is read.
+    def from_pretrained(
+        cls, folder: str | os.PathLike, device: torch.device | str = "cpu", refitted: bool = True
+    ) -> "Forecaster":
+        """Read what `save_pretrained` wrote, or the forecaster of a run's folder. No pickle is read.
+
+        Args:
+            folder: Of a saved forecaster, or of a run.
+            device: To put it on.
+            refitted: Of a run, read the one that was fitted again to all rows, where there is one, rather than the best
+                epoch, which knows the training rows alone.
 
         Raises:
             UserError: No such folder; damaged files, in which something cannot be true; weights of another
                 configuration.
         """
         folder = Path(folder)
-        if not (folder / CONFIG_NAME).is_file() and (folder / "best" / CONFIG_NAME).is_file():
-            folder = folder / "best"
+        if not (folder / CONFIG_NAME).is_file():
+            parts = [folder / part for part in ([REFITTED] if refitted else []) + [BEST]]
+            folder = next((part for part in parts if (part / CONFIG_NAME).is_file()), folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise UserError(f"There is no {name} in {folder}: give the folder of a run, or of a saved forecaster.")
@@ -314,6 +343,9 @@ class Forecaster:
             Split(*saved.split) if saved.split else None,
             saved.reading,
             saved.metrics,
+            saved.training,
+            saved.penalties,
+            saved.refitted,
             None if conformal is None else conformal.float().to(device),
         )
         model.to(device).eval()
@@ -354,6 +386,18 @@ class SavedConfig(Options):
     split: Annotated[list[Count], length(3)] | None = option(REQUIRED, "rows")
     reading: dict[str, Any] = option(REQUIRED, "options of read_table")
     metrics: dict[str, Any] = option(REQUIRED, "of the chosen epoch")
+    training: dict[str, Any] = option({}, "options of training")
+    penalties: dict[str, Any] = option({}, "of the ridges, by their centre")
+    refitted: Positive | None = option(None, "rows that the members were fitted to again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties(Options):
+    """Those of ridges in a config.json."""
+
+    program = CONFIG_NAME
+    mean: PositiveFloat = option(REQUIRED, "about a window's mean")
+    last: PositiveFloat = option(REQUIRED, "about its last value")
 
 
 def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
@@ -386,6 +430,11 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     if config.split is not None:
         make_split(sum(config.split), config.split, model.lookback, model.horizon)
     resolve(ReadingOptions, given=config.reading)
+    if config.training:
+        training, _ = resolve(TrainingOptions, given=config.training)
+        if None in (training.batch_size, training.epoch_steps):
+            raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
+        resolve(Penalties, given=config.penalties)
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model

@@ -39,6 +39,8 @@ __all__ = [
     "EvaluateOptions",
     "FitOptions",
     "PredictOptions",
+    "ReadingOptions",
+    "TrainingOptions",
     "fill_open",
     "model_config",
     "open_options",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 # What a resumed run may change: where it runs and writes, and where its file lies.
-MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
+MAY_CHANGE = {"data", "device", "experiment", "output", "refit", "resume"}
 MODEL = TSM2Config()
 AUTO = "auto"
 LOSSES = ("mse", "mae", "huber", "spectral")
@@ -151,6 +153,9 @@ class ComputeOptions(DeviceOptions, group="device"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRunOptions(RunOptions, group="run"):
+    refit: bool = option(
+        True, "in the end, fit all members again to all rows, for `predict`; off with --recipe", negatable=True
+    )
     resume: bool = option(False, "go on with the run in that folder")
 
 
@@ -179,6 +184,11 @@ class EvaluateOptions(SameReadingOptions, ComputeOptions):
     checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
     part: str = option("test", "of the split", choices=("test", "val"))
     batch_size: Positive = option(256, "windows at once", short="-b", metavar="N")
+    refits: Count = option(
+        0,
+        "fit again before each of N stretches of the windows, to all rows until then: a rolling backtest",
+        metavar="N",
+    )
     window: int = option(-1, "window to draw; -1: the last", metavar="I")
     output: str | None = option(None, "folder to write to; default: the checkpoint's", metavar="DIR")
 

@@ -1,6 +1,6 @@
 """Errors of forecasts over all windows of a part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from .data import Windows
 
 __all__ = [
     "Errors",
+    "Forecasts",
     "baseline_forecasts",
     "gain",
     "mase",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 Forecast = Callable[[Tensor, Tensor | None], Tensor]
+Forecasts = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 
 
 class Errors:
@@ -77,21 +79,25 @@ def score(forecast: Forecast, windows: Windows, batch: int = 256, levels: Sequen
         batch: Windows at once.
         levels: As for `Errors`.
     """
-    return score_all(lambda x, future: {"": forecast(x, future)}, windows, batch, levels)[""]
+    return score_all([(lambda x, future: {"": forecast(x, future)}, windows)], batch, levels)[""]
 
 
 def score_all(
-    forecasts: Callable[[Tensor, Tensor | None], dict[str, Tensor]],
-    windows: Windows,
-    batch: int = 256,
-    levels: Sequence[float] = (),
+    parts: Iterable[tuple[Forecasts, Windows]], batch: int = 256, levels: Sequence[float] = ()
 ) -> dict[str, dict]:
-    """As `score`, of several forecasts by name from one pass over the windows; those of points, (n, H, M), have no
-    levels."""
+    """As `score`, of several forecasts by name from one pass over the windows.
+
+    Args:
+        parts: What makes the forecasts, as `score` takes them, and the windows that it makes them for, one after the
+            other. Those of points, (n, H, M), have no levels.
+        batch, levels: As in `score`.
+    """
     errors: dict[str, Errors] = {}
-    with torch.no_grad():
+    for forecasts, windows in parts:
         for x, y, future in windows.batches(batch):
-            for name, forecast in forecasts(x, future).items():
+            with torch.no_grad():
+                made = forecasts(x, future)
+            for name, forecast in made.items():
                 errors.setdefault(name, Errors(levels if forecast.dim() > y.dim() else ())).add(forecast, y)
     return {name: each.result() for name, each in errors.items()}
 
@@ -111,8 +117,9 @@ def model_forecast(model: nn.Module, amp: bool = False) -> Forecast:
     return forecast
 
 
-def baseline_forecasts(ridge: Ridge, x: Tensor, horizon: int, season: int) -> dict[str, Tensor]:
-    """Forecasts (n, H, M) of ridge, the last value and the seasonal naive forecast, for histories (n, L, M)."""
+def baseline_forecasts(ridge: Ridge, x: Tensor, future: Tensor | None, horizon: int, season: int) -> dict[str, Tensor]:
+    """Forecasts (n, H, M) of ridge, the last value and the seasonal naive forecast, for histories (n, L, M); they take
+    no future features."""
     return {
         "ridge": ridge(x),
         "last value": last_value(x, horizon),

@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import platform
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -41,9 +43,19 @@ from .baselines import Ridge
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
-from .forecaster import Forecaster
-from .options import AUTO, MAY_CHANGE, FitOptions, fill_open, model_config, open_options, reading_options
+from .forecaster import BEST, REFITTED, Forecaster
+from .options import (
+    AUTO,
+    MAY_CHANGE,
+    FitOptions,
+    TrainingOptions,
+    fill_open,
+    model_config,
+    open_options,
+    reading_options,
+)
 from .recipes import RECIPES
+from .refitting import refit
 from .scores import Errors, baseline_forecasts, model_forecast, score, score_all
 from .trainer import Trainer
 
@@ -109,6 +121,7 @@ class Run:
         self.amp = o.amp and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
         self.committee: dict[str, Any] | None = None
+        self.refitted: str | None = None  # the fingerprint of all rows, once they have been fitted to
         self.open_data()
         seed_everything(o.seed, 0)
         self.create_model()
@@ -154,9 +167,10 @@ class Run:
             self.table.season,
             split,
             {**reading_options(o), "dates": self.table.dates},
+            training={name: getattr(o, name) for name in TrainingOptions.__dataclass_fields__},
         )
         self.fingerprint = fingerprint(self.table, split.train + split.val)
-        values, future = self.forecaster.tensors(self.table, self.device)
+        values, future = self.tensors = self.forecaster.tensors(self.table, self.device)
         self.windows = {
             part: Windows(values, o.lookback, o.horizon, *split.borders(part, o.lookback), future)
             for part in ("train", "val")
@@ -166,6 +180,7 @@ class Run:
         o, config = self.options, self.forecaster.model.config
         ridges = {center: Ridge.fit(*self.windows.values(), center=center) for center in ("mean", "last")}
         self.ridge = ridges["mean"]
+        self.forecaster.penalties = {center: ridge.penalty for center, ridge in ridges.items()}
         if o.instance_norm == AUTO:
             # About the mean, a short training leaves a jump between the last row and the first step of series that
             # wander; what is linear tells beforehand which they are, in closed form.
@@ -190,6 +205,7 @@ class Run:
                 "rows or values differ. Give the run its old file, or start another --experiment."
             )
         self.trainer.restore(saved, str(self.folder / "last.pth"))
+        self.refitted = saved.get("refitted")
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -220,15 +236,14 @@ class Run:
             f"{o.horizon}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
         )
         horizon, season = o.horizon, self.forecaster.season
-        self.baselines = score_all(
-            lambda x, _: baseline_forecasts(self.ridge, x, horizon, season), self.windows["val"], VALIDATION_BATCH
-        )
+        baselines = partial(baseline_forecasts, self.ridge, horizon=horizon, season=season)
+        self.baselines = score_all([(baselines, self.windows["val"])])
         for name, row in self.baselines.items():
             say(f"{name:<26} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
             say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
         with own_folder(self.folder, self.last):
-            remove_leftovers(self.folder / "best")
+            remove_leftovers(self.folder / BEST)
             if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
                 self.trainer.capture()
             while not self.is_finished:
@@ -244,9 +259,11 @@ class Run:
                 )
             self.mix()
             with explain_disk_errors(MAKE_ROOM):
-                self.forecaster.save_pretrained(self.folder / "best")
+                self.forecaster.save_pretrained(self.folder / BEST)
                 self.write_metrics()
             self.report()
+            if o.refit:
+                self.refit()
 
     def validate(self) -> dict[str, Any]:
         """Errors of the mean of all TSM2 on the validation windows."""
@@ -260,7 +277,7 @@ class Run:
     def mix(self) -> None:
         """Make a committee of the best epoch: weights and, with quantiles, conformal correction."""
         windows, config = self.windows["val"], self.model.config
-        best = Forecaster.from_pretrained(self.folder / "best", self.device)
+        best = Forecaster.from_pretrained(self.folder / BEST, self.device)
         self.model = self.forecaster.model = model = best.model
         products, of_networks = Products(), []
         for x, y, future in windows.batches(VALIDATION_BATCH):
@@ -309,6 +326,23 @@ class Run:
                 "values; the forecaster corrects its quantiles by that (conformal correction)."
             )
 
+    def refit(self) -> None:
+        """Fit the members again to all rows, for forecasts beyond them."""
+        rows = len(self.table)
+        everything = fingerprint(self.table, rows)
+        if self.refitted != everything or not (self.folder / REFITTED).is_dir():
+            start = time.perf_counter()
+            forecaster = refit(self.forecaster, *self.tensors, rows, self.amp)
+            with explain_disk_errors(MAKE_ROOM):
+                forecaster.save_pretrained(self.folder / REFITTED)
+            self.refitted = everything
+            self.write_last()
+            say(f"All members were fitted again to all rows, {time.perf_counter() - start:.1f} s.")
+        say(
+            f"`predict` uses {self.folder / REFITTED}, whose members know all {rows:,} rows; `evaluate` uses "
+            f"{self.folder / BEST}, whose members know the training rows alone."
+        )
+
     def require_finite(self, epoch: int, *losses: float) -> None:
         if all(map(math.isfinite, losses)):
             return
@@ -319,20 +353,24 @@ class Run:
         """Save the epoch that was validated last, its members with equal weights."""
         self.forecaster.metrics = {**row, "seed": self.options.seed}
         with explain_disk_errors(MAKE_ROOM):
-            self.forecaster.save_pretrained(self.folder / "best")
+            self.forecaster.save_pretrained(self.folder / BEST)
 
     def write(self) -> None:
         """Write the run's files. If it is cut off anywhere here, nothing is lost."""
+        # best/ first: a run cut off in between repeats the epoch, and writes it again
+        if self.best is self.history[-1]:
+            self.save_best(self.history[-1])
+        self.write_last()
+
+    def write_last(self) -> None:
         checkpoint = {
             "options": self.options.to_dict(),
             "forecaster": described(self.forecaster),
             "table": self.fingerprint,
             "history": self.history,
+            "refitted": self.refitted,
             **self.trainer.state(),
         }
-        # best/ first: a run cut off in between repeats the epoch, and writes it again
-        if self.best is self.history[-1]:
-            self.save_best(self.history[-1])
         with explain_disk_errors(MAKE_ROOM):
             save_checkpoint(checkpoint, self.folder / "last.pth")
             self.write_metrics()
@@ -342,6 +380,7 @@ class Run:
         split = self.forecaster.split
         return {
             "best": self.best,
+            "refitted": len(self.table) if self.refitted else None,
             "committee": self.committee,
             "baselines": {name: {"val_mse": row["mse"], "val_mae": row["mae"]} for name, row in self.baselines.items()},
             "ridge_penalty": self.ridge.penalty,
@@ -372,7 +411,8 @@ def fingerprint(table: Table, rows: int) -> str:
 
 def described(forecaster: Forecaster) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    return {name: value for name, value in forecaster.to_dict().items() if name != "metrics"}
+    later = ("metrics", "training", "penalties", "refitted")
+    return {name: value for name, value in forecaster.to_dict().items() if name not in later}
 
 
 def versions() -> dict[str, str]:
