@@ -72,6 +72,18 @@ def test_predict_goes_beyond_the_end(trained, tmp_path):
     assert Image.open(tmp_path / "f" / "forecast.png").size[0] > 500
 
 
+def test_a_shorter_forecast_is_the_beginning_of_a_longer_one(trained, tmp_path):
+    path = future_csv(tmp_path / "a.csv")
+    options = dict(data=str(path), checkpoint=str(trained), output=str(tmp_path), device="cpu")
+    whole, short = predict(**options), predict(**options, horizon=5)
+    assert len(pd.read_csv(short["csv"])) == 5
+    np.testing.assert_array_equal(short["values"], whole["values"][:5])
+    forecaster = Forecaster.from_pretrained(trained)
+    pd.testing.assert_frame_equal(forecaster.predict(path, horizon=5), forecaster.predict(path)[:5], check_freq=False)
+    with pytest.raises(UserError, match="trained for 12 steps and forecasts 1 to 12, not 13"):
+        predict(**options, horizon=13)
+
+
 def test_known_future_columns_change_the_forecast_and_must_be_there(trained, data, tmp_path):
     with pytest.raises(UserError, match="needs promotion for 12 further rows, and the file has 0"):
         predict(data=str(data), checkpoint=str(trained), output=str(tmp_path))

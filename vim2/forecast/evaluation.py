@@ -85,7 +85,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
             if o.refits:
                 fitted = refit(forecaster, values, future, known, amp, f"fit {len(fits) + 1} of {o.refits}")
                 of_ridge = ridge.refit(Windows(values, config.lookback, config.horizon, 0, known))
-                say(f"Fitted again to the {known:,} rows before {table.times[known]}.")
+                say(f"Fitted again to the {known:,} rows before {table.labels(known, known + 1)[0]}.")
             fits.append(fitted)
             yield partial(all_forecasts, fitted, of_ridge, amp), windows[part].stretch(start, start + size)
 
@@ -166,7 +166,7 @@ def draw(
     model = forecaster.model
     with figures_if_possible("forecast.png, errors.png and weights.png"):
         history, truth = table.values[first:now], table.values[now:end]
-        plot_forecast(forecaster, table.times[first:end], history, truth, forecast, folder / "forecast.png")
+        plot_forecast(forecaster, table.labels(first, end), history, truth, forecast, folder / "forecast.png")
         plot_errors(forecaster.columns, scores, folder / "errors.png")
         if model.linear:
             plot_weights(model.names, model.weights.tolist(), folder / "weights.png")

@@ -129,15 +129,16 @@ class Forecaster:
             parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
 
-    def predict(self, data: str | Path | pd.DataFrame, **changes) -> pd.DataFrame:
+    def predict(self, data: str | Path | pd.DataFrame, horizon: int | None = None, **changes) -> pd.DataFrame:
         """Forecast the steps that follow the last row of a DataFrame or file, and say what was repaired in it.
 
         Args:
             data: As for `read_table`, wide or long, with the same columns, at least a lookback long.
+            horizon: Steps h to forecast, no more than it was trained for, H, which is the default.
             changes: Options of `read_table` to use instead of those of training.
 
         Returns:
-            As `frame` makes it, H rows, or H for each series of a long table.
+            As `frame` makes it, h rows, or h for each series of a long table.
 
         Raises:
             UserError: As `read` and `forecast`.
@@ -145,9 +146,9 @@ class Forecaster:
         table = self.read(data, **changes)
         for note in [*table.repairs, *self.doubts]:
             say(note)
-        return self.frame(table, *self.forecast(table))
+        return self.frame(table, *self.forecast(table, horizon))
 
-    def frame(self, table: Table, times: pd.DatetimeIndex, values: np.ndarray) -> pd.DataFrame:
+    def frame(self, table: Table, times: pd.Index, values: np.ndarray) -> pd.DataFrame:
         """A forecast in the form of the table that it continues, in its units, float64.
 
         Args:
@@ -155,32 +156,44 @@ class Forecaster:
             times, values: As `forecast` returns them.
 
         Returns:
-            Of a wide table, a column a variate by time stamps, an index called date; with quantiles a column a variate
-            and level, such as sales_q0.1. Of a long one, columns unique_id, ds and TSM2, with quantiles TSM2_q0.1 and
-            so on, series after series.
+            Of a wide table, a column a variate by time stamps, an index called date, or by numbers of rows that are
+            counted, called row; with quantiles a column a variate and level, such as sales_q0.1. Of a long one, columns
+            unique_id, ds and TSM2, with quantiles TSM2_q0.1 and so on, series after series.
         """
         levels = [f"_q{level!r}" for level in self.model.config.quantiles] or [""]
         values = values.reshape(len(times), len(self.columns), len(levels))
         if table.ids is None:
             columns = {f"{c}{q}": values[:, i, j] for i, c in enumerate(self.columns) for j, q in enumerate(levels)}
-            return pd.DataFrame(columns, index=pd.DatetimeIndex(times, name="date"))
+            return pd.DataFrame(columns, index=times.rename("date" if table.first_row is None else "row"))
         series, time, _ = LONG
         ids = [table.ids[c] for c in self.columns for _ in times]
         columns = {series: ids, time: times.append([times] * (len(self.columns) - 1))}
         columns |= {f"TSM2{q}": values[:, :, j].T.flatten() for j, q in enumerate(levels)}
         return pd.DataFrame(columns)
 
-    def forecast(self, table: Table) -> tuple[pd.DatetimeIndex, np.ndarray]:
-        """Forecast beyond the last row of a table.
+    def forecast(self, table: Table, horizon: int | None = None) -> tuple[pd.Index, np.ndarray]:
+        """Forecast beyond the last row of a table. Each step has a forecast of its own, so fewer steps are the first
+        of more, and known-future columns are needed for all H.
+
+        Args:
+            table: As `read` returns it.
+            horizon: Steps h, no more than it was trained for, H, which is the default.
 
         Returns:
-            Time stamps (H,) and values (H, M), with quantiles (H, M, Q), in the units of the file.
+            Time stamps (h,), or the numbers of rows that are counted, and values (h, M), with quantiles (h, M, Q), in
+            the units of the file.
 
         Raises:
-            UserError: Fewer rows than the lookback, no rows of known-future columns for the horizon, or time stamps
-                that cannot be continued.
+            UserError: Another horizon; fewer rows than the lookback, no rows of known-future columns for the trained
+                horizon, or time stamps that cannot be continued.
         """
         c = self.model.config
+        horizon = c.horizon if horizon is None else horizon
+        if not 1 <= horizon <= c.horizon:
+            raise UserError(
+                f"The forecaster was trained for {c.horizon} steps and forecasts 1 to {c.horizon}, not {horizon}: fit "
+                "one with a longer horizon for more."
+            )
         if len(table) < c.lookback:
             raise UserError(f"{len(table)} rows are too few: the model looks back over {c.lookback}.")
         times = self.times_ahead(table)
@@ -208,7 +221,9 @@ class Forecaster:
                 "The forecast is NaN or infinite: the values of the file are too far from those of training, or the "
                 "forecaster is damaged."
             )
-        return times, values
+        if table.first_row is not None:
+            times = table.labels(len(table), len(table) + len(times))
+        return times[:horizon], values[:horizon]
 
     def forecast_windows(self, x: Tensor, future: Tensor | None, amp: bool = False) -> Tensor:
         """Forecasts of standardised windows, quantiles with their conformal correction.

@@ -85,6 +85,12 @@ class ReadingOptions(Options, group="reading"):
         choices=TIMES,
     )
     dates: str = option("detect", "order of dates such as 01/02/24", choices=DATES)
+    freq: str | None = option(
+        None, "step of rows without time stamps, as pandas names it: h, 15min, D, W, MS, ...", metavar="STEP"
+    )
+    start: str | None = option(
+        None, "time stamp of the first row, with --freq; default: rows are counted", metavar="STAMP"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,8 @@ class SameReadingOptions(Options, group="reading; by default, as in training"):
     missing: str | None = unset(ReadingOptions, "missing")
     times: str | None = unset(ReadingOptions, "times")
     dates: str | None = unset(ReadingOptions, "dates")
+    freq: str | None = unset(ReadingOptions, "freq")
+    start: str | None = unset(ReadingOptions, "start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +210,9 @@ class PredictOptions(SameReadingOptions, DeviceOptions):
         REQUIRED, "a file with the same columns, at least a lookback long", metavar="DATA", positional=True
     )
     checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
+    horizon: Positive | None = option(
+        None, "steps to forecast; default: all that it was trained for, and no more than these", metavar="STEPS"
+    )
     output: str = option("forecast", "folder for forecast.csv and forecast.png", metavar="DIR")
 
 

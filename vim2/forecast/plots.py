@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..command.figures import figure, save, shorten
 from .data import Table
@@ -26,7 +27,7 @@ def plot_forecast(
 
     Args:
         forecaster: Names its variates and quantiles.
-        times: Time stamps of history and forecast, (rows + H,).
+        times: Time stamps of history and forecast, or numbers of their rows, (rows + H,).
         history: (rows, M), in the units of the file.
         truth: (H, M), None where it is still to come.
         forecast: (H, M), with quantiles (H, M, Q).
@@ -56,9 +57,10 @@ def plot_forecast(
         axes.set_title(shorten(names[i]), fontsize=9)
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
-        locator = AutoDateLocator(maxticks=8)
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        if isinstance(times[0], pd.Timestamp):  # and no row's number
+            locator = AutoDateLocator(maxticks=8)
+            axes.xaxis.set_major_locator(locator)
+            axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         axes.tick_params(labelsize=8)
     for axes in grid[panels:]:
         axes.axis("off")
@@ -73,7 +75,8 @@ def plot_prediction(forecaster: Forecaster, table: Table, times: Any, values: np
     """The end of a table, twice the horizon of it but no more than the lookback, and the forecast that follows."""
     config = forecaster.model.config
     rows = min(config.lookback, max(2 * config.horizon, 24))
-    plot_forecast(forecaster, [*table.times[-rows:], *times], table.values[-rows:], None, values, path)
+    history = table.labels(len(table) - rows, len(table))
+    plot_forecast(forecaster, [*history, *times], table.values[-rows:], None, values, path)
 
 
 def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.PathLike) -> None:

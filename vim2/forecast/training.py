@@ -149,6 +149,8 @@ class Run:
         if unused := len(self.table) - split.train - split.val - split.test:
             self.notes.append(f"The last {unused} rows are not used: the split ends before them.")
         future_scaler = Scaler.fit(self.table.future[: split.train]) if futures else None
+        if o.calendar and self.table.first_row is not None:
+            raise UserError("--calendar needs time stamps: say with --start when the first row was.")
         cycles = calendar_cycles(self.table.times[: split.train]) if o.calendar else []
         if o.calendar and not cycles:
             raise UserError(
