@@ -236,6 +236,17 @@ def test_each_epoch_forecasts_each_validation_window_once_and_so_does_mixing(tmp
     assert sum(seen) == (3 + 1) * run["windows"]["val"]
 
 
+def test_too_few_windows_to_learn_from_are_refused_and_few_are_warned_of(tmp_path, capsys):
+    frame = make_frame(70)[["date", "north"]]
+    with pytest.raises(UserError, match=r"^3 rows make 1 windows of 1 \+ 1 steps to train on, too few"):
+        fit(data=frame[:3], output=str(tmp_path), device="cpu")
+    options = dict(horizon=2, lookback=8, epochs=1, epoch_steps=1, members=1, device="cpu", refit=False)
+    for split, warned in (([46, 8, 16], True), ([46, 24, 0], False)):
+        run = fit(data=frame, split=split, experiment=str(split), output=str(tmp_path), **options)
+        few = f"{run['windows']['train']} windows to train on and {run['windows']['val']} to validate on are few"
+        assert (few in capsys.readouterr().out) == warned
+
+
 def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys):
     noise = np.random.default_rng(0).normal(size=400)
     dates = pd.date_range("2024", periods=400, freq="h")

@@ -65,6 +65,7 @@ __all__ = ["fit"]
 LAST = {"ema": dict, "forecaster": dict, "history": list, "optimizer": dict, "options": dict, "state_dict": dict}
 COLUMNS = {"train_loss", "val_loss", "val_mse", "val_mae"}
 VALIDATION_BATCH = 256  # windows
+LEAST_WINDOWS, FEW_WINDOWS = 4, 20  # below the one a run is refused, below the other warned of
 
 
 def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -171,6 +172,19 @@ class Run:
             {**reading_options(o), "dates": self.table.dates},
             training={name: getattr(o, name) for name in TrainingOptions.__dataclass_fields__},
         )
+        trained, validated = (rows - o.horizon + 1 for rows in (split.train - o.lookback, split.val))
+        if trained < LEAST_WINDOWS:
+            raise UserError(
+                f"{len(self.table)} rows make {trained} windows of {o.lookback} + {o.horizon} steps to train on, too "
+                f"few to learn anything from: {LEAST_WINDOWS} are the least. Give more rows, or shorten --lookback or "
+                "--horizon."
+            )
+        if min(trained, validated) < FEW_WINDOWS:
+            self.notes.append(
+                f"Warning: {trained} windows to train on and {validated} to validate on are few. What the members "
+                "learn, and their weights and errors, is mostly chance: do not rely on it. More rows would help, or a "
+                "shorter --lookback or --horizon."
+            )
         self.fingerprint = fingerprint(self.table, split.train + split.val)
         values, future = self.tensors = self.forecaster.tensors(self.table, self.device)
         self.windows = {
