@@ -3,7 +3,7 @@
 The rows that validate and test a forecaster are the latest, so what is forecast beyond them is best learned from them,
 too. What validation chose stays: penalties, members' weights, the conformal correction of quantiles, and the scale of
 the series, in whose units they were found. Ridges are solved anew, exactly. TSM2 go on from their weights for one epoch
-at a lower learning rate: see docs/forecasting.md for what else was tried.
+over which the learning rate falls again: see docs/forecasting.md for what else was tried.
 """
 
 import math
@@ -23,8 +23,6 @@ from .options import TrainingOptions
 from .trainer import Trainer
 
 __all__ = ["refit"]
-
-LR_SHARE = 1 / 4  # of the training's peak learning rate
 
 
 def refit(
@@ -53,7 +51,7 @@ def refit(
     config = forecaster.model.config
     windows = Windows(values, config.lookback, config.horizon, 0, rows, future)
     given, _ = resolve(TrainingOptions, given=forecaster.training)
-    options = replace(given, epochs=1, lr=LR_SHARE * given.lr)
+    options = replace(given, epochs=1, warmup_epochs=min(given.warmup_epochs, 0.5))
     model = deepcopy(forecaster.model)
     with torch.no_grad():
         for name, member in zip(LINEAR, model.linear):

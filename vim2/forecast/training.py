@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -259,7 +260,10 @@ class Run:
         if self.history:
             say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
         with own_folder(self.folder, self.last):
-            remove_leftovers(self.folder / BEST)
+            for part in (BEST, REFITTED):
+                remove_leftovers(self.folder / part)
+            if not self.history:  # of an earlier run whose last.pth was removed
+                shutil.rmtree(self.folder / REFITTED, ignore_errors=True)
             if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
                 self.trainer.capture()
             while not self.is_finished:
