@@ -53,11 +53,12 @@ MODEL = TSM2Config()
 AUTO = "auto"
 LOSSES = ("mse", "mae", "huber", "spectral")
 # What `fill_open` goes by: variates from which on mixing them pays; windows to train on from which on a model is wider;
-# the least updates of a training, and of an epoch that sees every window once; the windows that an update may have.
+# the least updates of a training, and of an epoch that sees every window once; the windows that an update may have, and
+# the series in them, windows times variates: windows of one file overlap, so that many variates need fewer of them.
 MANY_VARIATES = 20
 WIDTHS = {0: 16, 20_000: 32}
 MIN_UPDATES, EPOCH_UPDATES = 1000, 125
-MIN_BATCH, MAX_BATCH = 16, 128
+MIN_BATCH, MAX_BATCH, MAX_SERIES = 16, 128, 2700
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +259,8 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
     lookback = o.lookback or max(min(MODEL.lookback, (split.train - horizon) // 3), 1)
     patch = o.patch or max(lookback // 8, 1)
     windows = max(split.train - lookback - horizon + 1, 1)
-    batch_size = o.batch_size or min(max(windows // EPOCH_UPDATES, MIN_BATCH), MAX_BATCH)
+    whole = o.batch_size or min(max(windows // EPOCH_UPDATES, MIN_BATCH), MAX_BATCH)
+    batch_size = o.batch_size or min(whole, max(MAX_SERIES // variates, MIN_BATCH))
     return replace(
         o,
         horizon=horizon,
@@ -268,7 +270,7 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
         d_model=o.d_model or next(width for size, width in reversed(WIDTHS.items()) if windows >= size),
         variate_mixer=("s6" if variates >= MANY_VARIATES else "none") if o.variate_mixer == AUTO else o.variate_mixer,
         batch_size=batch_size,
-        epoch_steps=o.epoch_steps or max(math.ceil(windows / batch_size), math.ceil(MIN_UPDATES / o.epochs)),
+        epoch_steps=o.epoch_steps or max(math.ceil(windows / whole), math.ceil(MIN_UPDATES / o.epochs)),
     )
 
 
