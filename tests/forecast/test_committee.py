@@ -13,7 +13,7 @@ from vim2.forecast.baselines import Ridge, last_value, seasonal_naive
 from vim2.forecast.committee import Committee, Products, find_weights, minimise_on_simplex, mixture_losses
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import gain
-from vim2.forecast.training import spectral_loss
+from vim2.forecast.trainer import spectral_loss
 
 SMALL = dict(lookback=24, horizon=6, patch=6, stride=3, d_model=4, d_state=2)
 RIDGES = ("ridge about the mean", "ridge about the last value")
@@ -199,6 +199,8 @@ def test_long_files_get_the_usual_sizes_and_short_trainings_enough_updates():
     assert (filled.variate_mixer, filled.batch_size, filled.d_model) == ("s6", 92, 16)
     assert filled.epoch_steps * filled.batch_size >= 11587
     assert fill_open(given, rows=50_000, variates=7).d_model == 32
+    few, many = (fill_open(given, rows=34_000, variates=variates) for variates in (21, 207))
+    assert (few.batch_size, many.batch_size) == (128, 16) and few.epoch_steps == many.epoch_steps
     short = fill_open(given, rows=966, variates=7)
     assert (short.variate_mixer, short.batch_size, short.d_model) == ("none", 16, 16)
     assert short.epoch_steps * short.epochs == 1000

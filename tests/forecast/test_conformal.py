@@ -96,7 +96,7 @@ def test_a_forecaster_keeps_and_applies_its_correction(trained, data, tmp_path, 
     torch.testing.assert_close(calibrated, calibrate(raw, x, forecaster.conformal, forecaster.model.config))
     assert not torch.equal(raw, calibrated) and torch.equal(raw[..., 1], calibrated[..., 1])
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(tmp_path), device="cpu")
-    assert result["quantiles"] == {name: result["scores"]["TSM2"][name] for name in ("crps", "coverage")}
+    assert result["quantiles"] == {name: result["scores"]["committee"][name] for name in ("crps", "coverage")}
     told = f"the band of 80% covers {result['quantiles']['coverage']:.1%}"
     assert told in capsys.readouterr().out
     wanted, before = 0.8, result["without_conformal"]["coverage"]
@@ -104,7 +104,7 @@ def test_a_forecaster_keeps_and_applies_its_correction(trained, data, tmp_path, 
 
 
 def test_a_forecaster_of_a_run_that_was_cut_off_is_used_as_it_is_and_that_is_told(trained, data, tmp_path, capsys):
-    forecaster = Forecaster.from_pretrained(trained)
+    forecaster = Forecaster.from_pretrained(trained, refitted=False)
     forecaster.conformal = None
     forecaster.save_pretrained(tmp_path)
     assert "conformal" not in load_file(tmp_path / "model.safetensors")

@@ -21,6 +21,7 @@ from vim2.command.options import resolve
 from vim2.forecast import Forecaster, UserError, fit
 from vim2.forecast.committee import Networks
 from vim2.forecast.options import FitOptions
+from vim2.forecast.trainer import Trainer
 from vim2.forecast.training import Run
 
 OPTIONS = dict(horizon=12, lookback=48, d_model=4, d_state=2, members=2, epoch_steps=4, device="cpu", lr=2e-3)
@@ -76,23 +77,25 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path, data):
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, options, monkeypatch):
     whole = start(data, tmp_path, epochs=3, patience=9, experiment="whole", **options)
-    epochs, train_epoch = [], Run.train_epoch
+    epochs, train = [], Trainer.epoch
 
-    def stop(run, epoch):
-        if epoch == 1 and not epochs:
-            epochs.append(epoch)
+    def stop(trainer, epoch, called=""):
+        if (epoch == 1 or called) and (epoch, called) not in epochs:
+            epochs.append((epoch, called))
             raise KeyboardInterrupt
-        return train_epoch(run, epoch)
+        return train(trainer, epoch, called)
 
-    monkeypatch.setattr(Run, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        start(data, tmp_path, epochs=3, patience=9, experiment="cut", **options)
+    monkeypatch.setattr(Trainer, "epoch", stop)
+    for resume in (False, True):  # cut off in its second epoch, then while it is fitted again to all rows
+        with pytest.raises(KeyboardInterrupt):
+            start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=resume, **options)
     cut = start(data, tmp_path, epochs=3, patience=9, experiment="cut", resume=True, **options)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert whole["committee"] == cut["committee"]
-    a, b = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    for part in ("best", "refitted"):
+        a, b = (load_file(tmp_path / name / part / "model.safetensors") for name in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
     for mine, theirs in zip(whole["history"], cut["history"], strict=True):
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
 
@@ -220,7 +223,7 @@ def test_the_conformal_correction_is_of_validation_alone(tmp_path, data):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantiles": [0.1, 0.5, 0.9]}], ids=str)
-def test_each_epoch_forecasts_each_validation_window_once_and_mixing_twice(tmp_path, data, options, monkeypatch):
+def test_each_epoch_forecasts_each_validation_window_once_and_so_does_mixing(tmp_path, data, options, monkeypatch):
     seen, forward = [], Networks.forward
 
     def counted(networks, x, *args, **given):
@@ -230,7 +233,18 @@ def test_each_epoch_forecasts_each_validation_window_once_and_mixing_twice(tmp_p
 
     monkeypatch.setattr(Networks, "forward", counted)
     run = start(data, tmp_path, epochs=3, epoch_steps=1, patience=9, experiment="r", **options)
-    assert sum(seen) == (3 + 2) * run["windows"]["val"]
+    assert sum(seen) == (3 + 1) * run["windows"]["val"]
+
+
+def test_too_few_windows_to_learn_from_are_refused_and_few_are_warned_of(tmp_path, capsys):
+    frame = make_frame(70)[["date", "north"]]
+    with pytest.raises(UserError, match=r"^3 rows make 1 windows of 1 \+ 1 steps to train on, too few"):
+        fit(data=frame[:3], output=str(tmp_path), device="cpu")
+    options = dict(horizon=2, lookback=8, epochs=1, epoch_steps=1, members=1, device="cpu", refit=False)
+    for split, warned in (([46, 8, 16], True), ([46, 24, 0], False)):
+        run = fit(data=frame, split=split, experiment=str(split), output=str(tmp_path), **options)
+        few = f"{run['windows']['train']} windows to train on and {run['windows']['val']} to validate on are few"
+        assert (few in capsys.readouterr().out) == warned
 
 
 def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys):
@@ -270,7 +284,7 @@ def test_a_loss_that_is_not_finite_is_told_and_nothing_is_lost(tmp_path, data, m
     before = (tmp_path / "r" / "last.pth").read_bytes()
     saved = read_checkpoint(tmp_path / "r" / "last.pth")
     run = make_run(saved, **{**saved["options"], "epochs": 3})
-    monkeypatch.setattr(Run, "loss", lambda self, *a: torch.full((), torch.nan, requires_grad=True))
+    monkeypatch.setattr(Trainer, "loss", lambda self, *a: torch.full((), torch.nan, requires_grad=True))
     with pytest.raises(UserError, match=r"NaN or infinite in epoch 3. Epoch 2 is kept"):
         run.fit()
     assert (tmp_path / "r" / "last.pth").read_bytes() == before

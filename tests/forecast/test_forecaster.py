@@ -26,14 +26,16 @@ def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, cap
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(tmp_path), device="cpu")
     assert result["windows"] == 80 - 12 + 1 and result["part"] == "test"
     alone = {"TSM2 members alone", "ridge members alone"}
-    assert set(result["scores"]) == {"TSM2", *alone, "ridge", "last value", "seasonal naive"}
+    assert set(result["scores"]) == {"committee", *alone, "ridge", "last value", "seasonal naive"}
     out = capsys.readouterr().out
     for name, row in result["scores"].items():
         assert f"{name:<19} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
     assert 0 <= result["quantiles"]["coverage"] <= 1
     assert sum(result["weights"].values()) == pytest.approx(1)
     assert result["config"]["horizon"] == 12 and result["chosen"]["seed"] == 0
-    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["TSM2"] == result["scores"]["TSM2"]
+    assert (
+        json.loads((tmp_path / "evaluation.json").read_text())["scores"]["committee"] == result["scores"]["committee"]
+    )
     for name in ("forecast.png", "errors.png", "weights.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 
@@ -41,7 +43,7 @@ def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, cap
 def test_evaluation_is_the_mean_over_all_windows_by_hand(trained, data):
     """With the file read by pandas, the scale from its training rows and one window at a time."""
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(trained / "e"), device="cpu", batch_size=7)
-    forecaster = Forecaster.from_pretrained(trained)
+    forecaster = Forecaster.from_pretrained(trained, refitted=False)
     frame = pd.read_csv(data)
     values = frame[["north", "south", "level"]].to_numpy()
     mean, std = values[:280].mean(0), values[:280].std(0)
@@ -55,7 +57,7 @@ def test_evaluation_is_the_mean_over_all_windows_by_hand(trained, data):
             y = forecaster.model(scaled[None, start:now], future=future[None, now : now + 12])[0, ..., 1]
             errors.append((y - scaled[now : now + 12]).square().mean().item())
     assert len(errors) == result["windows"]
-    assert result["scores"]["TSM2"]["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert result["scores"]["committee"]["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def test_predict_goes_beyond_the_end(trained, tmp_path):
@@ -70,6 +72,18 @@ def test_predict_goes_beyond_the_end(trained, tmp_path):
     assert Image.open(tmp_path / "f" / "forecast.png").size[0] > 500
 
 
+def test_a_shorter_forecast_is_the_beginning_of_a_longer_one(trained, tmp_path):
+    path = future_csv(tmp_path / "a.csv")
+    options = dict(data=str(path), checkpoint=str(trained), output=str(tmp_path), device="cpu")
+    whole, short = predict(**options), predict(**options, horizon=5)
+    assert len(pd.read_csv(short["csv"])) == 5
+    np.testing.assert_array_equal(short["values"], whole["values"][:5])
+    forecaster = Forecaster.from_pretrained(trained)
+    pd.testing.assert_frame_equal(forecaster.predict(path, horizon=5), forecaster.predict(path)[:5], check_freq=False)
+    with pytest.raises(UserError, match="trained for 12 steps and forecasts 1 to 12, not 13"):
+        predict(**options, horizon=13)
+
+
 def test_known_future_columns_change_the_forecast_and_must_be_there(trained, data, tmp_path):
     with pytest.raises(UserError, match="needs promotion for 12 further rows, and the file has 0"):
         predict(data=str(data), checkpoint=str(trained), output=str(tmp_path))
@@ -82,7 +96,7 @@ def test_columns_are_taken_in_the_order_of_training(trained, data, tmp_path):
     frame = make_frame()[["promotion", "level", "date", "south", "north"]]
     other = write_csv(tmp_path / "a.csv", frame)
     a, b = (evaluate(data=str(p), checkpoint=str(trained), output=str(tmp_path))["scores"] for p in (data, other))
-    assert a["TSM2"]["mse"] == b["TSM2"]["mse"]
+    assert a["committee"]["mse"] == b["committee"]["mse"]
 
 
 def test_data_frames_as_their_file(trained, data, tmp_path):
@@ -91,7 +105,7 @@ def test_data_frames_as_their_file(trained, data, tmp_path):
     for given in (frame, frame.set_index("date")):
         np.testing.assert_allclose(forecaster.read(given).values, forecaster.read(data).values, rtol=1e-12)
         a, b = (evaluate(data=d, checkpoint=str(trained), output=str(tmp_path))["scores"] for d in (data, given))
-        assert a["TSM2"]["mse"] == pytest.approx(b["TSM2"]["mse"], rel=1e-6)
+        assert a["committee"]["mse"] == pytest.approx(b["committee"]["mse"], rel=1e-6)
     ahead = pd.read_csv(path := future_csv(tmp_path / "a.csv"), parse_dates=["date"])
     a, b = (predict(data=d, checkpoint=str(trained), output=str(tmp_path)) for d in (path, ahead))
     assert (a["times"] == b["times"]).all()

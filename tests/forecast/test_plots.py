@@ -15,7 +15,7 @@ def scores(variates):
     steps = np.linspace(0.1, 1, 12).tolist()
     return {
         name: {"mse_by_variate": (errors * factor).tolist(), "mse_by_step": steps}
-        for name, factor in (("TSM2", 1.0), ("ridge", 1.5), ("last value", 2.0))
+        for name, factor in (("committee", 1.0), ("ridge", 1.5), ("last value", 2.0))
     }
 
 
@@ -34,7 +34,7 @@ def test_errors_of_many_variates_stay_legible(tmp_path, variates, monkeypatch):
     assert height <= width
     bars = figures[0].axes[0]
     names = [label.get_text() for label in bars.get_yticklabels()]
-    errors = given["TSM2"]["mse_by_variate"]
+    errors = given["committee"]["mse_by_variate"]
     drawn = [int(name.removeprefix("sensor ")) for name in names]
     assert len(drawn) == len(set(drawn)) == min(variates, 30)
     np.testing.assert_allclose([bar.get_width() for bar in bars.containers[0]], [errors[i] for i in drawn])

@@ -97,8 +97,9 @@ def run_cell(task: dict) -> dict:
     )
     if task["settings"]["test"]:
         scores = evaluate(data=task["data"], checkpoint=run["folder"], device=task["device"], amp=run["options"]["amp"])
+        first = next(iter(scores["scores"]))  # the committee, or with members=1 the TSM2
         for name, row in scores["scores"].items():
-            prefix = "" if name == "TSM2" else name.replace(" ", "_") + "_"
+            prefix = "" if name == first else name.replace(" ", "_") + "_"
             result |= {prefix + error: row[error] for error in ("mse", "mae", "mase")}
     return result
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, first_line
+from .progress import COMPILING, say_if_slow
 
 __all__ = ["record"]
 
@@ -34,7 +35,8 @@ def record(module: nn.Module, inputs: tuple[Tensor, ...], amp_dtype: torch.dtype
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     buffers = [buffer.clone() for buffer in module.buffers()]
     try:
-        with torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False):
+        autocast = torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False)
+        with autocast, say_if_slow(COMPILING):
             graphed = torch.cuda.make_graphed_callables(module, inputs)
     except torch.OutOfMemoryError:
         raise

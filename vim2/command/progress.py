@@ -1,22 +1,50 @@
 """What a run says while it goes on."""
 
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from .processes import Processes
 
-__all__ = ["progress_bar", "say"]
+__all__ = ["COMPILING", "progress_bar", "say", "say_if_slow"]
+
+SLOW = 3.0  # seconds
+COMPILING = "The first step takes longer: kernels may have to be compiled, which is done once."
+
+_started = False  # whether this process has made a first step
 
 
-def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterable:
-    """The same things with a bar, for the first process on a terminal, if tqdm is installed."""
-    if not (processes.is_first and sys.stderr.isatty()):
-        return iterable
+def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterator:
+    """The same things with a bar, for the first process on a terminal, if tqdm is installed. If the first step ever
+    takes long, as it does where kernels are compiled, it says so."""
+    if processes.is_first and sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            iterable = tqdm(iterable, desc=description, leave=False, dynamic_ncols=True)
+    global _started
+    for item in iterable:
+        if _started:
+            yield item
+            continue
+        with say_if_slow(COMPILING, processes):
+            yield item
+        _started = True
+
+
+@contextmanager
+def say_if_slow(text: str, processes: Processes | None = None, seconds: float = SLOW) -> Iterator[None]:
+    """Print a line while what is done here goes on, if it takes longer than these seconds."""
+    timer = threading.Timer(seconds, say, (text, processes))
+    timer.daemon = True
+    timer.start()
     try:
-        from tqdm import tqdm
-    except ImportError:
-        return iterable
-    return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True)
+        yield
+    finally:
+        timer.cancel()
 
 
 def say(text: str, processes: Processes | None = None) -> None:

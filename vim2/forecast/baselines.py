@@ -1,6 +1,7 @@
 """Forecasts that any model has to beat: ridge regression in closed form, the last value, the last season."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,17 +52,20 @@ class Ridge:
         """From the moments of all windows, accumulated in float64; solved for every penalty from one decomposition."""
         gram, cross, _, _ = moments(train, center, batch)
         val_gram, val_cross, val_square, count = moments(val, center, batch)
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-        rotated = vectors.T @ cross
         best = None
-        for penalty in PENALTIES[center]:
-            weight = vectors @ (rotated / (eigenvalues.clamp_min(0) + penalty).unsqueeze(1))
+        for penalty, weight in zip(PENALTIES[center], solve(gram, cross, PENALTIES[center]), strict=True):
             error = (weight * (val_gram @ weight)).sum() - 2 * (weight * val_cross).sum() + val_square
             mse = (error / count).item()
             if best is None or mse < best[0]:
                 best = (mse, penalty, weight)
         mse, penalty, weight = best
         return cls(weight.T.float().contiguous(), center, penalty, mse)
+
+    def refit(self, windows: Windows, batch: int = 256) -> "Ridge":
+        """The same penalty's map for other windows."""
+        gram, cross, _, _ = moments(windows, self.center, batch)
+        (weight,) = solve(gram, cross, [self.penalty])
+        return replace(self, weight=weight.T.float().contiguous())
 
     def __call__(self, x: Tensor, horizon: int | None = None) -> Tensor:
         """(n, L, M) -> (n, H, M)."""
@@ -71,6 +75,14 @@ class Ridge:
 
 def centre(x: Tensor, kind: str) -> Tensor:
     return x.mean(1, keepdim=True) if kind == "mean" else x[:, -1:]
+
+
+def solve(gram: Tensor, cross: Tensor, penalties: Sequence[float]) -> Iterator[Tensor]:
+    """(gram + penalty)^-1 cross for each penalty, (L, H), from one decomposition."""
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    rotated = vectors.T @ cross
+    for penalty in penalties:
+        yield vectors @ (rotated / (eigenvalues.clamp_min(0) + penalty).unsqueeze(1))
 
 
 def moments(windows: Windows, center: str, batch: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -142,7 +142,10 @@ class Committee(nn.Module):
         Returns:
             (n, H, M), with quantiles (n, H, M, Q), ascending along Q.
         """
-        points, spread = self.members(x, future)
+        return self.mixture(*self.members(x, future), weights)
+
+    def mixture(self, points: Tensor, spread: Tensor | None, weights: Tensor | None = None) -> Tensor:
+        """The forecast that members make, as `members` returns them, by the committee's weights or others, (K,)."""
         weights = (self.weights if weights is None else weights).to(points)
         y = (weights.view(-1, 1, 1, 1) * points).sum(0)  # no matrix product, which autocast would round
         return y if spread is None else y.unsqueeze(-1) + spread
@@ -153,7 +156,11 @@ class Committee(nn.Module):
         if levels:
             point = y[..., nearest_to_median(levels)]
             spread, y = (y - point.unsqueeze(-1)).mean(0), point
-        return torch.cat((*(member(x).unsqueeze(0) for member in self.linear), y)), spread
+        return torch.cat((*self.linear_members(x), y)), spread
+
+    def linear_members(self, x: Tensor) -> list[Tensor]:
+        """The forecast of each linear member, (1, n, H, M)."""
+        return [member(x).unsqueeze(0) for member in self.linear]
 
 
 class Products:

@@ -1,6 +1,7 @@
 """Time series: read from files and DataFrames with stated repairs, split, standardised, cut into windows."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
-from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite
+from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
 from .frames import LONG, describe, leave_out_index, read_frame, widen
-from .stamps import find_step, join_time_of_day, parse_times, repair_times, to_step, usual_gap
+from .stamps import find_step, join_time_of_day, parse_times, repair_times, stamp_rows, to_step, usual_gap
 
 __all__ = [
     "Scaler",
@@ -46,6 +47,7 @@ class Table:
         repairs: What was changed in the file's data, a sentence each.
         dates: Order in which its dates were read, an option of `read_table`.
         ids: Of a long table, the series' ids by the name of their column; None of a wide one.
+        first_row: The first row's number, where rows are counted and their time stamps stand for none.
     """
 
     times: pd.DatetimeIndex
@@ -57,9 +59,17 @@ class Table:
     repairs: list[str] = field(default_factory=list)
     dates: str = "detect"
     ids: dict[str, Any] | None = None
+    first_row: int | None = None
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def labels(self, start: int, end: int) -> pd.Index:
+        """What rows are called, from one to before another: by their time stamps, or by their numbers, where they are
+        counted, which go on behind the last."""
+        if self.first_row is not None:
+            return pd.RangeIndex(self.first_row + start, self.first_row + end, name="row")
+        return self.times[start:end].rename("date")
 
     @property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -88,6 +98,8 @@ def read_table(
     missing: str = "error",
     times: str = "error",
     dates: str = "detect",
+    freq: str | None = None,
+    start: str | None = None,
 ) -> Table:
     """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
 
@@ -109,12 +121,17 @@ def read_table(
             "keep" (take the rows as they are, each as one step).
         dates: Order of dates such as 01/02/24: "day-first", "month-first", "year-first", or "detect": the one that is
             possible in all rows, of several the one in which rows are a constant step apart.
+        freq: Of a table without time stamps, how far apart its rows are, as pandas names it: "h", "15min", "MS". A time
+            column then need not be there, or counts the rows.
+        start: The time stamp of such a table's first row; by default rows are counted, from 0 or by their time column.
 
     Raises:
         UserError: Anything in the file that cannot be used as it is.
     """
     source = describe(data)
-    frame, index, repairs = read_frame(data)
+    if start and not freq:
+        raise UserError("--start is for rows without time stamps: say with --freq how far apart they are.")
+    frame, index, repairs = read_frame(data, untimed=freq is not None)
     asked = [*(targets or ()), *future_columns]
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
@@ -123,6 +140,11 @@ def read_table(
         frame, ids, more = widen(frame, future_columns, source)
         repairs += more
         index = LONG[1]
+    first_row = None
+    if freq:
+        frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source)
+        repairs += more
+        time_column = "date"
     time_column = choose_time_column(frame, time_column or index, source)
     frame, time_column, more = join_time_of_day(frame, time_column, asked)
     repairs += more
@@ -155,12 +177,49 @@ def read_table(
         rows = int(filled[-1]) + 1 if len(filled) else 0
     if rows == 0:
         raise UserError(f"{source} has no row with a value of {', '.join(targets[:3])}.")
+    index = numbers.index
+    if first_row is not None:  # what messages call the rows
+        numbers.index = pd.RangeIndex(first_row, first_row + len(index))
     values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
     future, more = repair_missing(numbers[future_columns], missing, source)
     repairs += more
-    index = numbers.index
-    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids)
+    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row)
+
+
+def stamp_frame(
+    frame: pd.DataFrame, named: str | None, freq: str, start: str | None, source: str
+) -> tuple[pd.DataFrame, int | None, list[str]]:
+    """A table without time stamps with a column of them, date; the number of its first row if it has no start; what was
+    left out.
+
+    Args:
+        frame: As read.
+        named: Its column that counts the rows, if it is known.
+        freq, start, source: As in `read_table`.
+
+    Raises:
+        UserError: As `stamp_rows`; the column does not count the rows.
+    """
+    named = named or next((c for c in frame.columns if c.lower() in TIME_NAMES), None)
+    first, notes = 0, []
+    if named is not None:
+        if named not in frame.columns:
+            raise UserError(f"{source} has no column {named}{did_you_mean(named, frame.columns)}")
+        column = frame[named]
+        numbers = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
+        dated = pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().any()
+        if dated or (numbers % 1 != 0).any() or (numbers.diff().iloc[1:] != 1).any():
+            raise UserError(
+                f"Column {named} of {source} does not count the rows, one by one, and --freq is for rows without time "
+                "stamps: leave --freq out, or rename that column if it is a series."
+            )
+        first = int(numbers.iloc[0])
+        frame = frame.drop(columns=named)
+        notes.append(f"Column {named} counts the rows.")
+    frame = frame.copy()
+    frame.insert(0, "date", stamp_rows(len(frame), freq, start))
+    return frame, None if start else first, notes
 
 
 def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> str:
@@ -328,6 +387,13 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def stretch(self, start: int, end: int) -> "Windows":
+        """The windows from one number to before another."""
+        part = copy(self)
+        part.windows = self.windows[start:end]
+        part.future = None if self.future is None else self.future[start:end]
+        return part
 
     @property
     def device(self) -> torch.device:

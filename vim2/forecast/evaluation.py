@@ -1,11 +1,15 @@
 """Errors over all windows of a split, of a model and of the baselines."""
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
@@ -14,14 +18,17 @@ from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .baselines import Ridge
-from .data import Windows
-from .forecaster import Forecaster
+from .data import Table, Windows
+from .forecaster import BEST, Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
-from .scores import baseline_scores, mase, model_forecast, naive_errors, score
+from .refitting import refit
+from .scores import Forecasts, baseline_forecasts, mase, naive_errors, score_all
 from .training import versions
 
 __all__ = ["evaluate"]
+
+UNCORRECTED = "without conformal correction"
 
 
 def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -40,10 +47,15 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     """
     o, _, data = open_options(EvaluateOptions, argv, options)
     device = choose_device(o.device)
-    forecaster = Forecaster.from_pretrained(o.checkpoint, device)
+    forecaster = Forecaster.from_pretrained(o.checkpoint, device, refitted=False)
     table = forecaster.read(data, **reading_options(o))
     for note in [*table.repairs, *forecaster.doubts]:
         say(note)
+    if forecaster.refitted:
+        raise UserError(
+            f"{o.checkpoint} was fitted again to all of {forecaster.refitted} rows, and knows those that it would be "
+            f"tested on: give the folder of its run, where {BEST} does not."
+        )
     model, split, part = forecaster.model, forecaster.split, o.part
     config = model.config
     if split is None:
@@ -59,14 +71,26 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         for p in dict.fromkeys(("train", "val", part))
     }
     amp, levels = o.amp and device.type == "cuda", config.quantiles
-    scores = {"TSM2": score(lambda x, f: forecaster.forecast_windows(x, f, amp), windows[part], o.batch_size, levels)}
-    if model.linear:
-        for kind in ("TSM2", "ridge"):
-            weights = model.prior([kind])
-            forecast = model_forecast(partial(model, weights=weights), amp)
-            scores[f"{kind} members alone"] = score(forecast, windows[part], o.batch_size, levels)
+    index = o.window if o.window >= 0 else len(windows[part]) + o.window
+    if not 0 <= index < len(windows[part]):
+        raise UserError(f"There is no window {o.window}: there are {len(windows[part])}.")
     ridge = Ridge.fit(windows["train"], windows["val"])
-    scores.update(baseline_scores(ridge, windows[part], forecaster.season, o.batch_size))
+    first = split.borders(part, config.lookback)[0] + config.lookback  # row of the first forecast
+    size = math.ceil(len(windows[part]) / max(o.refits, 1))  # windows for which one fit serves
+    fits = []
+
+    def stretches() -> Iterator[tuple[Forecasts, Windows]]:
+        for start in range(0, len(windows[part]), size):
+            fitted, of_ridge, known = forecaster, ridge, first + start
+            if o.refits:
+                fitted = refit(forecaster, values, future, known, amp, f"fit {len(fits) + 1} of {o.refits}")
+                of_ridge = ridge.refit(Windows(values, config.lookback, config.horizon, 0, known))
+                say(f"Fitted again to the {known:,} rows before {table.labels(known, known + 1)[0]}.")
+            fits.append(fitted)
+            yield partial(all_forecasts, fitted, of_ridge, amp), windows[part].stretch(start, start + size)
+
+    scores = score_all(stretches(), o.batch_size, levels)
+    before = scores.pop(UNCORRECTED, None)
     naive = naive_errors(values[: split.train], forecaster.season)
     say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
     for name, row in scores.items():
@@ -84,21 +108,39 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         "weights": dict(zip(model.names, model.weights.tolist(), strict=True)),
         "chosen": forecaster.metrics,
         "config": config.to_dict(),
+        "refits": [fitted.refitted for fitted in fits] if o.refits else [],
         "rows": {"train": split.train, "val": split.val, "test": split.test},
         "versions": versions(),
     }
     if levels:
-        result["quantiles"] = {name: scores["TSM2"][name] for name in ("crps", "coverage")}
+        result["quantiles"] = {name: scores[forecaster.called][name] for name in ("crps", "coverage")}
         say(describe_quantiles("Quantiles", result["quantiles"], levels))
-        if forecaster.conformal is not None:
-            before = score(model_forecast(model, amp), windows[part], o.batch_size, levels)
+        if before is not None:
             result["without_conformal"] = {name: before[name] for name in ("crps", "coverage")}
             say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))
     folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        draw(forecaster, table, windows[part], scores, o, folder)
+        draw(fits[index // size], table, windows[part], index, scores, part, folder)
     return result
+
+
+def all_forecasts(
+    forecaster: Forecaster, ridge: Ridge, amp: bool, x: Tensor, future: Tensor | None
+) -> dict[str, Tensor]:
+    """Of the committee, of its TSM2 and of its ridges, from one pass of the members; of a TSM2 alone, its own. With
+    quantiles, also that without conformal correction. Then those of the baselines."""
+    model = forecaster.model
+    with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
+        members = model.members(x, future)
+    mixed = model.mixture(*members)
+    result = {forecaster.called: forecaster.correct(mixed, x)}
+    if model.linear:
+        for kind in ("TSM2", "ridge"):
+            result[f"{kind} members alone"] = model.mixture(*members, model.prior([kind]))
+    if forecaster.conformal is not None:
+        result[UNCORRECTED] = mixed
+    return result | baseline_forecasts(ridge, x, future, model.config.horizon, forecaster.season)
 
 
 def describe_quantiles(what: str, row: dict[str, float], levels: tuple[float, ...]) -> str:
@@ -108,11 +150,11 @@ def describe_quantiles(what: str, row: dict[str, float], levels: tuple[float, ..
     return f"{what}: CRPS {row['crps']:.4f}, the band of {levels[-1] - levels[0]:.0%} covers {row['coverage']:.1%}."
 
 
-def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: EvaluateOptions, folder: Path) -> None:
-    config, split, part = forecaster.model.config, forecaster.split, o.part
-    index = o.window if o.window >= 0 else len(windows) + o.window
-    if not 0 <= index < len(windows):
-        raise UserError(f"There is no window {o.window}: there are {len(windows)}.")
+def draw(
+    forecaster: Forecaster, table: Table, windows: Windows, index: int, scores: dict, part: str, folder: Path
+) -> None:
+    """The pictures: a window's forecast by the forecaster that was scored on it, all errors, the members' weights."""
+    config, split = forecaster.model.config, forecaster.split
     x, _, future = windows[index : index + 1]
     with torch.no_grad():
         y = forecaster.forecast_windows(x, future)[0].double().cpu().numpy()
@@ -124,7 +166,7 @@ def draw(forecaster: Forecaster, table, windows: Windows, scores: dict, o: Evalu
     model = forecaster.model
     with figures_if_possible("forecast.png, errors.png and weights.png"):
         history, truth = table.values[first:now], table.values[now:end]
-        plot_forecast(forecaster, table.times[first:end], history, truth, forecast, folder / "forecast.png")
+        plot_forecast(forecaster, table.labels(first, end), history, truth, forecast, folder / "forecast.png")
         plot_errors(forecaster.columns, scores, folder / "errors.png")
         if model.linear:
             plot_weights(model.names, model.weights.tolist(), folder / "weights.png")

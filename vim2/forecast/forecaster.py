@@ -22,13 +22,14 @@ from .committee import Committee
 from .conformal import calibrate
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
 from .frames import LONG
-from .options import ReadingOptions
+from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
 
-__all__ = ["Forecaster"]
+__all__ = ["BEST", "REFITTED", "Forecaster"]
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 CONFORMAL = "conformal"  # its name among the weights
+BEST, REFITTED = "best", "refitted"  # folders within a run's
 
 
 @dataclass
@@ -47,6 +48,11 @@ class Forecaster:
         split: Rows that it was trained, validated and is to be tested on.
         reading: Options of `read_table` that it was trained with, but for the columns.
         metrics: What training reported of the chosen epoch, and its seed.
+        training: `TrainingOptions` of its TSM2, nothing left open, which fitting again goes by; {} for forecasters from
+            before that.
+        penalties: Of its ridges, by their centre.
+        refitted: Rows that its members were fitted to again, see `refitting`; None if they know the training rows
+            alone.
         conformal: Correction of the quantiles that the validation windows taught, (H, M or 1, Q), float32 on the
             model's device, see `conformal.Conformity`; None without quantiles, and for forecasters from before.
     """
@@ -62,6 +68,9 @@ class Forecaster:
     split: Split | None = None
     reading: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=dict)
+    refitted: int | None = None
     conformal: Tensor | None = None
 
     def read(self, data: str | Path | pd.DataFrame, **changes) -> Table:
@@ -85,6 +94,11 @@ class Forecaster:
         return table
 
     @property
+    def called(self) -> str:
+        """What forecasts: a committee, or a TSM2 alone."""
+        return "committee" if self.model.linear else "TSM2"
+
+    @property
     def doubts(self) -> list[str]:
         """What is to be known of its forecasts beforehand, a sentence each."""
         if not self.model.config.quantiles or self.conformal is not None:
@@ -92,6 +106,14 @@ class Forecaster:
         return [
             "The quantiles have no conformal correction, which a run learns when it is over: resume it, or fit again."
         ]
+
+    @property
+    def knowledge(self) -> str:
+        """Which rows its members were fitted to, a sentence."""
+        if self.refitted:
+            return f"The members know {self.refitted:,} rows: they were fitted again to all that training's file had."
+        of_training = "training rows" if self.split is None else f"{self.split.train:,} training rows"
+        return f"The members know the {of_training} alone: `fit --resume --refit` fits them again to all."
 
     def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Standardised variates (rows, M) and future features (rows and more, C) or None, float32, on a device."""
@@ -107,15 +129,16 @@ class Forecaster:
             parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
 
-    def predict(self, data: str | Path | pd.DataFrame, **changes) -> pd.DataFrame:
+    def predict(self, data: str | Path | pd.DataFrame, horizon: int | None = None, **changes) -> pd.DataFrame:
         """Forecast the steps that follow the last row of a DataFrame or file, and say what was repaired in it.
 
         Args:
             data: As for `read_table`, wide or long, with the same columns, at least a lookback long.
+            horizon: Steps h to forecast, no more than it was trained for, H, which is the default.
             changes: Options of `read_table` to use instead of those of training.
 
         Returns:
-            As `frame` makes it, H rows, or H for each series of a long table.
+            As `frame` makes it, h rows, or h for each series of a long table.
 
         Raises:
             UserError: As `read` and `forecast`.
@@ -123,9 +146,9 @@ class Forecaster:
         table = self.read(data, **changes)
         for note in [*table.repairs, *self.doubts]:
             say(note)
-        return self.frame(table, *self.forecast(table))
+        return self.frame(table, *self.forecast(table, horizon))
 
-    def frame(self, table: Table, times: pd.DatetimeIndex, values: np.ndarray) -> pd.DataFrame:
+    def frame(self, table: Table, times: pd.Index, values: np.ndarray) -> pd.DataFrame:
         """A forecast in the form of the table that it continues, in its units, float64.
 
         Args:
@@ -134,32 +157,44 @@ class Forecaster:
             values: As `forecast` returns them.
 
         Returns:
-            Of a wide table, a column a variate by time stamps, an index called date; with quantiles a column a variate
-            and level, such as sales_q0.1. Of a long one, columns unique_id, ds and TSM2, with quantiles TSM2_q0.1 and
-            so on, series after series.
+            Of a wide table, a column a variate by time stamps, an index called date, or by numbers of rows that are
+            counted, called row; with quantiles a column a variate and level, such as sales_q0.1. Of a long one, columns
+            unique_id, ds and TSM2, with quantiles TSM2_q0.1 and so on, series after series.
         """
         levels = [f"_q{level!r}" for level in self.model.config.quantiles] or [""]
         values = values.reshape(len(times), len(self.columns), len(levels))
         if table.ids is None:
             columns = {f"{c}{q}": values[:, i, j] for i, c in enumerate(self.columns) for j, q in enumerate(levels)}
-            return pd.DataFrame(columns, index=pd.DatetimeIndex(times, name="date"))
+            return pd.DataFrame(columns, index=times.rename("date" if table.first_row is None else "row"))
         series, time, _ = LONG
         ids = [table.ids[c] for c in self.columns for _ in times]
         columns = {series: ids, time: times.append([times] * (len(self.columns) - 1))}
         columns |= {f"TSM2{q}": values[:, :, j].T.flatten() for j, q in enumerate(levels)}
         return pd.DataFrame(columns)
 
-    def forecast(self, table: Table) -> tuple[pd.DatetimeIndex, np.ndarray]:
-        """Forecast beyond the last row of a table.
+    def forecast(self, table: Table, horizon: int | None = None) -> tuple[pd.Index, np.ndarray]:
+        """Forecast beyond the last row of a table. Each step has a forecast of its own, so fewer steps are the first
+        of more, and known-future columns are needed for all H.
+
+        Args:
+            table: As `read` returns it.
+            horizon: Steps h, no more than it was trained for, H, which is the default.
 
         Returns:
-            Time stamps (H,) and values (H, M), with quantiles (H, M, Q), in the units of the file.
+            Time stamps (h,), or the numbers of rows that are counted, and values (h, M), with quantiles (h, M, Q), in
+            the units of the file.
 
         Raises:
-            UserError: Fewer rows than the lookback, no rows of known-future columns for the horizon, or time stamps
-                that cannot be continued.
+            UserError: Another horizon; fewer rows than the lookback, no rows of known-future columns for the trained
+                horizon, or time stamps that cannot be continued.
         """
         c = self.model.config
+        horizon = c.horizon if horizon is None else horizon
+        if not 1 <= horizon <= c.horizon:
+            raise UserError(
+                f"The forecaster was trained for {c.horizon} steps and forecasts 1 to {c.horizon}, not {horizon}: fit "
+                "one with a longer horizon for more."
+            )
         if len(table) < c.lookback:
             raise UserError(f"{len(table)} rows are too few: the model looks back over {c.lookback}.")
         times = self.times_ahead(table)
@@ -187,7 +222,9 @@ class Forecaster:
                 "The forecast is NaN or infinite: the values of the file are too far from those of training, or the "
                 "forecaster is damaged."
             )
-        return times, values
+        if table.first_row is not None:
+            times = table.labels(len(table), len(table) + len(times))
+        return times[:horizon], values[:horizon]
 
     def forecast_windows(self, x: Tensor, future: Tensor | None, amp: bool = False) -> Tensor:
         """Forecasts of standardised windows, quantiles with their conformal correction.
@@ -200,7 +237,11 @@ class Forecaster:
         Returns:
             (n, H, M), with quantiles (n, H, M, Q), float32.
         """
-        y = model_forecast(self.model, amp)(x, future)
+        return self.correct(model_forecast(self.model, amp)(x, future), x)
+
+    def correct(self, y: Tensor, x: Tensor) -> Tensor:
+        """The model's forecasts of windows with their conformal correction, float32; shapes as in
+        `forecast_windows`."""
         return y.float() if self.conformal is None else calibrate(y, x, self.conformal, self.model.config)
 
     def times_ahead(self, table: Table) -> pd.DatetimeIndex:
@@ -250,19 +291,31 @@ class Forecaster:
             "split": [self.split.train, self.split.val, self.split.test] if self.split else None,
             "reading": self.reading,
             "metrics": self.metrics,
+            "training": self.training,
+            "penalties": self.penalties,
+            "refitted": self.refitted,
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, device: torch.device | str = "cpu") -> "Forecaster":
-        """Read what `save_pretrained` wrote, or the best epoch of a run's folder. No pickle is read.
+    def from_pretrained(
+        cls, folder: str | os.PathLike, device: torch.device | str = "cpu", refitted: bool = True
+    ) -> "Forecaster":
+        """Read what `save_pretrained` wrote, or the forecaster of a run's folder. No pickle is read.
+
+        Args:
+            folder: Of a saved forecaster, or of a run.
+            device: To put it on.
+            refitted: Of a run, read the one that was fitted again to all rows, where there is one, rather than the best
+                epoch, which knows the training rows alone.
 
         Raises:
             UserError: No such folder; damaged files, in which something cannot be true; weights of another
                 configuration.
         """
         folder = Path(folder)
-        if not (folder / CONFIG_NAME).is_file() and (folder / "best" / CONFIG_NAME).is_file():
-            folder = folder / "best"
+        if not (folder / CONFIG_NAME).is_file():
+            parts = [folder / part for part in ([REFITTED] if refitted else []) + [BEST]]
+            folder = next((part for part in parts if (part / CONFIG_NAME).is_file()), folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise UserError(f"There is no {name} in {folder}: give the folder of a run, or of a saved forecaster.")
@@ -306,6 +359,9 @@ class Forecaster:
             Split(*saved.split) if saved.split else None,
             saved.reading,
             saved.metrics,
+            saved.training,
+            saved.penalties,
+            saved.refitted,
             None if conformal is None else conformal.float().to(device),
         )
         model.to(device).eval()
@@ -346,6 +402,18 @@ class SavedConfig(Options):
     split: Annotated[list[Count], length(3)] | None = option(REQUIRED, "rows")
     reading: dict[str, Any] = option(REQUIRED, "options of read_table")
     metrics: dict[str, Any] = option(REQUIRED, "of the chosen epoch")
+    training: dict[str, Any] = option({}, "options of training")
+    penalties: dict[str, Any] = option({}, "of the ridges, by their centre")
+    refitted: Positive | None = option(None, "rows that the members were fitted to again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties(Options):
+    """Those of ridges in a config.json."""
+
+    program = CONFIG_NAME
+    mean: PositiveFloat = option(REQUIRED, "about a window's mean")
+    last: PositiveFloat = option(REQUIRED, "about its last value")
 
 
 def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
@@ -378,6 +446,11 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     if config.split is not None:
         make_split(sum(config.split), config.split, model.lookback, model.horizon)
     resolve(ReadingOptions, given=config.reading)
+    if config.training:
+        training, _ = resolve(TrainingOptions, given=config.training)
+        if None in (training.batch_size, training.epoch_steps):
+            raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
+        resolve(Penalties, given=config.penalties)
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model

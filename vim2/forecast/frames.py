@@ -50,8 +50,14 @@ def describe(data: str | PathLike | pd.DataFrame) -> str:
     return "DataFrame" if isinstance(data, pd.DataFrame) else str(data)
 
 
-def read_frame(data: str | PathLike | pd.DataFrame) -> tuple[pd.DataFrame, str | None, list[str]]:
+def read_frame(
+    data: str | PathLike | pd.DataFrame, untimed: bool = False
+) -> tuple[pd.DataFrame, str | None, list[str]]:
     """Columns by name, which of them holds the time stamps where an index tells, and what was done, a sentence each.
+
+    Args:
+        data: A file's path or a DataFrame.
+        untimed: There need be no column of time stamps beside the others, and none tells whether there is a header.
 
     Raises:
         UserError: A file that is missing, damaged or no table; names that are there twice; data of another type.
@@ -66,7 +72,7 @@ def read_frame(data: str | PathLike | pd.DataFrame) -> tuple[pd.DataFrame, str |
         if path.suffix in (".parquet", ".pq"):
             return index_to_column(pd.read_parquet(path), str(path))
         text, notes = decode(read_bytes(path), path)
-        frame, more = read_csv(text, path)
+        frame, more = read_csv(text, path, untimed)
         return frame, None, notes + more
     except ImportError as error:
         raise UserError(f"Reading {path.suffix} needs {error.name or 'pyarrow'}: install it with pip.") from None
@@ -151,7 +157,7 @@ def decode(data: bytes, path: Path) -> tuple[str, list[str]]:
     return text, notes
 
 
-def read_csv(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
+def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame, list[str]]:
     separator = re.match(r'"?sep=(.)"?\n', text)  # a line for Excel
     if separator:
         text, separator = text[separator.end() :], separator[1]
@@ -160,12 +166,17 @@ def read_csv(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
     lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     header, notes = next(lines), []
     header_lines = lines.line_num
-    if len(header) < 2:
+    if len(header) < 2 and not untimed:
         raise UserError(
-            f"{path} has one column only, {''.join(header)}: commas, semicolons or tabs must separate columns."
+            f"{path} has one column only, {''.join(header)}: commas, semicolons or tabs must separate columns. One "
+            "series without time stamps needs --freq, which says how far apart its rows are."
         )
     sample = list(islice(filter(None, lines), SAMPLE))
-    names = name_columns(header, sample, path)
+    if untimed and all(is_number(cell) for cell in header if cell.strip()):
+        names = [str(i + 1) for i in range(len(header))]
+        sample.insert(0, header)
+    else:
+        names = name_columns(header, sample, path)
     if names:
         called = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
         notes.append(f"{path.name} has no header: its columns are called {', '.join(called)}.")

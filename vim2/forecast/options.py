@@ -39,6 +39,8 @@ __all__ = [
     "EvaluateOptions",
     "FitOptions",
     "PredictOptions",
+    "ReadingOptions",
+    "TrainingOptions",
     "fill_open",
     "model_config",
     "open_options",
@@ -46,16 +48,17 @@ __all__ = [
 ]
 
 # What a resumed run may change: where it runs and writes, and where its file lies.
-MAY_CHANGE = {"data", "device", "experiment", "output", "resume"}
+MAY_CHANGE = {"data", "device", "experiment", "output", "refit", "resume"}
 MODEL = TSM2Config()
 AUTO = "auto"
 LOSSES = ("mse", "mae", "huber", "spectral")
 # What `fill_open` goes by: variates from which on mixing them pays; windows to train on from which on a model is wider;
-# the least updates of a training, and of an epoch that sees every window once; the windows that an update may have.
+# the least updates of a training, and of an epoch that sees every window once; the windows that an update may have, and
+# the series in them, windows times variates: windows of one file overlap, so that many variates need fewer of them.
 MANY_VARIATES = 20
 WIDTHS = {0: 16, 20_000: 32}
 MIN_UPDATES, EPOCH_UPDATES = 1000, 125
-MIN_BATCH, MAX_BATCH = 16, 128
+MIN_BATCH, MAX_BATCH, MAX_SERIES = 16, 128, 2700
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,12 @@ class ReadingOptions(Options, group="reading"):
         choices=TIMES,
     )
     dates: str = option("detect", "order of dates such as 01/02/24", choices=DATES)
+    freq: str | None = option(
+        None, "step of rows without time stamps, as pandas names it: h, 15min, D, W, MS, ...", metavar="STEP"
+    )
+    start: str | None = option(
+        None, "time stamp of the first row, with --freq; default: rows are counted", metavar="STAMP"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,8 @@ class SameReadingOptions(Options, group="reading; by default, as in training"):
     missing: str | None = unset(ReadingOptions, "missing")
     times: str | None = unset(ReadingOptions, "times")
     dates: str | None = unset(ReadingOptions, "dates")
+    freq: str | None = unset(ReadingOptions, "freq")
+    start: str | None = unset(ReadingOptions, "start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +162,9 @@ class ComputeOptions(DeviceOptions, group="device"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRunOptions(RunOptions, group="run"):
+    refit: bool = option(
+        True, "in the end, fit all members again to all rows, for `predict`; off with --recipe", negatable=True
+    )
     resume: bool = option(False, "go on with the run in that folder")
 
 
@@ -179,6 +193,11 @@ class EvaluateOptions(SameReadingOptions, ComputeOptions):
     checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
     part: str = option("test", "of the split", choices=("test", "val"))
     batch_size: Positive = option(256, "windows at once", short="-b", metavar="N")
+    refits: Count = option(
+        0,
+        "fit again before each of N stretches of the windows, to all rows until then: a rolling backtest",
+        metavar="N",
+    )
     window: int = option(-1, "window to draw; -1: the last", metavar="I")
     output: str | None = option(None, "folder to write to; default: the checkpoint's", metavar="DIR")
 
@@ -192,6 +211,9 @@ class PredictOptions(SameReadingOptions, DeviceOptions):
         REQUIRED, "a file with the same columns, at least a lookback long", metavar="DATA", positional=True
     )
     checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
+    horizon: Positive | None = option(
+        None, "steps to forecast; default: all that it was trained for, and no more than these", metavar="STEPS"
+    )
     output: str = option("forecast", "folder for forecast.csv and forecast.png", metavar="DIR")
 
 
@@ -237,7 +259,8 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
     lookback = o.lookback or max(min(MODEL.lookback, (split.train - horizon) // 3), 1)
     patch = o.patch or max(lookback // 8, 1)
     windows = max(split.train - lookback - horizon + 1, 1)
-    batch_size = o.batch_size or min(max(windows // EPOCH_UPDATES, MIN_BATCH), MAX_BATCH)
+    whole = o.batch_size or min(max(windows // EPOCH_UPDATES, MIN_BATCH), MAX_BATCH)
+    batch_size = o.batch_size or min(whole, max(MAX_SERIES // variates, MIN_BATCH))
     return replace(
         o,
         horizon=horizon,
@@ -247,7 +270,7 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
         d_model=o.d_model or next(width for size, width in reversed(WIDTHS.items()) if windows >= size),
         variate_mixer=("s6" if variates >= MANY_VARIATES else "none") if o.variate_mixer == AUTO else o.variate_mixer,
         batch_size=batch_size,
-        epoch_steps=o.epoch_steps or max(math.ceil(windows / batch_size), math.ceil(MIN_UPDATES / o.epochs)),
+        epoch_steps=o.epoch_steps or max(math.ceil(windows / whole), math.ceil(MIN_UPDATES / o.epochs)),
     )
 
 

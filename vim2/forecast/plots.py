@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..command.figures import figure, save, shorten
 from .data import Table
@@ -26,7 +27,7 @@ def plot_forecast(
 
     Args:
         forecaster: Names its variates and quantiles.
-        times: Time stamps of history and forecast, (rows + H,).
+        times: Time stamps of history and forecast, or numbers of their rows, (rows + H,).
         history: (rows, M), in the units of the file.
         truth: (H, M), None where it is still to come.
         forecast: (H, M), with quantiles (H, M, Q).
@@ -56,9 +57,10 @@ def plot_forecast(
         axes.set_title(shorten(names[i]), fontsize=9)
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
-        locator = AutoDateLocator(maxticks=8)
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        if isinstance(times[0], pd.Timestamp):  # and no row's number
+            locator = AutoDateLocator(maxticks=8)
+            axes.xaxis.set_major_locator(locator)
+            axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         axes.tick_params(labelsize=8)
     for axes in grid[panels:]:
         axes.axis("off")
@@ -73,12 +75,14 @@ def plot_prediction(forecaster: Forecaster, table: Table, times: Any, values: np
     """The end of a table, twice the horizon of it but no more than the lookback, and the forecast that follows."""
     config = forecaster.model.config
     rows = min(config.lookback, max(2 * config.horizon, 24))
-    plot_forecast(forecaster, [*table.times[-rows:], *times], table.values[-rows:], None, values, path)
+    history = table.labels(len(table) - rows, len(table))
+    plot_forecast(forecaster, [*history, *times], table.values[-rows:], None, values, path)
 
 
 def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.PathLike) -> None:
     """Mean squared error by variate, and of every step ahead, of the model and the baselines. Of more than 30 variates,
-    30 are drawn, evenly from the one that the model forecasts best to the worst.
+    30 are drawn, evenly from the one that the model forecasts best to the worst. Both panels have one scale, a
+    logarithmic one where errors of variates or steps lie far apart.
 
     Args:
         names: Of the M variates.
@@ -100,16 +104,20 @@ def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.Pa
         curve.plot(steps, row["mse_by_step"], label=name, linestyle="-" if k else "--", zorder=2 if k else 3)
     bars.set_yticks(range(len(shown)), [shorten(names[i]) for i in shown], fontsize=8)
     bars.invert_yaxis()
-    largest, smallest = (f(errors.max() for errors in by_variate.values()) for f in (max, min))
-    if largest > 20 * max(smallest, 1e-9) or len(names) > 12:
+    every = np.concatenate([*(e[shown] for e in by_variate.values()), *(row["mse_by_step"] for row in scores.values())])
+    if every.max() > 20 * every.min() > 0:
         bars.set_xscale("log")
+        curve.set_yscale("log")
+    else:
+        curve.set_ylim(bottom=0)
     some = "" if len(shown) == len(names) else f": {len(shown)} of {len(names)}, evenly from the best to the worst"
     bars.set_xlabel(f"MSE of standardised values, by variate{some}")
     curve.set_xlabel("step ahead")
     curve.set_ylabel("MSE of standardised values")
     for axes in (bars, curve):
         axes.grid(alpha=0.3)
-    curve.legend()
+    # above the panels, where it hides no curve
+    fig.legend(*bars.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     save(fig, path)
 
 

@@ -4,9 +4,11 @@ from typing import Any
 
 __all__ = ["RECIPES"]
 
-_HOURLY = dict(split=[8640.0, 2880.0, 2880.0], lookback=512)
-_QUARTER_HOURLY = dict(split=[34560.0, 11520.0, 11520.0], lookback=512)
-_SHARES = dict(split=[0.7, 0.1, 0.2], lookback=512)
+# Nobody forecasts beyond the end of these: they are tested, by members that know the training rows alone.
+_TESTED = dict(lookback=512, refit=False)
+_HOURLY = dict(_TESTED, split=[8640.0, 2880.0, 2880.0])
+_QUARTER_HOURLY = dict(_TESTED, split=[34560.0, 11520.0, 11520.0])
+_SHARES = dict(_TESTED, split=[0.7, 0.1, 0.2])
 RECIPES: dict[str, dict[str, Any]] = {
     "ETTh1": _HOURLY,
     "ETTh2": _HOURLY,

@@ -1,6 +1,6 @@
 """Errors of forecasts over all windows of a part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -10,7 +10,9 @@ from .baselines import Ridge, last_value, seasonal_naive
 from .data import Windows
 
 __all__ = [
-    "baseline_scores",
+    "Errors",
+    "Forecasts",
+    "baseline_forecasts",
     "gain",
     "mase",
     "model_forecast",
@@ -19,61 +21,85 @@ __all__ = [
     "pinball",
     "pinball_losses",
     "score",
+    "score_all",
 ]
 
 Forecast = Callable[[Tensor, Tensor | None], Tensor]
+Forecasts = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 
 
-def score(
-    forecast: Forecast,
-    windows: Windows,
-    batch: int = 256,
-    levels: Sequence[float] = (),
-    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
-) -> dict:
-    """Errors over all windows, steps and variates, no window left out, from one pass over them.
+class Errors:
+    """Errors of a forecast over windows that come batch by batch.
+
+    Args:
+        levels: Of the Q quantiles that are forecast, ascending; squared and absolute errors are then of the one nearest
+            to the median.
+    """
+
+    def __init__(self, levels: Sequence[float] = ()):
+        self.levels, self.windows, self.sums = levels, 0, {}
+
+    def add(self, forecast: Tensor, y: Tensor) -> None:
+        """A forecast of n windows, (n, H, M), with levels (n, H, M, Q), and the truth, (n, H, M)."""
+        forecast, levels = forecast.float(), self.levels
+        error = (forecast[..., nearest_to_median(levels)] if levels else forecast) - y
+        # at most a batch of terms in float32, the rest in float64
+        new = {"squared": error.square().sum(0).double(), "absolute": error.abs().sum(0).double()}
+        if levels:
+            new["crps"] = pinball(forecast, y, levels).double() * len(y)
+            new["inside"] = ((forecast[..., 0] <= y) & (y <= forecast[..., -1])).sum(0).double()
+        self.sums = {name: value + self.sums.get(name, 0) for name, value in new.items()}
+        self.windows += len(y)
+
+    def result(self) -> dict:
+        """mse, mae, and lists of them by variate and by step of the horizon; windows, their number. With levels, also
+        crps, see `pinball`, and coverage, the share of true values between the outermost quantiles."""
+        means = {name: value / self.windows for name, value in self.sums.items()}
+        squared, absolute = means["squared"], means["absolute"]
+        result = {
+            "mse": squared.mean().item(),
+            "mae": absolute.mean().item(),
+            "windows": self.windows,
+            "mse_by_variate": squared.mean(0).tolist(),
+            "mae_by_variate": absolute.mean(0).tolist(),
+            "mse_by_step": squared.mean(1).tolist(),
+            "mae_by_step": absolute.mean(1).tolist(),
+        }
+        if self.levels:
+            result |= {"crps": means["crps"].item(), "coverage": means["inside"].mean().item()}
+        return result
+
+
+def score(forecast: Forecast, windows: Windows, batch: int = 256, levels: Sequence[float] = ()) -> dict:
+    """The `Errors` of a forecast over all windows, steps and variates, no window left out.
 
     Args:
         forecast: (n, L, M) and the future features (n, H, C) or None -> (n, H, M), with levels (n, H, M, Q).
         windows: Standardised.
         batch: Windows at once.
-        levels: Those of the Q quantiles that are forecast, ascending; squared and absolute errors are then of the one
-            nearest to the median.
-        observe: Called with each batch's history (n, L, M), forecast, float32, and truth (n, H, M), so that whatever
-            else is to be known of the windows needs no pass of its own.
-
-    Returns:
-        mse, mae, and lists of them by variate and by step of the horizon; windows, their number. With levels, also
-        crps, see `pinball`, and coverage, the share of true values between the outermost quantiles.
+        levels: As for `Errors`.
     """
-    squared = torch.zeros(windows.horizon, windows.windows.shape[1], dtype=torch.float64, device=windows.device)
-    absolute, inside = torch.zeros_like(squared), torch.zeros_like(squared)
-    crps = torch.zeros((), dtype=torch.float64, device=windows.device)
-    with torch.no_grad():
+    return score_all([(lambda x, future: {"": forecast(x, future)}, windows)], batch, levels)[""]
+
+
+def score_all(
+    parts: Iterable[tuple[Forecasts, Windows]], batch: int = 256, levels: Sequence[float] = ()
+) -> dict[str, dict]:
+    """As `score`, of several forecasts by name from one pass over the windows.
+
+    Args:
+        parts: What makes the forecasts, as `score` takes them, and the windows that it makes them for, one after the
+            other. Those of points, (n, H, M), have no levels.
+        batch, levels: As in `score`.
+    """
+    errors: dict[str, Errors] = {}
+    for forecasts, windows in parts:
         for x, y, future in windows.batches(batch):
-            predicted = forecast(x, future).float()
-            if observe:
-                observe(x, predicted, y)
-            point = predicted[..., nearest_to_median(levels)] if levels else predicted
-            error = point - y
-            squared += error.square().sum(0)  # at most `batch` terms in float32, the rest in float64
-            absolute += error.abs().sum(0)
-            if levels:
-                crps += pinball(predicted, y, levels) * len(x)
-                inside += ((predicted[..., 0] <= y) & (y <= predicted[..., -1])).sum(0)
-    squared, absolute = squared / len(windows), absolute / len(windows)
-    result = {
-        "mse": squared.mean().item(),
-        "mae": absolute.mean().item(),
-        "windows": len(windows),
-        "mse_by_variate": squared.mean(0).tolist(),
-        "mae_by_variate": absolute.mean(0).tolist(),
-        "mse_by_step": squared.mean(1).tolist(),
-        "mae_by_step": absolute.mean(1).tolist(),
-    }
-    if levels:
-        result |= {"crps": crps.item() / len(windows), "coverage": inside.mean().item() / len(windows)}
-    return result
+            with torch.no_grad():
+                made = forecasts(x, future)
+            for name, forecast in made.items():
+                errors.setdefault(name, Errors(levels if forecast.dim() > y.dim() else ())).add(forecast, y)
+    return {name: each.result() for name, each in errors.items()}
 
 
 def nearest_to_median(levels: Sequence[float]) -> int:
@@ -91,13 +117,13 @@ def model_forecast(model: nn.Module, amp: bool = False) -> Forecast:
     return forecast
 
 
-def baseline_scores(ridge: Ridge, windows: Windows, season: int, batch: int = 256) -> dict[str, dict]:
-    """Scores of ridge, the last value and the seasonal naive forecast."""
-    horizon = windows.horizon
+def baseline_forecasts(ridge: Ridge, x: Tensor, future: Tensor | None, horizon: int, season: int) -> dict[str, Tensor]:
+    """Forecasts (n, H, M) of ridge, the last value and the seasonal naive forecast, for histories (n, L, M); they take
+    no future features."""
     return {
-        "ridge": score(lambda x, _: ridge(x), windows, batch),
-        "last value": score(lambda x, _: last_value(x, horizon), windows, batch),
-        "seasonal naive": score(lambda x, _: seasonal_naive(x, horizon, season), windows, batch),
+        "ridge": ridge(x),
+        "last value": last_value(x, horizon),
+        "seasonal naive": seasonal_naive(x, horizon, season),
     }
 
 

@@ -9,10 +9,20 @@ from contextlib import suppress
 import numpy as np
 import pandas as pd
 
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 from .cells import is_number, is_text
 
-__all__ = ["DATES", "find_step", "is_date", "join_time_of_day", "parse_times", "repair_times", "to_step", "usual_gap"]
+__all__ = [
+    "DATES",
+    "find_step",
+    "is_date",
+    "join_time_of_day",
+    "parse_times",
+    "repair_times",
+    "stamp_rows",
+    "to_step",
+    "usual_gap",
+]
 
 TIMES = ("error", "regular", "keep")
 ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
@@ -131,8 +141,8 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
         return stamps, "detect", []
     if pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all():
         raise UserError(
-            f"{called} holds numbers, such as {column.iloc[0]}: give dates such as 2024-01-31 13:00:00, or name "
-            "another column with --time-column."
+            f"{called} holds numbers, such as {column.iloc[0]}: give dates such as 2024-01-31 13:00:00, name another "
+            "column with --time-column, or say with --freq how far apart rows without time stamps are."
         )
     with suppress(ValueError):  # mixed offsets
         iso = pd.DatetimeIndex(pd.to_datetime(column, format="ISO8601", errors="coerce"))
@@ -233,6 +243,34 @@ def choose_order(readings: dict, called: str, column: pd.Series) -> tuple[pd.Dat
     words = ", ".join(WORDS[letter] for letter in first)
     apart = "a constant step apart" if not best else f"a constant step apart but for {best} rows"
     return stamps, names[first], [f"Dates were read as {words}: so they are {apart}.", *notes]
+
+
+def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
+    """Time stamps of rows that have none.
+
+    Args:
+        rows: How many.
+        freq: pandas' name of their step, such as "h", "15min" or "MS".
+        start: The first's; by default one that stands for none.
+
+    Raises:
+        UserError: A step or start that is none, or that do not fit together; more rows than there is time.
+    """
+    try:
+        step = pd.tseries.frequencies.to_offset(freq)
+        first = pd.Timestamp(start or 0)
+        stamps = pd.date_range(first, periods=rows, freq=step)
+    except (ValueError, OverflowError, pd.errors.OutOfBoundsDatetime) as error:
+        what = f"--freq {freq}" + (f" with --start {start}" if start else "")
+        raise UserError(
+            f"{what} makes no time stamps for {rows} rows ({first_line(error)}): give a step such as h, 15min, D, W or "
+            "MS, and a start such as 2024-01-31."
+        ) from None
+    if step.n < 1:
+        raise UserError(f"--freq {freq} goes back: give a step such as h, 15min, D, W or MS.")
+    if start and (first.tz is not None or stamps[0] != first):
+        raise UserError(f"--start {start} has a UTC offset, or does not lie on a step of {freq}: give another.")
+    return stamps
 
 
 def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:

@@ -1,7 +1,7 @@
 """Training.
 
-The TSM2 of a committee see the same batches, each with weights and dropout of its own; their moving averages forecast.
-When they have been trained, the committee is mixed on the validation windows. The test rows are never looked at here.
+When the TSM2 of a committee have been trained, it is mixed on the validation windows. The test rows are never looked at
+here.
 
 A run lives in one folder: best/ (config.json and model.safetensors of the best epoch, mixed when the run is over),
 last.pth (everything that is needed to go on) and metrics.json. Every epoch begins with random states that depend on
@@ -12,28 +12,25 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 
 import vim2
 
 from ..checkpoints import remove_leftovers, save_checkpoint, write_atomically
 from ..command.errors import UserError
-from ..command.graphs import record
 from ..command.options import fill_in, plain, resume_options
-from ..command.processes import Processes, choose_device
-from ..command.progress import progress_bar, say
+from ..command.processes import choose_device
+from ..command.progress import say
 from ..command.runs import (
     MAKE_ROOM,
     explain_disk_errors,
@@ -41,18 +38,27 @@ from ..command.runs import (
     identity,
     own_folder,
     read_last,
-    restore_optimizer,
-    restore_weights,
     seed_everything,
 )
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
-from .forecaster import Forecaster
-from .options import AUTO, MAY_CHANGE, FitOptions, fill_open, model_config, open_options, reading_options
+from .forecaster import BEST, REFITTED, Forecaster
+from .options import (
+    AUTO,
+    MAY_CHANGE,
+    FitOptions,
+    TrainingOptions,
+    fill_open,
+    model_config,
+    open_options,
+    reading_options,
+)
 from .recipes import RECIPES
-from .scores import baseline_scores, model_forecast, pinball, score
+from .refitting import refit
+from .scores import Errors, baseline_forecasts, model_forecast, score, score_all
+from .trainer import Trainer
 
 __all__ = ["fit"]
 
@@ -60,22 +66,7 @@ __all__ = ["fit"]
 LAST = {"ema": dict, "forecaster": dict, "history": list, "optimizer": dict, "options": dict, "state_dict": dict}
 COLUMNS = {"train_loss", "val_loss", "val_mse", "val_mae"}
 VALIDATION_BATCH = 256  # windows
-SPECTRAL = 0.35  # the spectrum's share of its loss
-
-
-def spectral_loss(forecast: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error, and the mean magnitude of the error's spectrum over the horizon, whose phases tell where it
-    is: steps of a window depend on one another, frequencies hardly (Wang et al., FreDF, ICLR 2025).
-
-    Args:
-        forecast, y: (..., H, M).
-    """
-    error = forecast - y
-    spectrum = torch.fft.rfft(error, dim=-2, norm="ortho").abs()
-    return (1 - SPECTRAL) * error.abs().mean() + SPECTRAL * spectrum.mean()
-
-
-LOSS = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss, "spectral": spectral_loss}
+LEAST_WINDOWS, FEW_WINDOWS = 4, 20  # below the one a run is refused, below the other warned of
 
 
 def fit(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -131,8 +122,8 @@ class Run:
         self.device = choose_device(o.device)
         self.amp = o.amp and self.device.type == "cuda"
         self.history: list[dict[str, Any]] = list(saved["history"]) if saved else []
-        self.graphed: nn.Module | None = None
         self.committee: dict[str, Any] | None = None
+        self.refitted: str | None = None  # the fingerprint of all rows, once they have been fitted to
         self.open_data()
         seed_everything(o.seed, 0)
         self.create_model()
@@ -160,6 +151,8 @@ class Run:
         if unused := len(self.table) - split.train - split.val - split.test:
             self.notes.append(f"The last {unused} rows are not used: the split ends before them.")
         future_scaler = Scaler.fit(self.table.future[: split.train]) if futures else None
+        if o.calendar and self.table.first_row is not None:
+            raise UserError("--calendar needs time stamps: say with --start when the first row was.")
         cycles = calendar_cycles(self.table.times[: split.train]) if o.calendar else []
         if o.calendar and not cycles:
             raise UserError(
@@ -178,9 +171,23 @@ class Run:
             self.table.season,
             split,
             {**reading_options(o), "dates": self.table.dates},
+            training={name: getattr(o, name) for name in TrainingOptions.__dataclass_fields__},
         )
+        trained, validated = (rows - o.horizon + 1 for rows in (split.train - o.lookback, split.val))
+        if trained < LEAST_WINDOWS:
+            raise UserError(
+                f"{len(self.table)} rows make {trained} windows of {o.lookback} + {o.horizon} steps to train on, too "
+                f"few to learn anything from: {LEAST_WINDOWS} are the least. Give more rows, or shorten --lookback or "
+                "--horizon."
+            )
+        if min(trained, validated) < FEW_WINDOWS:
+            self.notes.append(
+                f"Warning: {trained} windows to train on and {validated} to validate on are few. What the members "
+                "learn, and their weights and errors, is mostly chance: do not rely on it. More rows would help, or a "
+                "shorter --lookback or --horizon."
+            )
         self.fingerprint = fingerprint(self.table, split.train + split.val)
-        values, future = self.forecaster.tensors(self.table, self.device)
+        values, future = self.tensors = self.forecaster.tensors(self.table, self.device)
         self.windows = {
             part: Windows(values, o.lookback, o.horizon, *split.borders(part, o.lookback), future)
             for part in ("train", "val")
@@ -190,6 +197,7 @@ class Run:
         o, config = self.options, self.forecaster.model.config
         ridges = {center: Ridge.fit(*self.windows.values(), center=center) for center in ("mean", "last")}
         self.ridge = ridges["mean"]
+        self.forecaster.penalties = {center: ridge.penalty for center, ridge in ridges.items()}
         if o.instance_norm == AUTO:
             # About the mean, a short training leaves a jump between the last row and the first step of series that
             # wander; what is linear tells beforehand which they are, in closed form.
@@ -203,26 +211,8 @@ class Run:
         # made on the CPU, so that a seed means the same weights everywhere
         self.model = self.forecaster.model = Committee(config, o.members).to(self.device)
         self.model.set_linear(ridges, self.forecaster.season)
-        self.networks = self.model.networks
-        averaging = dict(use_warmup=True, warmup_power=1.0, exclude_buffers=True)
-        self.ema = ModelEmaV3(self.networks, decay=o.ema, **averaging)
-        self.model.networks = self.ema.module  # the averages forecast, the others are trained
-        parameters = list(self.networks.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1]},
-        ]
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=fused)
-        self.batch_size = min(o.batch_size, len(self.windows["train"]))
-        warmup = min(round(o.warmup_epochs * o.epoch_steps), o.epoch_steps * o.epochs - 1)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=o.epoch_steps * o.epochs - warmup,
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        self.trainer = Trainer(self.model.networks, self.windows["train"], o, self.amp)
+        self.model.networks = self.trainer.averages  # they forecast, the others are trained
 
     def restore(self, saved: dict[str, Any]) -> None:
         same = saved.get("table", self.fingerprint) == self.fingerprint
@@ -231,10 +221,8 @@ class Run:
                 f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
                 "rows or values differ. Give the run its old file, or start another --experiment."
             )
-        called = str(self.folder / "last.pth")
-        restore_weights(self.networks, saved["state_dict"], called)
-        restore_weights(self.ema.module, saved["ema"], called)
-        restore_optimizer(self.optimizer, saved["optimizer"], called)
+        self.trainer.restore(saved, str(self.folder / "last.pth"))
+        self.refitted = saved.get("refitted")
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -259,23 +247,28 @@ class Run:
         if cycles := self.forecaster.calendar:
             say(f"Calendar features: {', '.join(f'time of {name}' for name in cycles)}.")
         counts = f"{len(self.windows['train']):,} to train on, {len(self.windows['val']):,} to validate on"
-        parameters = sum(p.numel() for p in self.networks.parameters())
+        parameters = sum(p.numel() for p in self.model.networks.parameters())
         say(
             f"{o.members} TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o.lookback} steps -> "
             f"{o.horizon}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
         )
-        self.baselines = baseline_scores(self.ridge, self.windows["val"], self.forecaster.season)
+        horizon, season = o.horizon, self.forecaster.season
+        baselines = partial(baseline_forecasts, self.ridge, horizon=horizon, season=season)
+        self.baselines = score_all([(baselines, self.windows["val"])])
         for name, row in self.baselines.items():
             say(f"{name:<26} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
             say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
         with own_folder(self.folder, self.last):
-            remove_leftovers(self.folder / "best")
+            for part in (BEST, REFITTED):
+                remove_leftovers(self.folder / part)
+            if not self.history:  # of an earlier run whose last.pth was removed
+                shutil.rmtree(self.folder / REFITTED, ignore_errors=True)
             if o.cuda_graph and self.device.type == "cuda" and not self.is_finished:
-                self.capture()
+                self.trainer.capture()
             while not self.is_finished:
                 epoch = len(self.history)
-                row = self.train_epoch(epoch)
+                row = self.trainer.epoch(epoch)
                 row.update(self.validate())
                 self.require_finite(epoch, row["train_loss"], row["val_loss"])
                 self.history.append(row)
@@ -286,56 +279,11 @@ class Run:
                 )
             self.mix()
             with explain_disk_errors(MAKE_ROOM):
-                self.forecaster.save_pretrained(self.folder / "best")
+                self.forecaster.save_pretrained(self.folder / BEST)
                 self.write_metrics()
             self.report()
-
-    def train_epoch(self, epoch: int) -> dict[str, Any]:
-        o = self.options
-        seed_everything(o.seed, epoch + 1)
-        self.networks.train()
-        windows, start = self.windows["train"], time.perf_counter()
-        passes = math.ceil(o.epoch_steps * self.batch_size / len(windows))
-        order = torch.cat([torch.randperm(len(windows)) for _ in range(passes)]).to(self.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = order.split(self.batch_size)[: o.epoch_steps]
-        for step, index in enumerate(progress_bar(batches, f"epoch {epoch + 1}", Processes(self.device))):
-            updates = epoch * o.epoch_steps + step + 1
-            self.scheduler.step_update(updates)
-            total += self.update(*windows[index])
-            self.ema.update(self.networks, updates)
-        lr = self.optimizer.param_groups[0]["lr"]
-        train_loss = total.item() / len(batches)  # waits for the device, so that the time is the epoch's
-        return {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "seconds": time.perf_counter() - start}
-
-    def update(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """One update of all TSM2, each as if it were alone; the mean of their losses before it."""
-        loss = self.loss(x, y, future)
-        (loss * len(self.networks)).backward()
-        if self.options.clip_grad:
-            for network in self.networks:
-                nn.utils.clip_grad_norm_(network.parameters(), self.options.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-    def loss(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """The loss that was asked for, with quantiles the pinball loss, on standardised values; the TSM2's mean."""
-        given = (x,) if future is None else (x, future)
-        if self.graphed is not None:
-            forecast = self.graphed(*(t.contiguous() for t in given))
-        else:
-            with torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
-                forecast = self.networks(*given)
-        levels = self.model.config.quantiles
-        y = y.expand(len(self.networks), *y.shape)
-        return pinball(forecast.float(), y, levels) if levels else LOSS[self.options.loss](forecast.float(), y)
-
-    def capture(self) -> None:
-        """From here on, batches run as CUDA graphs."""
-        x, _, future = self.windows["train"][: self.batch_size]
-        inputs = tuple(t.contiguous() for t in (x, future) if t is not None)
-        self.graphed = record(self.networks.train(), inputs, torch.bfloat16 if self.amp else None)
+            if o.refit:
+                self.refit()
 
     def validate(self) -> dict[str, Any]:
         """Errors of the mean of all TSM2 on the validation windows."""
@@ -349,24 +297,33 @@ class Run:
     def mix(self) -> None:
         """Make a committee of the best epoch: weights and, with quantiles, conformal correction."""
         windows, config = self.windows["val"], self.model.config
-        best = Forecaster.from_pretrained(self.folder / "best", self.device)
+        best = Forecaster.from_pretrained(self.folder / BEST, self.device)
         self.model = self.forecaster.model = model = best.model
-        products = Products()
+        products, of_networks = Products(), []
         for x, y, future in windows.batches(VALIDATION_BATCH):
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
-                points, _ = model.members(x, future)
+                points, spread = model.members(x, future)
             products.add(points, y)
+            # of the networks, whose weights are equal, the mean is enough to mix them once the weights are known
+            mean = points[len(model.linear) :].float().mean(0, keepdim=True)
+            of_networks.append([None if t is None else t.cpu() for t in (mean, spread)])
         products = products.result()
         weights = find_weights(products, model.groups, model.validated_prior(products), config.horizon)
         model.weights.copy_(weights)
         conformity = Conformity(config, len(windows), len(self.table.columns)) if config.quantiles else None
-        observe = conformity.add if conformity else None
-        scores = score(model_forecast(model, self.amp), windows, levels=config.quantiles, observe=observe)
-        errors = products.mean(0).diagonal().tolist()
+        errors, shared = Errors(config.quantiles), model.groups.sign().to(weights) @ weights
+        for (x, y, _), (mean, spread) in zip(windows.batches(VALIDATION_BATCH), of_networks, strict=True):
+            points = torch.cat((*model.linear_members(x), mean.to(x.device)))
+            forecast = model.mixture(points, None if spread is None else spread.to(x.device), shared).float()
+            errors.add(forecast, y)
+            if conformity:
+                conformity.add(x, forecast, y)
+        scores = errors.result()
+        alone = products.mean(0).diagonal().tolist()
         self.committee = {f"val_{name}": scores[name] for name in ("mse", "mae", "crps", "coverage") if name in scores}
         self.committee["members"] = {
             name: {"weight": weight, "val_mse": error}
-            for name, weight, error in zip(model.names, model.weights.tolist(), errors, strict=True)
+            for name, weight, error in zip(model.names, model.weights.tolist(), alone, strict=True)
         }
         self.forecaster.metrics = {**self.best, "committee": self.committee, "seed": self.options.seed}
         if conformity:
@@ -375,16 +332,36 @@ class Run:
     def report(self) -> None:
         """Say who carries the forecast, and how good it is."""
         committee, levels = self.committee, self.model.config.quantiles
-        for name, row in committee["members"].items():
-            say(f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}")
-        share = sum(row["weight"] for name, row in committee["members"].items() if name.startswith("TSM2"))
+        carried = f"of epoch {self.best['epoch']}"
+        if self.model.linear:
+            for name, row in committee["members"].items():
+                say(f"{name:<26} validation MSE {row['val_mse']:.4f}  weight {row['weight']:.2f}")
+            share = sum(row["weight"] for name, row in committee["members"].items() if name.startswith("TSM2"))
+            carried = f"TSM2, {carried}, carry {share:.0%} of it"
         errors = f"validation MSE {committee['val_mse']:.4f}  MAE {committee['val_mae']:.4f}"
-        say(f"{'committee':<26} {errors}: TSM2, of epoch {self.best['epoch']}, carry {share:.0%} of it; {self.folder}")
+        say(f"{self.forecaster.called:<26} {errors}: {carried}; {self.folder}")
         if len(levels) > 1:
             say(
                 f"The band of {levels[-1] - levels[0]:.0%} covers {committee['val_coverage']:.1%} of the validation "
                 "values; the forecaster corrects its quantiles by that (conformal correction)."
             )
+
+    def refit(self) -> None:
+        """Fit the members again to all rows, for forecasts beyond them."""
+        rows = len(self.table)
+        everything = fingerprint(self.table, rows)
+        if self.refitted != everything or not (self.folder / REFITTED).is_dir():
+            start = time.perf_counter()
+            forecaster = refit(self.forecaster, *self.tensors, rows, self.amp)
+            with explain_disk_errors(MAKE_ROOM):
+                forecaster.save_pretrained(self.folder / REFITTED)
+            self.refitted = everything
+            self.write_last()
+            say(f"All members were fitted again to all rows, {time.perf_counter() - start:.1f} s.")
+        say(
+            f"`predict` uses {self.folder / REFITTED}, whose members know all {rows:,} rows; `evaluate` uses "
+            f"{self.folder / BEST}, whose members know the training rows alone."
+        )
 
     def require_finite(self, epoch: int, *losses: float) -> None:
         if all(map(math.isfinite, losses)):
@@ -396,22 +373,24 @@ class Run:
         """Save the epoch that was validated last, its members with equal weights."""
         self.forecaster.metrics = {**row, "seed": self.options.seed}
         with explain_disk_errors(MAKE_ROOM):
-            self.forecaster.save_pretrained(self.folder / "best")
+            self.forecaster.save_pretrained(self.folder / BEST)
 
     def write(self) -> None:
         """Write the run's files. If it is cut off anywhere here, nothing is lost."""
+        # best/ first: a run cut off in between repeats the epoch, and writes it again
+        if self.best is self.history[-1]:
+            self.save_best(self.history[-1])
+        self.write_last()
+
+    def write_last(self) -> None:
         checkpoint = {
             "options": self.options.to_dict(),
             "forecaster": described(self.forecaster),
             "table": self.fingerprint,
             "history": self.history,
-            "state_dict": self.networks.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "refitted": self.refitted,
+            **self.trainer.state(),
         }
-        # best/ first: a run cut off in between repeats the epoch, and writes it again
-        if self.best is self.history[-1]:
-            self.save_best(self.history[-1])
         with explain_disk_errors(MAKE_ROOM):
             save_checkpoint(checkpoint, self.folder / "last.pth")
             self.write_metrics()
@@ -421,13 +400,14 @@ class Run:
         split = self.forecaster.split
         return {
             "best": self.best,
+            "refitted": len(self.table) if self.refitted else None,
             "committee": self.committee,
             "baselines": {name: {"val_mse": row["mse"], "val_mae": row["mae"]} for name, row in self.baselines.items()},
             "ridge_penalty": self.ridge.penalty,
             "history": self.history,
             "seed": self.options.seed,
             "options": self.options.to_dict(),
-            "parameters": sum(p.numel() for p in self.networks.parameters()),
+            "parameters": sum(p.numel() for p in self.model.networks.parameters()),
             "variates": len(self.table.columns),
             "rows": {"train": split.train, "val": split.val, "test": split.test},
             "windows": {part: len(windows) for part, windows in self.windows.items()},
@@ -451,7 +431,8 @@ def fingerprint(table: Table, rows: int) -> str:
 
 def described(forecaster: Forecaster) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    return {name: value for name, value in forecaster.to_dict().items() if name != "metrics"}
+    later = ("metrics", "training", "penalties", "refitted")
+    return {name: value for name, value in forecaster.to_dict().items() if name not in later}
 
 
 def versions() -> dict[str, str]:
