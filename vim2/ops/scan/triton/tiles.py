@@ -82,24 +82,16 @@ def load_word(address, mask, COUNT: tl.constexpr):
     For all that Triton knows as a load or store, it walks through the whole kernel to find the best layout: in the
     backward scan that was nine tenths of the time to compile, and vectors of 32 lanes have but one layout.
     """
-    if COUNT == 4:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.u64 $0, 0; @%e ld.global.b64 $0, [$1]; }",
-            "=l,l,r",
-            [address.to(tl.uint64), mask.to(tl.int32)],
-            dtype=tl.int64,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.u32 $0, 0; @%e ld.global.b32 $0, [$1]; }",
-            "=r,l,r",
-            [address.to(tl.uint64), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.u64 $0, 0; @%e ld.global.b64 $0, [$1]; }"
+        if COUNT == 4
+        else "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.u32 $0, 0; @%e ld.global.b32 $0, [$1]; }",
+        "=l,l,r" if COUNT == 4 else "=r,l,r",
+        [address.to(tl.uint64), mask.to(tl.int32)],
+        dtype=tl.int64 if COUNT == 4 else tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
