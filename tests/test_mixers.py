@@ -18,7 +18,7 @@ from vim2.mixers import (
     SelectiveTokenMixer,
     WeightedAverage,
 )
-from vim2.ops import backend, selective_scan_fn
+from vim2.ops import backend, replay, selective_scan_fn
 from vim2.tsm2 import TimeMixer, VariateMixer
 
 
@@ -205,6 +205,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(backend, "DEFAULT_BACKEND", "triton")
     monkeypatch.setattr(MixerLayer, "_mix", counted)
+    monkeypatch.setattr(replay, "PATIENCE", 1)  # noted the second time
     return calls
 
 

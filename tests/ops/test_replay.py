@@ -15,6 +15,12 @@ from vim2.ops.replay import MAX_REPLAYS, replay
 pytestmark = needs_triton
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Noted the second time that such tensors come."""
+    monkeypatch.setattr(module, "PATIENCE", 1)
+
+
 class Trainee:
     """The owner of the replays of a function whose calls are counted."""
 
@@ -218,6 +224,44 @@ def test_what_is_noted_may_replay_others():
         inputs = gated_inputs(seed)
         assert torch.equal(outer(*inputs), gated(*inputs) * 2)
     assert outer.calls == 2
+
+
+def test_what_is_replayed_already_is_noted_as_part_of_more():
+    inner = Owner(gated)
+    for _ in range(3):
+        inner(*gated_inputs(0))
+    outer = Owner(lambda x, weight, bias: inner(x, weight, bias) * 2)
+    for seed in range(4):
+        inputs = gated_inputs(seed)
+        assert torch.equal(outer(*inputs), gated(*inputs) * 2)
+    assert outer.calls == 2 and inner.calls == 3
+
+
+def test_nothing_is_noted_where_sizes_hardly_come_again(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 3)
+    owner = Owner(lambda x: x * 2)
+    for _ in range(3):
+        for rows in range(1, MAX_REPLAYS + 2):
+            owner(torch.ones(rows, device=DEVICE))
+    assert owner.calls == 3 * (MAX_REPLAYS + 1)
+    for _ in range(6):
+        owner(torch.ones(1, device=DEVICE))
+    assert owner.calls <= 3 * (MAX_REPLAYS + 1) + 4
+
+
+def test_memory_that_ran_out_while_noting_is_tried_for_again(monkeypatch):
+    def both_products(x, weight, bias):
+        if module.own.modes and not spare:
+            raise torch.OutOfMemoryError("noted and plain calls do not fit together")
+        return gated(x, weight, bias)
+
+    spare = []
+    owner = Trainee(both_products)
+    for seed in range(5):
+        inputs = [t.requires_grad_() for t in gated_inputs(seed)]
+        assert_same_bits(both_passes(owner, inputs, 0), both_passes(gated, inputs, 0))
+        spare += [True] * (seed == 2)
+    assert owner.calls == 3 + 2 + 1  # plain ones, failed ones, noted
 
 
 def test_errors_are_those_of_a_plain_call():

@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .operator import own, refuse_second_derivatives
 
 MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
-SEEN, REFUSED = object(), object()  # in place of the replay of what has come but once, and of what cannot be noted
+# Calls with such tensors that are made as ever before one is noted, which takes as long as some: images may come in
+# more sizes than can be remembered.
+PATIENCE = 3
+REFUSED = object()  # in place of the replay of what cannot be noted
 
 NAMES = re.compile(r"\b(?:given|made|part)\d+\b|\bgrad\b")  # of tensors, in lines
 
@@ -70,7 +73,7 @@ class NotReplayableError(Exception):
 def replay(
     owner: object, settings: Hashable, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]
 ) -> Tensor:
-    """function(*tensors), noted the second time that such tensors come, and replayed from then on.
+    """function(*tensors), noted the fourth time that such tensors come, and replayed from then on.
 
     For callers whose operators nobody observes (`operator.is_observed`), and whose kernels are Triton's: what others
     compute cannot be seen here. Where a gradient is wanted, noting takes both passes once more, with the random numbers
@@ -84,31 +87,30 @@ def replay(
         tensors: No two of which share memory. Those of which the function knows without being given them, as of a
             module's parameters, are leaves of autograd's graph.
     """
-    from .triton_launch import has_hooks
+    from .triton_launch import has_hooks, notes
 
     wants = _wants(tensors)
-    if has_hooks() or (wants and _is_watched()) or _is_elsewhere(tensors):
+    # what this is part of is noted, too, by the launches that a replay does not tell of
+    if notes.take is not None or has_hooks() or (wants and _is_watched()) or _is_elsewhere(tensors):
         return function(*tensors)
     known = _replays.get(owner)
     if known is None:
         known = _replays[owner] = {}
     key = settings, wants, tuple([None if t is None else _layout(t) for t in tensors])
-    way = known.get(key)
-    if way is None:
-        if len(known) >= MAX_REPLAYS:
+    way = known.get(key, 0)
+    if way.__class__ is int:  # so many calls came before
+        if way == 0 and len(known) >= MAX_REPLAYS:
             known.clear()
-        known[key] = SEEN
-        return function(*tensors)
-    if way is REFUSED:
-        return function(*tensors)
-    if way is SEEN and not wants:
-        known[key], result = note(function, tensors)
-        return result
-    if way is SEEN:
-        way = known[key] = note_both(function, tensors)
-        if not isinstance(way, BothPasses):
+        if way < PATIENCE:
+            known[key] = way + 1
             return function(*tensors)
-    return _Replayed.apply(way, *tensors) if wants else way(*tensors)
+        if wants is None:
+            known[key], result = note(function, tensors)
+            return result
+        way = known[key] = note_both(function, tensors)
+    if way is REFUSED or way.__class__ is int:
+        return function(*tensors)
+    return way(*tensors) if wants is None else _Replayed.apply(way, *tensors)
 
 
 def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
@@ -136,17 +138,18 @@ def _layout(t: Tensor) -> tuple:
 
 
 def note(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor]:
-    """The replay of a function, or REFUSED, and its result for these tensors."""
-    if is_noting():
-        return SEEN, function(*tensors)
+    """The replay of a function, or REFUSED, or PATIENCE if it can be tried again; and its result for these tensors."""
     notebook = Notebook(tensors)
+    way = REFUSED
     try:
         with noting(notebook):
             result = function(*tensors)
+    except torch.OutOfMemoryError:
+        way, result = PATIENCE, None
     except Exception:
         result = None
-    if result is None:  # outside of the clause above, which keeps all that the error's frames hold from being freed
-        return REFUSED, function(*tensors)  # which raises again what is an error without a notebook, too
+    if result is None:  # outside of the clauses above, which keep all that the error's frames hold from being freed
+        return way, function(*tensors)  # which raises again what is an error without a notebook, too
     try:
         return notebook.replay(result), result
     except NotReplayableError:
@@ -171,12 +174,12 @@ class BothPasses:
 
 
 def note_both(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Any:
-    """A function's `BothPasses`, REFUSED, or SEEN where this is no time to note."""
-    if is_noting() or any(t is not None and t._backward_hooks for t in tensors):  # which would see gradients of ours
-        return SEEN
+    """A function's `BothPasses`, REFUSED, or PATIENCE where this is no time to note."""
     on_gpu = [t.get_device() for t in tensors if t is not None and t.is_cuda][:1]
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        return SEEN  # all that is done would become part of the graph
+        return PATIENCE  # all that is done would become part of the graph
+    if any(t is not None and t._backward_hooks for t in tensors):
+        return PATIENCE  # hooks would see gradients of ours
     leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     notebook = Notebook(leaves)
@@ -190,7 +193,9 @@ def note_both(function: Callable[..., Tensor], tensors: Sequence[Tensor | None])
                 grads = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
         grads = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
         return notebook.both_passes(grads, _layout(grad))
-    except Exception:  # an error that is one without a notebook, too, comes again in a moment
+    except torch.OutOfMemoryError:
+        return PATIENCE
+    except Exception:
         return REFUSED
 
 
@@ -215,13 +220,6 @@ class _Replayed(torch.autograd.Function):
             shape, stride, dtype, *_ = way.layout
             grad = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad)
         return None, *way.backward(grad, *ctx.saved_tensors)
-
-
-def is_noting() -> bool:
-    """Whether what this is part of is being noted."""
-    from .triton_launch import notes
-
-    return notes.take is not None
 
 
 @contextmanager
