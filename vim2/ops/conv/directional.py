@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
+from ..operator import opaque_on_cpus
 from .operator import register_conv
 
 
@@ -44,7 +45,8 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
     return _directional_conv_silu_torch(x, weight, bias)
 
 
-def _directional_conv_silu_torch(x, weight, bias):
+@opaque_on_cpus("vim2::directional_conv_silu_torch")
+def _directional_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Both directions run as one convolution whose kernels are zero on the other side."""
     dtype = compute_dtype(x, weight, bias)
     features, width = x.shape[-1], weight.shape[-1]
