@@ -41,7 +41,7 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
     return _depthwise_conv_silu_torch(x, weight, bias)
 
 
-@opaque_on_cpus("vim2::depthwise_conv_silu_torch")
+@opaque_on_cpus("vim2::depthwise_conv_silu_torch", lambda x, *_: x.new_empty(x.shape))
 def _depthwise_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = compute_dtype(x, weight, bias)
     with autocast_off(x):

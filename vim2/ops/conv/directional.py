@@ -45,7 +45,7 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
     return _directional_conv_silu_torch(x, weight, bias)
 
 
-@opaque_on_cpus("vim2::directional_conv_silu_torch")
+@opaque_on_cpus("vim2::directional_conv_silu_torch", lambda x, *_: x.new_empty(_output_shape(x.shape)))
 def _directional_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Both directions run as one convolution whose kernels are zero on the other side."""
     dtype = compute_dtype(x, weight, bias)
