@@ -210,7 +210,7 @@ def register_operator(name: str, check: Callable, mutates_args: Sequence[str] = 
     return lambda function: Operator(name, function, check, mutates_args)
 
 
-def opaque_on_cpus(name: str, fake: Callable | None = None) -> Callable[[Callable], Callable]:
+def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Decorates the plain form of an operator: torch.compile sees one call of it on a CPU, as it does on a GPU.
 
     The compiler would make some fifty C++ programs of a small model's plain forms, which take most of a minute to
@@ -220,14 +220,14 @@ def opaque_on_cpus(name: str, fake: Callable | None = None) -> Callable[[Callabl
         name: With its namespace, such as "vim2::norm_gate_torch"; its backward pass, which computes the form again, is
             that and "_backward". The form's arguments are annotated, for the schema; its results are new tensors, and
             become contiguous.
-        fake: The rule for tensors without data; default: the form itself. Convolutions need one: PyTorch's own asks
-            how large maps are, and so makes a compiled graph unfit for other sizes.
+        fake: The rule for tensors without data. The form itself would be slow, and its convolutions' own rules ask
+            how large maps are, which makes a compiled graph unfit for other sizes.
     """
 
     def decorate(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=())
         arguments, _ = schema.split(" -> ")
-        _register(name, schema, function, fake or function)
+        _register(name, schema, function, fake)
         backward = f"{name}_backward"
 
         def differentiate(grads, *args):
@@ -276,9 +276,9 @@ def opaque_on_cpus(name: str, fake: Callable | None = None) -> Callable[[Callabl
 def _register(name: str, schema: str, function: Callable, fake: Callable) -> None:
     """An operator that runs a function of plain PyTorch, whose results it makes contiguous."""
 
-    def contiguous(form: Callable) -> Callable:
-        return lambda *args: pytree.tree_map(Tensor.contiguous, form(*args))
+    def run(*args):
+        return pytree.tree_map(Tensor.contiguous, function(*args))
 
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "default", torch.compiler.disable(contiguous(function)))
-    torch.library.register_fake(name)(contiguous(fake))
+    torch.library.impl(name, "default", torch.compiler.disable(run))
+    torch.library.register_fake(name)(fake)

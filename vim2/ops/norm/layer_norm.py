@@ -77,7 +77,11 @@ def _norm(x, weight, bias, eps, patch, backend):
     return _layer_norm_torch(x, weight, bias, float(eps), dtype, patch)
 
 
-@opaque_on_cpus("vim2::layer_norm_torch")
+def _fake_layer_norm_torch(x, weight, bias, eps, dtype, patch):
+    return x.new_empty(_shape(x, patch), dtype=dtype)
+
+
+@opaque_on_cpus("vim2::layer_norm_torch", _fake_layer_norm_torch)
 def _layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int) -> Tensor:
     compute = compute_dtype(x, weight, bias)
     x = x.to(compute)

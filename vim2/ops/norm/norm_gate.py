@@ -61,7 +61,11 @@ def norm_gate(
     return _norm_gate_torch(y, gate, norm_weight, norm_bias, float(eps), dtype)
 
 
-@opaque_on_cpus("vim2::norm_gate_torch")
+def _fake_norm_gate_torch(y, gate, norm_weight, norm_bias, eps, dtype):
+    return gate.new_empty(gate.shape, dtype=dtype)
+
+
+@opaque_on_cpus("vim2::norm_gate_torch", _fake_norm_gate_torch)
 def _norm_gate_torch(
     y: Tensor, gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:

@@ -84,7 +84,11 @@ def weighted_average_norm(
     return _weighted_average_norm_torch(list(features), weight, norm_weight, norm_bias, float(eps), dtype)
 
 
-@opaque_on_cpus("vim2::weighted_average_norm_torch")
+def _fake_weighted_average_norm_torch(features, weight, norm_weight, norm_bias, eps, dtype):
+    return features[0].new_empty(features[0].shape, dtype=dtype)
+
+
+@opaque_on_cpus("vim2::weighted_average_norm_torch", _fake_weighted_average_norm_torch)
 def _weighted_average_norm_torch(
     features: Sequence[Tensor], weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -111,7 +115,11 @@ def _promoted(features: Sequence[Tensor], weight: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (f.dtype for f in features), weight.dtype)
 
 
-@opaque_on_cpus("vim2::weighted_average_torch")
+def _fake_weighted_average_torch(features, weight):
+    return features[0].new_empty(features[0].shape, dtype=_promoted(features, weight))
+
+
+@opaque_on_cpus("vim2::weighted_average_torch", _fake_weighted_average_torch)
 def _weighted_average_torch(features: Sequence[Tensor], weight: Tensor) -> Tensor:
     return _sum(features, weight)
 
