@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 from devices import needs_gpu
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
@@ -372,6 +373,20 @@ def test_compiles_without_graph_breaks(small_model):
     x = images(2, 3, 64, 64)
     compiled = torch.compile(small_model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), small_model(x))
+
+
+@torch.no_grad()
+def test_compiles_once_more_for_all_other_sizes():
+    model = timm.create_model(
+        "test_vim2", depths=(1, 1), dims=(8, 16), token_mixers=1, d_state=1, channel_expand=1.0
+    ).eval()
+    model(images(1, 3, 64, 64))  # Numba starts its threads
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for height, width in ((64, 64), (256, 320), (97, 131), (40, 200)):
+        compiled(images(1, 3, height, width))
+    assert counter.frame_count == 2
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
