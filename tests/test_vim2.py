@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 from devices import needs_gpu
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
@@ -389,6 +390,20 @@ def test_compiles_without_graph_breaks(small_model):
     torch.testing.assert_close(compiled(x), small_model(x))
 
 
+@torch.no_grad()
+def test_compiles_once_more_for_all_other_sizes():
+    model = timm.create_model(
+        "test_vim2", depths=(1, 1), dims=(8, 16), token_mixers=1, d_state=1, channel_expand=1.0
+    ).eval()
+    model(images(1, 3, 64, 64))  # Numba starts its threads
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for height, width in ((64, 64), (256, 320), (97, 131), (40, 200)):
+        compiled(images(1, 3, height, width))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("grad", [False, True])
 def test_traces(model, grad):
@@ -410,11 +425,11 @@ def test_exports(small_model):
 
 
 def test_exports_with_dynamic_sizes(small_model):
-    dynamic = torch.export.Dim.DYNAMIC
+    batch, height, width = (torch.export.Dim(n, min=m, max=512) for n, m in (("b", 1), ("h", 36), ("w", 36)))
     exported = torch.export.export(
-        small_model, (images(2, 3, 64, 96),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+        small_model, (images(2, 3, 64, 96),), dynamic_shapes=({0: batch, 2: height, 3: width},)
     ).module()
-    for shape in ((2, 3, 64, 64), (3, 3, 128, 96)):
+    for shape in ((1, 3, 64, 64), (3, 3, 97, 131)):
         torch.testing.assert_close(exported(images(*shape)), small_model(images(*shape)))
 
 

@@ -16,9 +16,10 @@ from ..classify.models import create_model, load_checkpoint_model
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..vim2 import ViM2
-from .comparison import SIZES, compare_onnx
+from .comparison import SIZES, compare, run_onnx, run_pt2
 from .hub import export_timm
 from .onnx import DEFAULT_OPSET, MIN_OPSET, export_onnx
+from .pt2 import MIN_DYNAMIC, export_pt2
 
 __all__ = ["export"]
 
@@ -39,35 +40,41 @@ def export(argv: Sequence[str]) -> None:
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
-    formats = "onnx: a file; timm: a folder for timm, transformers and the Hugging Face Hub; safetensors: weights in "
-    formats += "half precision"
-    add("--format", required=True, choices=("onnx", "timm", "safetensors"), help=formats)
+    formats = "onnx: a file; pt2: a compiled package for PyTorch in Python and C++ (AOTInductor); timm: a folder for "
+    formats += "timm, transformers and the Hugging Face Hub; safetensors: weights in half precision"
+    add("--format", required=True, choices=("onnx", "pt2", "timm", "safetensors"), help=formats)
     add("--output", required=True, type=Path, metavar="PATH", help="where to write")
-    onnx = parser.add_argument_group("onnx")
-    add = onnx.add_argument
+    programs = parser.add_argument_group("onnx, pt2")
+    add = programs.add_argument
     add("--features-only", action="store_true", help="the stages' maps in place of the classifier's logits")
-    sizes = "height and width, or one number for both, for runtimes that take no dynamic ones; default: any"
+    sizes = "height and width, or one number for both, for runtimes that take no dynamic ones; default: any, with "
+    sizes += f"pt2 from {MIN_DYNAMIC} on"
     add("--img-size", type=int, nargs="+", metavar="PIXELS", help=sizes)
-    add("--opset", type=int, help=f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}")
-    add("--compare", action="store_true", help="run the file in onnxruntime beside PyTorch: differences and times")
+    add("--compare", action="store_true", help="run the file beside PyTorch's eager mode: differences and times")
+    opset = f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}"
+    parser.add_argument_group("onnx").add_argument("--opset", type=int, help=opset)
+    device = "on which the package will run; default cpu"
+    parser.add_argument_group("pt2").add_argument("--device", choices=("cpu", "cuda"), help=device)
     weights = parser.add_argument_group("safetensors")
     weights.add_argument("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
     weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
     args = parser.parse_args(argv)
     if args.model is None and args.checkpoint is None:
         raise UserError("Say what to export: --model NAME, --checkpoint FILE, or both.")
-    own = dict(onnx=("features_only", "img_size", "opset", "compare"), safetensors=("data_dir", "split"))
-    for form, names in own.items():
-        if given := [name for name in names if getattr(args, name) and args.format != form]:
-            raise UserError(f"--{given[0].replace('_', '-')} is for --format {form}: leave it out.")
+    programs = ("onnx", "pt2")
+    own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), device=("pt2",))
+    own |= dict(data_dir=("safetensors",), split=("safetensors",))
+    for name, formats in own.items():
+        if getattr(args, name) and args.format not in formats:
+            raise UserError(f"--{name.replace('_', '-')} is for --format {' or '.join(formats)}: leave it out.")
     torch.manual_seed(0)
     if args.checkpoint is None and not args.pretrained:
         model, facts = create_model(args.model), {}
     else:
         model, facts = load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained)
     try:
-        if args.format == "onnx":
-            _export_onnx(model, args)
+        if args.format in programs:
+            _export_program(model, args)
         elif args.format == "timm":
             _export_timm(model, facts, args)
         else:
@@ -77,22 +84,28 @@ def export(argv: Sequence[str]) -> None:
         raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
 
 
-def _export_onnx(model: nn.Module, args: argparse.Namespace) -> None:
+def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
     size = None
     if args.img_size is not None:
         if len(args.img_size) > 2:
             raise UserError(f"--img-size takes a height and a width, got {len(args.img_size)} numbers.")
         size = args.img_size[0], args.img_size[-1]
     if not isinstance(model, ViM2):
-        raise UserError(f"Only ViM2 models are exported here, not {type(model).__name__}: use torch.onnx.export.")
+        raise UserError(f"Only ViM2 models are exported here, not {type(model).__name__}: use torch.export.")
     channels = model.in_chans
     if args.features_only:
         model = FeatureGetterNet(model, out_indices=tuple(range(len(model.stages))))
-    opset = DEFAULT_OPSET if args.opset is None else args.opset
-    export_onnx(model, args.output, img_size=size, opset=opset)
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, ONNX, opset {opset}")
+    if args.format == "onnx":
+        opset = DEFAULT_OPSET if args.opset is None else args.opset
+        export_onnx(model, args.output, img_size=size, opset=opset)
+        kind, run = f"ONNX, opset {opset}", run_onnx
+    else:
+        device = args.device or "cpu"
+        export_pt2(model, args.output, img_size=size, device=device)
+        model, kind, run = model.to(device), f"AOTInductor's package for {device}", run_pt2
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
     if args.compare:
-        print(compare_onnx(model.eval(), args.output, [size] if size else SIZES, channels))
+        print(compare(model.eval(), *run(args.output), [size] if size else SIZES, channels))
 
 
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

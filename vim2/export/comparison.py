@@ -2,36 +2,24 @@
 
 import statistics
 import timeit
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..command.errors import UserError
 from ..command.tables import table
 
-__all__ = ["SIZES", "compare_onnx"]
+__all__ = ["SIZES", "compare", "run_onnx", "run_pt2"]
 
 SIZES = ((224, 224), (256, 320), (97, 131))  # the last has odd sides, and rounds up in every stage
 
 
-@torch.no_grad()
-def compare_onnx(
-    model: nn.Module, path: Path, sizes: Sequence[tuple[int, int]], channels: int, repeats: int = 9
-) -> str:
-    """Run an ONNX file in onnxruntime on the CPU beside its model in eager mode, with as many threads as PyTorch has.
-
-    Args:
-        model: On the CPU, in eval mode.
-        path: The file that was written of it.
-        sizes: Height and width of the images, one in a batch, random.
-        channels: Of the images.
-        repeats: Timed runs of each, in turn, after two that are not.
-
-    Returns:
-        A table: the largest difference of an output and the largest output, medians of times.
+def run_onnx(path: Path) -> tuple[str, Callable[[Tensor], list[Tensor]]]:
+    """onnxruntime's name and version, and an ONNX file as a function of images, on the CPU with as many threads as
+    PyTorch has.
 
     Raises:
         UserError: onnxruntime is not installed.
@@ -43,21 +31,59 @@ def compare_onnx(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    header = ["size", "largest difference", "largest output", "eager, ms", "onnxruntime, ms", "ratio"]
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(t) for t in session.run(None, {"images": images.numpy()})]
+
+    return f"onnxruntime {onnxruntime.__version__}", run
+
+
+def run_pt2(path: Path) -> tuple[str, Callable[[Tensor], Tensor | list[Tensor]]]:
+    """AOTInductor's name, and a package as a function of images."""
+    return "AOTInductor", torch._inductor.aoti_load_package(str(path))
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    name: str,
+    other: Callable[[Tensor], Tensor | list[Tensor]],
+    sizes: Sequence[tuple[int, int]],
+    channels: int,
+    repeats: int = 9,
+) -> str:
+    """Run an exported model beside its model in eager mode.
+
+    Args:
+        model: In eval mode.
+        name: Of the runtime, with its version.
+        other: The exported model.
+        sizes: Height and width of the images, one in a batch, random.
+        channels: Of the images.
+        repeats: Timed runs of each, in turn, after two that are not.
+
+    Returns:
+        A table: the largest difference of an output and the largest output, medians of times.
+    """
+    runtime = name.partition(" ")[0]
+    header = ["size", "largest difference", "largest output", "eager, ms", f"{runtime}, ms", "ratio"]
     rows = []
     generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
     for height, width in sizes:
-        images = torch.randn(1, channels, height, width, generator=generator)
-        runs = (partial(model, images), partial(session.run, None, {"images": images.numpy()}))
+        images = torch.randn(1, channels, height, width, generator=generator).to(device)
+        runs = (partial(_outputs, model, images), partial(_outputs, other, images))
         for _ in range(2):
-            results = [run() for run in runs]
+            expected, given = (run() for run in runs)
         times = [[timeit.timeit(run, number=1) for run in runs] for _ in range(repeats)]
-        expected = results[0] if isinstance(results[0], list) else [results[0]]
-        given = [torch.from_numpy(t) for t in results[1]]
         difference = max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
         largest = max(t.abs().max().item() for t in expected)
-        eager, other = (1000 * statistics.median(taken) for taken in zip(*times))
-        cells = [f"{height} x {width}", f"{difference:.1e}", f"{largest:.2f}", f"{eager:.0f}", f"{other:.0f}"]
-        rows.append([*cells, f"{other / eager:.2f}"])
-    threads = f"threads: {torch.get_num_threads()}"
-    return f"onnxruntime {onnxruntime.__version__}, PyTorch {torch.__version__}, {threads}\n{table(header, rows)}"
+        eager, exported = (1000 * statistics.median(taken) for taken in zip(*times))
+        cells = [f"{height} x {width}", f"{difference:.1e}", f"{largest:.2f}", f"{eager:.0f}", f"{exported:.0f}"]
+        rows.append([*cells, f"{exported / eager:.2f}"])
+    return f"{name}, PyTorch {torch.__version__}, threads: {torch.get_num_threads()}\n{table(header, rows)}"
+
+
+def _outputs(run: Callable[[Tensor], Tensor | Sequence[Tensor]], images: Tensor) -> list[Tensor]:
+    results = run(images)
+    return [t.cpu() for t in ([results] if isinstance(results, Tensor) else results)]

@@ -6,20 +6,17 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..tsm2 import TSM2
-from ..vim2 import MIN_SIZE
+from .examples import examples
 
 __all__ = ["DEFAULT_OPSET", "MIN_OPSET", "export_onnx", "onnx_translations"]
 
 MIN_OPSET = 18  # the oldest for which PyTorch has translations of its own operators
 DEFAULT_OPSET = 20
-
-# Sizes of the example that is exported. All differ, and none is 0 or 1, which would be taken as fixed.
-_EXAMPLE_BATCH, _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH, _EXAMPLE_VARIATES = 2, 64, 96, 3
 
 
 def onnx_translations() -> dict[Callable, Callable]:
@@ -75,21 +72,16 @@ def export_onnx(
             f"LayerNorm are no operators of another."
         )
     model = copy.deepcopy(model).cpu().eval()
-    if isinstance(model, TSM2):
-        if img_size is not None:
-            raise UserError("A TSM2 reads no images: leave the image size out.")
-        inputs, outputs = _series(model), ["forecast"]
-    else:
-        inputs, outputs = _images(model, img_size), _output_names(model)
-    examples, dynamic = zip(*inputs.values())
+    named = examples(model, img_size)
+    inputs, dynamic = zip(*named.values())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # two inputs may share an axis
         program = torch.onnx.export(
             model,
-            examples,
+            inputs,
             dynamo=True,
-            input_names=list(inputs),
-            output_names=outputs,
+            input_names=list(named),
+            output_names=_output_names(model),
             dynamic_shapes=dynamic,
             opset_version=opset,
             custom_translation_table=translations,
@@ -101,35 +93,9 @@ def export_onnx(
     write_atomically(path, program.model_proto.SerializeToString())
 
 
-def _images(model: nn.Module, img_size: tuple[int, int] | None) -> dict[str, tuple[Tensor, dict[int, str]]]:
-    """The example and its dynamic axes."""
-    weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embed.proj.weight"))
-    axes = {0: "batch"}
-    if img_size is None:
-        img_size = _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH
-        axes |= {2: "height", 3: "width"}
-    elif min(img_size) < MIN_SIZE:
-        raise UserError(
-            f"Images must be at least {MIN_SIZE} x {MIN_SIZE}, got {img_size[0]} x {img_size[1]}: export a larger size."
-        )
-    return {"images": (weight.new_zeros(_EXAMPLE_BATCH, weight.shape[1], *img_size), axes)}
-
-
 def _output_names(model: nn.Module) -> list[str]:
+    if isinstance(model, TSM2):
+        return ["forecast"]
     if hasattr(model, "feature_info") and not hasattr(model, "forward_head"):  # timm's features_only
         return [f"features_{i}" for i in range(len(model.feature_info))]
     return ["logits"]
-
-
-def _series(model: TSM2) -> dict[str, tuple[Tensor, dict[int, str]]]:
-    """The examples and their dynamic axes."""
-    c, weight = model.config, model.embed.weight
-    batch, variates = _EXAMPLE_BATCH, _EXAMPLE_VARIATES
-    inputs = {"x": (weight.new_zeros(batch, c.lookback, variates), {0: "batch", 2: "variates"})}
-    if c.static_features:
-        static = weight.new_zeros(batch, variates, c.static_features)
-        inputs["static"] = static, {0: "batch", 1: "variates"}
-    if c.future_features:
-        future = weight.new_zeros(batch, c.future_steps, variates, c.future_features)
-        inputs["future"] = future, {0: "batch", 2: "variates"}
-    return inputs

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils import _pytree as pytree
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -207,3 +208,77 @@ _NO_TENSORS = {int, float, bool, str, type(None), torch.dtype}
 def register_operator(name: str, check: Callable, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:
     """Makes the decorated function an `Operator`."""
     return lambda function: Operator(name, function, check, mutates_args)
+
+
+def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Decorates the plain form of an operator: torch.compile sees one call of it on a CPU, as it does on a GPU.
+
+    The compiler would make some fifty C++ programs of a small model's plain forms, which take most of a minute to
+    compile, and longer with dynamic sizes. torch.export still looks inside: its programs shall not need this package.
+
+    Args:
+        name: With its namespace, such as "vim2::norm_gate_torch"; its backward pass, which computes the form again, is
+            that and "_backward". The form's arguments are annotated, for the schema; its results are new tensors, and
+            become contiguous.
+        fake: The rule for tensors without data. The form itself would be slow, and its convolutions' own rules ask
+            how large maps are, which makes a compiled graph unfit for other sizes.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        arguments, _ = schema.split(" -> ")
+        _register(name, schema, function, fake)
+        backward = f"{name}_backward"
+
+        def differentiate(grads, *args):
+            leaves, structure = pytree.tree_flatten(args)
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
+                outputs = pytree.tree_leaves(function(*pytree.tree_unflatten(leaves, structure)))
+            return list(torch.autograd.grad(outputs, [t for t in leaves if isinstance(t, Tensor)], grads))
+
+        def shapes(grads, *args):
+            return [t.new_empty(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+
+        _register(backward, f"(Tensor[] grads, {arguments[1:]} -> Tensor[]", differentiate, shapes)
+        registered, registered_backward = (getattr(torch.ops.vim2, n.removeprefix("vim2::")) for n in (name, backward))
+
+        def set_up(ctx, inputs, output):
+            leaves, ctx.structure = pytree.tree_flatten(inputs)
+            ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+            ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+        def fill(ctx, tensors, others):
+            tensors = iter(tensors)
+            leaves = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, others)]
+            return pytree.tree_unflatten(leaves, ctx.structure)
+
+        def derive(ctx, *grads):
+            refuse_second_derivatives()
+            gradients = registered_backward(list(grads), *fill(ctx, ctx.saved_tensors, ctx.others))
+            return tuple(fill(ctx, gradients, [None] * len(ctx.others)))
+
+        torch.library.register_autograd(name, derive, setup_context=set_up)
+
+        @functools.wraps(function)
+        def call(*args):
+            first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and first.device.type == "cpu":
+                return registered(*args)
+            return function(*args)
+
+        return call
+
+    return decorate
+
+
+def _register(name: str, schema: str, function: Callable, fake: Callable) -> None:
+    """An operator that runs a function of plain PyTorch, whose results it makes contiguous."""
+
+    def run(*args):
+        return pytree.tree_map(Tensor.contiguous, function(*args))
+
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "default", torch.compiler.disable(run))
+    torch.library.register_fake(name)(fake)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
+from ..operator import opaque_on_cpus
 from .operator import register_conv
 
 
@@ -40,7 +41,8 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
     return _depthwise_conv_silu_torch(x, weight, bias)
 
 
-def _depthwise_conv_silu_torch(x, weight, bias):
+@opaque_on_cpus("vim2::depthwise_conv_silu_torch", lambda x, *_: x.new_empty(x.shape))
+def _depthwise_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = compute_dtype(x, weight, bias)
     with autocast_off(x):
         maps = x.permute(0, 3, 1, 2).to(dtype)

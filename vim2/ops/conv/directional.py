@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
+from ..operator import opaque_on_cpus
 from .causal import convolve as convolve_causally
 from .operator import register_conv
 
@@ -57,7 +58,8 @@ def _directional_conv_silu_causal(x, weight, bias):
     return torch.stack((forward, backward.flip(1)), dim=2)
 
 
-def _directional_conv_silu_torch(x, weight, bias):
+@opaque_on_cpus("vim2::directional_conv_silu_torch", lambda x, *_: x.new_empty(_output_shape(x.shape)))
+def _directional_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Both directions run as one convolution whose kernels are zero on the other side."""
     dtype = compute_dtype(x, weight, bias)
     features, width = x.shape[-1], weight.shape[-1]

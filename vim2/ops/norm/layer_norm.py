@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
+from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -74,11 +74,22 @@ def _norm(x, weight, bias, eps, patch, backend):
     dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
     if resolve_backend(backend, x, weight, bias) == "triton":
         return _layer_norm(x, weight, bias, float(eps), dtype, patch, needs_backward(x, weight, bias))[0]
+    return _layer_norm_torch(x, weight, bias, float(eps), dtype, patch)
+
+
+def _fake_layer_norm_torch(x, weight, bias, eps, dtype, patch):
+    return x.new_empty(_shape(x, patch), dtype=dtype)
+
+
+@opaque_on_cpus("vim2::layer_norm_torch", _fake_layer_norm_torch)
+def _layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int) -> Tensor:
     compute = compute_dtype(x, weight, bias)
     x = x.to(compute)
     if patch == 2:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        # by the halves, not by remainders, which compilers and torch.export could not simplify with dynamic sizes
+        _, rows, columns, _ = _shape(x, 2)
+        x = F.pad(x, (0, 0, 0, 2 * columns - x.shape[2], 0, 2 * rows - x.shape[1]))
+        x = x.reshape(x.shape[0], rows, 2, columns, 2, x.shape[3]).permute(0, 1, 3, 4, 2, 5).flatten(3)
     return F.layer_norm(x, x.shape[-1:], weight.to(compute), bias.to(compute), eps).to(dtype)
 
 

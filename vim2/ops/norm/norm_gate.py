@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
+from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -53,13 +53,24 @@ def norm_gate(
             f"got {tuple(y.shape)} and {tuple(gate.shape)}."
         )
     check_norm(norm_weight, norm_bias, gate.shape[-1])
-    per_direction = y.dim() > gate.dim()
     tensors = (y, gate) if norm_weight is None else (y, gate, norm_weight, norm_bias)
     dtype = autocast_dtype(y) or torch.promote_types(y.dtype, gate.dtype)
     if resolve_backend(backend, *tensors) == "triton":
         options = (float(eps), dtype, needs_backward(*tensors))
         return _norm_gate(y, gate, norm_weight, norm_bias, *options)[0]
-    compute = compute_dtype(*tensors)
+    return _norm_gate_torch(y, gate, norm_weight, norm_bias, float(eps), dtype)
+
+
+def _fake_norm_gate_torch(y, gate, norm_weight, norm_bias, eps, dtype):
+    return gate.new_empty(gate.shape, dtype=dtype)
+
+
+@opaque_on_cpus("vim2::norm_gate_torch", _fake_norm_gate_torch)
+def _norm_gate_torch(
+    y: Tensor, gate: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    compute = compute_dtype(*(t for t in (y, gate, norm_weight, norm_bias) if t is not None))
+    per_direction = y.dim() > gate.dim()
     y = y.to(compute)
     if per_direction:
         y = y.sum(-2).flatten(-2)

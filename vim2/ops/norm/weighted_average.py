@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import needs_backward, refuse_second_derivatives, register_operator, require_fit
+from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -43,7 +43,7 @@ def weighted_average(features: Sequence[Tensor], weight: Tensor, backend: str | 
     _check_features(features, weight)
     if resolve_backend(backend, *features, weight) == "triton" and features[0].dim() > 0:
         return _weighted_average(features, weight, None, None, 0.0, _promoted(features, weight), False)[0]
-    return _sum(features, weight)
+    return _weighted_average_torch(list(features), weight)
 
 
 def weighted_average_norm(
@@ -81,7 +81,18 @@ def weighted_average_norm(
     if resolve_backend(backend, *tensors) == "triton":
         keeps = needs_backward(*tensors)
         return _weighted_average(features, weight, norm_weight, norm_bias, float(eps), dtype, keeps)[0]
-    compute = compute_dtype(*tensors)
+    return _weighted_average_norm_torch(list(features), weight, norm_weight, norm_bias, float(eps), dtype)
+
+
+def _fake_weighted_average_norm_torch(features, weight, norm_weight, norm_bias, eps, dtype):
+    return features[0].new_empty(features[0].shape, dtype=dtype)
+
+
+@opaque_on_cpus("vim2::weighted_average_norm_torch", _fake_weighted_average_norm_torch)
+def _weighted_average_norm_torch(
+    features: Sequence[Tensor], weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    compute = compute_dtype(*features, weight, norm_weight, norm_bias)
     total = _sum(features, weight.to(compute)).to(compute)
     return F.layer_norm(total, total.shape[-1:], norm_weight.to(compute), norm_bias.to(compute), eps).to(dtype)
 
@@ -102,6 +113,15 @@ def _are_alike(features: Sequence[Tensor]) -> bool:
 
 def _promoted(features: Sequence[Tensor], weight: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (f.dtype for f in features), weight.dtype)
+
+
+def _fake_weighted_average_torch(features, weight):
+    return features[0].new_empty(features[0].shape, dtype=_promoted(features, weight))
+
+
+@opaque_on_cpus("vim2::weighted_average_torch", _fake_weighted_average_torch)
+def _weighted_average_torch(features: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return _sum(features, weight)
 
 
 def _sum(features: Sequence[Tensor], weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backend import autocast_dtype, autocast_off, resolve_backend
 from ..operator import (
     needs_backward,
+    opaque_on_cpus,
     refuse_second_derivatives,
     refuse_transforms,
     register_operator,
@@ -106,6 +107,15 @@ def scan_parameters(
     if resolve_backend(backend, weight, A_log) == "triton":
         dtype = autocast_dtype(weight) or weight.dtype
         return _scan_parameters(weight, A_log, separate_inputs, dtype)
+    return _scan_parameters_torch(weight, A_log)
+
+
+def _fake_scan_parameters_torch(weight, A_log):
+    return weight.new_empty(weight.shape), A_log.new_empty(A_log.shape)
+
+
+@opaque_on_cpus("vim2::scan_parameters_torch", _fake_scan_parameters_torch)
+def _scan_parameters_torch(weight: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
     return weight.roll(2 * A_log.shape[-1] - weight.shape[1], dims=1), -torch.exp(A_log)
 
 

@@ -1,0 +1,115 @@
+"""Programs of PyTorch's own operators give what the model does, in a process that knows nothing of this package.
+
+Compiling a package takes the smallest model most of a minute: here the compiler is replaced."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import vim2
+from vim2.checkpoints import save_checkpoint
+from vim2.command.errors import UserError
+from vim2.export import export_program, export_pt2
+from vim2.export.cli import main
+
+TINY = dict(depths=(1,), dims=(8,), token_mixers=1, d_state=2, channel_expand=2.0, channel_patch=8)
+ONE_SCAN = dict(TINY, channel_mixer="none")
+ELSEWHERE = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+for inputs, expected in torch.load(sys.argv[2]):
+    results = program(*inputs)
+    torch.testing.assert_close([results] if isinstance(results, torch.Tensor) else results, expected, rtol=0, atol=1e-5)
+assert not {"vim2", "timm", "numba"} & set(sys.modules)
+"""
+
+
+def randomised(model):
+    """Weights that show a mistake: at initialisation, averages and norms are ones."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.05)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_elsewhere(program, model, cases, folder):
+    torch.export.save(program, folder / "program.pt2")
+    results = [(inputs, model(*inputs)) for inputs in cases]
+    torch.save([(i, [r] if isinstance(r, torch.Tensor) else r) for i, r in results], folder / "cases.pt")
+    command = [sys.executable, "-I", "-c", ELSEWHERE, folder / "program.pt2", folder / "cases.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_any_batch_and_size(tmp_path):
+    model = randomised(timm.create_model("test_vim2", features_only=True, out_indices=(0,), **TINY))
+    program = export_program(model)
+    cases = [(torch.randn(shape),) for shape in ((1, 3, 64, 64), (2, 3, 97, 71), (3, 3, 36, 128))]
+    assert_same_elsewhere(program, model, cases, tmp_path)
+    ranges = sorted((int(r.lower), int(r.upper)) for r in program.range_constraints.values())
+    assert ranges == [(1, 65536), (36, 4096), (36, 4096)]
+    with pytest.raises(AssertionError, match="36"):
+        program.module()(torch.zeros(1, 3, 64, 32))
+
+
+@torch.no_grad()
+def test_tsm2():
+    config = vim2.TSM2Config(lookback=24, horizon=5, patch=4, stride=2, d_model=8, d_state=2, variate_mixer="none")
+    model = randomised(vim2.TSM2(config))
+    program = export_program(model).module()
+    for shape in ((1, 24, 4), (3, 24, 2)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_the_compiled_package_is_written(monkeypatch, tmp_path, capsys):
+    def compile_and_package(program, package_path):
+        assert not [n for n in program.graph.nodes if "vim2" in str(n.target)]
+        torch.export.save(program, package_path)
+        return package_path
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_and_package)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: torch.export.load(path).module())
+    output = tmp_path / "new" / "model.pt2"
+    model = timm.create_model("test_vim2", num_classes=3, **ONE_SCAN)
+    facts = dict(arch="test_vim2", num_classes=3, model_kwargs=ONE_SCAN)
+    save_checkpoint({**facts, "state_dict": model.state_dict()}, tmp_path / "best.pth")
+    command = ["export", "--checkpoint", str(tmp_path / "best.pth"), "--format", "pt2", "--output", str(output)]
+    assert main([*command, "--img-size", "32", "33", "--compare"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 32 x 33 | ")
+    assert float(printed[-1].split("|")[2]) < 1e-5
+    assert b"/vim2/" not in output.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(path="model.onnx"), "by the name NAME.pt2, got model.onnx"),
+        (dict(img_size=(31, 64)), "at least 32 x 32, got 31 x 64"),
+        pytest.param(
+            dict(device="cuda"),
+            "compiled on a machine with one",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_cannot_be_written(options, says, tmp_path):
+    path = tmp_path / options.pop("path", "model.pt2")
+    with pytest.raises(UserError, match=says):
+        export_pt2(timm.create_model("test_vim2", **TINY), path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    def missing():
+        raise torch._inductor.exc.InvalidCxxCompiler
+
+    monkeypatch.setattr("vim2.export.pt2.get_cpp_compiler", missing)
+    with pytest.raises(UserError, match=r"install g\+\+"):
+        export_pt2(timm.create_model("test_vim2", **TINY), tmp_path / "model.pt2")

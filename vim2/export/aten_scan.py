@@ -1,0 +1,89 @@
+"""The scan in PyTorch's own operators: `torch.ops.vim2.selective_scan` for programs that run without this package.
+
+Its recurrence (see `vim2.ops.selective_scan`) is PyTorch's `scan` of one step at a time, over all directions, batch and
+states at once, as in `vim2.export.onnx_scan`. Compilers make a loop of it, whose length may be dynamic.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import SymInt, Tensor
+from torch._higher_order_ops.scan import scan_op
+
+from ..ops.backend import compute_dtype
+from ..ops.scan.operands import Operands
+from ..ops.scan.orders import ORDERS
+
+__all__ = ["selective_scan"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    delta_softplus: bool,
+    orders: Sequence[int],
+    height: int,
+    width: int,
+    merge: bool,
+    with_last: bool,
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For `ExportedProgram.run_decompositions`, with the arguments and results of the registered operator, see
+    `vim2.ops.scan.operator`. States and decays are float32, float64 where any input is. No states are kept for a
+    backward pass."""
+    dtype = compute_dtype(u, delta, A, B, C)
+    full = Operands(u, delta, A, B, C, D, delta_bias, delta_weight).with_full_delta()
+    x, delta, A, B, C, D, bias = (t.to(dtype) for t in full)
+    directions, features, states = A.shape
+    x = x.unsqueeze(2) if x.dim() == 3 else x
+    dt = F.softplus(delta + bias) if delta_softplus else delta + bias
+
+    def walk(field: Tensor) -> Tensor:
+        """(batch, L, K, X) -> (L, K, batch, X), each direction in the order of its steps."""
+        field = field.permute(1, 2, 0, 3)
+        return torch.stack([_walk(field[:, k], ORDERS[i], height, width) for k, i in enumerate(orders)], 1)
+
+    def step(h: Tensor, dt: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+        """h is (K, batch, N, E), so that channels are the vector lanes; dt and x are (K, batch, E), B and C (K, batch,
+        N)."""
+        h = torch.exp(dt.unsqueeze(2) * A) * h + x.unsqueeze(2) * B.unsqueeze(3)
+        return h, (h * C.unsqueeze(3)).sum(2)
+
+    start = dt.new_zeros(directions, u.shape[0], states, features)
+    fields = [walk(field).contiguous() for field in (dt, dt * x, B, C)]
+    rates = A.transpose(1, 2).contiguous().unsqueeze(1)
+    last, y = scan_op(step, [start], fields, (rates, *_symbols(dt)))
+    y = torch.stack([_walk_back(y[:, k], ORDERS[i], height, width) for k, i in enumerate(orders)], 1)
+    y = y.permute(2, 0, 1, 3) + x * D
+    last = last.permute(1, 0, 3, 2).contiguous() if with_last else dt.new_empty(0)
+    kept = dt.new_empty(u.shape[0], directions, 0, states, features)
+    return (y.sum(2) if merge else y).to(u.dtype).contiguous(), last, kept
+
+
+def _walk(rows: Tensor, order: str, height: int, width: int) -> Tensor:
+    """(L, ...) in memory's order to that of a walk's steps, see `vim2.ops.scan.orders`."""
+    if order.startswith("columns"):
+        rows = rows.unflatten(0, (height, width)).transpose(0, 1).flatten(0, 1)
+    return rows.flip(0) if order.endswith("backward") else rows
+
+
+def _walk_back(steps: Tensor, order: str, height: int, width: int) -> Tensor:
+    """The inverse of `_walk`."""
+    steps = steps.flip(0) if order.endswith("backward") else steps
+    return steps.unflatten(0, (width, height)).transpose(0, 1).flatten(0, 1) if order.startswith("columns") else steps
+
+
+def _symbols(field: Tensor) -> list[SymInt]:
+    """The dynamic sizes of the program's inputs on which a field's sizes depend. PyTorch's compiler works out the size
+    of the loop's results from them, and must find them among the loop's inputs."""
+    sizes = [size.node for size in field.shape if isinstance(size, SymInt)]
+    symbols = sorted({symbol for node in sizes for symbol in node.expr.free_symbols}, key=str)
+    return [sizes[0].shape_env.create_symintnode(symbol, hint=None) for symbol in symbols]

@@ -1,0 +1,57 @@
+"""The inputs with which models are exported, and their dynamic axes."""
+
+from torch import Tensor, nn
+
+from ..command.errors import UserError
+from ..tsm2 import TSM2
+from ..vim2 import MIN_SIZE
+
+__all__ = ["examples"]
+
+# Sizes of the example that is exported. All differ, and none is 0 or 1, which would be taken as fixed.
+_EXAMPLE_BATCH, _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH, _EXAMPLE_VARIATES = 2, 64, 96, 3
+
+
+def examples(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[str, tuple[Tensor, dict[int, str]]]:
+    """The inputs of a ViM2 or a TSM2 by name, each with its dynamic axes.
+
+    Args:
+        model: On the CPU.
+        img_size: Height and width that are not dynamic.
+
+    Raises:
+        UserError: An img_size below 32 x 32, or one for a TSM2.
+    """
+    if not isinstance(model, TSM2):
+        return _images(model, img_size)
+    if img_size is not None:
+        raise UserError("A TSM2 reads no images: leave the image size out.")
+    return _series(model)
+
+
+def _images(model: nn.Module, img_size: tuple[int, int] | None) -> dict[str, tuple[Tensor, dict[int, str]]]:
+    """The example and its dynamic axes."""
+    weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embed.proj.weight"))
+    axes = {0: "batch"}
+    if img_size is None:
+        img_size = _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH
+        axes |= {2: "height", 3: "width"}
+    elif min(img_size) < MIN_SIZE:
+        raise UserError(
+            f"Images must be at least {MIN_SIZE} x {MIN_SIZE}, got {img_size[0]} x {img_size[1]}: export a larger size."
+        )
+    return {"images": (weight.new_zeros(_EXAMPLE_BATCH, weight.shape[1], *img_size), axes)}
+
+
+def _series(model: TSM2) -> dict[str, tuple[Tensor, dict[int, str]]]:
+    """The examples and their dynamic axes."""
+    c, weight = model.config, model.embed.weight
+    batch, variates = _EXAMPLE_BATCH, _EXAMPLE_VARIATES
+    inputs = {"x": (weight.new_zeros(batch, c.lookback, variates), {0: "batch", 2: "variates"})}
+    if c.static_features:
+        static = weight.new_zeros(batch, variates, c.static_features)
+        inputs["static"] = static, {0: "batch", 1: "variates"}
+    if c.future_features:
+        future = weight.new_zeros(batch, c.future_steps, variates, c.future_features)
+        inputs["future"] = future, {0: "batch", 2: "variates"}
+    return inputs

@@ -1,0 +1,95 @@
+"""Programs of PyTorch's own operators, and `.pt2` packages of compiled ones (AOTInductor), which load in Python and C++
+without this package."""
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from ..checkpoints import write_atomically
+from ..command.errors import UserError
+from .aten_scan import selective_scan
+from .examples import examples
+
+__all__ = ["MIN_DYNAMIC", "export_program", "export_pt2"]
+
+# Pixels a side: below, the last stage's map has a side of 1, which programs take as fixed.
+MIN_DYNAMIC = 36
+_MAX_SIDE, _MAX_COUNT = 4096, 1 << 16
+_RANGES = {
+    "batch": (1, _MAX_COUNT),
+    "variates": (1, _MAX_COUNT),
+    "height": (MIN_DYNAMIC, _MAX_SIDE),
+    "width": (MIN_DYNAMIC, _MAX_SIDE),
+}
+
+
+def export_program(
+    model: nn.Module, img_size: tuple[int, int] | None = None, device: str | torch.device = "cpu"
+) -> ExportedProgram:
+    """A model as a program of PyTorch's operators alone, for inference, in the dtype of its parameters.
+
+    `torch.export.save` writes it, and `torch.export.load` reads it without this package. Batch, height and width, or
+    batch and variates, are dynamic, named so, and have ranges.
+
+    Args:
+        model: A ViM2, one of timm's features_only, or a TSM2, on any device. A copy of it is exported in eval mode.
+        img_size: Height and width in place of dynamic ones from 36 x 36 to 4096 x 4096; batches stay dynamic.
+        device: On which the program runs.
+
+    Raises:
+        UserError: An img_size below 32 x 32, or one for a TSM2.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    dims = {name: Dim(name, min=least, max=most) for name, (least, most) in _RANGES.items()}
+    inputs, axes = zip(*examples(model, img_size).values())
+    dynamic = tuple({axis: dims[name] for axis, name in of_input.items()} for of_input in axes)
+    with torch.no_grad():
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
+        program = program.run_decompositions({torch.ops.vim2.selective_scan.default: selective_scan})
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # with paths of the machine that exported
+    return program if torch.device(device).type == "cpu" else move_to_device_pass(program, device)
+
+
+def export_pt2(
+    model: nn.Module,
+    path: str | os.PathLike,
+    img_size: tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Compile a model to a package for AOTInductor, which `torch._inductor.aoti_load_package(path)` loads, and in C++
+    `torch::inductor::AOTIModelPackageLoader`. Inputs and outputs are those of the model's `forward`.
+
+    It is made for processors with the vector instructions of this one, or for this machine's GPU, and for this version
+    of PyTorch.
+
+    Args:
+        model: As of `export_program`, as img_size and device are.
+        path: Of the file, NAME.pt2, which is replaced in one step.
+
+    Raises:
+        UserError: As of `export_program`; a path of another name; no C++ compiler; a device that is not there.
+        OSError: The file cannot be written; what was at `path` is untouched.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise UserError(f"PyTorch reads packages by the name NAME.pt2, got {path.name}: rename it.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError("A package for GPUs is compiled on a machine with one, and none is here: use the CPU.")
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError("A .pt2 package is compiled by a C++ compiler, and none is here: install g++.") from None
+    program = export_program(model, img_size, device)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        made = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, path.name))
+        write_atomically(path, Path(made).read_bytes())
