@@ -51,10 +51,12 @@ def test_other_classes_are_refused_by_name(data, fails, tmp_path):
     assert "classes that vim2_nano does not know (blue" in said and "knows n01443537" in said
 
 
-def test_fine_tuning_starts_from_them(data, tmp_path):
+def test_fine_tuning_starts_from_them(data, tmp_path, capsys):
     """A linear probe trains the classifier alone: all else is still what ships."""
     options = dict(freeze=5, epochs=1, batch_size=8, workers=0, img_size=32, output=tmp_path, experiment="probe")
     train(data_dir=data, **MODEL, **options)
+    said = capsys.readouterr().out
+    assert "963 of them trained" in said and "random weights" not in said
     probe = torch.load(tmp_path / "probe" / "best.pth", weights_only=True)
     shipped = timm.create_model("vim2_nano", pretrained=True).state_dict()
     assert probe["num_classes"] == 3 and probe["class_names"] == ["blue", "green", "red"]

@@ -127,12 +127,17 @@ def test_fine_tuning_makes_a_new_head_and_leaves_what_is_frozen(trained, tmp_pat
     assert any(k.startswith("patch_embed") for k in changed(0))
 
 
-def test_frozen_stages_do_not_drop_paths(data, tmp_path):
+def test_frozen_stages_do_not_drop_paths_and_get_no_gradients(data, capsys):
     options = dict(data_dir=data, model="test_vim2", img_size=32, device="cpu", workers=0, freeze=2, drop_path=0.5)
     run = Run(resolve(TrainOptions, given=options)[0], Processes(torch.device("cpu")))
+    assert "--freeze 2 keeps random weights" in capsys.readouterr().out
+    needed = []
+    for stage in run.model.stages:
+        stage.register_forward_hook(lambda module, inputs, output: needed.append(output.requires_grad))
     run.train_epoch(0)
     modes = {n: m.training for n, m in run.model.named_modules() if type(m).__name__ == "DropPath"}
     assert modes and all(on == (n.split(".")[1] in "23") for n, on in modes.items())
+    assert needed[:4] == [False, False, True, True]  # the backward pass ends where the frozen part begins
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -209,6 +209,12 @@ class Run:
             load(self.model, o.initial_checkpoint, new_head=True)
         self.data_config = input_config(self.model, o, o.img_size, in_chans=o.in_chans)
         self.frozen = freeze(self.model, o.freeze)
+        if self.frozen and not (o.pretrained or o.initial_checkpoint or saved):
+            say(
+                f"--freeze {o.freeze} keeps random weights as they are: start from trained ones, with --pretrained or "
+                "--initial-checkpoint.",
+                self.processes,
+            )
         if o.grad_checkpointing:
             self.model.set_grad_checkpointing()
         self.model.to(self.processes.device)
@@ -347,7 +353,12 @@ class Run:
         kept = f" (a share of {o.holdout:g} set aside)" if self.held_out else ""
         size = " x ".join(map(str, self.data_config["input_size"][1:]))
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        say(f"{o.model}: {parameters:.2f} M parameters, {self.num_classes} classes, {size} pixels", self.processes)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        frozen = f", {trained:,} of them trained" if self.frozen else ""
+        say(
+            f"{o.model}: {parameters:.2f} M parameters{frozen}, {self.num_classes} classes, {size} pixels",
+            self.processes,
+        )
         say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
         n = torch.cuda.device_count()
         if not first and self.processes.device.type == "cuda" and self.processes.world_size == 1 and n > 1:
