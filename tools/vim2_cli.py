@@ -26,6 +26,7 @@ images
   visualize          receptive field, attention, Grad-CAM
   demo               the same in a browser, for images that you drop
   convert            weights of VMamba into those of a ViM2 that computes the same
+  benchmark          parameters, FLOPs, times and memory, and where the time goes
   export             a file for ONNX runtimes, or a folder for timm and the Hugging Face Hub
 
 time series
@@ -48,6 +49,7 @@ _PACKAGES = {
     "convert": "vim2.classify",
     "visualize": "vim2.visualize",
     "demo": "vim2.visualize",
+    "benchmark": "vim2.benchmark",
     "export": "vim2.export",
     "forecast": "vim2.forecast",
     "mm": "vim2.mm",

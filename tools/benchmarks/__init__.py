@@ -1,1 +1,1 @@
-"""What the benchmarks consist of; tools/benchmark.py and the scripts in this folder are their commands."""
+"""Benchmarks of what is no model: forecasters, detectors, and the arena of trainings. The scripts here are commands."""

@@ -20,8 +20,8 @@ import time
 import torch
 from timm.utils import ModelEmaV3
 
-from benchmarks.measuring import check_backends
 from vim2 import TSM2Config
+from vim2.benchmark.measuring import check_backends
 from vim2.checkpoints import write_atomically
 from vim2.command.graphs import record
 from vim2.forecast.committee import Networks

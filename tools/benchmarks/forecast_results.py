@@ -21,7 +21,7 @@ import argparse
 import json
 import statistics
 
-from benchmarks.reporting import is_number
+from vim2.benchmark.reporting import is_number
 from vim2.command.errors import UserError
 
 FILES = {

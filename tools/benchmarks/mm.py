@@ -6,7 +6,7 @@
         mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py --batch-size 4 --amp bf16
 
 Images are 800 x 1280 for detectors and 512 x 2048 for segmenters, unless --shape says otherwise, and random, with ten
-random objects. FLOPs count as in tools/benchmark.py; a detector's are those for 1000 proposals, of which 100 get masks.
+random objects. FLOPs count as in `vim2 benchmark`; a detector's are those for 1000 proposals, of which 100 get masks.
 Inference is one call of the model on a batch, non-maximum suppression and the resizing of maps included; training is
 forward + backward + zero_grad, without an optimiser.
 """
@@ -30,9 +30,9 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
-from benchmarks.measuring import AMP, autocast, machine, measure, positive
-from benchmarks.models import FlopCounter, multiply_adds
-from benchmarks.reporting import figure
+from vim2.benchmark.measuring import AMP, autocast, machine, measure, positive
+from vim2.benchmark.models import FlopCounter, multiply_adds
+from vim2.benchmark.reporting import figure
 from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
 from vim2.command.tables import table
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_device(args.device)
     args.device_type = args.device.partition(":")[0]
-    args.torchcompile = args.channels_last = args.compilations = False  # what tools/benchmark.py asks for
+    args.torchcompile = args.channels_last = args.compilations = False  # what `vim2 benchmark` asks for
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}
     args.modes = set() if args.count else args.modes
     rows = []

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.reporting import is_number
+from vim2.benchmark.reporting import is_number
 from vim2.command.figures import figure, save
 from vim2.command.tables import ABSENT, table
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import GIB, machine
-from benchmarks.models import count_flops, count_parameters
+from vim2.benchmark.measuring import GIB, machine
+from vim2.benchmark.models import count_flops, count_parameters
 from vim2.classify import train, validate
 from vim2.classify.options import ValidateOptions
 from vim2.command.errors import DivergenceError

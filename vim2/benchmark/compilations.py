@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vim2.ops.backend import HAS_TRITON
-
+from ..ops.backend import HAS_TRITON
 from .models import create_model, model_steps, random_image
 
 

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: its FLOPs against a sum by hand and the published figure, its files, its errors."""
+"""`vim2 benchmark`: its FLOPs against a sum by hand and the published figure, its files, its errors."""
 
 from common.command import run_tool
 
@@ -13,9 +13,10 @@ import timm
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import compilations, forecast, launches, models, profiles, scans
-from benchmarks.reporting import launch_table, profile_table
-from tools import benchmark
+from benchmarks import forecast
+from vim2.benchmark import command, compilations, launches, models, profiles, scans
+from vim2.benchmark.cli import main
+from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.ops import backend
 
 
@@ -45,7 +46,7 @@ def test_flops():
 def test_models(tmp_path, capsys):
     options = "--device cpu --model test_vim2 --compare timm:test_vit --img-size 32 64 --batch-size 2"
     options += f" --warmup 1 --repeats 1 --plot --output {tmp_path}"
-    assert run_tool(benchmark.main, options.split()) == 0
+    assert main(["benchmark", *options.split()]) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "benchmark.md").read_text() == out
     assert (tmp_path / "benchmark.png").stat().st_size > 0
@@ -62,21 +63,21 @@ def test_models(tmp_path, capsys):
 
 def test_one_mode_only(capsys):
     options = "--device cpu --model test_vim2 --img-size 32 --infer --warmup 1 --repeats 1"
-    assert run_tool(benchmark.main, options.split()) == 0
+    assert main(["benchmark", *options.split()]) == 0
     out = capsys.readouterr().out
     assert "infer ms" in out and "train" not in out and "GiB" not in out
 
 
 def test_counts_only(capsys):
-    assert run_tool(benchmark.main, ["--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
+    assert main(["benchmark", "--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
     assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
 
 
 def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
     pytest.importorskip("numba")
-    monkeypatch.setattr(benchmark, "SCAN_SHAPES", ((8, 4),))
+    monkeypatch.setattr(command, "SCAN_SHAPES", ((8, 4),))
     options = f"--device cpu --ops --batch-size 2 --warmup 1 --repeats 1 --output {tmp_path}"
-    assert run_tool(benchmark.main, options.split()) == 0
+    assert main(["benchmark", *options.split()]) == 0
     rows = json.loads((tmp_path / "benchmark.json").read_text())["scans"]
     assert [row["scan"] for row in rows] == ["numba", "torch"]
     assert all(row["infer"]["ms"] > 0 and row["train"]["ms"] > 0 for row in rows)
@@ -116,8 +117,8 @@ def test_mamba_kernels_get_the_same_work(monkeypatch):
 
 def test_same_pixels():
     options = "--device cpu --img-size 224 1024 --batch-size 128 --same-pixels"
-    assert benchmark.parse(options.split()).shapes == [(224, 128), (1024, 6)]
-    assert benchmark.parse(["--img-size", "512", "--device", "cpu", "--same-pixels"]).shapes == [(512, 1)]
+    assert command.parse(options.split()).shapes == [(224, 128), (1024, 6)]
+    assert command.parse(["--img-size", "512", "--device", "cpu", "--same-pixels"]).shapes == [(512, 1)]
 
 
 def test_work_is_what_operators_move_and_multiply():
@@ -150,7 +151,7 @@ def test_work_of_a_scan_and_of_a_grouped_convolution():
 
 def test_profile(tmp_path, capsys):
     options = "--device cpu --model test_vim2 --img-size 64 --profile --warmup 1 --repeats 1"
-    assert run_tool(benchmark.main, [*options.split(), "--output", str(tmp_path)]) == 0
+    assert main(["benchmark", *options.split(), "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     infer, train = json.loads((tmp_path / "benchmark.json").read_text())["profiles"]
     assert (infer["mode"], train["mode"]) == ("infer", "train")
@@ -216,7 +217,7 @@ def test_launches(monkeypatch):
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiler())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     options = "--device cpu --model test_vim2 timm:test_resnet --img-size 64 --batch-size 1 2 --infer --repeats 3"
-    args = benchmark.parse(options.split())
+    args = command.parse(options.split())
     rows = list(launches.measure_launches(args))
     assert [(row["batch"], row["model"]) for row in rows] == [
         (batch, name) for batch in (1, 2) for name in ("test_vim2", "test_resnet")
@@ -239,7 +240,7 @@ def test_launches_of_what_does_not_fit(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(launches, "on_device", lambda run, args: {"launches": 1, "device_ms": 1.0})
-    args = benchmark.parse(["--device", "cpu", "--repeats", "1"])
+    args = command.parse(["--device", "cpu", "--repeats", "1"])
     first, second = launches._in_turn([{}, {}], [too_much, lambda: None], args)
     assert first == {"error": "out of memory"} and second["ms"] > 0
 
@@ -248,7 +249,9 @@ def test_launches_of_what_does_not_fit(monkeypatch):
     ("default", "message"), [("mamba_ssm", "needs the package mamba-ssm"), ("cuda", "must be one of")]
 )
 @pytest.mark.parametrize(
-    ("main", "options"), [(benchmark.main, "--model test_vim2"), (forecast.main, "")], ids=["models", "forecast"]
+    ("main", "options"),
+    [(command.benchmark, "--model test_vim2"), (forecast.main, "")],
+    ids=["models", "forecast"],
 )
 def test_a_default_backend_that_cannot_run_here_is_one_line(main, options, default, message, monkeypatch, capsys):
     monkeypatch.setattr(backend, "DEFAULT_BACKEND", default)
@@ -260,7 +263,7 @@ def test_a_default_backend_that_cannot_run_here_is_one_line(main, options, defau
 
 def test_floors():
     """Each operator's is the longest of its three, a family's the sum of them."""
-    args = benchmark.parse(["--device", "cpu", "--warmup", "1", "--repeats", "1"])
+    args = command.parse(["--device", "cpu", "--warmup", "1", "--repeats", "1"])
     rates = {"bytes": 1e9, "flops": 1e9, "exponentials": 1e6}
     result = profiles.profile_model("test_vim2", 64, 1, "infer", rates, args)
     rows = {row["operators"]: row for row in result["profile"]}
@@ -275,7 +278,7 @@ def test_floors():
 def test_compilations(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     options = "--device cpu --model timm:test_resnet --compilations --torchcompile --infer --img-size 64 96 64"
-    assert run_tool(benchmark.main, options.split()) == 0
+    assert main(["benchmark", *options.split()]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("| test_resnet")]
     assert rows == [f"| test_resnet | {size} | 1 | 0 | {graphs} |" for size, graphs in ((64, 1), (96, 1), (64, 0))]
@@ -288,12 +291,12 @@ def test_triton_kernels_are_counted():
             assert not knobs.runtime.jit_cache_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
     assert counts == {"kernel a": 2, "kernel b": 1, "graphs": 0}
     assert knobs.runtime.jit_cache_hook is None
-    assert len(benchmark.parse(["--compilations", "--torchcompile", "--device", "cpu"]).shapes) == 10
+    assert len(command.parse(["--compilations", "--torchcompile", "--device", "cpu"]).shapes) == 10
 
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
     options = "--device cpu --model test_vim2 nope --img-size 32 --infer --warmup 1 --repeats 1"
-    assert run_tool(benchmark.main, [*options.split(), "--output", str(tmp_path)]) == 2
+    assert main(["benchmark", *options.split(), "--output", str(tmp_path)]) == 2
     assert "no model 'nope'" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "benchmark.json").read_text())["models"]
     assert row["model"] == "test_vim2"
@@ -317,6 +320,6 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
     ],
 )
 def test_errors(options, message, capsys):
-    assert run_tool(benchmark.main, [*options.split()]) == 2
+    assert main(["benchmark", *options.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

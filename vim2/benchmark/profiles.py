@@ -1,4 +1,4 @@
-"""Where a step's time goes: kinds of operators, each with its work and its floor, which tools/benchmark.py explains."""
+"""Where a step's time goes: kinds of operators, each with its work and its floor, which command.py explains."""
 
 import argparse
 import math
@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vim2.command.errors import UserError
-from vim2.ops.backend import HAS_TRITON
-
+from ..command.errors import UserError
+from ..ops.backend import HAS_TRITON
 from .measuring import AMP, GIB, measure
 from .models import create_model, model_steps, random_image
 

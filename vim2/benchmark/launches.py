@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.models import create_model, model_steps, random_image
+from .models import create_model, model_steps, random_image
 
 PROFILED = 3  # steps: what they launch is the same every time, and a profile takes longer to read than to make
 

@@ -15,8 +15,9 @@ import torch
 from torch._inductor import config as inductor_config
 
 import vim2
-from vim2.command.errors import UserError
-from vim2.ops.backend import resolve_backend
+
+from ..command.errors import UserError
+from ..ops.backend import resolve_backend
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 GIB = 2**30

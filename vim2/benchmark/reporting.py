@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vim2.command.tables import ABSENT, table
+from ..command.tables import ABSENT, table
 
 
 def report(results: dict) -> str:

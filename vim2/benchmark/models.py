@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vim2.command.errors import UserError
-
+from ..command.errors import UserError
 from .measuring import autocast, measure
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vim2.ops import CROSS_SCAN, selective_scan
-from vim2.ops.backend import HAS_MAMBA_SSM, HAS_NUMBA, HAS_TRITON
-
+from ..ops import CROSS_SCAN, selective_scan
+from ..ops.backend import HAS_MAMBA_SSM, HAS_NUMBA, HAS_TRITON
 from .measuring import AMP, measure
 
 SCAN_SHAPES = ((192, 56), (384, 28), (768, 14), (1536, 7))  # E and the map's side, in the stages of vim2_tiny at 224
@@ -48,7 +47,7 @@ def mamba_kernels(inputs: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
     """mamba-ssm's kernels alone at the same work: directions as groups of channels, their copies already made."""
     import selective_scan_cuda
 
-    from vim2.ops.scan.mamba_ssm_scan import kernel_arguments
+    from ..ops.scan.mamba_ssm_scan import kernel_arguments
 
     side = inputs["u"].shape[1]
     inputs = {name: t.detach() for name, t in inputs.items()}

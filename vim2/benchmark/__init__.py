@@ -1,0 +1,1 @@
+"""`vim2 benchmark`: parameters, FLOPs, times and memory of models, and where the time goes."""

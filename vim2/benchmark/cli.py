@@ -1,0 +1,12 @@
+"""The command line: `vim2 benchmark`."""
+
+from ..command.errors import Command, run_command
+
+__all__ = ["main"]
+
+COMMANDS = {"benchmark": Command()}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code, see `run_command`."""
+    return run_command("vim2", "", f"{__package__}.command", COMMANDS, argv)
