@@ -1,10 +1,13 @@
 import pytest
 import torch
 
+from vim2 import TSM2, TSM2Config
 from vim2.classify.cli import main as classify
 from vim2.command.errors import UserError
 from vim2.command.processes import choose_device, start_processes
+from vim2.export.onnx import export_onnx
 from vim2.forecast.cli import main as forecast
+from vim2.ops import backend
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu9", "meta", "mps"])
@@ -18,6 +21,20 @@ def test_no_gpu():
     assert choose_device() == torch.device("cpu")
     with pytest.raises(UserError, match="--device cpu"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["mamba_ssm", "fast"])
+def test_a_backend_that_cannot_run_here_is_one_line(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", name)
+    monkeypatch.setattr(backend, "HAS_MAMBA_SSM", False)
+    told = f"VIM2_SCAN_BACKEND={name} cannot be used on cpu.*unset it"
+    with pytest.raises(UserError, match=told):
+        choose_device("cpu")
+    with pytest.raises(UserError, match=told):
+        start_processes("cpu", "vim2 train")
+    pytest.importorskip("onnxscript", reason="ONNX files need onnx and onnxscript")
+    with pytest.raises(UserError, match=told):
+        export_onnx(TSM2(TSM2Config(lookback=16, horizon=4)), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("command", ["classify train --data-dir", "forecast fit"])

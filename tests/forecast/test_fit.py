@@ -75,8 +75,11 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path, data):
 @pytest.mark.parametrize(
     "options", [{}, {"members": 1, "epoch_steps": 40}, {"norm": "2d", "quantiles": [0.1, 0.9]}], ids=str
 )
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, options, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path, data, options, monkeypatch, capsys):
     whole = start(data, tmp_path, epochs=3, patience=9, experiment="whole", **options)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    for line, row in zip(told, whole["history"], strict=True):  # with what the epoch is chosen by
+        assert ("CRPS" if "quantiles" in options else "validation MSE") + f" {row['val_loss']:.4f}" in line
     epochs, train = [], Trainer.epoch
 
     def stop(trainer, epoch, called=""):

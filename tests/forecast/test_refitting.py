@@ -98,6 +98,13 @@ def test_a_rolling_backtest_fits_again_before_each_stretch(run, known, tmp_path,
     assert json.loads((tmp_path / "evaluation.json").read_text())["refits"] == [320, 358]
 
 
+def test_a_backtest_has_as_many_fits_as_it_says(run, tmp_path):
+    common = dict(data=make_frame(), checkpoint=run["folder"], output=str(tmp_path), device="cpu")
+    assert len(evaluate(refits=20, **common)["refits"]) == 20  # of 75 windows
+    with pytest.raises(UserError, match="more than there are windows, 75"):
+        evaluate(refits=76, **common)
+
+
 def test_a_forecaster_that_does_not_say_how_it_was_trained(run, known, tmp_path):
     forecaster, _ = known
     forecaster.training = {}

@@ -53,7 +53,7 @@ def test_one_series_without_a_header(tmp_path, frame):
         (lambda f: f, {}, "holds numbers, .*--freq"),
         (lambda f: f[["north"]], {}, "one column only, .*--freq"),
         (lambda f: f, {"start": "2024"}, "--start is for rows without time stamps"),
-        (lambda f: f, {"freq": "banana"}, "--freq banana makes no time stamps"),
+        (lambda f: f, {"freq": "banana"}, "--freq banana is no step that pandas knows: give"),
         (lambda f: f, {"freq": "-1h"}, "goes back"),
         (lambda f: f, {"freq": "MS", "start": "2024-01-15"}, "does not lie on a step of MS"),
         (lambda f: f, {"freq": "h", "start": "soon"}, "--start soon makes no time stamps"),

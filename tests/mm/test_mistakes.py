@@ -95,6 +95,12 @@ def test_a_setting_that_cannot_be(option, complaint, configs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_test_that_cannot_start_leaves_no_folder(complaint, configs, tmp_path):
+    folder = tmp_path / "work_dirs" / "run"
+    assert "no checkpoint at" in complaint(evaluate, configs["mmseg"], "none.pth", "--work-dir", folder)
+    assert not any(tmp_path.iterdir())
+
+
 def test_options_without_a_value(configs):
     with pytest.raises(UserError, match=r"takes KEY=VALUE, got model.backbone.arch \(see vim2 mm train --help\)"):
         call(train, configs["mmseg"], "--cfg-options", "model.backbone.arch")

@@ -26,7 +26,9 @@ from tools.prepare_data import main as prepare
 from vim2.command.errors import UserError
 from vim2.mm.annotations import check_annotations
 from vim2.mm.commands import predict as demo
+from vim2.mm.commands import train
 from vim2.mm.runner import load_config
+from vim2.ops import backend
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside the checkout")
@@ -297,3 +299,12 @@ def test_outputs_that_cannot_be_written(fails_to_draw, data, tmp_path):
 def test_no_such_device(device, configs):
     with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
         demo(["0.png", "--config", str(configs["mmdet"]), "--checkpoint", "none.pth", "--device", device])
+
+
+def test_a_backend_that_cannot_run_here_is_one_line(configs, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", "fast")
+    drawing = ["0.png", "--config", str(configs["mmdet"]), "--checkpoint", "none.pth", "--device", "cpu"]
+    for command, argv in ((demo, drawing), (train, [str(configs["mmdet"]), "--work-dir", str(tmp_path / "run")])):
+        with pytest.raises(UserError, match="VIM2_SCAN_BACKEND=fast cannot be used on"):
+            command(argv)
+    assert not (tmp_path / "run").exists()

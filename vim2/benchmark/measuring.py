@@ -17,7 +17,7 @@ from torch._inductor import config as inductor_config
 import vim2
 
 from ..command.errors import UserError
-from ..ops.backend import resolve_backend
+from ..ops.backend import check_backend
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 GIB = 2**30
@@ -35,7 +35,7 @@ def check_backends(names: Iterable[str | None], device: str | torch.device) -> N
     """Raise a UserError for a backend of the scan that cannot run on the device; None is the environment's."""
     try:
         for name in names:
-            resolve_backend(name, torch.empty(0, device=device), scan=True)
+            check_backend(name, torch.device(device).type)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops import backend
 from .errors import UserError, first_line
 
-__all__ = ["Processes", "choose_device", "free_memory", "start_processes"]
+__all__ = ["Processes", "choose_device", "free_memory", "require_backend", "start_processes"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def choose_device(name: str | None = None) -> torch.device:
     """A device by name, such as "cuda", "cuda:1" or "cpu"; a GPU if there is one when None.
 
     Raises:
-        UserError: An unknown device, or one that is not there or cannot be used.
+        UserError: An unknown device, or one that is not there or cannot be used, or not by VIM2_SCAN_BACKEND.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -67,12 +68,24 @@ def choose_device(name: str | None = None) -> torch.device:
             raise UserError("PyTorch finds no CUDA GPU here: leave --device out, or use --device cpu.")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"There is no {device}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0.")
+        require_backend(device.type)
         return device
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()  # totals are float64
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"The device {name} cannot be used ({first_line(error)}): try --device cpu.") from None
+    require_backend(device.type)
     return device
+
+
+def require_backend(device: str) -> None:
+    """Raises UserError where the backend that VIM2_SCAN_BACKEND names cannot run here on a type of device."""
+    try:
+        backend.check_backend(None, device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"VIM2_SCAN_BACKEND={backend.DEFAULT_BACKEND} cannot be used on {device} ({first_line(error)}): unset it."
+        ) from None
 
 
 def free_memory(device: torch.device) -> int | None:

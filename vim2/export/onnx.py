@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..command.processes import require_backend
 from ..tsm2 import TSM2
 from .examples import examples
 
@@ -61,7 +62,7 @@ def export_onnx(
 
     Raises:
         UserError: onnx or onnxscript are not installed; an opset that is too old, or too new for PyTorch; an img_size
-            below 32 x 32, or one for a TSM2.
+            below 32 x 32, or one for a TSM2; a VIM2_SCAN_BACKEND that cannot be used on CPUs.
         OSError: The file cannot be written; what was at `path` is untouched.
     """
     translations = onnx_translations()
@@ -71,6 +72,7 @@ def export_onnx(
             f"The opset must be {MIN_OPSET} to {newest} with this version of PyTorch, got {opset}: its scan and its "
             f"LayerNorm are no operators of another."
         )
+    require_backend("cpu")
     model = copy.deepcopy(model).cpu().eval()
     named = examples(model, img_size)
     inputs, dynamic = zip(*named.values())

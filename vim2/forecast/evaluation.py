@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -76,18 +77,23 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         raise UserError(f"There is no window {o.window}: there are {len(windows[part])}.")
     ridge = Ridge.fit(windows["train"], windows["val"])
     first = split.borders(part, config.lookback)[0] + config.lookback  # row of the first forecast
-    size = math.ceil(len(windows[part]) / max(o.refits, 1))  # windows for which one fit serves
+    if o.refits > len(windows[part]):
+        raise UserError(
+            f"--refits {o.refits} are more than there are windows, {len(windows[part])}: one fit serves one or more."
+        )
+    count = max(o.refits, 1)
+    ends = [math.ceil(len(windows[part]) * i / count) for i in range(1, count + 1)]  # of the windows that a fit serves
     fits = []
 
     def stretches() -> Iterator[tuple[Forecasts, Windows]]:
-        for start in range(0, len(windows[part]), size):
+        for start, end in zip([0, *ends], ends):
             fitted, of_ridge, known = forecaster, ridge, first + start
             if o.refits:
                 fitted = refit(forecaster, values, future, known, amp, f"fit {len(fits) + 1} of {o.refits}")
                 of_ridge = ridge.refit(Windows(values, config.lookback, config.horizon, 0, known))
                 say(f"Fitted again to the {known:,} rows before {table.labels(known, known + 1)[0]}.")
             fits.append(fitted)
-            yield partial(all_forecasts, fitted, of_ridge, amp), windows[part].stretch(start, start + size)
+            yield partial(all_forecasts, fitted, of_ridge, amp), windows[part].stretch(start, end)
 
     scores = score_all(stretches(), o.batch_size, levels)
     before = scores.pop(UNCORRECTED, None)
@@ -121,7 +127,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        draw(fits[index // size], table, windows[part], index, scores, part, folder)
+        draw(fits[bisect_right(ends, index)], table, windows[part], index, scores, part, folder)
     return result
 
 

@@ -101,11 +101,15 @@ class Forecaster:
     @property
     def doubts(self) -> list[str]:
         """What is to be known of its forecasts beforehand, a sentence each."""
-        if not self.model.config.quantiles or self.conformal is not None:
+        missing = []
+        if self.model.linear and self.metrics and "committee" not in self.metrics:
+            missing.append("the members have equal weights")
+        if self.model.config.quantiles and self.conformal is None:
+            missing.append("the quantiles have no conformal correction")
+        if not missing:
             return []
-        return [
-            "The quantiles have no conformal correction, which a run learns when it is over: resume it, or fit again."
-        ]
+        found = " and ".join(missing)
+        return [f"{found[0].upper()}{found[1:]}, as a run finds them when it is over: go on with `fit --resume`."]
 
     @property
     def knowledge(self) -> str:

@@ -66,6 +66,8 @@ def read_frame(
     if isinstance(data, pd.DataFrame):
         return index_to_column(data, describe(data))
     path = Path(data)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a file, .csv or .parquet.")
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:

@@ -42,6 +42,7 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     folder = Path(o.output)
     with explain_disk_errors(), figures_if_possible("forecast.png"):
         write_atomically(folder / "forecast.csv", text.getvalue())
-        say(f"{len(times)} steps from {times[0]} to {times[-1]}: {folder / 'forecast.csv'}")
+        when = f"{len(times)} steps from {times[0]} to {times[-1]}" if len(times) > 1 else f"1 step, {times[0]}"
+        say(f"{when}: {folder / 'forecast.csv'}")
         plot_prediction(forecaster, table, times, values, folder / "forecast.png")
     return {"times": times, "values": values, "csv": folder / "forecast.csv"}

@@ -258,6 +258,9 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
     """
     try:
         step = pd.tseries.frequencies.to_offset(freq)
+    except ValueError:
+        raise UserError(f"--freq {freq} is no step that pandas knows: give one such as h, 15min, D, W or MS.") from None
+    try:
         first = pd.Timestamp(start or 0)
         stamps = pd.date_range(first, periods=rows, freq=step)
     except (ValueError, OverflowError, pd.errors.OutOfBoundsDatetime) as error:

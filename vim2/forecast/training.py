@@ -273,9 +273,10 @@ class Run:
                 self.require_finite(epoch, row["train_loss"], row["val_loss"])
                 self.history.append(row)
                 self.write()
+                crps = f"CRPS {row['val_crps']:.4f}  " if "val_crps" in row else ""  # by which the epoch is chosen
                 say(
                     f"epoch {row['epoch']:>3}/{o.epochs} · loss {row['train_loss']:.4f} · validation "
-                    f"MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
+                    f"{crps}MSE {row['val_mse']:.4f}  MAE {row['val_mae']:.4f} · {row['seconds']:.1f} s"
                 )
             self.mix()
             with explain_disk_errors(MAKE_ROOM):

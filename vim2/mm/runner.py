@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoints import check_weights, explain_load_error, remove_leftovers, verify_archive, write_atomically
 from ..command.errors import UserError, first_line
+from ..command.processes import require_backend
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
 from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
@@ -187,7 +188,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
 
     Raises:
         UserError: What the config asks for cannot be built, or not on a CPU; a number that is not finite; no checkpoint
-            to resume from that can be read.
+            to resume from that can be read; VIM2_SCAN_BACKEND names a backend that cannot be used here.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
@@ -199,6 +200,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     if config.get("resume") and not config.get("load_from"):
         hook = (config.get("default_hooks") or {}).get("checkpoint") or {}
         config.load_from = find_newest_checkpoint(config.work_dir, hook.get("out_dir"))
+    require_backend(get_device())
     if get_device() == "cpu":
         _prepare_for_cpu(config)
     try:
@@ -284,11 +286,12 @@ def run_errors() -> Iterator[None]:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError where PyTorch has no such device ("cpu", "cuda:1", ...) here."""
+    """Raises UserError where there is no such device ("cpu", "cuda:1", ...), or VIM2_SCAN_BACKEND cannot run on it."""
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # a PyTorch without CUDA asserts
         raise UserError(f"--device {device} cannot be used here: {first_line(error)}.") from None
+    require_backend(torch.device(device).type)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,46 @@ def check_tensors(*tensors: Tensor) -> None:
             )
 
 
+def check_backend(backend: str | None, device: str, scan: bool = True) -> str:
+    """The name of a backend, once it is known that it can run here.
+
+    Args:
+        backend: As in `resolve_backend`.
+        device: Type of device that it is to run on, such as "cuda"; on "meta", where nothing is computed, all run.
+        scan: Whether it is to run the scan, for which alone "mamba_ssm" has to have a GPU.
+
+    Returns:
+        One of BACKENDS.
+
+    Raises:
+        ValueError: Another name.
+        RuntimeError: A backend that is not installed, or that does not know the device.
+    """
+    backend = backend or DEFAULT_BACKEND
+    if backend not in BACKENDS:
+        raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if device == "meta":
+        return backend
+    if backend == "mamba_ssm" and not HAS_MAMBA_SSM:
+        raise RuntimeError(
+            "The mamba_ssm backend needs the package mamba-ssm with its CUDA kernels, which are not installed: "
+            "pip install --no-build-isolation \"vim2[mamba]\" (they want nvcc), or use the backend 'auto'."
+        )
+    if backend == "mamba_ssm" and scan and device != "cuda":
+        raise RuntimeError("The mamba_ssm backend needs tensors on a GPU; use the backend 'auto' elsewhere.")
+    if backend == "triton" and not HAS_TRITON:
+        raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
+    if backend == "triton" and IS_ROCM:
+        raise RuntimeError("The Triton kernels hold instructions of NVIDIA's GPUs: use the backend 'torch' on AMD's.")
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("The Triton backend needs tensors on a GPU; for its interpreter, set TRITON_INTERPRET=1.")
+    if backend == "numba" and _numba["is lost"]:
+        raise RuntimeError(f"{FORKED}: use another backend here, or start processes by spawn.")
+    if backend == "numba" and (not HAS_NUMBA or device != "cpu"):
+        raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
+    return backend
+
+
 def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, causal_taps: int = 0) -> str:
     """The backend that runs an operator on these tensors: "triton", "numba" (of which only the scan has a form; other
     operators then run in PyTorch) or "torch"; for the scan and causal convolutions, also "mamba_ssm".
@@ -74,18 +114,9 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, c
     if HAS_TRITON and backend is None and DEFAULT_BACKEND == "auto" and not IS_ROCM and _are_for_triton(tensors):
         return "triton"  # as what follows would find, in a fraction of its time
     check_tensors(*tensors)
-    backend = backend or DEFAULT_BACKEND
-    if backend not in BACKENDS:
-        raise ValueError(f"The backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    backend = check_backend(backend, tensors[0].device.type, scan)
     if tensors[0].is_meta:
         return "torch"  # nothing is computed, and any backend gives tensors of these shapes
-    if backend == "mamba_ssm" and not HAS_MAMBA_SSM:
-        raise RuntimeError(
-            "The mamba_ssm backend needs the package mamba-ssm with its CUDA kernels, which are not installed: "
-            "pip install --no-build-isolation \"vim2[mamba]\" (they want nvcc), or use the backend 'auto'."
-        )
-    if backend == "mamba_ssm" and scan and tensors[0].device.type != "cuda":
-        raise RuntimeError("The mamba_ssm backend needs tensors on a GPU; use the backend 'auto' elsewhere.")
     is_double = any(t.dtype == torch.float64 for t in tensors)
     if backend == "mamba_ssm" and not scan:
         if causal_taps in CAUSAL_CONV1D_TAPS and tensors[0].device.type == "cuda" and not is_double:
@@ -96,16 +127,6 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, c
                 "of Mamba's authors, and convolutions as with auto. pip install --no-build-isolation causal-conv1d"
             )
         backend = "auto"
-    if backend == "triton" and not HAS_TRITON:
-        raise RuntimeError("The Triton backend needs the package triton, which is not installed.")
-    if backend == "triton" and IS_ROCM:
-        raise RuntimeError("The Triton kernels hold instructions of NVIDIA's GPUs: use the backend 'torch' on AMD's.")
-    if backend == "triton" and tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("The Triton backend needs tensors on a GPU; for its interpreter, set TRITON_INTERPRET=1.")
-    if backend == "numba" and _numba["is lost"]:
-        raise RuntimeError(f"{FORKED}: use another backend here, or start processes by spawn.")
-    if backend == "numba" and (not HAS_NUMBA or tensors[0].device.type != "cpu"):
-        raise RuntimeError("The Numba backend needs the package numba, and tensors on the CPU.")
     if is_double and (backend == "triton" or (backend == "numba" and scan)):
         raise RuntimeError(f"The {backend} backend computes in float32, and a tensor is float64: use backend='torch'.")
     if backend != "auto":

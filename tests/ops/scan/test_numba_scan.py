@@ -102,6 +102,24 @@ def test_a_forked_child_scans_without_numba():
     assert "forked after Numba's scan had run" in run.stderr
 
 
+THREADS = """
+import torch
+from vim2.ops import FORWARD, selective_scan
+
+u = torch.rand(1, 8, 4)
+selective_scan(u, u[:, :, None], -torch.rand(1, 4, 2), *torch.rand(2, 1, 8, 1, 2), orders=FORWARD, backend="numba")
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+
+
+def test_pytorch_keeps_its_number_of_threads():
+    """Numba starts its own by the same OpenMP; with other numbers of threads, sums have other last bits."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("NUMBA_NUM_THREADS", None)
+    run = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
 def test_mamba_signature_with_last_state():
     assert_last_state_matches_torch("numba")
 

@@ -15,7 +15,9 @@ from ..runner import (
     build_data,
     build_runner,
     check_parts,
+    choose_work_dir,
     load_config,
+    removed_unless_started,
     run_errors,
 )
 
@@ -51,9 +53,10 @@ def test(argv: Sequence[str]) -> None:
         augment(config)
     if args.out:
         write_predictions(config, args.out)
-    runner = build_runner(config, args)
-    runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
-    build_data(runner, "test")
+    with removed_unless_started(choose_work_dir(config, args)):
+        runner = build_runner(config, args)
+        runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
+        build_data(runner, "test")
     with run_errors():
         runner.test()
 

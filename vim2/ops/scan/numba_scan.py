@@ -342,8 +342,11 @@ def _common(u, delta, A, B, C, D, delta_bias, orders):
 def _threads() -> int:
     """PyTorch's number of threads, as far as Numba has as many."""
     note_numba()
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    wanted = torch.get_num_threads()
+    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # Numba started its threads by the OpenMP that PyTorch uses, all that it may
+        torch.set_num_threads(wanted)
     return threads
 
 
