@@ -301,12 +301,7 @@ class MixerLayer(nn.Module):
         settings, parameters = [], []
         if not _is_replayable(features) or not _read(self, settings, parameters):
             return self._mix(*features)
-        settings += (
-            len(features),
-            torch.is_inference_mode_enabled(),
-            torch.is_grad_enabled(),
-            autocast_dtype(features[0]),
-        )
+        settings += (len(features), torch.is_inference_mode_enabled(), autocast_dtype(features[0]))
         # parameters are read from the modules, too; given here, they are known by where they lie
         given = len(features)
         mix = lambda *tensors: self._mix(*tensors[:given])  # noqa: E731

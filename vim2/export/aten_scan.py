@@ -13,7 +13,7 @@ from torch._higher_order_ops.scan import scan_op
 
 from ..ops.backend import compute_dtype
 from ..ops.scan.operands import Operands
-from ..ops.scan.orders import ORDERS
+from ..ops.scan.orders import ORDERS, walk
 
 __all__ = ["selective_scan"]
 
@@ -46,10 +46,10 @@ def selective_scan(
     x = x.unsqueeze(2) if x.dim() == 3 else x
     dt = F.softplus(delta + bias) if delta_softplus else delta + bias
 
-    def walk(field: Tensor) -> Tensor:
+    def steps_of(field: Tensor) -> Tensor:
         """(batch, L, K, X) -> (L, K, batch, X), each direction in the order of its steps."""
         field = field.permute(1, 2, 0, 3)
-        return torch.stack([_walk(field[:, k], ORDERS[i], height, width) for k, i in enumerate(orders)], 1)
+        return torch.stack([walk(field[:, k], ORDERS[i], height, width) for k, i in enumerate(orders)], 1)
 
     def step(h: Tensor, dt: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
         """h is (K, batch, N, E), so that channels are the vector lanes; dt and x are (K, batch, E), B and C (K, batch,
@@ -58,7 +58,7 @@ def selective_scan(
         return h, (h * C.unsqueeze(3)).sum(2)
 
     start = dt.new_zeros(directions, u.shape[0], states, features)
-    fields = [walk(field).contiguous() for field in (dt, dt * x, B, C)]
+    fields = [steps_of(field).contiguous() for field in (dt, dt * x, B, C)]
     rates = A.transpose(1, 2).contiguous().unsqueeze(1)
     last, y = scan_op(step, [start], fields, (rates, *_symbols(dt)))
     y = torch.stack([_walk_back(y[:, k], ORDERS[i], height, width) for k, i in enumerate(orders)], 1)
@@ -68,15 +68,8 @@ def selective_scan(
     return (y.sum(2) if merge else y).to(u.dtype).contiguous(), last, kept
 
 
-def _walk(rows: Tensor, order: str, height: int, width: int) -> Tensor:
-    """(L, ...) in memory's order to that of a walk's steps, see `vim2.ops.scan.orders`."""
-    if order.startswith("columns"):
-        rows = rows.unflatten(0, (height, width)).transpose(0, 1).flatten(0, 1)
-    return rows.flip(0) if order.endswith("backward") else rows
-
-
 def _walk_back(steps: Tensor, order: str, height: int, width: int) -> Tensor:
-    """The inverse of `_walk`."""
+    """The inverse of `vim2.ops.scan.orders.walk`."""
     steps = steps.flip(0) if order.endswith("backward") else steps
     return steps.unflatten(0, (width, height)).transpose(0, 1).flatten(0, 1) if order.startswith("columns") else steps
 

@@ -183,7 +183,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     on CPUs several processes work, through gloo.
 
     Args:
-        config: Of `load_config`.
+        config: Of `load_config`, with the folder of `choose_work_dir`.
         args: With those of `add_launcher_arguments`.
 
     Raises:
@@ -192,7 +192,6 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
-    choose_work_dir(config, args)
     for name in ("optim_wrapper", "param_scheduler"):
         _check_numbers(config.get(name), name)
     register_backend("local", _AtomicBackend, force=True, prefixes="")

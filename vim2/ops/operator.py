@@ -119,11 +119,7 @@ class Operator:
         if mutates_args:
             torch.library.custom_op(name, checked, mutates_args=mutates_args)
         else:
-            # what custom_op does, but for a check of every result against aliasing the arguments, which is half of what
-            # a call costs
-            schema = torch.library.infer_schema(function, mutates_args=())
-            torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.impl(name, "default", torch.compiler.disable(checked))
+            _define(name, torch.library.infer_schema(function, mutates_args=()), checked)
         self.registered = getattr(torch.ops.vim2, name.removeprefix("vim2::"))
 
     def __call__(self, *args):
@@ -279,6 +275,12 @@ def _register(name: str, schema: str, function: Callable, fake: Callable) -> Non
     def run(*args):
         return pytree.tree_map(Tensor.contiguous, function(*args))
 
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "default", torch.compiler.disable(run))
+    _define(name, schema, run)
     torch.library.register_fake(name)(fake)
+
+
+def _define(name: str, schema: str, function: Callable) -> None:
+    """What torch.library.custom_op does, but for a check of every result against aliasing the arguments, which is half
+    of what a call costs."""
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "default", torch.compiler.disable(function))

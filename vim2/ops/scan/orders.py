@@ -30,8 +30,12 @@ def scan_positions(order: str, height: int, width: int, device=None) -> torch.Te
     Returns:
         (height * width,) int64.
     """
-    positions = torch.arange(height * width, device=device).view(height, width)
+    return walk(torch.arange(height * width, device=device), order, height, width)
+
+
+def walk(rows: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+    """What lies at the flat (row-major) positions of a map, (height * width, ...), in the order in which a walk visits
+    them, see `scan_positions`."""
     if order.startswith("columns"):
-        positions = positions.t()
-    positions = positions.reshape(-1)
-    return positions.flip(0) if order.endswith("backward") else positions
+        rows = rows.unflatten(0, (height, width)).transpose(0, 1).flatten(0, 1)
+    return rows.flip(0) if order.endswith("backward") else rows

@@ -25,6 +25,8 @@ from .sums import sum_blocks, sum_directions
 from .tiles import add, half, load_word, multiply, store_row, sum_over_lanes, zeros
 from .walk import MAX_ORDERS, next_position, pack_orders, start_walk
 
+UNROLL = 3  # steps whose states are held in registers at once
+
 
 @triton.jit
 def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
@@ -36,7 +38,7 @@ def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WI
     """
     address = at[0] + p * at[2] + at[1]
     if WIDE and COUNT > 1:
-        mask = (live if LIVE else at[1] >= 0) & (at[1] >= 0)
+        mask = live if LIVE else at[1] >= 0  # in the second case, everywhere
         if FAST:
             return load_word(address, mask, COUNT)
         else:
@@ -610,6 +612,7 @@ def _plan(
     words = [u, dt, grad_y, *((B, C) if tile["NR"] > 1 else ())]
     options = dict(
         CHUNK=TRITON_CHUNK,
+        UNROLL=UNROLL,
         SOFTPLUS=softplus,
         LAST=last,
         FAST=not INTERPRETED,
@@ -627,7 +630,7 @@ def _plan(
     return _Plan(
         blocks=blocks,
         parts=parts * groups * tile["S"],
-        scratch=(parts, directions, programs, TRITON_CHUNK // tile["UNROLL"], kept),
+        scratch=(parts, directions, programs, TRITON_CHUNK // UNROLL, kept),
         scan_chunks=scan_chunks,
         scan_all=Launch(_backward_kernel, (programs, directions, parts), numbers, SPLIT=split, LOCAL=False, **options),
     )

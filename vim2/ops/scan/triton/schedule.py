@@ -77,8 +77,8 @@ def forward_registers(tile: dict[str, int]) -> int | None:
 
 
 def backward_tile(n: int, features: int, batch: int, directions: int, fill: int) -> dict[str, int]:
-    """A tile of the backward scan, see tiles.py, and UNROLL, the steps whose states are held in registers at once: 16
-    states a thread where a channel has as many, else fewer, so that there are more warps to wait for memory."""
+    """A tile of the backward scan, see tiles.py: 16 states a thread where a channel has as many, and elsewhere where
+    there are many channels, else fewer, so that there are more warps to wait for memory."""
     states = triton.next_power_of_2(n)
     NR = min(states, 4)
     NL = states // NR
@@ -88,7 +88,7 @@ def backward_tile(n: int, features: int, batch: int, directions: int, fill: int)
     S = LANES.value // (NL * CE)
     if CE > 1 and features % (CE * CR) and features % (CE // 2 * CR) == 0 and batch % (2 * S) == 0:
         CE, S = CE // 2, 2 * S  # another sequence where lanes would have no channels
-    return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=S, UNROLL=3)
+    return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=S)
 
 
 def channel_blocks(features: int, tile: dict[str, int]) -> int:
