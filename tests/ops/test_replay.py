@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICE, needs_triton
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import norm_gate
@@ -445,3 +447,51 @@ def test_what_cannot_be_noted_of_a_backward_pass_is_done_as_ever():
         inputs = [gated_inputs(seed)[0].requires_grad_()]
         assert_same_bits(both_passes(owner, inputs, 0), both_passes(function, inputs, 0))
     assert owner.calls == 5  # once to find out
+
+
+class TwoLayers(nn.Module):
+    """Layers that are replayed, the second of which may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [Trainee(gated), Trainee(gated)]
+        self.weights = nn.ParameterList([t for seed in range(2) for t in gated_inputs(seed)[1:]])
+
+    def forward(self, x, number):
+        return sum(layer(x, *self.weights[2 * i : 2 * i + 2]) for i, layer in enumerate(self.layers[:number]))
+
+
+@pytest.fixture
+def one_process():
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_processes_sum_the_gradients_of_replays_once_a_step(find_unused, one_process):
+    """Of two batches each, of which the first is not shared (`no_sync`)."""
+
+    def sum_of_two(state, bucket):  # the other process has the same gradients
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer() * 2)
+        return future
+
+    model, reference = TwoLayers(), TwoLayers()
+    reference.layers = [gated, gated]
+    trained = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    trained.register_comm_hook(None, sum_of_two)
+    for step in range(4):
+        number = 1 if find_unused and step % 2 else 2
+        batches = [gated_inputs(10 * step + i)[0] for i in range(2)]
+        with trained.no_sync():
+            trained(batches[0], number).square().sum().backward()
+        trained(batches[1], number).square().sum().backward()
+        for x in batches:
+            (2 * reference(x, number).square().sum()).backward()
+        for actual, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad)
+        model.zero_grad()
+        reference.zero_grad()
+    assert [layer.calls for layer in model.layers] == [2, 2]  # as it is, and noted
