@@ -1,5 +1,6 @@
 """The configs: each builds, and says what the papers and the READMEs say of it."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,12 @@ def test_reference_to_no_config(name):
 def test_no_config():
     with pytest.raises(UserError, match=r"none\.py"):
         load_config("none.py")
+
+
+def test_modules_that_options_name_are_imported(tmp_path, monkeypatch):
+    """MMEngine itself imports a file's alone, and what they register would then be unknown."""
+    (tmp_path / "registers_more.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ROOT / "mmseg_configs/vim2-nano_upernet_1xb8-4k_camvid-352x480.py"
+    load_config(config, {"custom_imports.imports": ["vim2.mm", "registers_more"]})
+    assert sys.modules.pop("registers_more")

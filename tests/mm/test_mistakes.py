@@ -84,6 +84,8 @@ OPTIONS = {
     "train_cfg=None": "has no train_cfg",
     "model.decode_head.type=Nothing": "Nothing",
     "default_scope=nothing": "nothing, which is not installed",
+    "custom_imports.imports=nowhere": "--cfg-options custom_imports: Failed to import nowhere",
+    "custom_imports=3": "--cfg-options custom_imports",
 }
 
 

@@ -23,6 +23,7 @@ from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.registry import RUNNERS, WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
+from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -100,7 +101,8 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
 
     Raises:
-        UserError: No such file, one that cannot be read, one without a model, or a library that is not installed.
+        UserError: No such file, one that cannot be read, one without a model, a library that is not installed, or a
+            module among `custom_imports` of the options that cannot be imported.
     """
     path = str(path)
     if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
@@ -123,6 +125,11 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         config.merge_from_dict(options or {})
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options does not fit {path}: {first_line(error)}.") from None
+    if any(key.partition(".")[0] == "custom_imports" for key in options or {}):  # MMEngine imports what a file names
+        try:
+            import_modules_from_strings(**config.custom_imports)
+        except (ImportError, TypeError) as error:
+            raise UserError(f"--cfg-options custom_imports: {first_line(error)}.") from None
     scope = config.get("default_scope", "mmengine")
     if scope != "mmengine" and importlib.util.find_spec(scope) is None:
         package = _LIBRARIES.get(scope, scope)
