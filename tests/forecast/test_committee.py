@@ -80,15 +80,18 @@ def test_a_committee_of_one_is_the_plain_model():
 @torch.no_grad()
 def test_products_tell_the_error_of_every_mixture():
     committee, _, windows = make()
-    products = Products()
-    for x, y, future in windows.batches(7):
-        products.add(committee.members(x, future)[0], y)
-    weights = random_weights(committee)
-    x, y, _ = windows[:]
-    errors = (committee(x, weights=weights) - y).square().flatten(1).mean(1)
-    torch.testing.assert_close(
-        mixture_losses(products.result(), weights.double()).float(), errors, rtol=1e-4, atol=1e-6
-    )
+    for known, scale in ((torch.ones(9, 3), torch.ones(3)), (torch.tensor([[4.0, 1, 0], [-4, -1, 0]]), [4, 1, 1])):
+        products = Products(known)
+        for x, y, future in windows.batches(7):
+            products.add(committee.members(x, future)[0], y)
+        weights = random_weights(committee)
+        x, y, _ = windows[:]
+        errors = ((committee(x, weights=weights) - y) / torch.as_tensor(scale)).square().flatten(1).mean(1)
+        torch.testing.assert_close(
+            mixture_losses(products.result(), weights.double()).float(), errors, rtol=1e-4, atol=1e-6
+        )
+        plain = [(y - member).square().mean() for member in committee.members(x)[0]]
+        torch.testing.assert_close(products.errors().float(), torch.stack(plain))
 
 
 def products_of(errors):
@@ -156,6 +159,17 @@ def test_a_series_that_ridge_knows_perfectly_ends_on_ridge(tmp_path):
     assert sum(members[name]["weight"] for name in RIDGES) > 0.99
     assert run["committee"]["val_mse"] <= 1.01 * run["baselines"]["ridge"]["val_mse"] + 1e-6
     assert members["TSM2 1"]["val_mse"] > 100 * members[RIDGES[0]]["val_mse"]
+
+
+def test_a_variate_that_leaves_its_scale_does_not_speak_for_all_others():
+    known = torch.tensor([[50.0, 1, 1, 1], [-50, -1, -1, -1]])
+    y = torch.randn(200, 6, 4, generator=torch.Generator().manual_seed(0)) * known[0]
+    # one member knows three variates and misses the first by its deviation, the other has half of that and no other
+    points = torch.stack((y * torch.tensor([0.0, 1, 1, 1]), y * torch.tensor([0.5, 0, 0, 0])))
+    products = Products(known)
+    products.add(points, y)
+    assert products.errors()[1] < products.errors()[0]
+    assert find_weights(products.result(), torch.eye(2).double(), 2, horizon=6)[0] > 0.5
 
 
 def test_a_short_file_needs_no_options(tmp_path, capsys):

@@ -155,20 +155,32 @@ class Committee(nn.Module):
 
 class Products:
     """Products of the members' errors on windows, collected batch by batch: they tell the squared error of every
-    mixture of the members."""
+    mixture of the members.
 
-    def __init__(self):
+    Args:
+        known: Standardised rows to train and validate on, (rows, M). Errors of variates that vary more than in training
+            are divided by their deviation there: otherwise one that left its scale would speak for all.
+    """
+
+    def __init__(self, known: Tensor):
         self.batches: list[Tensor] = []
+        self.squares: list[Tensor] = []
+        self.scale = known.std(0, correction=0).clamp_min(1.0)
 
     def add(self, points: Tensor, y: Tensor) -> None:
         """The members' forecasts of n windows, (K, n, H, M), as `Committee.members` returns them, and the truth
         (n, H, M)."""
-        errors = (points.float() - y).flatten(2).transpose(0, 1)
+        errors = ((points.float() - y) / self.scale).flatten(2).transpose(0, 1)
         self.batches.append((errors @ errors.transpose(1, 2) / errors.shape[2]).double().cpu())
+        self.squares.append((points.float() - y).square().mean((2, 3)).double().cpu())
 
     def result(self) -> Tensor:
         """(windows, K, K), float64: means over steps and variates."""
         return torch.cat(self.batches)
+
+    def errors(self) -> Tensor:
+        """The members' mean squared errors, (K,), float64, undivided."""
+        return torch.cat(self.squares, dim=1).mean(1)
 
 
 def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) -> Tensor:

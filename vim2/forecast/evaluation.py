@@ -26,7 +26,7 @@ from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
 from .refitting import refit
 from .scores import Forecasts, baseline_forecasts, mase, naive_errors, score_all
-from .training import versions
+from .training import VALIDATION_BATCH, versions
 
 __all__ = ["evaluate"]
 
@@ -78,9 +78,9 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     if not 0 <= index < len(windows[part]):
         raise UserError(f"There is no window {o.window}: there are {len(windows[part])}.")
     ridge = Ridge.fit(windows["train"], windows["val"])
-    parts = {}
+    parts, known = {}, values[: split.train + split.val]
     if model.linear:
-        parts = {TSM2_ALONE: model.prior(["TSM2"]), LINEAR_ALONE: linear_weights(model, windows["val"], o.batch_size)}
+        parts = {TSM2_ALONE: model.prior(["TSM2"]), LINEAR_ALONE: linear_weights(model, windows["val"], known)}
     first = split.borders(part, config.lookback)[0] + config.lookback  # row of the first forecast
     if o.refits > len(windows[part]):
         raise UserError(
@@ -136,11 +136,11 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     return result
 
 
-def linear_weights(model: Committee, val: Windows, batch: int) -> Tensor:
+def linear_weights(model: Committee, val: Windows, known: Tensor) -> Tensor:
     """What the weights would be if the committee had no TSM2, (K,), float32: those that the validation windows find for
-    its linear members."""
-    products, count = Products(), len(model.linear)
-    for x, y, _ in val.batches(batch):
+    its linear members. The rows that are known are those for `Products`."""
+    products, count = Products(known), len(model.linear)
+    for x, y, _ in val.batches(VALIDATION_BATCH):
         products.add(torch.cat(model.linear_members(x)), y)
     weights = torch.zeros_like(model.weights)
     groups = torch.eye(count, dtype=torch.float64)
