@@ -5,9 +5,10 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 import torch
 from forecast_helpers import shared_data
 
-from vim2.forecast.baselines import PENALTIES, Ridge, last_value, seasonal_naive
+from vim2.forecast.baselines import PENALTIES, Ridge, cautious, last_value, lowest, seasonal_naive
 from vim2.forecast.data import Scaler, Windows, make_split, read_table
-from vim2.forecast.scores import gain, mase, naive_errors, pinball, pinball_losses, score
+from vim2.forecast.scores import mase, naive_errors, pinball, pinball_losses, score
+from vim2.forecast.significance import gain
 
 
 def test_naive_forecasts():
@@ -114,3 +115,27 @@ def test_the_error_of_a_gain_counts_what_windows_have_in_common():
     assert gain(overlapping, after[:19977], 1)[1] < 0.3 * error
     assert gain(overlapping, after[:19977], 200)[1] == pytest.approx(error, rel=0.25)
     assert gain(after, after, 24) == (0, 0)
+
+
+@pytest.mark.parametrize("windows, horizon", [(600, 30), (300, 100), (100, 100), (25, 100)])
+def test_a_mean_lies_within_one_error_in_two_of_three_samples_however_few_windows_there_are(windows, horizon):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1000, windows + horizon - 1, generator=generator, dtype=torch.float64)
+    gains = [gain(of_run, torch.zeros(()), horizon) for of_run in noise.unfold(1, horizon, 1).mean(-1)]
+    assert sum(abs(mean) <= error for mean, error in gains) / 1000 == pytest.approx(0.68, abs=0.04)
+
+
+def test_a_cautious_ridge_has_a_heavier_penalty_that_validation_cannot_tell_from_the_lowest():
+    walks = torch.randn(700, 2, generator=torch.Generator().manual_seed(0)).cumsum(0)  # all there is is the last value
+    train, val = Windows(walks, 24, 12, 0, 500), Windows(walks, 24, 12, 476, 700)
+    path = Ridge.path(train, val, "last")
+    light, heavy = lowest(path), cautious(path, val)
+    assert light.penalty < heavy.penalty
+    worse, error = gain(heavy.losses(val), light.losses(val), 12)
+    assert 0 < worse <= error
+    waves = torch.arange(700.0).view(-1, 1).mul(0.3).sin()  # all of it is linear, and a heavier penalty shows
+    train, val = Windows(waves, 24, 12, 0, 500), Windows(waves, 24, 12, 476, 700)
+    path = Ridge.path(train, val, "last")
+    assert cautious(path, val).penalty <= 10 * lowest(path).penalty < 1
+    x, _, _ = val[:]
+    torch.testing.assert_close(path[-1](x), last_value(x, 12))  # the heaviest penalty leaves nothing but that

@@ -88,7 +88,10 @@ def with_cell(column, row, value):
         (with_cell("date", 3, "soon"), ["date", "row 4", "no time stamp", "--time-column"]),
         (lambda f: f.assign(date=["31/01/2024", "01/31/2024"] * 50), ["days before months", "2024-01-31"]),
         (with_cell("level", 3, -9999), ["level", "-9999", "1 rows", "--na-values -9999", "--keep-values"]),
-        (lambda f: f.drop(index=[10, 11]), ["1 come after a gap", "2024-01-01 12:00", "--times regular"]),
+        (
+            lambda f: f.drop(index=[10, 11]),
+            ["not all 1 hour apart", "1 come after a gap", "2024-01-01 12:00", "--times regular"],
+        ),
         (lambda f: pd.concat([f[:5], f[4:]]), ["1 are there twice", "--times regular"]),
         (lambda f: f[::-1], ["99 go back"]),
         (lambda f: f.assign(level=np.nan), ["level", "no value at all"]),

@@ -243,6 +243,8 @@ def test_too_few_windows_to_learn_from_are_refused_and_few_are_warned_of(tmp_pat
     frame = make_frame(70)[["date", "north"]]
     with pytest.raises(UserError, match=r"^3 rows make 1 windows of 1 \+ 1 steps to train on, too few"):
         fit(data=frame[:3], output=str(tmp_path), device="cpu")
+    with pytest.raises(UserError, match=r"^49 rows of training .* too few for a horizon of 80: shorten it"):
+        fit(data=frame, horizon=80, output=str(tmp_path), device="cpu")  # no word of a lookback, which nobody gave
     options = dict(horizon=2, lookback=8, epochs=1, epoch_steps=1, members=1, device="cpu", refit=False)
     for split, warned in (([46, 8, 16], True), ([46, 24, 0], False)):
         run = fit(data=frame, split=split, experiment=str(split), output=str(tmp_path), **options)

@@ -25,11 +25,11 @@ def future_csv(path, frame=None):
 def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, capsys):
     result = evaluate(data=str(data), checkpoint=str(trained), output=str(tmp_path), device="cpu")
     assert result["windows"] == 80 - 12 + 1 and result["part"] == "test"
-    alone = {"TSM2 members alone", "ridge members alone"}
+    alone = {"TSM2 members alone", "linear members alone"}
     assert set(result["scores"]) == {"committee", *alone, "ridge", "last value", "seasonal naive"}
     out = capsys.readouterr().out
     for name, row in result["scores"].items():
-        assert f"{name:<19} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
+        assert f"{name:<20} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}" in out
     assert 0 <= result["quantiles"]["coverage"] <= 1
     assert sum(result["weights"].values()) == pytest.approx(1)
     assert result["config"]["horizon"] == 12 and result["chosen"]["seed"] == 0
@@ -272,7 +272,7 @@ def test_a_forecast_that_is_not_finite(trained, tmp_path):
         predict(data=str(path), checkpoint=str(trained), output=str(tmp_path), device="cpu")
 
 
-def test_files_that_do_not_fit_the_model(trained, tmp_path, fails):
+def test_files_that_do_not_fit_the_model(trained, tmp_path, fails, capsys):
     def evaluated(frame, *argv):
         data = write_csv(tmp_path / "a.csv", frame)
         return fails("evaluate", data, "--checkpoint", trained, "--output", tmp_path, *argv)
@@ -282,7 +282,9 @@ def test_files_that_do_not_fit_the_model(trained, tmp_path, fails):
     assert "300 rows, the split 400" in evaluated(make_frame(300))
     assert "no window 70" in evaluated(make_frame(), "--window", 70)
     short = write_csv(tmp_path / "short.csv", make_frame(40))
-    assert "40 rows are too few" in fails("predict", short, "--checkpoint", trained)
+    with pytest.raises(UserError, match=r"^40 rows are too few"):
+        predict(data=str(short), checkpoint=str(trained), device="cpu")
+    assert capsys.readouterr().out == ""  # nothing is told of a forecast that there is none of
     assert "--checkpoint" in fails("predict", short)
 
 

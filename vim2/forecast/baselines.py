@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from .data import Windows
+from .significance import gain
 
-__all__ = ["Ridge", "last_value", "seasonal_naive"]
+__all__ = ["Ridge", "cautious", "last_value", "lowest", "seasonal_naive"]
 
 # The heavier the penalty, the nearer to the window's mean, which is a poor forecast, or to its last value, which is a
-# good one for series such as exchange rates: hence the wider range there.
+# good one for series such as exchange rates: there the range ends where nothing but it is left.
 PENALTIES = {
     "mean": [10.0 ** (k / 2) for k in range(-4, 9)],
-    "last": [10.0 ** (k / 2) for k in range(-4, 17)],
+    "last": [10.0 ** (k / 2) for k in range(-4, 25)],
 }
 
 
@@ -30,7 +31,7 @@ def seasonal_naive(x: Tensor, horizon: int, season: int) -> Tensor:
     return x[:, x.shape[1] - season + steps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ridge:
     """Linear map from a window's centred history to its centred future, shared by all variates, with a penalty on its
     squared weights that the validation windows choose.
@@ -49,17 +50,24 @@ class Ridge:
 
     @classmethod
     def fit(cls, train: Windows, val: Windows, center: str = "mean", batch: int = 256) -> "Ridge":
-        """From the moments of all windows, accumulated in float64; solved for every penalty from one decomposition."""
+        """The one of its `path` with the lowest validation error."""
+        return lowest(cls.path(train, val, center, batch))
+
+    @classmethod
+    def path(cls, train: Windows, val: Windows, center: str = "mean", batch: int = 256) -> list["Ridge"]:
+        """One for each penalty, from the lightest: from the moments of all windows, accumulated in float64, and one
+        decomposition."""
         gram, cross, _, _ = moments(train, center, batch)
         val_gram, val_cross, val_square, count = moments(val, center, batch)
-        best = None
+        ridges = []
         for penalty, weight in zip(PENALTIES[center], solve(gram, cross, PENALTIES[center]), strict=True):
             error = (weight * (val_gram @ weight)).sum() - 2 * (weight * val_cross).sum() + val_square
-            mse = (error / count).item()
-            if best is None or mse < best[0]:
-                best = (mse, penalty, weight)
-        mse, penalty, weight = best
-        return cls(weight.T.float().contiguous(), center, penalty, mse)
+            ridges.append(cls(weight.T.float().contiguous(), center, penalty, (error / count).item()))
+        return ridges
+
+    def losses(self, windows: Windows, batch: int = 256) -> Tensor:
+        """Its squared error on each window, (windows,), float64 on the CPU."""
+        return torch.cat([(self(x) - y).square().mean((1, 2)).double().cpu() for x, y, _ in windows.batches(batch)])
 
     def refit(self, windows: Windows, batch: int = 256) -> "Ridge":
         """The same penalty's map for other windows."""
@@ -71,6 +79,29 @@ class Ridge:
         """(n, L, M) -> (n, H, M)."""
         level = centre(x, self.center)
         return ((x - level).transpose(1, 2) @ self.weight.T.to(x.device)).transpose(1, 2) + level
+
+
+def lowest(path: Sequence[Ridge]) -> Ridge:
+    """The one with the lowest validation error."""
+    return min(path, key=lambda ridge: ridge.val_mse)
+
+
+def cautious(path: Sequence[Ridge], val: Windows) -> Ridge:
+    """The one with the heaviest penalty up to which none is worse than the lowest by more than one standard error, see
+    `significance.gain` (the rule of Breiman et al., Classification and Regression Trees, 1984).
+
+    Args:
+        path: As `Ridge.path` returns it.
+        val: The windows that it was validated on.
+    """
+    chosen = best = lowest(path)
+    losses = best.losses(val)
+    for heavier in path[path.index(best) + 1 :]:
+        worse, error = gain(heavier.losses(val), losses, val.horizon)
+        if worse > error:
+            break
+        chosen = heavier
+    return chosen
 
 
 def centre(x: Tensor, kind: str) -> Tensor:

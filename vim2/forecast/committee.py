@@ -2,21 +2,22 @@
 weights that validation windows find."""
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
 
 from ..tsm2 import TSM2, TSM2Config
 from .baselines import Ridge, centre
-from .scores import gain, nearest_to_median
+from .scores import nearest_to_median
+from .significance import gain
 
 __all__ = ["Committee", "Networks", "Products", "find_weights", "mixture_losses"]
 
 # The linear members: their names, and about what of a window they map it. The last season is one too.
 LINEAR = {"ridge about the mean": "mean", "ridge about the last value": "last", "last season": "mean"}
 RIDGES = tuple(name for name in LINEAR if name.startswith("ridge"))
-SHARES = [share / 10 for share in range(10, -1, -1)]  # of equal weights, that `find_weights` tries
+PARTS = 10  # in which `find_weights` hands out the forecast
 
 
 class Linear(nn.Module):
@@ -102,17 +103,6 @@ class Committee(nn.Module):
         shares = [chosen / chosen.sum() for chosen in of_kind if chosen.any()]
         return torch.stack(shares).mean(0)
 
-    def validated_prior(self, products: Tensor) -> Tensor:
-        """What to shrink to: half for the ridge with the lower error, equal parts of the other half for the TSM2. On
-        series that wander, the ridge about the mean is no candidate, and validation tells that better than its weight.
-
-        Args:
-            products: As `Products.result` returns them.
-        """
-        errors = dict(zip(self.names, products.mean(0).diagonal().tolist(), strict=True))
-        better = sorted(errors.keys() & set(RIDGES), key=lambda name: (errors[name], name))[:1]
-        return self.prior([*better, "TSM2"])
-
     def set_linear(self, ridges: dict[str, Ridge], season: int) -> None:
         """Give the linear members their maps.
 
@@ -165,77 +155,65 @@ class Committee(nn.Module):
 
 class Products:
     """Products of the members' errors on windows, collected batch by batch: they tell the squared error of every
-    mixture of the members."""
+    mixture of the members.
 
-    def __init__(self):
+    Args:
+        known: Standardised rows to train and validate on, (rows, M). Errors of variates that vary more than in training
+            are divided by their deviation there: otherwise one that left its scale would speak for all.
+    """
+
+    def __init__(self, known: Tensor):
         self.batches: list[Tensor] = []
+        self.squares: list[Tensor] = []
+        self.scale = known.std(0, correction=0).clamp_min(1.0)
 
     def add(self, points: Tensor, y: Tensor) -> None:
         """The members' forecasts of n windows, (K, n, H, M), as `Committee.members` returns them, and the truth
         (n, H, M)."""
-        errors = (points.float() - y).flatten(2).transpose(0, 1)
+        errors = ((points.float() - y) / self.scale).flatten(2).transpose(0, 1)
         self.batches.append((errors @ errors.transpose(1, 2) / errors.shape[2]).double().cpu())
+        self.squares.append((points.float() - y).square().mean((2, 3)).double().cpu())
 
     def result(self) -> Tensor:
         """(windows, K, K), float64: means over steps and variates."""
         return torch.cat(self.batches)
 
+    def errors(self) -> Tensor:
+        """The members' mean squared errors, (K,), float64, undivided."""
+        return torch.cat(self.squares, dim=1).mean(1)
 
-def find_weights(products: Tensor, groups: Tensor, prior: Tensor, horizon: int) -> Tensor:
-    """Weights of a mixture that validation windows choose, shrunk towards equal ones.
 
-    The weights of the lowest squared error are found among all that are not negative and sum to 1. Between them and the
-    prior, those are taken that lie as near to the prior as the error allows: it may be higher by one standard error of
-    the difference, see `scores.gain`. Equal weights need no data and are hard to beat (Clemen, International Journal of
-    Forecasting, 1989), so validation has to say what is against them; as it does for a series that is linear, where
-    they end on ridge. The lowest error is below each member's, so the mixture is no worse than the best of them but
-    for that standard error.
+def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) -> Tensor:
+    """Weights of a mixture that validation windows choose, and that it is sure of.
+
+    Of all mixtures in tenths, that one is taken whose error is lowest when a standard error is added: that of the
+    difference to the linear member with the lowest error, see `significance.gain`. So TSM2 get weight as far as
+    windows show that they deserve it, and of two mixtures with the same error the one nearer to what is linear is
+    taken. The mixture is no worse than the best linear member, and worse than the best TSM2 by no more than the
+    standard error of their difference.
 
     Args:
         products: As `Products.result` returns them, (windows, K, K), of windows in order of time at stride 1.
         groups: Members that share one weight, as `Committee.groups`, (G, K).
-        prior: As `Committee.validated_prior`, (K,), the same for all of a group.
+        linear: How many of them, the first ones, are linear; if none is, the first stands for the best of them.
         horizon: Steps by which windows must lie apart to forecast nothing in common.
 
     Returns:
         (K,), float64.
     """
-    prior = prior.double()
-    best = minimise_on_simplex(groups @ products.mean(0) @ groups.T) @ groups
-    lowest = mixture_losses(products, best)
-    for share in SHARES:
-        weights = share * prior + (1 - share) * best
-        loss, error = gain(mixture_losses(products, weights), lowest, horizon)
-        if loss <= error:
-            break
-    return weights
+    products = groups @ products @ groups.T
+    count = len(groups)
+    members = products.diagonal(dim1=1, dim2=2)
+    trusted = members[:, members.mean(0)[: max(linear, 1)].argmin()]
+    best, lowest = None, float("inf")
+    for parts in combinations_with_replacement(range(count), PARTS):
+        weights = torch.bincount(torch.tensor(parts), minlength=count).double() / PARTS
+        worse, error = gain(mixture_losses(products, weights), trusted, horizon)
+        if worse + error < lowest:
+            best, lowest = weights, worse + error
+    return best @ groups
 
 
 def mixture_losses(products: Tensor, weights: Tensor) -> Tensor:
     """The squared error of a mixture on each window, (windows,)."""
     return torch.einsum("i,nij,j->n", weights, products, weights)
-
-
-def minimise_on_simplex(matrix: Tensor) -> Tensor:
-    """The w with the lowest w'Aw of all that are not negative and sum to 1: the best of the solutions for each set of
-    members, of which there are few.
-
-    Args:
-        matrix: A, (G, G), symmetric and positive semi-definite, float64.
-
-    Returns:
-        (G,)
-    """
-    best, lowest = None, float("inf")
-    for size in range(1, len(matrix) + 1):
-        for chosen in map(list, combinations(range(len(matrix)), size)):
-            block = matrix[chosen][:, chosen]
-            # a hair on the diagonal: members may be equal, as seasons of one step are to the last value
-            block = block + (1e-9 * block.diagonal().mean() + 1e-30) * torch.eye(size, dtype=matrix.dtype)
-            direction = torch.linalg.lstsq(block, block.new_ones(size, 1)).solution[:, 0]
-            weights = matrix.new_zeros(len(matrix))
-            weights[chosen] = direction / direction.sum()
-            loss = (weights @ matrix @ weights).item()
-            if (weights >= 0).all() and loss < lowest:
-                best, lowest = weights, loss
-    return best

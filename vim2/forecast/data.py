@@ -329,15 +329,16 @@ def make_split(rows: int, parts: Sequence[float], lookback: int, horizon: int) -
         UserError: As `split_rows`; too few rows for lookback and horizon.
     """
     split = split_rows(rows, parts)
-    for name, size, needed in (
-        ("training", split.train, lookback + horizon),
-        ("validation", split.val, horizon),
-        ("test", split.test, horizon if split.test else 0),
+    of_horizon = f"a horizon of {horizon}"  # windows to validate and to test reach back into the rows before
+    for name, size, what, needed in (
+        ("training", split.train, f"a lookback of {lookback} and {of_horizon}, which need", lookback + horizon),
+        ("validation", split.val, f"{of_horizon}, which needs", horizon),
+        ("test", split.test, f"{of_horizon}, which needs", horizon if split.test else 0),
     ):
         if size < needed:
             raise UserError(
-                f"{size} rows of {name} (of {rows} in the file) are too few for a lookback of {lookback} and a "
-                f"horizon of {horizon}, which need {needed}: shorten them, or choose another --split."
+                f"{size} rows of {name} (of {rows} in the file) are too few for {what} {needed}: shorten "
+                f"{'them' if 'lookback' in what else 'it'}, or choose another --split."
             )
     return split
 

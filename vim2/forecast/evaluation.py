@@ -19,17 +19,19 @@ from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors
 from .baselines import Ridge
+from .committee import Committee, Products, find_weights
 from .data import Table, Windows
 from .forecaster import BEST, Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
 from .refitting import refit
 from .scores import Forecasts, baseline_forecasts, mase, naive_errors, score_all
-from .training import versions
+from .training import VALIDATION_BATCH, versions
 
 __all__ = ["evaluate"]
 
 UNCORRECTED = "without conformal correction"
+TSM2_ALONE, LINEAR_ALONE = "TSM2 members alone", "linear members alone"
 
 
 def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -76,6 +78,9 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     if not 0 <= index < len(windows[part]):
         raise UserError(f"There is no window {o.window}: there are {len(windows[part])}.")
     ridge = Ridge.fit(windows["train"], windows["val"])
+    parts, known = {}, values[: split.train + split.val]
+    if model.linear:
+        parts = {TSM2_ALONE: model.prior(["TSM2"]), LINEAR_ALONE: linear_weights(model, windows["val"], known)}
     first = split.borders(part, config.lookback)[0] + config.lookback  # row of the first forecast
     if o.refits > len(windows[part]):
         raise UserError(
@@ -93,7 +98,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
                 of_ridge = ridge.refit(Windows(values, config.lookback, config.horizon, 0, known))
                 say(f"Fitted again to the {known:,} rows before {table.labels(known, known + 1)[0]}.")
             fits.append(fitted)
-            yield partial(all_forecasts, fitted, of_ridge, amp), windows[part].stretch(start, end)
+            yield partial(all_forecasts, fitted, parts, of_ridge, amp), windows[part].stretch(start, end)
 
     scores = score_all(stretches(), o.batch_size, levels)
     before = scores.pop(UNCORRECTED, None)
@@ -102,7 +107,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     for name, row in scores.items():
         row["mase"] = mase(row, naive)
         scaled = "" if row["mase"] is None else f"  MASE {row['mase']:.4f}"
-        say(f"{name:<19} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}{scaled}")
+        say(f"{name:<20} MSE {row['mse']:.4f}  MAE {row['mae']:.4f}{scaled}")
     if model.linear:
         say("Committee: " + ", ".join(f"{w:.2f} {name}" for name, w in zip(model.names, model.weights.tolist())))
     result = {
@@ -131,19 +136,29 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     return result
 
 
+def linear_weights(model: Committee, val: Windows, known: Tensor) -> Tensor:
+    """What the weights would be if the committee had no TSM2, (K,), float32: those that the validation windows find for
+    its linear members. The rows that are known are those for `Products`."""
+    products, count = Products(known), len(model.linear)
+    for x, y, _ in val.batches(VALIDATION_BATCH):
+        products.add(torch.cat(model.linear_members(x)), y)
+    weights = torch.zeros_like(model.weights)
+    groups = torch.eye(count, dtype=torch.float64)
+    weights[:count] = find_weights(products.result(), groups, count, model.config.horizon)
+    return weights
+
+
 def all_forecasts(
-    forecaster: Forecaster, ridge: Ridge, amp: bool, x: Tensor, future: Tensor | None
+    forecaster: Forecaster, parts: dict[str, Tensor], ridge: Ridge, amp: bool, x: Tensor, future: Tensor | None
 ) -> dict[str, Tensor]:
-    """Of the committee, of its TSM2 and of its ridges, from one pass of the members; of a TSM2 alone, its own. With
-    quantiles, also that without conformal correction. Then those of the baselines."""
+    """Of the committee and of parts of it, by their weights, from one pass of the members; of a TSM2 alone, its own.
+    With quantiles, also that without conformal correction. Then those of the baselines."""
     model = forecaster.model
     with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
         members = model.members(x, future)
     mixed = model.mixture(*members)
     result = {forecaster.called: forecaster.correct(mixed, x)}
-    if model.linear:
-        for kind in ("TSM2", "ridge"):
-            result[f"{kind} members alone"] = model.mixture(*members, model.prior([kind]))
+    result |= {name: model.mixture(*members, weights) for name, weights in parts.items()}
     if forecaster.conformal is not None:
         result[UNCORRECTED] = mixed
     return result | baseline_forecasts(ridge, x, future, model.config.horizon, forecaster.season)

@@ -251,11 +251,16 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
         variates: To forecast.
 
     Raises:
-        UserError: A split that cannot be made.
+        UserError: A split that cannot be made; a horizon that leaves no row of training to look back over.
     """
     o, split = options, split_rows(rows, options.split)
     shortest = min(split.val, split.test or split.val)
     horizon = o.horizon or max(min(MODEL.horizon, shortest // 2), 1)
+    if o.lookback is None and split.train <= horizon:
+        raise UserError(
+            f"{split.train} rows of training (of {rows} in the file) are too few for a horizon of {horizon}: shorten "
+            "it, or choose another --split."
+        )
     lookback = o.lookback or max(min(MODEL.lookback, (split.train - horizon) // 3), 1)
     patch = o.patch or max(lookback // 8, 1)
     windows = max(split.train - lookback - horizon + 1, 1)

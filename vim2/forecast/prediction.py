@@ -33,9 +33,10 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     o, _, data = open_options(PredictOptions, argv, options)
     forecaster = Forecaster.from_pretrained(o.checkpoint, choose_device(o.device))
     table = forecaster.read(data, **reading_options(o))
-    for note in [*table.repairs, *forecaster.doubts, forecaster.knowledge]:
+    for note in [*table.repairs, *forecaster.doubts]:
         say(note)
     times, values = forecaster.forecast(table, o.horizon)
+    say(forecaster.knowledge)  # of a forecast that there is
     frame = forecaster.frame(table, times, values)
     text = io.StringIO()
     frame.to_csv(text, lineterminator="\n", index=table.ids is None)

@@ -13,7 +13,6 @@ __all__ = [
     "Errors",
     "Forecasts",
     "baseline_forecasts",
-    "gain",
     "mase",
     "model_forecast",
     "naive_errors",
@@ -162,26 +161,3 @@ def mase(row: dict, naive: Tensor) -> float | None:
     absolute = torch.tensor(row["mae_by_variate"], dtype=torch.float64)
     varies = naive > 0
     return (absolute[varies] / naive[varies]).mean().item() if varies.any() else None
-
-
-def gain(before: Tensor, after: Tensor, horizon: int) -> tuple[float, float]:
-    """By how much losses fell, and the standard error of that.
-
-    Windows at stride 1 overlap, so their differences are correlated: the error is Diebold and Mariano's (Journal of
-    Business & Economic Statistics, 1995), of the autocovariances up to the horizon, which Bartlett's weights keep from
-    adding up to less than nothing.
-
-    Args:
-        before, after: Losses of the same windows in order of time, (n,), float64.
-        horizon: Steps by which windows must lie apart to forecast nothing in common.
-
-    Returns:
-        Mean of before - after, and its standard error.
-    """
-    difference = before - after
-    n, mean = len(difference), difference.mean()
-    spectrum = torch.fft.rfft(difference - mean, 2 * n)  # padded, or the end would be next to the beginning
-    covariance = torch.fft.irfft(spectrum.abs().square(), 2 * n)[: min(horizon, n)] / n
-    weights = 1 - torch.arange(len(covariance), dtype=torch.float64) / len(covariance)
-    variance = (2 * (weights * covariance).sum() - covariance[0]) / n
-    return mean.item(), variance.clamp_min(0).sqrt().item()

@@ -296,6 +296,12 @@ def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
     return pd.tseries.frequencies.to_offset(gap)
 
 
+def in_words(gap: pd.Timedelta) -> str:
+    """A time as people say it, "1 day" or "1 hour 30 minutes"."""
+    parts = ((unit, count) for unit, count in gap.components._asdict().items() if count)
+    return " ".join(f"{count} {unit if count > 1 else unit.removesuffix('s')}" for unit, count in parts)
+
+
 def usual_gap(times: pd.DatetimeIndex) -> pd.Timedelta | None:
     """The most frequent time from a row to a later one that follows; None if there are none."""
     gaps = pd.Series(times[1:] - times[:-1])
@@ -352,7 +358,8 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
     if len(distinct) == 1:
         raise UserError(f"All time stamps of {name} are {times[0]}: they must tell the rows apart.")
     step, rows = (find_step(distinct), len(distinct)) if find_step(distinct) is not None else find_grid(distinct)
-    shown = usual_gap(distinct) if isinstance(step, pd.offsets.Tick | pd.offsets.Day) else step.freqstr
+    even = isinstance(step, pd.offsets.Tick | pd.offsets.Day)
+    shown = in_words(usual_gap(distinct)) if even else step.freqstr
     follows = times[:-1] + step
     if (times[1:] == follows).all():  # a step for which pandas has no name
         return numbers, []

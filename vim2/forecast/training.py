@@ -40,7 +40,7 @@ from ..command.runs import (
     read_last,
     seed_everything,
 )
-from .baselines import Ridge
+from .baselines import Ridge, cautious, lowest
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity
 from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
@@ -195,8 +195,9 @@ class Run:
 
     def create_model(self) -> None:
         o, config = self.options, self.forecaster.model.config
-        ridges = {center: Ridge.fit(*self.windows.values(), center=center) for center in ("mean", "last")}
-        self.ridge = ridges["mean"]
+        paths = {center: Ridge.path(*self.windows.values(), center=center) for center in ("mean", "last")}
+        self.ridge = lowest(paths["mean"])  # a member that is the baseline, and one near to another, the last value
+        ridges = {"mean": self.ridge, "last": cautious(paths["last"], self.windows["val"])}
         self.forecaster.penalties = {center: ridge.penalty for center, ridge in ridges.items()}
         if o.instance_norm == AUTO:
             # About the mean, a short training leaves a jump between the last row and the first step of series that
@@ -300,7 +301,8 @@ class Run:
         windows, config = self.windows["val"], self.model.config
         best = Forecaster.from_pretrained(self.folder / BEST, self.device)
         self.model = self.forecaster.model = model = best.model
-        products, of_networks = Products(), []
+        split = self.forecaster.split
+        products, of_networks = Products(self.tensors[0][: split.train + split.val]), []
         for x, y, future in windows.batches(VALIDATION_BATCH):
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
                 points, spread = model.members(x, future)
@@ -308,8 +310,7 @@ class Run:
             # of the networks, whose weights are equal, the mean is enough to mix them once the weights are known
             mean = points[len(model.linear) :].float().mean(0, keepdim=True)
             of_networks.append([None if t is None else t.cpu() for t in (mean, spread)])
-        products = products.result()
-        weights = find_weights(products, model.groups, model.validated_prior(products), config.horizon)
+        weights = find_weights(products.result(), model.groups, len(model.linear), config.horizon)
         model.weights.copy_(weights)
         conformity = Conformity(config, len(windows), len(self.table.columns)) if config.quantiles else None
         errors, shared = Errors(config.quantiles), model.groups.sign().to(weights) @ weights
@@ -320,7 +321,7 @@ class Run:
             if conformity:
                 conformity.add(x, forecast, y)
         scores = errors.result()
-        alone = products.mean(0).diagonal().tolist()
+        alone = products.errors().tolist()
         self.committee = {f"val_{name}": scores[name] for name in ("mse", "mae", "crps", "coverage") if name in scores}
         self.committee["members"] = {
             name: {"weight": weight, "val_mse": error}
