@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from comparison import gradients, relative_error
+from comparison import assert_compiles, gradients, relative_error
 from devices import DEVICE, needs_triton
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, projected_scan, selective_scan
+from vim2.ops.scan.orders import ORDERS
 from vim2.ops.scan.projected_scan import project, scan_parameters
 
 N, R = 3, 2
@@ -86,6 +87,16 @@ def test_projections_are_not_kept():
 
     projections = 2 * 3 * 5 * 2 * (R + 2 * N) * 8  # bytes
     assert kept(kept_through_autograd) - kept(lambda inputs, *options: projected_scan(*inputs, *options)) >= projections
+
+
+@pytest.mark.parametrize(("orders", "separate"), [(CROSS_SCAN, False), (BIDIRECTIONAL, True)])
+def test_compiled_training_is_one_operator_with_the_same_gradients(orders, separate):
+    inputs = make_inputs(orders, separate, dtype=torch.float32)
+    assert_compiles(lambda *inputs: projected_scan(*inputs, orders, separate), inputs)
+    u, weight, A_log, *others = (t.detach() for t in inputs)
+    matrix, A = (t.requires_grad_() for t in scan_parameters(weight, A_log, separate))
+    options = (torch.bfloat16, False, [ORDERS.index(order) for order in orders], [3, 5], "torch")
+    torch.library.opcheck(torch.ops.vim2.projected_scan, (u.flatten(1, 2), matrix, A, *others, *options))
 
 
 def test_frozen_parameters_and_input():
