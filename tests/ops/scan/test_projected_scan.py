@@ -97,6 +97,11 @@ def test_compiled_training_is_one_operator_with_the_same_gradients(orders, separ
     matrix, A = (t.requires_grad_() for t in scan_parameters(weight, A_log, separate))
     options = (torch.bfloat16, False, [ORDERS.index(order) for order in orders], [3, 5], "torch")
     torch.library.opcheck(torch.ops.vim2.projected_scan, (u.flatten(1, 2), matrix, A, *others, *options))
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(projected_scan, fullgraph=True, backend="aot_eager")(*inputs, orders, separate)
+        expected = projected_scan(*inputs, orders, separate)
+    for a, e in zip(gradients(compiled, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(a, e)
 
 
 def test_frozen_parameters_and_input():
