@@ -71,6 +71,10 @@ CASES = {
     "depthwise_conv_silu": ((ones(1, 2, 2, 4), ones(3, 1, 3, 3), ones(3)), (ones(2, 2, 4), ones(4, 1, 3, 3), ones(4))),
     "directional_conv_silu": ((ones(1, 2, 4), ones(6, 1, 2), ones(6)), (ones(1, 2, 4), ones(8, 1, 2), ones(4))),
     "scan_parameters": ((ones(2, 5, 3), ones(2, 4, 2), False, torch.float32), (ones(1, 3, 3), ones(1, 3, 2), False)),
+    "scan_parameters_backward": (
+        (ones(2 * 7, 3), ones(2, 3, 2), ones(2, 3, 2), 5, False, torch.float32),
+        (ones(2 * 8, 3), ones(2, 3, 2), ones(2, 3, 2), 5, True, torch.float32),
+    ),
     "projected_scan": ((ones(1, 16, 3), *PROJECTED), (ones(1, 20, 2, 3), *PROJECTED), (ones(1, 20, 4), *PROJECTED)),
     "norm_gate_backward": ((ones(2, 4), ones(3, 4), ones(3, 4), *NORM, ones(2, 3)),),
     "projected_scan_backward": ((ones(1, 20, 4), ones(1, 2, 0, 2, 3), ones(1, 20, 3), *PROJECTED),),

@@ -352,24 +352,48 @@ def _(weight, A_log, separate_inputs, dtype):
     return weight.new_empty(shape, dtype=dtype), A_log.new_empty(A_log.mT.shape).mT
 
 
+def _check_parameters_backward(grad_matrix, grad_A, A, rows, separate_inputs, *options):
+    directions, features, states = A.shape
+    columns = directions * features if separate_inputs else features
+    fits = rows >= 2 * states and grad_matrix.shape == (directions * -(-rows // 8) * 8, columns)
+    require_fit(fits and grad_A.shape == A.shape, "scan_parameters_backward", grad_matrix, grad_A, A, rows=rows)
+
+
+@register_operator("vim2::scan_parameters_backward", _check_parameters_backward)
+def _scan_parameters_backward(
+    grad_matrix: Tensor, grad_A: Tensor, A: Tensor, rows: int, separate_inputs: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight, (K, rows, E), in a dtype, and of A_log."""
+    from .triton.parameters import scan_parameters_triton_backward
+
+    return scan_parameters_triton_backward(grad_matrix, grad_A, A, rows, separate_inputs, dtype)
+
+
+@_scan_parameters_backward.register_fake
+def _(grad_matrix, grad_A, A, rows, separate_inputs, dtype):
+    directions, features, _ = A.shape
+    return A.new_empty((directions, rows, features), dtype=dtype), A.new_empty(A.shape)
+
+
 def _setup_context(ctx, inputs, output):
     weight, _, ctx.separate_inputs, _ = inputs
-    ctx.shape, ctx.dtype = weight.shape, weight.dtype
-    ctx.save_for_backward(output[1])
+    matrix, A = output
+    ctx.rows, ctx.dtype = weight.shape[1], weight.dtype
+    ctx.matrix = matrix.shape, matrix.dtype
+    ctx.save_for_backward(A)
 
 
 def _backward(ctx, grad_matrix, grad_A):
     refuse_second_derivatives()
     (A,) = ctx.saved_tensors
-    if grad_A is not None:
-        grad_A = grad_A * A
+    given = grad_matrix is not None, grad_A is not None
     if grad_matrix is None:
-        return None, grad_A, None, None
-    directions, rows, _ = ctx.shape
-    grad = grad_matrix.unflatten(0, (directions, -1))[:, :rows]
-    if ctx.separate_inputs:
-        grad = grad.unflatten(-1, (directions, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A, None, None
+        shape, dtype = ctx.matrix
+        grad_matrix = A.new_zeros(shape, dtype=dtype)
+    if grad_A is None:
+        grad_A = torch.zeros_like(A)
+    grads = _scan_parameters_backward(grad_matrix, grad_A, A, ctx.rows, ctx.separate_inputs, ctx.dtype)
+    return *(grad if wanted else None for grad, wanted in zip(grads, given)), None, None
 
 
 _scan_parameters.register_autograd(_backward, _setup_context)
