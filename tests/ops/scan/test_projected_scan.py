@@ -104,6 +104,24 @@ def test_compiled_training_is_one_operator_with_the_same_gradients(orders, separ
         torch.testing.assert_close(a, e)
 
 
+@needs_triton
+@pytest.mark.parametrize(("orders", "separate"), [(CROSS_SCAN, False), (BIDIRECTIONAL, True)])
+def test_the_operator_of_compiled_training_gives_the_same_bits_when_replayed(orders, separate):
+    from vim2.ops.replay import PATIENCE
+
+    inputs = [t.detach().to(DEVICE) for t in make_inputs(orders, separate, dtype=torch.float32)]
+    u, weight, A_log, *others = inputs
+    order_ids = [ORDERS.index(order) for order in orders]
+    runs = []
+    for scale in (*[1] * (PATIENCE + 1), 2, 1):  # noted once with other numbers, then replayed
+        matrix, A = scan_parameters(weight * scale, A_log, separate, "triton")
+        leaves = [t.detach().clone().requires_grad_() for t in (u.flatten(1, 2) * scale, matrix, A, *others)]
+        y, _ = torch.ops.vim2.projected_scan(*leaves, None, False, order_ids, [3, 5], "triton")
+        runs.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(map(torch.equal, runs[0], runs[-1]))
+    assert not any(map(torch.equal, runs[0], runs[-2]))
+
+
 def test_frozen_parameters_and_input():
     inputs = [t.detach() for t in make_inputs(CROSS_SCAN, False)]
     inputs[1].requires_grad_()

@@ -6,7 +6,7 @@ torch.compile and activation checkpointing, the first to torch.export as well, a
 rules."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
 from ..operator import (
+    Operator,
     is_compiled_to_run,
+    is_observed,
     needs_backward,
     opaque_on_cpus,
     refuse_second_derivatives,
@@ -22,6 +24,7 @@ from ..operator import (
     register_operator,
     require_fit,
 )
+from ..replay import replay
 from .operands import Operands
 from .operator import scan, scan_backward
 from .orders import ORDERS, check_orders
@@ -231,7 +234,17 @@ class _ProjectedScan(torch.autograd.Function):
 
 def _options(orders: Sequence[int], spatial: Sequence[int], backend: str) -> dict:
     """The scan's, of what operators can be given."""
-    return dict(orders=tuple(ORDERS[i] for i in orders), spatial=spatial, backend=backend)
+    return dict(orders=tuple(ORDERS[i] for i in orders), spatial=tuple(spatial), backend=backend)
+
+
+def _replayed(
+    operator: Operator, run: Callable, tensors: tuple[Tensor, ...], settings: tuple, options: dict
+) -> tuple[Tensor, ...]:
+    """What an operator of many launches does, which a compiled graph would wait for the host to work out each time."""
+    if options["backend"] != "triton" or is_observed():
+        return run(*tensors)
+    autocast = torch.is_autocast_enabled(tensors[0].device.type)
+    return replay(operator, (*settings, *options.values(), autocast), run, tensors)
 
 
 def _check_projected(u, weight, A, D, delta_bias, delta_weight, dtype, *options):
@@ -277,8 +290,12 @@ def _projected_scan(
     Returns:
         y, (batch, L, E) or without merge (batch, L, K, E), and the states that are kept for the backward pass.
     """
-    tensors = (u, weight, A, D, delta_bias, delta_weight)
-    return _scan_projected(tensors, dtype, _options(orders, spatial, backend), merge)
+    options = _options(orders, spatial, backend)
+
+    def run(*tensors):
+        return _scan_projected(tensors, dtype, options, merge)
+
+    return _replayed(_projected_scan, run, (u, weight, A, D, delta_bias, delta_weight), (dtype, merge), options)
 
 
 @_projected_scan.register_fake
@@ -309,8 +326,13 @@ def _projected_scan_backward(
     spatial: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (u, weight, A, D, delta_bias, delta_weight)
-    return _scan_projected_backward(grad_y, starts, tensors, dtype, _options(orders, spatial, backend))
+    options = _options(orders, spatial, backend)
+
+    def run(grad_y, starts, *tensors):
+        return _scan_projected_backward(grad_y, starts, tensors, dtype, options)
+
+    tensors = (grad_y, starts, u, weight, A, D, delta_bias, delta_weight)
+    return _replayed(_projected_scan_backward, run, tensors, (dtype,), options)
 
 
 @_projected_scan_backward.register_fake
