@@ -61,6 +61,8 @@ def test_a_scan_called_by_hand_with_what_only_the_function_checks(backend, place
 
 NORM = (ones(4), ones(4))
 OPTIONS = (1e-5, torch.float32)
+PROJECTED = (ones(2 * 8, 3), ones(2, 3, 2), ones(2, 3), ones(2, 3), ones(2, 3, 1))  # all but the input, 20 x 3
+PROJECTED_OPTIONS = ([0, 2], [4, 5], "torch")
 CASES = {
     "norm_gate": ((ones(2, 4), ones(2, 5), *NORM, *OPTIONS, False), (ones(2, 5), ones(2, 5), *NORM)),
     "layer_norm": ((ones(1, 2, 2, 4), *NORM, *OPTIONS, 2, True), (ones(2, 5), *NORM, *OPTIONS, 1, True)),
@@ -69,7 +71,13 @@ CASES = {
     "depthwise_conv_silu": ((ones(1, 2, 2, 4), ones(3, 1, 3, 3), ones(3)), (ones(2, 2, 4), ones(4, 1, 3, 3), ones(4))),
     "directional_conv_silu": ((ones(1, 2, 4), ones(6, 1, 2), ones(6)), (ones(1, 2, 4), ones(8, 1, 2), ones(4))),
     "scan_parameters": ((ones(2, 5, 3), ones(2, 4, 2), False, torch.float32), (ones(1, 3, 3), ones(1, 3, 2), False)),
+    "scan_parameters_backward": (
+        (ones(2 * 7, 3), ones(2, 3, 2), ones(2, 3, 2), 5, False, torch.float32),
+        (ones(2 * 8, 3), ones(2, 3, 2), ones(2, 3, 2), 5, True, torch.float32),
+    ),
+    "projected_scan": ((ones(1, 16, 3), *PROJECTED), (ones(1, 20, 2, 3), *PROJECTED), (ones(1, 20, 4), *PROJECTED)),
     "norm_gate_backward": ((ones(2, 4), ones(3, 4), ones(3, 4), *NORM, ones(2, 3)),),
+    "projected_scan_backward": ((ones(1, 20, 4), ones(1, 2, 0, 2, 3), ones(1, 20, 3), *PROJECTED),),
     "layer_norm_backward": ((ones(2, 4), ones(2, 4), ones(4), ones(2, 1), 1), (ones(1, 4), ones(2, 4), ones(4))),
     "weighted_average_backward": ((ones(2, 4), [ones(3, 4)], ones(1), ones(4), ones(2, 2)),),
     "causal_conv_silu_backward": ((ones(1, 3, 4), ones(1, 2, 4), ones(4, 1, 2), ones(4)),),
@@ -77,6 +85,7 @@ CASES = {
     "directional_conv_silu_backward": ((ones(1, 2, 4), ones(1, 2, 4), ones(8, 1, 2), ones(8)),),
 }
 DEFAULTS = {"norm_gate": (*OPTIONS, False), "weighted_average": (*OPTIONS, True)}
+DEFAULTS |= {"projected_scan": (None, True, *PROJECTED_OPTIONS), "projected_scan_backward": (None, *PROJECTED_OPTIONS)}
 DEFAULTS |= {"scan_parameters": (torch.float32,), "layer_norm_backward": (ones(2, 2), 1)}
 
 

@@ -67,6 +67,12 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
         )
 
 
+def is_compiled_to_run() -> bool:
+    """Whether torch.compile is at work, and not torch.export, whose programs shall not need this package. Of the latter
+    PyTorch 2.11's `torch.compiler.is_exporting` speaks while it compiles, too."""
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+
+
 class _Own(threading.local):
     """Dispatch modes of this package that are on in a thread."""
 
@@ -260,7 +266,7 @@ def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
         @functools.wraps(function)
         def call(*args):
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and first.device.type == "cpu":
+            if first.device.type == "cpu" and is_compiled_to_run():
                 return registered(*args)
             return function(*args)
 

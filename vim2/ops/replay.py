@@ -71,8 +71,11 @@ class NotReplayableError(Exception):
 
 
 def replay(
-    owner: object, settings: Hashable, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]
-) -> Tensor:
+    owner: object,
+    settings: Hashable,
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+) -> Tensor | tuple[Tensor, ...]:
     """function(*tensors), noted the fourth time that such tensors come, and replayed from then on.
 
     For callers whose operators nobody observes (`operator.is_observed`), and whose kernels are Triton's: what others
@@ -82,8 +85,8 @@ def replay(
     Args:
         owner: Whose replays these are: they go with it.
         settings: All that the function reads besides the tensors, and besides what was settled on import.
-        function: It returns one tensor, changes none that it is given, and allocates, computes and launches the same
-            for all tensors that lie alike.
+        function: It returns one tensor, or a tuple of them where no gradient is wanted, changes none that it is given,
+            and allocates, computes and launches the same for all tensors that lie alike.
         tensors: No two of which share memory. Those of which the function knows without being given them, as of a
             module's parameters, are leaves of autograd's graph.
     """
@@ -137,7 +140,7 @@ def _layout(t: Tensor) -> tuple:
     return t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16
 
 
-def note(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor]:
+def note(function: Callable, tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
     """The replay of a function, or REFUSED, or PATIENCE if it can be tried again; and its result for these tensors."""
     notebook = Notebook(tensors)
     way = REFUSED
@@ -397,13 +400,17 @@ class Notebook(TorchDispatchMode):
         self.lines, self.parts = [], {}
         self.whole[_memory(grad)] = "grad", grad.dtype, _extent(grad)
 
-    def replay(self, result: Tensor) -> Callable[..., Tensor]:
+    def replay(self, result: Tensor | tuple[Tensor, ...]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         """The function that was noted.
 
         Raises:
             NotReplayableError: It cannot be.
         """
-        replay = self.function(self.given, self.result(result), self.lines)
+        if isinstance(result, Tensor):
+            returned = self.result(result)
+        else:
+            returned = f"({''.join(f'{self.result(t)}, ' for t in result)})"
+        replay = self.function(self.given, returned, self.lines)
         return _without_autocast(replay, self.device) if self.autocast else replay
 
     def both_passes(self, grads: Sequence[Tensor | None], layout: tuple) -> BothPasses:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from comparison import gradients, relative_error
+from comparison import assert_compiles, gradients, relative_error
 from devices import DEVICE, needs_triton
 
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, projected_scan, selective_scan
+from vim2.ops.scan.orders import ORDERS
 from vim2.ops.scan.projected_scan import project, scan_parameters
 
 N, R = 3, 2
@@ -86,6 +87,39 @@ def test_projections_are_not_kept():
 
     projections = 2 * 3 * 5 * 2 * (R + 2 * N) * 8  # bytes
     assert kept(kept_through_autograd) - kept(lambda inputs, *options: projected_scan(*inputs, *options)) >= projections
+
+
+@pytest.mark.parametrize(("orders", "separate"), [(CROSS_SCAN, False), (BIDIRECTIONAL, True)])
+def test_compiled_training_is_one_operator_with_the_same_gradients(orders, separate):
+    inputs = make_inputs(orders, separate, dtype=torch.float32)
+    assert_compiles(lambda *inputs: projected_scan(*inputs, orders, separate), inputs)
+    u, weight, A_log, *others = (t.detach() for t in inputs)
+    matrix, A = (t.requires_grad_() for t in scan_parameters(weight, A_log, separate))
+    options = (torch.bfloat16, False, [ORDERS.index(order) for order in orders], [3, 5], "torch")
+    torch.library.opcheck(torch.ops.vim2.projected_scan, (u.flatten(1, 2), matrix, A, *others, *options))
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(projected_scan, fullgraph=True, backend="aot_eager")(*inputs, orders, separate)
+        expected = projected_scan(*inputs, orders, separate)
+    for a, e in zip(gradients(compiled, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@needs_triton
+@pytest.mark.parametrize(("orders", "separate"), [(CROSS_SCAN, False), (BIDIRECTIONAL, True)])
+def test_the_operator_of_compiled_training_gives_the_same_bits_when_replayed(orders, separate):
+    from vim2.ops.replay import PATIENCE
+
+    inputs = [t.detach().to(DEVICE) for t in make_inputs(orders, separate, dtype=torch.float32)]
+    u, weight, A_log, *others = inputs
+    order_ids = [ORDERS.index(order) for order in orders]
+    runs = []
+    for scale in (*[1] * (PATIENCE + 1), 2, 1):  # noted once with other numbers, then replayed
+        matrix, A = scan_parameters(weight * scale, A_log, separate, "triton")
+        leaves = [t.detach().clone().requires_grad_() for t in (u.flatten(1, 2) * scale, matrix, A, *others)]
+        y, _ = torch.ops.vim2.projected_scan(*leaves, None, False, order_ids, [3, 5], "triton")
+        runs.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(map(torch.equal, runs[0], runs[-1]))
+    assert not any(map(torch.equal, runs[0], runs[-2]))
 
 
 def test_frozen_parameters_and_input():

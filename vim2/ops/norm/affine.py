@@ -36,6 +36,8 @@ def fake_norm_gradient(statistics: Tensor, norm_weight: Tensor | None) -> Tensor
     return statistics.new_empty(2, 0 if norm_weight is None else norm_weight.shape[0])
 
 
-def split_norm_gradient(grad: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> list[Tensor | None]:
+def split_norm_gradient(
+    grad: Tensor | Sequence[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> list[Tensor | None]:
     """These gradients, each in its parameter's dtype, None where there is no norm."""
     return [None if t is None else g.to(t.dtype) for g, t in zip(grad, (norm_weight, norm_bias))]

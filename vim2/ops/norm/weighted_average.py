@@ -16,7 +16,6 @@ from ..backend import autocast_dtype, compute_dtype, resolve_backend
 from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
 from .affine import (
     check_norm,
-    fake_norm_gradient,
     fake_statistics,
     has_statistics,
     is_affine,
@@ -177,7 +176,7 @@ def _weighted_average_backward(
     norm_weight: Tensor | None,
     statistics: Tensor,
 ) -> list[Tensor]:
-    """Gradients for every feature, for weight, and for norm_weight and norm_bias together, (2, C) in float32, (2, 0)
+    """Gradients for every feature, and for weight, norm_weight and norm_bias together, (n + 2 C,) in float32, (n,)
     without a norm."""
     from .triton.weighted_average import weighted_average_triton_backward
 
@@ -186,7 +185,9 @@ def _weighted_average_backward(
 
 @_weighted_average_backward.register_fake
 def _(grad, features, weight, norm_weight, statistics):
-    return [*(t.new_empty(t.shape) for t in (*features, weight)), fake_norm_gradient(statistics, norm_weight)]
+    width = 0 if norm_weight is None else grad.shape[-1]
+    sums = weight.new_empty(len(features) + 2 * width, dtype=torch.float32)
+    return [*(t.new_empty(t.shape) for t in features), sums]
 
 
 def _setup_context(ctx, inputs, output):
@@ -199,8 +200,10 @@ def _backward(ctx, grad, _):
     refuse_second_derivatives()
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
     features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
-    *grads, grad_weight, grad_norm = _weighted_average_backward(grad, features, weight, norm[0], statistics)
-    return grads, grad_weight, *split_norm_gradient(grad_norm, *norm), None, None, None
+    *grads, sums = _weighted_average_backward(grad, features, weight, norm[0], statistics)
+    width = 0 if norm[0] is None else grad.shape[-1]
+    grad_weight, *grad_norm = sums.split((ctx.n, width, width))
+    return grads, grad_weight.to(weight.dtype), *split_norm_gradient(grad_norm, *norm), None, None, None
 
 
 _weighted_average.register_autograd(_backward, _setup_context)

@@ -1,10 +1,12 @@
 """The selective scan with B, C and delta projected from its input: S6. The projections, in the channel mixer five times
 as large as the input, are not kept for the backward pass, which computes them again.
 
-The operator `torch.ops.vim2.scan_parameters` is opaque to torch.compile, torch.export and activation checkpointing, and
-carries its own fake and autograd rules."""
+The operators `torch.ops.vim2.scan_parameters` and, in compiled training, `torch.ops.vim2.projected_scan` are opaque to
+torch.compile and activation checkpointing, the first to torch.export as well, and carry their own fake and autograd
+rules."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
 from ..operator import (
+    Operator,
+    is_compiled_to_run,
+    is_observed,
     needs_backward,
     opaque_on_cpus,
     refuse_second_derivatives,
@@ -19,9 +24,10 @@ from ..operator import (
     register_operator,
     require_fit,
 )
+from ..replay import replay
 from .operands import Operands
 from .operator import scan, scan_backward
-from .orders import check_orders
+from .orders import ORDERS, check_orders
 
 
 def projected_scan(
@@ -64,13 +70,18 @@ def projected_scan(
     flat = u.flatten(1, 2) if len(spatial) == 2 else u
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     options = dict(orders=orders, spatial=spatial, backend=backend)
-    # compilers decide themselves what they keep, and torch.jit.trace knows no autograd.Function
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not needs_backward(*tensors):
+    trains = needs_backward(*tensors)
+    if trains and is_compiled_to_run():
+        backend = resolve_backend(backend, *tensors, scan=True)
+        y, _ = _projected_scan(
+            *tensors, autocast_dtype(flat), merge, [ORDERS.index(o) for o in orders], spatial, backend
+        )
+    elif trains and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # which knows no such functions
+        y = _ProjectedScan.apply(*tensors, options, merge)
+    else:
         projected = project(flat, matrix, A.shape[0])
         operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
-        y, _, _ = scan(operands, **options, merge=merge, keeps=needs_backward(*tensors))
-    else:
-        y = _ProjectedScan.apply(*tensors, options, merge)
+        y, _, _ = scan(operands, **options, merge=merge, keeps=trains)
     return y.unflatten(1, spatial)
 
 
@@ -168,6 +179,40 @@ def _operands(u: Tensor, projected: Tensor, A: Tensor, D: Tensor, delta_bias: Te
     return Operands(u, delta[..., : delta_weight.shape[-1]], A, B, C, D, delta_bias, delta_weight)
 
 
+def _project_in(u: Tensor, weight: Tensor, directions: int, dtype: torch.dtype | None) -> Tensor:
+    """`project` as under autocast of a dtype, which operators of their own are called without by some."""
+    with autocast_off(u):
+        return project(u, weight, directions) if dtype is None else project(u.to(dtype), weight.to(dtype), directions)
+
+
+def _scan_projected(tensors, dtype, options, merge):
+    """y, and the states that are kept for `_scan_projected_backward`."""
+    u, weight, A, *others = tensors
+    projected = _project_in(u, weight, A.shape[0], dtype)
+    y, _, starts = scan(_operands(u, projected, A, *others), **options, merge=merge, keeps=True)
+    return y, starts
+
+
+def _scan_projected_backward(grad_y, starts, tensors, dtype, options):
+    """The gradients of `tensors`."""
+    u, weight, A, *others = tensors
+    projected = _project_in(u, weight, A.shape[0], dtype)
+    grad_projected = torch.empty_like(projected)
+    grad_B, grad_C, grad_delta = _split(grad_projected, A)
+    grad_u, *grads = scan_backward(
+        grad_y,
+        starts,
+        _operands(u, projected, A, *others),
+        **options,
+        grad_B=grad_B,
+        grad_C=grad_C,
+        grad_delta=grad_delta,
+    )
+    with autocast_off(u):
+        grad_u, grad_weight = project_backward(grad_projected, u, weight, grad_u)
+    return grad_u, grad_weight, *grads
+
+
 class _ProjectedScan(torch.autograd.Function):
     """Projection and scan, of which only the scan's own input and kept states wait for the backward pass."""
 
@@ -175,26 +220,138 @@ class _ProjectedScan(torch.autograd.Function):
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, options, merge):
         ctx.autocast = autocast_dtype(u)
         ctx.options = options
-        operands = _operands(u, project(u, weight, A.shape[0]), A, D, delta_bias, delta_weight)
-        y, _, starts = scan(operands, **options, merge=merge, keeps=True)
-        ctx.save_for_backward(u, weight, A, D, delta_bias, delta_weight, starts)
+        tensors = (u, weight, A, D, delta_bias, delta_weight)
+        y, starts = _scan_projected(tensors, ctx.autocast, options, merge)
+        ctx.save_for_backward(*tensors, starts)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         refuse_second_derivatives()
-        u, weight, A, D, delta_bias, delta_weight, starts = ctx.saved_tensors
-        with torch.autocast(u.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
-            projected = project(u, weight, A.shape[0])
-        operands = _operands(u, projected, A, D, delta_bias, delta_weight)
-        grad_projected = torch.empty_like(projected)
-        grad_B, grad_C, grad_delta = _split(grad_projected, A)
-        grad_u, *others = scan_backward(
-            grad_y, starts, operands, **ctx.options, grad_B=grad_B, grad_C=grad_C, grad_delta=grad_delta
-        )
-        with autocast_off(u):
-            grad_u, grad_weight = project_backward(grad_projected, u, weight, grad_u)
-        return grad_u, grad_weight, *others, None, None
+        *tensors, starts = ctx.saved_tensors
+        return *_scan_projected_backward(grad_y, starts, tensors, ctx.autocast, ctx.options), None, None
+
+
+def _options(orders: Sequence[int], spatial: Sequence[int], backend: str) -> dict:
+    """The scan's, of what operators can be given."""
+    return dict(orders=tuple(ORDERS[i] for i in orders), spatial=tuple(spatial), backend=backend)
+
+
+def _replayed(
+    operator: Operator, run: Callable, tensors: tuple[Tensor, ...], settings: tuple, options: dict
+) -> tuple[Tensor, ...]:
+    """What an operator of many launches does, which a compiled graph would wait for the host to work out each time."""
+    if options["backend"] != "triton" or is_observed():
+        return run(*tensors)
+    autocast = torch.is_autocast_enabled(tensors[0].device.type)
+    return replay(operator, (*settings, *options.values(), autocast), run, tensors)
+
+
+def _check_projected(u, weight, A, D, delta_bias, delta_weight, dtype, *options):
+    orders, spatial, _ = options[-3:]
+    directions, features, n = A.shape
+    width = directions * features if u.dim() == 4 and weight.dim() == 2 else features
+    rows = 2 * n + delta_weight.shape[-1]  # of the weight, for a direction; there may be more, of zeros
+    fits = (
+        len(orders) == directions
+        and all(0 <= order < len(ORDERS) for order in orders)
+        and u.shape in ((len(u), math.prod(spatial), *shape) for shape in ((features,), (directions, features)))
+        and weight.shape[-1] == width
+        and weight.shape[:-1].numel() % directions == 0
+        and weight.shape[:-1].numel() >= directions * rows
+        and D.shape == delta_bias.shape == delta_weight.shape[:-1] == (directions, features)
+    )
+    require_fit(fits, "projected_scan", u, weight, A, D, delta_bias, delta_weight, spatial=spatial)
+
+
+@register_operator("vim2::projected_scan", _check_projected)
+def _projected_scan(
+    u: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    dtype: torch.dtype | None,
+    merge: bool,
+    orders: Sequence[int],
+    spatial: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`_ProjectedScan` as compilers see it, who would keep the projections, and add up their gradients in copies.
+
+    Args:
+        u: Flattened, (batch, L, E) or (batch, L, K, E).
+        weight, A: See `scan_parameters`.
+        dtype: In which the projections are made, as under autocast; None is as they come.
+        orders: By their index.
+        backend: Settled, see `vim2.ops.backend.resolve_backend`.
+
+    Returns:
+        y, (batch, L, E) or without merge (batch, L, K, E), and the states that are kept for the backward pass.
+    """
+    options = _options(orders, spatial, backend)
+
+    def run(*tensors):
+        return _scan_projected(tensors, dtype, options, merge)
+
+    return _replayed(_projected_scan, run, (u, weight, A, D, delta_bias, delta_weight), (dtype, merge), options)
+
+
+@_projected_scan.register_fake
+def _(*args):
+    return _projected_scan.function(*args)  # all that it calls has fakes
+
+
+def _check_projected_backward(grad_y, starts, *args):
+    u, _, A, *_ = args
+    _check_projected(*args)
+    fits = grad_y.shape in ((*u.shape[:2], *shape) for shape in (A.shape[1:2], A.shape[:2]))
+    fits = fits and (starts.shape[:2], starts.shape[3:]) == ((len(u), len(A)), A.mT.shape[1:])
+    require_fit(fits, "projected_scan_backward", grad_y, starts, *args[:6])
+
+
+@register_operator("vim2::projected_scan_backward", _check_projected_backward)
+def _projected_scan_backward(
+    grad_y: Tensor,
+    starts: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    delta_weight: Tensor,
+    dtype: torch.dtype | None,
+    orders: Sequence[int],
+    spatial: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = _options(orders, spatial, backend)
+
+    def run(grad_y, starts, *tensors):
+        return _scan_projected_backward(grad_y, starts, tensors, dtype, options)
+
+    tensors = (grad_y, starts, u, weight, A, D, delta_bias, delta_weight)
+    return _replayed(_projected_scan_backward, run, tensors, (dtype,), options)
+
+
+@_projected_scan_backward.register_fake
+def _(*args):
+    return _projected_scan_backward.function(*args)
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.dtype, _, ctx.orders, ctx.spatial, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _differentiate(ctx, grad_y, _):
+    refuse_second_derivatives()
+    options = (ctx.dtype, ctx.orders, ctx.spatial, ctx.backend)
+    return *_projected_scan_backward(grad_y, *ctx.saved_tensors, *options), *(None,) * 5
+
+
+_projected_scan.register_autograd(_differentiate, _keep)
 
 
 def _check_parameters(weight, A_log, *options):
@@ -217,24 +374,48 @@ def _(weight, A_log, separate_inputs, dtype):
     return weight.new_empty(shape, dtype=dtype), A_log.new_empty(A_log.mT.shape).mT
 
 
+def _check_parameters_backward(grad_matrix, grad_A, A, rows, separate_inputs, *options):
+    directions, features, states = A.shape
+    columns = directions * features if separate_inputs else features
+    fits = rows >= 2 * states and grad_matrix.shape == (directions * -(-rows // 8) * 8, columns)
+    require_fit(fits and grad_A.shape == A.shape, "scan_parameters_backward", grad_matrix, grad_A, A, rows=rows)
+
+
+@register_operator("vim2::scan_parameters_backward", _check_parameters_backward)
+def _scan_parameters_backward(
+    grad_matrix: Tensor, grad_A: Tensor, A: Tensor, rows: int, separate_inputs: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight, (K, rows, E), in a dtype, and of A_log."""
+    from .triton.parameters import scan_parameters_triton_backward
+
+    return scan_parameters_triton_backward(grad_matrix, grad_A, A, rows, separate_inputs, dtype)
+
+
+@_scan_parameters_backward.register_fake
+def _(grad_matrix, grad_A, A, rows, separate_inputs, dtype):
+    directions, features, _ = A.shape
+    return A.new_empty((directions, rows, features), dtype=dtype), A.new_empty(A.shape)
+
+
 def _setup_context(ctx, inputs, output):
     weight, _, ctx.separate_inputs, _ = inputs
-    ctx.shape, ctx.dtype = weight.shape, weight.dtype
-    ctx.save_for_backward(output[1])
+    matrix, A = output
+    ctx.rows, ctx.dtype = weight.shape[1], weight.dtype
+    ctx.matrix = matrix.shape, matrix.dtype
+    ctx.save_for_backward(A)
 
 
 def _backward(ctx, grad_matrix, grad_A):
     refuse_second_derivatives()
     (A,) = ctx.saved_tensors
-    if grad_A is not None:
-        grad_A = grad_A * A
+    given = grad_matrix is not None, grad_A is not None
     if grad_matrix is None:
-        return None, grad_A, None, None
-    directions, rows, _ = ctx.shape
-    grad = grad_matrix.unflatten(0, (directions, -1))[:, :rows]
-    if ctx.separate_inputs:
-        grad = grad.unflatten(-1, (directions, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return grad.roll(rows - 2 * A.shape[-1], dims=1).to(ctx.dtype), grad_A, None, None
+        shape, dtype = ctx.matrix
+        grad_matrix = A.new_zeros(shape, dtype=dtype)
+    if grad_A is None:
+        grad_A = torch.zeros_like(A)
+    grads = _scan_parameters_backward(grad_matrix, grad_A, A, ctx.rows, ctx.separate_inputs, ctx.dtype)
+    return *(grad if wanted else None for grad, wanted in zip(grads, given)), None, None
 
 
 _scan_parameters.register_autograd(_backward, _setup_context)

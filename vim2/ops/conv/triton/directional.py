@@ -144,8 +144,7 @@ def _backward_kernel(
     sequences, L, blocks, x_n, STRIDE: tl.constexpr,  # these and the others as above
     P: tl.constexpr, TAPS: tl.constexpr, FAST: tl.constexpr, N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, and the program's sums (2, TAPS + 1, P) for each direction's taps, in the order of steps in
-    memory, and bias."""
+    """The gradient of x, and the program's sums for the weight, (2 P, TAPS), and behind them for the bias, (2 P,)."""
     part, n, p = _tile(P, P_BLOCK, N_BLOCK)
     p_in = (p < P) & (n >= 0)
     p_wide = p + 0 * n
@@ -194,12 +193,14 @@ def _backward_kernel(
                 mask = (n < tl.where((oldest >= 0) & (oldest < L), count, 0)) & p_in
                 tl.store(gx_block + oldest * P + gx_offset, gwindow[0].to(gx_ptr.dtype.element_ty), mask=mask)
 
-    sums_at = sums_ptr + tl.cast(part, tl.int64) * (2 * (TAPS + 1) * P) + p
-    for j in tl.static_range(TAPS):
-        tl.store(sums_at + j * P, tl.sum(gtaps0[j], axis=0)[None, :], mask=p < P)
-        tl.store(sums_at + (TAPS + 1 + j) * P, tl.sum(gtaps1[j], axis=0)[None, :], mask=p < P)
-    tl.store(sums_at + TAPS * P, tl.sum(gbias0, axis=0)[None, :], mask=p < P)
-    tl.store(sums_at + (2 * TAPS + 1) * P, tl.sum(gbias1, axis=0)[None, :], mask=p < P)
+    sums = sums_ptr + tl.cast(part, tl.int64) * (2 * (TAPS + 1) * P)
+    weight_at = sums + 2 * p * TAPS
+    bias_at = sums + 2 * P * TAPS + 2 * p
+    for j in tl.static_range(TAPS):  # from the order of steps to that of taps
+        tl.store(weight_at + j, tl.sum(gtaps0[j], axis=0)[None, :], mask=p < P)
+        tl.store(weight_at + TAPS + (TAPS - 1 - j), tl.sum(gtaps1[j], axis=0)[None, :], mask=p < P)
+    tl.store(bias_at, tl.sum(gbias0, axis=0)[None, :], mask=p < P)
+    tl.store(bias_at + 1, tl.sum(gbias1, axis=0)[None, :], mask=p < P)
 
 
 def _launch_shape(sequences: int, features: int, programs: int) -> tuple[int, int, int, dict]:
@@ -244,19 +245,13 @@ def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
         weight.contiguous(),
         bias.contiguous(),
     )
-    features, width = x.shape[-1], weight.shape[-1]
-    parts, launch = _backward(x.shape, x.stride(), width)
+    parts, launch = _backward(x.shape, x.stride(), weight.shape[-1])
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(parts, 2, width + 1, features, dtype=torch.float32, device=x.device)
+    sums = torch.empty(parts, weight.numel() + bias.numel(), dtype=torch.float32, device=x.device)
     launch(x, weight, bias, grad_y, grad_x, sums)
-    total = sums.sum(0)
-    grad_weight, grad_bias = total[:, :width], total[:, width]
-    grad_weight = torch.stack((grad_weight[0], grad_weight[1].flip(0)))  # from the order of steps to that of taps
-    return (
-        grad_x,
-        grad_weight.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype),
-        grad_bias.t().flatten().to(bias.dtype, copy=True, memory_format=torch.contiguous_format),
-    )
+    grad_weight, grad_bias = sums.sum(0).split((weight.numel(), bias.numel()))
+    # one is copied: neither is a part of the other, as compilers have been told
+    return grad_x, grad_weight.to(weight.dtype).view(weight.shape), grad_bias.to(bias.dtype, copy=True)
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -60,12 +60,13 @@ def _average_kernel(
 @triton.jit(do_not_specialize=["rows", "n"])
 def _average_backward_kernel(
     grad_ptr, features, scale_ptr, weight_ptr, statistics_ptr,
-    gfeatures, gscale_ptr, gnorm_ptr, gtotal_ptr,  # gradients, or parts of them
+    gfeatures, parts_ptr, gtotal_ptr,  # gradients, or parts of them
     rows, n, E,  # rows of a feature, features, width of a row
     NORM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """gscale: (programs, len(features)); gnorm: (programs, 2, E). VECTOR: columns that lie in one thread. With SPLIT
-    only the gradient of the weighted average, gtotal, is written in place of those of features and scale."""
+    """parts: (programs, n + 2 E), of the gradients of scale, and of the norm's weight and bias where there is one, else
+    (programs, n). VECTOR: columns that lie in one thread. With SPLIT only the gradient of the weighted average, gtotal,
+    is written in place of those of features and scale."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E
@@ -109,11 +110,13 @@ def _average_backward_kernel(
                 gx = (scale * grad).to(gfeatures[i].dtype.element_ty)
                 tl.store(gfeatures[i] + at, gx, mask=tile_in & (i < present))
             gscales = sums
+    part = parts_ptr + tl.program_id(0) * n
+    if NORM:
+        store_norm_parts(part + n, gweight, gbias, E, BLOCK_E)  # behind each program's part of the scale
+        part += tl.program_id(0) * 2 * E
     if not SPLIT:
         for i in tl.static_range(len(features)):
-            tl.store(gscale_ptr + tl.program_id(0) * len(features) + i, tl.sum(tl.sum(gscales[i], 1), 0))
-    if NORM:
-        store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E)
+            tl.store(part + i, tl.sum(tl.sum(gscales[i], 1), 0), mask=i < n)
 
 
 def _padded(tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -155,37 +158,35 @@ def _forward(device: torch.device, rows: int, features: int, width: int, eps: fl
 def weighted_average_triton_backward(
     grad: Tensor, features: list[Tensor], scale: Tensor, weight: Tensor | None, statistics: Tensor
 ) -> list[Tensor]:
-    """Gradients for every feature, for scale, and for weight and bias together, (2, E) in float32, (2, 0) without."""
+    """Gradients for every feature, and for scale, weight and bias together, (n + 2 E,) in float32, (n,) without."""
     grad, *features = contiguous(grad, *features)
     scale, weight = contiguous(scale, weight)
     n, width = len(features), grad.shape[-1]
     rows = grad.numel() // max(width, 1)
     grad_features = [torch.empty_like(f) for f in features]
 
-    def launch_part(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
+    def launch_part(grad: Tensor, part: slice, norm: bool, grad_total: Tensor | None) -> Tensor:
         count = len(features[part])
         pointers = _padded(features[part])
         vector = 16 // min(f.element_size() for f in features)
         programs, launch = _backward(grad.device, rows, count, width, norm, grad_total is not None, vector)
-        grad_scale = torch.empty(programs, len(pointers), dtype=torch.float32, device=grad.device)
-        grad_norm = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=grad.device)
+        parts = torch.empty(programs, count + 2 * width * norm, dtype=torch.float32, device=grad.device)
         if rows:
-            gradients = (_padded(grad_features[part]), grad_scale, grad_norm, grad_total)
+            gradients = (_padded(grad_features[part]), parts, grad_total)
             launch(grad, pointers, scale[part], weight, statistics, *gradients)
-        return grad_scale.sum(0)[:count], grad_norm.sum(0)
+        return parts.sum(0)
 
     norm = weight is not None
     if n <= MAX_FEATURES:
-        grad_scale, grad_norm = launch_part(grad, slice(None), norm, None)
-    else:  # first the gradient of the average, then those of the features, some at a time
-        grad_norm = grad.new_empty(2, 0, dtype=torch.float32)
-        if norm:
-            grad_total = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-            _, grad_norm = launch_part(grad, slice(None), True, grad_total)
-            grad = grad_total
-        parts = [slice(i, i + MAX_FEATURES) for i in range(0, n, MAX_FEATURES)]
-        grad_scale = torch.cat([launch_part(grad, part, False, None)[0] for part in parts])
-    return [*grad_features, grad_scale.to(scale.dtype), grad_norm]
+        return [*grad_features, launch_part(grad, slice(None), norm, None)]
+    # first the gradient of the average, then those of the features, some at a time
+    grad_norm = grad.new_empty(0, dtype=torch.float32)
+    if norm:
+        grad_total = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        grad_norm = launch_part(grad, slice(None), True, grad_total)[n:]
+        grad = grad_total
+    slices = [slice(i, i + MAX_FEATURES) for i in range(0, n, MAX_FEATURES)]
+    return [*grad_features, torch.cat([*(launch_part(grad, part, False, None) for part in slices), grad_norm])]
 
 
 @functools.lru_cache(MAX_LAUNCHES)

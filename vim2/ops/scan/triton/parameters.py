@@ -1,5 +1,5 @@
-"""The parameters of S6 as its products and its scan read them, in one launch. `projected_scan.py` says what it
-computes; at batch 1 a launch costs the host more than the GPU."""
+"""The parameters of S6 as its products and its scan read them, in one launch, and their gradients, in another.
+`projected_scan.py` says what is computed; a launch costs the host more than these take the GPU."""
 
 import functools
 
@@ -40,27 +40,72 @@ def _parameters_kernel(
     tl.store(A_ptr + i, A.to(A_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _parameters_backward_kernel(
+    gmatrix_ptr, gA_ptr, A_ptr, gweight_ptr, gA_log_ptr,
+    directions, E, columns, states, rank, room,  # as above
+    SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of weight and A_log every number is one program's; A, but not its gradient, is (directions, states, E)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = 2 * states + rank
+    k = i // (rows * E)
+    row = i // E % rows
+    matrix_row = k * (rows + room) + (row + 2 * states) % rows
+    e = i % E
+    if SEPARATE:
+        e += k * E
+    inside = k < directions
+    gweight = tl.load(gmatrix_ptr + matrix_row * columns + e, mask=inside, other=0.0)
+    tl.store(gweight_ptr + i, gweight.to(gweight_ptr.dtype.element_ty), mask=inside)
+
+    k = i // (E * states)
+    inside = k < directions
+    A = tl.load(A_ptr + (k * states + i % states) * E + i // states % E, mask=inside, other=0.0)
+    gA_log = tl.load(gA_ptr + i, mask=inside, other=0.0).to(tl.float32) * A.to(tl.float32)
+    tl.store(gA_log_ptr + i, gA_log.to(gA_log_ptr.dtype.element_ty), mask=inside)
+
+
 def scan_parameters_triton(
     weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As `projected_scan.scan_parameters`."""
     directions, rows, features = weight.shape
     states = A_log.shape[-1]
-    shape, launch = _parameters(directions, rows, features, states, separate_inputs)
+    shape, launch, _ = _parameters(directions, rows, features, states, separate_inputs)
     matrix = torch.empty(shape, dtype=dtype, device=weight.device)
     A = torch.empty(directions, states, features, dtype=A_log.dtype, device=weight.device)
     launch(weight.contiguous(), A_log.contiguous(), matrix, A)
     return matrix, A.transpose(1, 2)
 
 
+def scan_parameters_triton_backward(
+    grad_matrix: Tensor, grad_A: Tensor, A: Tensor, rows: int, separate_inputs: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `projected_scan._scan_parameters_backward`."""
+    directions, features, states = A.shape
+    _, _, launch = _parameters(directions, rows, features, states, separate_inputs)
+    grad_weight = torch.empty(directions, rows, features, dtype=dtype, device=A.device)
+    grad_A_log = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+    launch(grad_matrix.contiguous(), grad_A.contiguous(), A.mT.contiguous(), grad_weight, grad_A_log)
+    return grad_weight, grad_A_log
+
+
 @functools.lru_cache(MAX_LAUNCHES)
 def _parameters(
     directions: int, rows: int, features: int, states: int, separate_inputs: bool
-) -> tuple[tuple[int, int], Launch]:
-    """Also the shape of the matrix."""
+) -> tuple[tuple[int, int], Launch, Launch]:
+    """The shape of the matrix, and the launches forward and backward."""
     columns = directions * features if separate_inputs else features
     room = -rows % 8
     shape = directions * (rows + room), columns
     numbers = (directions, features, columns, states, rows - 2 * states, room)
-    grid = (-(-max(shape[0] * columns, directions * states * features) // BLOCK),)
-    return shape, Launch(_parameters_kernel, grid, numbers, SEPARATE=separate_inputs, BLOCK=BLOCK, num_warps=4)
+    options = dict(SEPARATE=separate_inputs, BLOCK=BLOCK, num_warps=4)
+    of_A = directions * states * features
+    forward = (triton.cdiv(max(shape[0] * columns, of_A), BLOCK),)
+    backward = (triton.cdiv(max(directions * rows * features, of_A), BLOCK),)
+    return (
+        shape,
+        Launch(_parameters_kernel, forward, numbers, **options),
+        Launch(_parameters_backward_kernel, backward, numbers, **options),
+    )
