@@ -6,7 +6,7 @@ from ..command.errors import UserError
 from ..tsm2 import TSM2
 from ..vim2 import MIN_SIZE
 
-__all__ = ["examples"]
+__all__ = ["examples", "first_convolution"]
 
 # Sizes of the example that is exported. All differ, and none is 0 or 1, which would be taken as fixed.
 _EXAMPLE_BATCH, _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH, _EXAMPLE_VARIATES = 2, 64, 96, 3
@@ -29,9 +29,14 @@ def examples(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[
     return _series(model)
 
 
+def first_convolution(model: nn.Module) -> Tensor:
+    """The weight of the convolution that reads the images, (features, channels, kernel height, kernel width)."""
+    return next(weight for weight in model.parameters() if weight.dim() == 4)
+
+
 def _images(model: nn.Module, img_size: tuple[int, int] | None) -> dict[str, tuple[Tensor, dict[int, str]]]:
     """The example and its dynamic axes."""
-    weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embed.proj.weight"))
+    weight = first_convolution(model)
     axes = {0: "batch"}
     if img_size is None:
         img_size = _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH

@@ -29,7 +29,7 @@ def _scan_wide(start, dt, x, B, C, A) -> FLOAT:
     (K, 1, N, E). Returns (L, K, batch, 1, E)."""
 
     @graph()
-    def step(h, dt_t, x_t, B_t, C_t):
+    def step(h: FLOAT[...], dt_t: FLOAT[...], x_t: FLOAT[...], B_t: FLOAT[...], C_t: FLOAT[...]):
         h_next = op.Exp(dt_t * A) * h + x_t * B_t
         y_t = op.MatMul(C_t, h_next)
         return h_next, y_t
@@ -44,7 +44,7 @@ def _scan_narrow(start, dt, x, B, C, A) -> FLOAT:
     (L, K, 1, E, batch)."""
 
     @graph()
-    def step(h, dt_t, x_t, B_t, C_t):
+    def step(h: FLOAT[...], dt_t: FLOAT[...], x_t: FLOAT[...], B_t: FLOAT[...], C_t: FLOAT[...]):
         h_next = op.Exp(dt_t * A) * h + x_t * B_t
         states = op.Constant(value_ints=[1])
         y_t = op.ReduceSum(C_t * h_next, states)
