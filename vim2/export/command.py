@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -18,9 +18,13 @@ from ..command.options import Parser
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution
+from .forecaster import ForecasterModule
 from .hub import export_timm
 from .onnx import DEFAULT_OPSET, MIN_OPSET, export_onnx
 from .pt2 import MIN_DYNAMIC, export_pt2
+
+if TYPE_CHECKING:
+    from ..forecast import Forecaster
 
 __all__ = ["export"]
 
@@ -40,6 +44,7 @@ def export(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
+    add("--forecaster", metavar="DIR", help="in place of a model, the forecaster of a run of vim2 forecast fit")
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
     formats = "onnx: a file; pt2: a compiled package for PyTorch in Python and C++ (AOTInductor); timm: a folder for "
     formats += "timm, transformers and the Hugging Face Hub; safetensors: weights in half precision"
@@ -62,8 +67,12 @@ def export(argv: Sequence[str]) -> None:
     weights.add_argument("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
     weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
     args = parser.parse_args(argv)
-    if args.model is None and args.checkpoint is None:
-        raise UserError("Say what to export: --model NAME, --checkpoint FILE, or both.")
+    if args.forecaster is not None:
+        for name in ("model", "checkpoint", "pretrained", "features_only", "img_size", "compare"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')} is for image models, not for --forecaster: leave it out.")
+    elif args.model is None and args.checkpoint is None:
+        raise UserError("Say what to export: --model NAME, --checkpoint FILE or both, or --forecaster DIR.")
     programs = ("onnx", "pt2")
     own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), device=programs)
     own |= dict(data_dir=("safetensors",), split=("safetensors",))
@@ -75,7 +84,11 @@ def export(argv: Sequence[str]) -> None:
     if args.format == "onnx" and args.device and not args.compare:
         raise UserError("One ONNX file is for all devices, and --device is where --compare runs it: leave it out.")
     torch.manual_seed(0)
-    if args.checkpoint is None and not args.pretrained:
+    if args.forecaster is not None:
+        if args.format not in programs:
+            raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
+        model, facts = ForecasterModule(_forecaster(args.forecaster)), {}
+    elif args.checkpoint is None and not args.pretrained:
         model, facts = create_model(args.model), {}
     else:
         model, facts = load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained)
@@ -91,13 +104,22 @@ def export(argv: Sequence[str]) -> None:
         raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
 
 
+def _forecaster(folder: str) -> "Forecaster":
+    """Raises UserError as `Forecaster.from_pretrained`, or where pandas is not installed."""
+    try:
+        from ..forecast import Forecaster
+    except ImportError as error:
+        raise UserError(error) from None
+    return Forecaster.from_pretrained(folder)
+
+
 def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
     size, device = None, args.device or "cpu"
     if args.img_size is not None:
         if len(args.img_size) > 2:
             raise UserError(f"--img-size takes a height and a width, got {len(args.img_size)} numbers.")
         size = args.img_size[0], args.img_size[-1]
-    if not isinstance(model, ViM2):
+    if not isinstance(model, ViM2 | ForecasterModule):
         name = type(model).__name__
         if args.features_only:
             raise UserError(f"--features-only is for ViM2 models, not for {name}: leave it out.")

@@ -42,7 +42,8 @@ def export_program(
     batch and variates, are dynamic, named so, and have ranges.
 
     Args:
-        model: A ViM2, one of timm's features_only, or a TSM2, on any device. A copy of it is exported in eval mode.
+        model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
+            of it is exported in eval mode.
         img_size: Height and width in place of dynamic ones from 36 x 36 to 4096 x 4096; batches stay dynamic.
         device: On which the program runs.
 
