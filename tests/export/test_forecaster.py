@@ -22,7 +22,8 @@ def forecaster(quantiles=(), calendar=()):
     """Of three columns of different scales, with weights that are not those of a start."""
     torch.manual_seed(0)
     mixers = dict(time_mixer="linear", variate_mixer="none") if calendar else {}  # then the future's scans alone
-    config = TSM2Config(LOOKBACK, HORIZON, 4, 2, 8, d_state=2, quantiles=quantiles, future_features=2 * len(calendar), **mixers)
+    changes = dict(d_state=2, quantiles=quantiles, future_features=2 * len(calendar), **mixers)
+    config = TSM2Config(LOOKBACK, HORIZON, 4, 2, 8, **changes)
     model = Committee(config, 2).eval()
     for p in model.parameters():
         p.data.add_(torch.randn_like(p), alpha=0.05)

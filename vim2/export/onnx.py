@@ -19,6 +19,7 @@ __all__ = ["DEFAULT_OPSET", "MIN_OPSET", "export_onnx", "onnx_translations"]
 
 MIN_OPSET = 18  # the oldest for which PyTorch has translations of its own operators
 DEFAULT_OPSET = 20
+_MAX_FOLDED = 1 << 24  # bytes of a constant that is computed
 
 
 def onnx_translations() -> dict[Callable, Callable]:
@@ -93,10 +94,19 @@ def export_onnx(
             custom_translation_table=translations,
             verbose=False,
         )
+    _fold_constants(program.model)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
         node.doc_string = None
     write_atomically(path, program.model_proto.SerializeToString())
+
+
+def _fold_constants(model) -> None:
+    """Compute the decay rates of large scans, too, which PyTorch's exporter leaves to the runtime: in OpenVINO, a step
+    of `Scan` reads nothing from around it but constants."""
+    from onnxscript.optimizer import optimize_ir
+
+    optimize_ir(model, onnx_shape_inference=False, input_size_limit=_MAX_FOLDED, output_size_limit=_MAX_FOLDED)
 
 
 def _output_names(model: nn.Module) -> list[str]:

@@ -67,7 +67,11 @@ def _program(
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # with paths of the machine that exported
-    return program if torch.device(device).type == "cpu" else move_to_device_pass(program, device)
+    device = torch.device(device)
+    if device.type == "cpu":
+        return program
+    # with its number, which tensors on it have: the program asserts where they are
+    return move_to_device_pass(program, torch.empty(0, device=device).device)
 
 
 def export_pt2(
