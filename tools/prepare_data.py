@@ -4,6 +4,7 @@
     python tools/prepare_data.py nuclei DOWNLOADS     # nuclei664.tar, nuclei664.instances.json.xz -> data/nuclei
     python tools/prepare_data.py coco549 DOWNLOADS    # coco549.tar -> data/coco549, boxes, masks and semantic maps
     python tools/prepare_data.py camvid DOWNLOADS     # camvid701.tar -> data/camvid
+    python tools/prepare_data.py imagenette1000.npz DOWNLOADS  # imagenette128.npz -> data/imagenette1000.npz, a part
 
 DOWNLOADS is the folder that holds the files. A folder in data/ is there whole or not at all.
 """
@@ -23,6 +24,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
+from vim2.classify.packs import read_pack
 from vim2.command.errors import UserError
 from vim2.command.images import read_image
 
@@ -86,6 +88,23 @@ def camvid(source: Path, target: Path) -> str:
     return ", ".join(counts)
 
 
+def imagenette1000(source: Path, target: Path) -> str:
+    """The first 100 images of each class of a pack to learn from, and the first 50 of those to validate on."""
+    pack = read_pack(source / "imagenette128.npz")
+    if pack.split is None:
+        raise UserError(f"{pack.path} has no split: it is another pack than imagenette128.npz.")
+    kinds = [(split, count, label) for split, count in ((0, 100), (1, 50)) for label in range(len(pack.names))]
+    chosen = [np.flatnonzero((pack.split == split) & (pack.labels == label))[:count] for split, count, label in kinds]
+    indices = np.sort(np.concatenate(chosen))
+    images = [pack.data[pack.offsets[i] : pack.offsets[i + 1]] for i in indices]
+    offsets = np.cumsum([0, *map(len, images)])
+    arrays = dict(labels=pack.labels[indices], split=pack.split[indices], names=np.array(pack.names))
+    with open(target, "wb") as file:
+        np.savez(file, data=np.concatenate(images), offsets=offsets, **arrays)
+    learn, validate = np.bincount(arrays["split"], minlength=2)
+    return f"{learn} images for train, {validate} for val"
+
+
 def existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is missing.")
@@ -135,7 +154,12 @@ def relabel(source: Path, target: Path, table: np.ndarray) -> None:
     Image.fromarray(labels).save(target)
 
 
-DATA_SETS: dict[str, Callable[[Path, Path], str]] = {"nuclei": nuclei, "coco549": coco549, "camvid": camvid}
+DATA_SETS: dict[str, Callable[[Path, Path], str]] = {
+    "nuclei": nuclei,
+    "coco549": coco549,
+    "camvid": camvid,
+    "imagenette1000.npz": imagenette1000,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

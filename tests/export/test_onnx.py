@@ -11,6 +11,7 @@ from vim2.checkpoints import save_checkpoint
 from vim2.command.errors import UserError
 from vim2.export import export_onnx, onnx_translations
 from vim2.export.cli import main
+from vim2.export.comparison import ONNX_RUNTIMES
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -171,6 +172,25 @@ def test_scan_in_a_users_own_export(orders, shared, rank, softplus, dtype, featu
     torch.testing.assert_close(torch.from_numpy(result), expected, rtol=tolerance, atol=tolerance)
 
 
+@torch.no_grad()
+def test_openvino_reads_it(model, tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    export_onnx(model, tmp_path / "model.onnx")
+    name, run = ONNX_RUNTIMES["openvino"](tmp_path / "model.onnx", "cpu")
+    assert name == f"OpenVINO {openvino.__version__.partition('-')[0]}"
+    for shape in SIZES:
+        x = torch.randn(shape)
+        assert_alike(run(x), [model(x)])
+
+
+def test_inputs_of_a_scans_step_have_types(file):
+    """Which ONNX leaves open, and OpenVINO needs."""
+    scans = [node for node in onnx.load(file).graph.node if node.op_type == "Scan"]
+    bodies = [attribute.g for node in scans for attribute in node.attribute if attribute.name == "body"]
+    types = {i.type.tensor_type.elem_type for body in bodies for i in body.input}
+    assert len(bodies) > 1 and types == {onnx.TensorProto.FLOAT}
+
+
 def test_last_state_is_refused():
     from vim2.export.onnx_scan import selective_scan as translated
 
@@ -226,6 +246,10 @@ def test_command(model, tmp_path, capsys):
         (["--model", "resnet18"], "Only ViM2 models"),
         (["--model", "test_vim2", "--checkpoint", "missing.pth"], "no checkpoint at"),
         (["--model", "vim2_nano", "--checkpoint", "weights.pth"], "another architecture"),
+        (["--model", "resnet18", "--features-only"], "for ViM2 models"),
+        (["--model", "swin_tiny_patch4_window7_224", "--img-size", "100"], "cannot read images of 100 x 100"),
+        (["--model", "test_vim2", "--device", "cuda"], "for all devices"),
+        (["--forecaster", "runs/none", "--model", "test_vim2"], "not for --forecaster"),
         (["--model", "test_vim2", "--opset", "11"], "must be 18 to"),
         (["--model", "test_vim2", "--img-size", "16"], "at least 32 x 32"),
         (["--model", "test_vim2", "--img-size", "64", "64", "3"], "a height and a width"),

@@ -2,6 +2,7 @@
 
 Compiling a package takes the smallest model most of a minute: here the compiler is replaced."""
 
+import shutil
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ import timm
 import torch
 
 import vim2
+from tools.comparisons import cpp_package
 from vim2.checkpoints import save_checkpoint
 from vim2.command.errors import UserError
-from vim2.export import export_program, export_pt2
+from vim2.export import aten_scan, export_program, export_pt2, pt2
 from vim2.export.cli import main
+from vim2.ops.triton_launch import INTERPRETED
 
 TINY = dict(depths=(1,), dims=(8,), token_mixers=1, d_state=2, channel_expand=2.0, channel_patch=8)
 ONE_SCAN = dict(TINY, channel_mixer="none")
@@ -104,6 +107,50 @@ def test_what_cannot_be_written(options, says, tmp_path):
     with pytest.raises(UserError, match=says):
         export_pt2(timm.create_model("test_vim2", **TINY), path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_scan_for_gpus_is_a_kernel_that_the_compiler_sees(monkeypatch):
+    """PyTorch's compiler takes Triton's kernel out of the operator; here it runs in Triton's interpreter."""
+    triton_scan = pytest.importorskip("vim2.export.triton_scan", reason="Triton is not installed")
+    assert pt2._compiled_scan("cuda") is triton_scan.selective_scan
+    assert pt2._compiled_scan("cpu") is aten_scan.selective_scan
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    for orders, shared, rank, features, states in (((0, 1, 2, 3), True, 2, 20, 3), ((0, 2), False, 0, 16, 16)):
+        batch, height, width, k = 2, 5, 3, len(orders)
+        length = height * width
+        operands = [
+            random(batch, length, *(() if shared else (k,)), features),
+            random(batch, length, k, rank or features),
+            -random(k, features, states).abs(),
+            random(batch, length, k, states),
+            random(batch, length, k, states),
+            random(k, features),
+            random(k, features),
+            random(k, features, rank) if rank else torch.empty(0),
+        ]
+        options = (True, orders, height, width, True, False, length, "torch")
+        expected = torch.ops.vim2.selective_scan(*operands, *options)[0]
+        torch.testing.assert_close(aten_scan.selective_scan(*operands, *options)[0], expected, rtol=1e-5, atol=1e-5)
+        if INTERPRETED:
+            result = triton_scan.selective_scan(*operands, *options)[0]
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="last state"):
+        triton_scan.selective_scan(*operands, True, (0, 2), 5, 3, True, True, 15, "torch")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_the_program_in_cpp(tmp_path):
+    """It is built, and reads what it is given as a package. tools/comparisons/cpp_package.py runs a model's, which
+    takes minutes to compile."""
+    program = cpp_package.build(tmp_path)
+    (tmp_path / "no.pt2").write_text("no package")
+    done = subprocess.run([program, tmp_path / "no.pt2", "64", "64"], capture_output=True, text=True)
+    assert done.returncode and "zip archive" in done.stderr, done.stderr
+    assert subprocess.run([program], capture_output=True).returncode == 2
 
 
 def test_no_compiler(monkeypatch, tmp_path):

@@ -157,6 +157,11 @@ def test_reference_to_no_config(name):
         load_config(f"vim2::{name}")
 
 
+def test_reference_with_one_colon():
+    with pytest.raises(UserError, match=r"one colon: .*two, vim2::mmdet/none\.py\.$"):
+        load_config("vim2:mmdet/none.py")
+
+
 def test_no_config():
     with pytest.raises(UserError, match=r"none\.py"):
         load_config("none.py")

@@ -23,6 +23,7 @@ import vim2.mm  # noqa: F401
 from benchmarks.mm import main as measure
 from tools.prepare_data import COCO_STUFF, COCO_THINGS
 from tools.prepare_data import main as prepare
+from vim2.classify.packs import read_pack
 from vim2.command.errors import UserError
 from vim2.mm.annotations import check_annotations
 from vim2.mm.commands import predict as demo
@@ -107,6 +108,22 @@ class TestPreparing:
         classes = config.train_dataloader.dataset.metainfo.classes
         assert tuple(classes) == CocoPanopticDataset.METAINFO["classes"]
         assert len(COCO_THINGS) == 80 and len(COCO_THINGS + COCO_STUFF) == len(classes) == 133
+
+    def test_part_of_imagenette(self, tmp_path, capsys):
+        labels = np.arange(10).repeat(180)
+        split = (np.arange(1800) % 3 == 0).astype(np.int64)  # 120 a class to learn from, 60 to validate on
+        data = (np.arange(1800) % 251).astype(np.uint8)
+        arrays = dict(data=data, offsets=np.arange(1801), labels=labels, names=np.array(list("abcdefghij")))
+        argv = ["imagenette1000.npz", str(tmp_path), "--output", str(tmp_path / "out.npz")]
+        np.savez(tmp_path / "imagenette128.npz", **arrays)
+        assert run_tool(prepare, argv) == 2 and "has no split" in capsys.readouterr().err
+        np.savez(tmp_path / "imagenette128.npz", **arrays, split=split)
+        assert run_tool(prepare, argv) == 0 and "1000 images for train, 500 for val" in capsys.readouterr().out
+        part = read_pack(tmp_path / "out.npz")
+        assert np.bincount(part.labels[part.split == 0]).tolist() == [100] * 10
+        assert np.bincount(part.labels[part.split == 1]).tolist() == [50] * 10
+        first = np.flatnonzero((labels == 3) & (split == 1))[:50]
+        assert part.data[part.offsets[:-1]][(part.labels == 3) & (part.split == 1)].tolist() == data[first].tolist()
 
     def test_damaged_missing_and_present(self, tmp_path, capsys):
         argv = ["camvid", str(tmp_path), "--output", str(tmp_path / "out")]

@@ -21,9 +21,9 @@ import torch
 from timm.utils import ModelEmaV3
 
 from vim2 import TSM2Config
-from vim2.benchmark.measuring import check_backends
 from vim2.checkpoints import write_atomically
 from vim2.command.graphs import record
+from vim2.command.processes import require_backend
 from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
 from vim2.forecast.scores import model_forecast, score
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lookbacks", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    check_backends([None], device)
+    require_backend(device.type)
     amp = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if amp else f"{platform.machine()}, {torch.get_num_threads()} threads"
     where = f"{name}, PyTorch {torch.__version__}, {'bfloat16 autocast' if amp else 'float32'}"

@@ -28,10 +28,11 @@ from torch._inductor import list_mode_options
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..command.processes import require_backend
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .launches import measure_launches
-from .measuring import AMP, check_backends, machine, positive
+from .measuring import AMP, machine, positive
 from .models import measure_model
 from .profiles import device_rates, profile_model
 from .reporting import plot, report
@@ -114,7 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = [name.removeprefix("timm:") for name in args.models]
     args.ops = (args.ops or scan_backends(args.device_type)) if ops else []
     scanning = args.modes and any("vim2" in name for name in args.models)
-    check_backends([*args.ops, *[None] * bool(scanning)], args.device)
+    for name in [*args.ops, *[None] * bool(scanning)]:
+        require_backend(args.device_type, name)
     args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
     return args
 

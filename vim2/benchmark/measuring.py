@@ -8,16 +8,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import timm
 import torch
 from torch._inductor import config as inductor_config
 
 import vim2
-
-from ..command.errors import UserError
-from ..ops.backend import check_backend
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 GIB = 2**30
@@ -29,15 +26,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def check_backends(names: Iterable[str | None], device: str | torch.device) -> None:
-    """Raise a UserError for a backend of the scan that cannot run on the device; None is the environment's."""
-    try:
-        for name in names:
-            check_backend(name, torch.device(device).type)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:

@@ -78,14 +78,16 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
-def require_backend(device: str) -> None:
-    """Raises UserError where the backend that VIM2_SCAN_BACKEND names cannot run here on a type of device."""
+def require_backend(device: str, name: str | None = None) -> None:
+    """Raises UserError where a backend of the scan, by default the one that VIM2_SCAN_BACKEND names, cannot run here on
+    a type of device."""
     try:
-        backend.check_backend(None, device)
+        backend.check_backend(name, device)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"VIM2_SCAN_BACKEND={backend.DEFAULT_BACKEND} cannot be used on {device} ({first_line(error)}): unset it."
-        ) from None
+        asked, way_out = f"The backend {name}", "choose another"
+        if name is None:
+            asked, way_out = f"VIM2_SCAN_BACKEND={backend.DEFAULT_BACKEND}", "unset it"
+        raise UserError(f"{asked} cannot be used on {device} ({first_line(error)}): {way_out}.") from None
 
 
 def free_memory(device: torch.device) -> int | None:

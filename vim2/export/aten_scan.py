@@ -15,7 +15,17 @@ from ..ops.backend import compute_dtype
 from ..ops.scan.operands import Operands
 from ..ops.scan.orders import ORDERS, walk
 
-__all__ = ["selective_scan"]
+__all__ = ["in_full", "selective_scan"]
+
+
+def in_full(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:
+    """The input, (batch, L, K or 1, E), the step sizes, (batch, L, K, E), and A, B, C and D as operands have them, in
+    the dtype of the arithmetic."""
+    u, delta, A, B, C, D, bias = operands.with_full_delta()
+    dtype = compute_dtype(u, delta, A, B, C)
+    u, delta, A, B, C, D, bias = (t.to(dtype) for t in (u, delta, A, B, C, D, bias))
+    delta = delta + bias
+    return u.unsqueeze(2) if u.dim() == 3 else u, F.softplus(delta) if delta_softplus else delta, A, B, C, D
 
 
 def selective_scan(
@@ -39,12 +49,8 @@ def selective_scan(
     """For `ExportedProgram.run_decompositions`, with the arguments and results of the registered operator, see
     `vim2.ops.scan.operator`. States and decays are float32, float64 where any input is. No states are kept for a
     backward pass."""
-    dtype = compute_dtype(u, delta, A, B, C)
-    full = Operands(u, delta, A, B, C, D, delta_bias, delta_weight).with_full_delta()
-    x, delta, A, B, C, D, bias = (t.to(dtype) for t in full)
+    x, dt, A, B, C, D = in_full(Operands(u, delta, A, B, C, D, delta_bias, delta_weight), delta_softplus)
     directions, features, states = A.shape
-    x = x.unsqueeze(2) if x.dim() == 3 else x
-    dt = F.softplus(delta + bias) if delta_softplus else delta + bias
 
     def steps_of(field: Tensor) -> Tensor:
         """(batch, L, K, X) -> (L, K, batch, X), each direction in the order of its steps."""

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -12,14 +12,19 @@ from torch import nn
 
 from ..checkpoints import save_checkpoint, save_half_precision
 from ..classify import validate
-from ..classify.models import create_model, load_checkpoint_model
+from ..classify.models import check_reads, create_model, load_checkpoint_model
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..vim2 import ViM2
-from .comparison import SIZES, compare, run_onnx, run_pt2
+from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
+from .examples import first_convolution
+from .forecaster import ForecasterModule
 from .hub import export_timm
 from .onnx import DEFAULT_OPSET, MIN_OPSET, export_onnx
 from .pt2 import MIN_DYNAMIC, export_pt2
+
+if TYPE_CHECKING:
+    from ..forecast import Forecaster
 
 __all__ = ["export"]
 
@@ -39,6 +44,7 @@ def export(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
+    add("--forecaster", metavar="DIR", help="in place of a model, the forecaster of a run of vim2 forecast fit")
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
     formats = "onnx: a file; pt2: a compiled package for PyTorch in Python and C++ (AOTInductor); timm: a folder for "
     formats += "timm, transformers and the Hugging Face Hub; safetensors: weights in half precision"
@@ -47,28 +53,42 @@ def export(argv: Sequence[str]) -> None:
     programs = parser.add_argument_group("onnx, pt2")
     add = programs.add_argument
     add("--features-only", action="store_true", help="the stages' maps in place of the classifier's logits")
-    sizes = "height and width, or one number for both, for runtimes that take no dynamic ones; default: any, with "
-    sizes += f"pt2 from {MIN_DYNAMIC} on"
+    sizes = "height and width, or one number for both, for runtimes that take no dynamic ones, and for timm's other "
+    sizes += f"models; default: any, with pt2 from {MIN_DYNAMIC} on"
     add("--img-size", type=int, nargs="+", metavar="PIXELS", help=sizes)
-    add("--compare", action="store_true", help="run the file beside PyTorch's eager mode: differences and times")
+    runtimes = "run the file beside PyTorch's eager mode: differences and times; of ONNX in one of "
+    runtimes += f"{', '.join(ONNX_RUNTIMES)}, by default the first"
+    add("--compare", nargs="?", const=True, choices=tuple(ONNX_RUNTIMES), metavar="RUNTIME", help=runtimes)
+    device = "on which a package will run, and a comparison does; default cpu"
+    add("--device", choices=("cpu", "cuda"), help=device)
     opset = f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}"
     parser.add_argument_group("onnx").add_argument("--opset", type=int, help=opset)
-    device = "on which the package will run; default cpu"
-    parser.add_argument_group("pt2").add_argument("--device", choices=("cpu", "cuda"), help=device)
     weights = parser.add_argument_group("safetensors")
     weights.add_argument("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
     weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
     args = parser.parse_args(argv)
-    if args.model is None and args.checkpoint is None:
-        raise UserError("Say what to export: --model NAME, --checkpoint FILE, or both.")
+    if args.forecaster is not None:
+        for name in ("model", "checkpoint", "pretrained", "features_only", "img_size", "compare"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')} is for image models, not for --forecaster: leave it out.")
+    elif args.model is None and args.checkpoint is None:
+        raise UserError("Say what to export: --model NAME, --checkpoint FILE or both, or --forecaster DIR.")
     programs = ("onnx", "pt2")
-    own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), device=("pt2",))
+    own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), device=programs)
     own |= dict(data_dir=("safetensors",), split=("safetensors",))
     for name, formats in own.items():
         if getattr(args, name) and args.format not in formats:
             raise UserError(f"--{name.replace('_', '-')} is for --format {' or '.join(formats)}: leave it out.")
+    if args.format == "pt2" and isinstance(args.compare, str):
+        raise UserError(f"A .pt2 package runs in PyTorch, not in {args.compare}: give --compare alone.")
+    if args.format == "onnx" and args.device and not args.compare:
+        raise UserError("One ONNX file is for all devices, and --device is where --compare runs it: leave it out.")
     torch.manual_seed(0)
-    if args.checkpoint is None and not args.pretrained:
+    if args.forecaster is not None:
+        if args.format not in programs:
+            raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
+        model, facts = ForecasterModule(_forecaster(args.forecaster)), {}
+    elif args.checkpoint is None and not args.pretrained:
         model, facts = create_model(args.model), {}
     else:
         model, facts = load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained)
@@ -84,28 +104,41 @@ def export(argv: Sequence[str]) -> None:
         raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
 
 
+def _forecaster(folder: str) -> "Forecaster":
+    """Raises UserError as `Forecaster.from_pretrained`, or where pandas is not installed."""
+    try:
+        from ..forecast import Forecaster
+    except ImportError as error:
+        raise UserError(error) from None
+    return Forecaster.from_pretrained(folder)
+
+
 def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
-    size = None
+    size, device = None, args.device or "cpu"
     if args.img_size is not None:
         if len(args.img_size) > 2:
             raise UserError(f"--img-size takes a height and a width, got {len(args.img_size)} numbers.")
         size = args.img_size[0], args.img_size[-1]
-    if not isinstance(model, ViM2):
-        raise UserError(f"Only ViM2 models are exported here, not {type(model).__name__}: use torch.export.")
-    channels = model.in_chans
+    if not isinstance(model, ViM2 | ForecasterModule):
+        name = type(model).__name__
+        if args.features_only:
+            raise UserError(f"--features-only is for ViM2 models, not for {name}: leave it out.")
+        if size is None:
+            raise UserError(f"Only ViM2 models are exported for any size, {name} for one: give --img-size PIXELS.")
+        check_reads(model, (first_convolution(model).shape[1], *size), called=name)
     if args.features_only:
         model = FeatureGetterNet(model, out_indices=tuple(range(len(model.stages))))
     if args.format == "onnx":
         opset = DEFAULT_OPSET if args.opset is None else args.opset
         export_onnx(model, args.output, img_size=size, opset=opset)
-        kind, run = f"ONNX, opset {opset}", run_onnx
+        kind, run = f"ONNX, opset {opset}", ONNX_RUNTIMES.get(args.compare, run_onnxruntime)
     else:
-        device = args.device or "cpu"
         export_pt2(model, args.output, img_size=size, device=device)
-        model, kind, run = model.to(device), f"AOTInductor's package for {device}", run_pt2
+        kind, run = f"AOTInductor's package for {device}", run_pt2
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
     if args.compare:
-        print(compare(model.eval(), *run(args.output), [size] if size else SIZES, channels))
+        name, exported = run(args.output, device)
+        print(compare(model.eval().to(device), name, exported, [size] if size else SIZES))
 
 
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

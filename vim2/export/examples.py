@@ -5,33 +5,39 @@ from torch import Tensor, nn
 from ..command.errors import UserError
 from ..tsm2 import TSM2
 from ..vim2 import MIN_SIZE
+from .forecaster import ForecasterModule
 
-__all__ = ["examples"]
+__all__ = ["examples", "first_convolution"]
 
 # Sizes of the example that is exported. All differ, and none is 0 or 1, which would be taken as fixed.
 _EXAMPLE_BATCH, _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH, _EXAMPLE_VARIATES = 2, 64, 96, 3
 
 
 def examples(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[str, tuple[Tensor, dict[int, str]]]:
-    """The inputs of a ViM2 or a TSM2 by name, each with its dynamic axes.
+    """The inputs of a ViM2, a TSM2 or a whole forecaster by name, each with its dynamic axes.
 
     Args:
         model: On the CPU.
         img_size: Height and width that are not dynamic.
 
     Raises:
-        UserError: An img_size below 32 x 32, or one for a TSM2.
+        UserError: An img_size below 32 x 32, or one for a TSM2 or a forecaster.
     """
-    if not isinstance(model, TSM2):
+    if not isinstance(model, TSM2 | ForecasterModule):
         return _images(model, img_size)
     if img_size is not None:
         raise UserError("A TSM2 reads no images: leave the image size out.")
-    return _series(model)
+    return _series(model) if isinstance(model, TSM2) else _tables(model)
+
+
+def first_convolution(model: nn.Module) -> Tensor:
+    """The weight of the convolution that reads the images, (features, channels, kernel height, kernel width)."""
+    return next(weight for weight in model.parameters() if weight.dim() == 4)
 
 
 def _images(model: nn.Module, img_size: tuple[int, int] | None) -> dict[str, tuple[Tensor, dict[int, str]]]:
     """The example and its dynamic axes."""
-    weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embed.proj.weight"))
+    weight = first_convolution(model)
     axes = {0: "batch"}
     if img_size is None:
         img_size = _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH
@@ -54,4 +60,14 @@ def _series(model: TSM2) -> dict[str, tuple[Tensor, dict[int, str]]]:
     if c.future_features:
         future = weight.new_zeros(batch, c.future_steps, variates, c.future_features)
         inputs["future"] = future, {0: "batch", 2: "variates"}
+    return inputs
+
+
+def _tables(model: ForecasterModule) -> dict[str, tuple[Tensor, dict[int, str]]]:
+    """The examples and their dynamic axes. Each variate has a scale of its own, so their number is settled."""
+    c, variates = model.config, len(model.mean)
+    inputs = {"x": (model.mean.new_zeros(_EXAMPLE_BATCH, c.lookback, variates), {0: "batch"})}
+    if c.future_features:
+        future = model.committee.weights.new_zeros(_EXAMPLE_BATCH, c.future_steps, c.future_features)
+        inputs["future"] = future, {0: "batch"}
     return inputs

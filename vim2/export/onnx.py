@@ -13,11 +13,13 @@ from ..command.errors import UserError
 from ..command.processes import require_backend
 from ..tsm2 import TSM2
 from .examples import examples
+from .forecaster import ForecasterModule
 
 __all__ = ["DEFAULT_OPSET", "MIN_OPSET", "export_onnx", "onnx_translations"]
 
 MIN_OPSET = 18  # the oldest for which PyTorch has translations of its own operators
 DEFAULT_OPSET = 20
+_MAX_FOLDED = 1 << 24  # bytes of a constant that is computed
 
 
 def onnx_translations() -> dict[Callable, Callable]:
@@ -25,20 +27,21 @@ def onnx_translations() -> dict[Callable, Callable]:
     this package's operators. The model must be on the CPU, where the scan is the only one of them that is called.
 
     Returns:
-        From operators of `torch.ops.vim2` to functions of onnxscript, for opset 18 or later.
+        From operators of `torch.ops.vim2`, and the stable sort of a TSM2's quantiles, which PyTorch does not translate,
+        to functions of onnxscript, for opset 18 or later.
 
     Raises:
         UserError: onnx or onnxscript are not installed.
     """
     try:
-        from .onnx_scan import selective_scan
+        from .onnx_scan import selective_scan, sort
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("onnx", "onnxscript", "onnx_ir"):
             raise
         raise UserError(
             'ONNX files are written by the packages onnx and onnxscript: pip install "vim2[export]".'
         ) from None
-    return {torch.ops.vim2.selective_scan.default: selective_scan}
+    return {torch.ops.vim2.selective_scan.default: selective_scan, torch.ops.aten.sort.stable: sort}
 
 
 def export_onnx(
@@ -52,17 +55,19 @@ def export_onnx(
     A ViM2 has the input "images", (batch, in_chans, height, width), normalised as in training, and the output "logits",
     (batch, num_classes); with features_only the outputs "features_0", "features_1", ..., (batch, C, H, W). A TSM2 has
     "x", (batch, lookback, variates), "static" and "future" where its configuration has them, and "forecast". Batch,
-    height, width and variates are dynamic.
+    height, width and variates are dynamic. A `ForecasterModule` has "x", (batch, lookback, M), float64, "future",
+    (batch, horizon, C), float32, and "forecast", float64; the batch is dynamic.
 
     Args:
-        model: A ViM2, one of timm's features_only, or a TSM2, on any device. A copy of it is exported in eval mode.
+        model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
+            of it is exported in eval mode.
         path: Of the file, which is replaced in one step.
         img_size: Height and width for a runtime that takes no dynamic ones; batches stay dynamic.
         opset: Version of ONNX's operators, 18 or later.
 
     Raises:
         UserError: onnx or onnxscript are not installed; an opset that is too old, or too new for PyTorch; an img_size
-            below 32 x 32, or one for a TSM2; a VIM2_SCAN_BACKEND that cannot be used on CPUs.
+            below 32 x 32, or one for a TSM2 or forecaster; a VIM2_SCAN_BACKEND that cannot be used on CPUs.
         OSError: The file cannot be written; what was at `path` is untouched.
     """
     translations = onnx_translations()
@@ -89,14 +94,23 @@ def export_onnx(
             custom_translation_table=translations,
             verbose=False,
         )
+    _fold_constants(program.model)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
         node.doc_string = None
     write_atomically(path, program.model_proto.SerializeToString())
 
 
+def _fold_constants(model) -> None:
+    """Compute the decay rates of large scans, too, which PyTorch's exporter leaves to the runtime: in OpenVINO, a step
+    of `Scan` reads nothing from around it but constants."""
+    from onnxscript.optimizer import optimize_ir
+
+    optimize_ir(model, onnx_shape_inference=False, input_size_limit=_MAX_FOLDED, output_size_limit=_MAX_FOLDED)
+
+
 def _output_names(model: nn.Module) -> list[str]:
-    if isinstance(model, TSM2):
+    if isinstance(model, TSM2 | ForecasterModule):
         return ["forecast"]
     if hasattr(model, "feature_info") and not hasattr(model, "forward_head"):  # timm's features_only
         return [f"features_{i}" for i in range(len(model.feature_info))]

@@ -14,7 +14,7 @@ from onnxscript import opset18 as op
 
 from ..ops.scan.orders import ORDERS
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "sort"]
 
 TFloat = TypeVar("TFloat", BFLOAT16, DOUBLE, FLOAT, FLOAT16)
 
@@ -23,35 +23,43 @@ TFloat = TypeVar("TFloat", BFLOAT16, DOUBLE, FLOAT, FLOAT16)
 WIDE = 64
 
 
-@script(default_opset=op)
-def _scan_wide(start, dt, x, B, C, A) -> FLOAT:
-    """From states (K, batch, N, E); dt and x (L, K, batch, 1, E), B (L, K, batch, N, 1), C (L, K, batch, 1, N), A
-    (K, 1, N, E). Returns (L, K, batch, 1, E)."""
+def _scans(kind):
+    """The two layouts, for steps of one type, FLOAT or DOUBLE: ONNX leaves the types of a step's inputs open, and
+    OpenVINO wants to know them.
 
-    @graph()
-    def step(h, dt_t, x_t, B_t, C_t):
-        h_next = op.Exp(dt_t * A) * h + x_t * B_t
-        y_t = op.MatMul(C_t, h_next)
-        return h_next, y_t
+    The first is from states (K, batch, N, E); dt and x (L, K, batch, 1, E), B (L, K, batch, N, 1), C (L, K, batch, 1,
+    N), A (K, 1, N, E), and gives (L, K, batch, 1, E). The second is from states (K, N, E, batch); dt and x (L, K, 1, E,
+    batch), B and C (L, K, N, 1, batch), A (K, N, E, 1), and gives (L, K, 1, E, batch).
+    """
+    any_shape = kind[...]
 
-    _last, y = op.Scan(start, dt, x, B, C, body=step, num_scan_inputs=4)
-    return y
+    @script(default_opset=op)
+    def scan_wide(start, dt, x, B, C, A) -> FLOAT:
+        @graph()
+        def step(h: any_shape, dt_t: any_shape, x_t: any_shape, B_t: any_shape, C_t: any_shape):
+            h_next = op.Exp(dt_t * A) * h + x_t * B_t
+            y_t = op.MatMul(C_t, h_next)
+            return h_next, y_t
+
+        _last, y = op.Scan(start, dt, x, B, C, body=step, num_scan_inputs=4)
+        return y
+
+    @script(default_opset=op)
+    def scan_narrow(start, dt, x, B, C, A) -> FLOAT:
+        @graph()
+        def step(h: any_shape, dt_t: any_shape, x_t: any_shape, B_t: any_shape, C_t: any_shape):
+            h_next = op.Exp(dt_t * A) * h + x_t * B_t
+            states = op.Constant(value_ints=[1])
+            y_t = op.ReduceSum(C_t * h_next, states)
+            return h_next, y_t
+
+        _last, y = op.Scan(start, dt, x, B, C, body=step, num_scan_inputs=4)
+        return y
+
+    return scan_wide, scan_narrow
 
 
-@script(default_opset=op)
-def _scan_narrow(start, dt, x, B, C, A) -> FLOAT:
-    """From states (K, N, E, batch); dt and x (L, K, 1, E, batch), B and C (L, K, N, 1, batch), A (K, N, E, 1). Returns
-    (L, K, 1, E, batch)."""
-
-    @graph()
-    def step(h, dt_t, x_t, B_t, C_t):
-        h_next = op.Exp(dt_t * A) * h + x_t * B_t
-        states = op.Constant(value_ints=[1])
-        y_t = op.ReduceSum(C_t * h_next, states)
-        return h_next, y_t
-
-    _last, y = op.Scan(start, dt, x, B, C, body=step, num_scan_inputs=4)
-    return y
+_SCANS = {ir.DataType.FLOAT: _scans(FLOAT), ir.DataType.DOUBLE: _scans(DOUBLE)}
 
 
 def selective_scan(
@@ -123,15 +131,16 @@ def selective_scan(
         inputs = walk(u)
     x = op.Mul(dt, inputs)
     A = op.Transpose(A, perm=[0, 2, 1])
+    scan_wide, scan_narrow = _SCANS[dtype]
     zero = _number(0.0, dtype)
     if is_wide:
         start = op.Expand(zero, op.Concat(_ints(directions), batch, _ints(states, features), axis=0))
         dt, x, B, C = _unsqueeze((dt, 3), (x, 3), (walk(B), 4), (walk(C), 3))
-        y = op.Squeeze(_scan_wide(start, dt, x, B, C, op.Unsqueeze(A, _ints(1))), _ints(3))
+        y = op.Squeeze(scan_wide(start, dt, x, B, C, op.Unsqueeze(A, _ints(1))), _ints(3))
     else:
         start = op.Expand(zero, op.Concat(_ints(directions, states, features), batch, axis=0))
         dt, x, B, C = _unsqueeze((dt, 2), (x, 2), (walk(B), 3), (walk(C), 3))
-        y = op.Squeeze(_scan_narrow(start, dt, x, B, C, op.Unsqueeze(A, _ints(3))), _ints(2))
+        y = op.Squeeze(scan_narrow(start, dt, x, B, C, op.Unsqueeze(A, _ints(3))), _ints(2))
 
     # a map's walk over columns is undone by that of the transposed map
     steps = _visits(orders, width, height, length)
@@ -183,3 +192,9 @@ def _join(t):
 
 def _unsqueeze(*axes):
     return (op.Unsqueeze(t, _ints(axis)) for t, axis in axes)
+
+
+def sort(x: TFloat, stable: bool | None = None, dim: int = -1, descending: bool = False):
+    """`aten.sort.stable`: the values, and where they were, of which that of equal ones may be another."""
+    size = op.Shape(x, start=dim, end=None if dim == -1 else dim + 1)
+    return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)

@@ -4,6 +4,7 @@ without this package."""
 import copy
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.export.passes import move_to_device_pass
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..ops.backend import HAS_TRITON, IS_ROCM
 from .aten_scan import selective_scan
 from .examples import examples
 
@@ -40,24 +42,36 @@ def export_program(
     batch and variates, are dynamic, named so, and have ranges.
 
     Args:
-        model: A ViM2, one of timm's features_only, or a TSM2, on any device. A copy of it is exported in eval mode.
+        model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
+            of it is exported in eval mode.
         img_size: Height and width in place of dynamic ones from 36 x 36 to 4096 x 4096; batches stay dynamic.
         device: On which the program runs.
 
     Raises:
         UserError: An img_size below 32 x 32, or one for a TSM2.
     """
+    return _program(model, img_size, device, selective_scan)
+
+
+def _program(
+    model: nn.Module, img_size: tuple[int, int] | None, device: str | torch.device, scan: Callable
+) -> ExportedProgram:
+    """As `export_program`, with a form of the scan."""
     model = copy.deepcopy(model).cpu().eval()
     dims = {name: Dim(name, min=least, max=most) for name, (least, most) in _RANGES.items()}
     inputs, axes = zip(*examples(model, img_size).values())
     dynamic = tuple({axis: dims[name] for axis, name in of_input.items()} for of_input in axes)
     with torch.no_grad():
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
-        program = program.run_decompositions({torch.ops.vim2.selective_scan.default: selective_scan})
+        program = program.run_decompositions({torch.ops.vim2.selective_scan.default: scan})
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # with paths of the machine that exported
-    return program if torch.device(device).type == "cpu" else move_to_device_pass(program, device)
+    device = torch.device(device)
+    if device.type == "cpu":
+        return program
+    # with its number, which tensors on it have: the program asserts where they are
+    return move_to_device_pass(program, torch.empty(0, device=device).device)
 
 
 def export_pt2(
@@ -89,7 +103,17 @@ def export_pt2(
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise UserError("A .pt2 package is compiled by a C++ compiler, and none is here: install g++.") from None
-    program = export_program(model, img_size, device)
+    program = _program(model, img_size, device, _compiled_scan(device))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         made = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, path.name))
         write_atomically(path, Path(made).read_bytes())
+
+
+def _compiled_scan(device: str | torch.device) -> Callable:
+    """The form of the scan that a device's compiler makes most of: on GPUs of NVIDIA, where PyTorch has Triton, a
+    kernel."""
+    if torch.device(device).type != "cuda" or not HAS_TRITON or IS_ROCM:
+        return selective_scan
+    from . import triton_scan
+
+    return triton_scan.selective_scan

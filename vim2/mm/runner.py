@@ -105,6 +105,9 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
             module among `custom_imports` of the options that cannot be imported.
     """
     path = str(path)
+    library, colon, name = path.partition(":")
+    if colon and name.startswith(("mmdet/", "mmseg/")) and library == "vim2":
+        raise UserError(f"{path} has one colon: configs of this package are named with two, vim2::{name}.")
     if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
         MODULE2PACKAGE["mmseg"] = "mmseg"  # forks of the library have its module under another distribution's name
     try:

@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Run a model's .pt2 package in a C++ program without Python, and compare its logits with the package's in Python and
+with the model's.
+
+python tools/comparisons/cpp_package.py --model test_vim2 [--package test_vim2.pt2]
+
+The program is tools/comparisons/run_package.cpp, built by g++ with the headers and libraries that PyTorch's wheel
+brings. Without --package the model is compiled first, which takes minutes.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.command import run_tool
+
+import argparse
+import subprocess
+import tempfile
+
+import torch
+from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+
+from vim2.classify.models import create_model
+from vim2.command.errors import UserError, first_line
+from vim2.export import export_pt2
+from vim2.export.comparison import SIZES
+
+SOURCE = Path(__file__).with_name("run_package.cpp")
+
+
+def build(folder: Path) -> Path:
+    """The program, as built in a folder.
+
+    Raises:
+        UserError: No g++, or one that cannot.
+    """
+    program = folder / "run_package"
+    command = ["g++", "-std=c++20", str(SOURCE), "-o", str(program), *(f"-I{path}" for path in include_paths("cpu"))]
+    command += [f"-L{TORCH_LIB_PATH}", f"-Wl,-rpath,{TORCH_LIB_PATH}", "-Wl,--no-as-needed"]
+    try:
+        subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("There is no g++ here: install it.") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"g++ does not build {SOURCE}: {first_line(error.stderr)}") from None
+    return program
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--model",
+        default="test_vim2",
+        metavar="NAME",
+        help="with the random weights of vim2 export; default %(default)s",
+    )
+    add("--package", type=Path, metavar="FILE", help="that vim2 export wrote of it, for the CPU")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    model = create_model(args.model).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder))
+        package = args.package or Path(folder) / "model.pt2"
+        if args.package is None:
+            export_pt2(model, package)
+        python = torch._inductor.aoti_load_package(str(package))
+        print("| size | C++ and Python, largest difference | C++ and the model | largest output |\n|---|---|---|---|")
+        for height, width in SIZES:
+            done = subprocess.run([program, package, str(height), str(width)], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"The program ends with {done.returncode}: {done.stderr.strip()[:300]}")
+            logits = torch.tensor([float(line) for line in done.stdout.split()])
+            images = torch.arange(3 * height * width).float().sin().reshape(1, 3, height, width)
+            with torch.no_grad():
+                differences = [(logits - run(images)[0]).abs().max().item() for run in (python, model)]
+            print(f"| {height} x {width} | {differences[0]:.1e} | {differences[1]:.1e} | {logits.abs().max():.2f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
