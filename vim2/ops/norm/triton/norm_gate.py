@@ -35,8 +35,8 @@ def _norm_gate_kernel(
     NORM: tl.constexpr, K: tl.constexpr,  # with a norm; directions
     BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rows of y are (E / P, K, P), to be summed over K. Statistics are written where there is a norm, and the sums where
-    there is a pointer for them and `keeps` is not 0."""
+    """Rows of y are (E / P, K, P), to be summed over K. Statistics are written where there is a norm, and the sums
+    where there is a pointer for them and `keeps` is not 0."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E

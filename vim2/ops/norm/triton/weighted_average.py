@@ -132,8 +132,8 @@ def weighted_average_triton(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns also mean and reciprocal deviation of the rows, (2, ...), if there is a norm and it `keeps` them: they are
-    written in any case, so that training and inference have one kernel."""
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), if there is a norm and it `keeps` them: they
+    are written in any case, so that training and inference have one kernel."""
     features = contiguous(*features)
     scale, weight, bias = contiguous(scale, weight, bias)
     width = features[0].shape[-1]

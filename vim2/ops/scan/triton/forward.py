@@ -158,7 +158,8 @@ def _forward_kernel(
         advance = group_stride(NL, inner, stride, turn)
         ahead = ()
         for g in tl.static_range(GROUPS):
-            loaded, walk = _load_group(first + g * NL + place, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE, FAST)
+            step = first + g * NL + place
+            loaded, walk = _load_group(step, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE, FAST)
             ahead = ahead + (loaded,)
         for index in range(num_chunks):
             if not SPLIT and index > 0:

@@ -145,7 +145,9 @@ def _owner(thread, step, ce):
 
 
 @triton.jit
-def _load_segment(t, walks, advance, place, L, at, existing, GROUPS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
+def _load_segment(
+    t, walks, advance, place, L, at, existing, GROUPS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr
+):
     """The operands of a lane's steps from t on, one a group: position, dt, u, and B or C; and the walks a round later.
     A step beyond the sequence's end has none: zeros move nothing.
 
@@ -320,9 +322,10 @@ def _relay_kernel(
         walks = walks + ((p, left),)
     advance = group_stride(ROUND, inner, stride, turn)
     pointers = (dt_ptr, u_ptr, B_ptr)
-    segment, walks = _load_segment(first + warp * SEGMENT, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
+    step = first + warp * SEGMENT
+    segment, walks = _load_segment(step, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
     own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
-    segment, walks = _load_segment(first + ROUND + warp * SEGMENT, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
+    segment, walks = _load_segment(step + ROUND, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
 
     if slice_index > 0:
         while tl.atomic_add(done_ptr + tile, 0, sem="acquire") < slice_index:
