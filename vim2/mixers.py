@@ -72,15 +72,16 @@ def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: 
     """Before a module's function is first called with such a tensor, in training and in inference: compile the kernels
     that its passes take, side by side (`vim2.ops.ahead`). Where somebody would see it called once more, each is
     compiled when it is launched, as ever."""
-    if is_observed() or x.__class__ is not Tensor or not x.is_cuda:
+    if is_observed() or x.__class__ is not Tensor:
         return
     known = _compiled.setdefault(module, set())
     key = torch.is_grad_enabled(), autocast_dtype(x), x.dtype, x.device
     if key in known:
         return
     known.add(key)
-    if resolve_backend(None, x, scan=True) == "triton" and not any(map(_is_hooked, module.modules())):
-        compile_ahead(lambda x, *_: function(x), (x, *module.parameters()))
+    parameters = tuple(module.parameters())  # of which DataParallel's copies, new ones at each call, have none
+    if parameters and resolve_backend(None, x, scan=True) == "triton" and not any(map(_is_hooked, module.modules())):
+        compile_ahead(lambda x, *_: function(x), (x, *parameters))
 
 
 _compiled: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()

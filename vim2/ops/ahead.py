@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from .backend import autocast_off
 from .replay import is_elsewhere, is_watched
 
 MAX_THREADS = 16
@@ -32,27 +33,27 @@ def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
 
     from .triton_launch import INTERPRETED, has_hooks, notes
 
-    if INTERPRETED or has_hooks() or is_elsewhere(tensors) or torch.cuda.is_current_stream_capturing():
+    gpus = [t.get_device() for t in tensors if t.is_cuda][:1]
+    if INTERPRETED or has_hooks() or is_elsewhere(tensors) or (gpus and torch.cuda.is_current_stream_capturing()):
         return
     if is_watched() or any(t._backward_hooks for t in tensors):  # who would see what is thrown away
         return
-    device = tensors[0].get_device()
     threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), MAX_THREADS)
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it would hold weights with this graph's history
     notes.compiles_only = True
     try:
         with (
-            torch.random.fork_rng([device]),
+            torch.random.fork_rng(gpus),
             torch.autograd.set_multithreading_enabled(False),  # this thread's launches are left out
-            ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool,
-            AsyncCompileMode(_Loading(pool), ignore_errors=True),
+            ThreadPoolExecutor(threads) as pool,
+            AsyncCompileMode(_Loading(pool, gpus), ignore_errors=True),
         ):
             leaves = [t if t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
             result = function(*leaves)
             wanted = [t for t in leaves if t.requires_grad]
             if result.requires_grad:
-                with torch.autocast("cuda", enabled=False):
+                with autocast_off(result):
                     torch.autograd.grad(result, wanted, torch.empty_like(result), allow_unused=True)
     except Exception:
         pass
@@ -65,13 +66,16 @@ class _Loading:
     """An executor whose kernels are also loaded to the GPU, with what launches them, by the thread that has compiled
     them."""
 
-    def __init__(self, pool: ThreadPoolExecutor):
+    def __init__(self, pool: ThreadPoolExecutor, gpus: Sequence[int]):
         self.pool = pool
+        self.gpus = gpus
 
     def submit(self, compile_kernel: Callable) -> Future:
         def compile_and_load():
             kernel = compile_kernel()
-            kernel.run  # noqa: B018
+            for gpu in self.gpus:
+                with torch.cuda.device(gpu):
+                    kernel.run  # noqa: B018
             return kernel
 
         return self.pool.submit(compile_and_load)
