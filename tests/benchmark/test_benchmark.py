@@ -299,9 +299,9 @@ def test_triton_kernels_are_counted():
     knobs = pytest.importorskip("triton.knobs")
     with compilations.counting_compilations() as counts:
         for name in ("a", "b", "a"):
-            assert not knobs.runtime.jit_cache_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
+            knobs.runtime.jit_post_compile_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
     assert counts == {"kernel a": 2, "kernel b": 1, "graphs": 0}
-    assert knobs.runtime.jit_cache_hook is None
+    assert knobs.runtime.jit_post_compile_hook is None
     assert len(command.parse(["--compilations", "--torchcompile", "--device", "cpu"]).shapes) == 10
 
 
