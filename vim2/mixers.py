@@ -4,7 +4,8 @@ Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/archit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from .ops import (
     weighted_average,
     weighted_average_norm,
 )
+from .ops.ahead import compile_ahead
 from .ops.backend import autocast_dtype, resolve_backend
 from .ops.operator import is_observed
 from .ops.replay import replay
@@ -64,6 +66,25 @@ def _is_hooked(module: nn.Module) -> bool:
     before, after = module._forward_pre_hooks, module._forward_hooks
     hooked = before or after or module._backward_pre_hooks or module._backward_hooks
     return bool(hooked) or "forward" in module.__dict__ or _has_any_global_hook()
+
+
+def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Before a module's function is first called with such a tensor, in training and in inference: compile the kernels
+    that its passes take, side by side (`vim2.ops.ahead`). Where somebody would see it called once more, each is
+    compiled when it is launched, as ever."""
+    if is_observed() or x.__class__ is not Tensor:
+        return
+    known = _compiled.setdefault(module, set())
+    key = torch.is_grad_enabled(), autocast_dtype(x), x.dtype, x.device
+    if key in known:
+        return
+    known.add(key)
+    parameters = tuple(module.parameters())  # of which DataParallel's copies, new ones at each call, have none
+    if parameters and resolve_backend(None, x, scan=True) == "triton" and not any(map(_is_hooked, module.modules())):
+        compile_ahead(lambda x, *_: function(x), (x, *parameters))
+
+
+_compiled: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 def inner_width(dim: int, ratio: float) -> int:

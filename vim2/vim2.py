@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage
+from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels
 
 __all__ = ["ViM2"]  # register_model adds the models
 
@@ -313,6 +313,7 @@ class ViM2(nn.Module):
             ValueError: Not images of in_chans channels and at least 32 pixels a side, or none.
         """
         check_image(x, self.in_chans)
+        compile_kernels(self, self.forward_features, x)
         return self.patch_embed(x)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -284,13 +284,24 @@ def test_compilations(capsys, monkeypatch):
     assert rows == [f"| test_resnet | {size} | 1 | 0 | {graphs} |" for size, graphs in ((64, 1), (96, 1), (64, 0))]
 
 
+def test_first_steps(capfd):
+    """Each model in a process of its own: what the first has prepared there, the second must prepare again."""
+    options = "--device cpu --first-step --model test_vim2 --img-size 32 --batch-size 2 --train"
+    assert main(["benchmark", *options.split()]) == 0
+    out, err = capfd.readouterr()
+    (row,) = map(json.loads, err.splitlines())
+    assert row["train"]["first_s"] > row["train"]["second_s"] > 0 and "infer" not in row
+    figures = f"{row['train']['first_s']:.2f} | {row['train']['second_s']:.2f}"
+    assert out.endswith(f"| test_vim2 | 32 | 2 | {figures} |\n")
+
+
 def test_triton_kernels_are_counted():
     knobs = pytest.importorskip("triton.knobs")
     with compilations.counting_compilations() as counts:
         for name in ("a", "b", "a"):
-            assert not knobs.runtime.jit_cache_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
+            knobs.runtime.jit_post_compile_hook(fn=types.SimpleNamespace(name=name), already_compiled=False)
     assert counts == {"kernel a": 2, "kernel b": 1, "graphs": 0}
-    assert knobs.runtime.jit_cache_hook is None
+    assert knobs.runtime.jit_post_compile_hook is None
     assert len(command.parse(["--compilations", "--torchcompile", "--device", "cpu"]).shapes) == 10
 
 

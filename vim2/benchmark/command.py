@@ -6,6 +6,7 @@
     vim2 benchmark --profile --train --amp bf16
     vim2 benchmark --compilations --amp bf16
     vim2 benchmark --launches --model vim2_nano vim2_tiny --batch-size 1 8 128 --amp bf16
+    vim2 benchmark --first-step --model vim2_tiny_d1 --amp bf16
 
 Times are medians after a warm-up, by CUDA events on a GPU. Training is forward + backward + zero_grad, without an
 optimiser. FLOPs follow vision papers: a multiply-add counts one, as published for Swin and VMamba, and the scan, which
@@ -31,6 +32,7 @@ from ..command.errors import UserError
 from ..command.processes import require_backend
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
+from .first_steps import measure_first_steps
 from .launches import measure_launches
 from .measuring import AMP, machine, positive
 from .models import measure_model
@@ -53,6 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--profile", action="store_true", help="only where the models' time goes")
     add("--compilations", action="store_true", help="only what is compiled at every size, by default of ten sizes")
     add("--launches", action="store_true", help="only what launching kernels costs the host (on a GPU)")
+    add("--first-step", action="store_true", help="only how long the first steps take where nothing is compiled yet")
     add("--batch-size", type=positive, nargs="+", metavar="N", help="one or several; default 128 on a GPU, else 1")
     add("--img-size", type=positive, nargs="+", metavar="PIXELS", help="one or several; default 224")
     add("--same-pixels", action="store_true", help="batch sizes are the first image size's; others get as many pixels")
@@ -77,11 +80,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; use --device cpu.")
     ops = args.ops is not None
-    others = ops or args.profile or args.compilations or args.launches
+    others = ops or args.profile or args.compilations or args.launches or args.first_step
     if args.count and (others or args.infer or args.train or args.plot):
         raise UserError("--count measures no times: leave out every option that does.")
-    if args.profile + args.compilations + args.launches + ops > 1:
-        raise UserError("--ops, --profile, --compilations and --launches are measured apart: give one of them.")
+    if args.profile + args.compilations + args.launches + args.first_step + ops > 1:
+        raise UserError(
+            "--ops, --profile, --compilations, --launches and --first-step are measured apart: give one of them."
+        )
     if args.launches and args.device_type == "cpu":
         raise UserError("--launches counts what a GPU is given to do, and there is none here.")
     if args.profile and args.torchcompile:
@@ -91,7 +96,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.compilations and args.device_type == "cpu" and not args.torchcompile:
         raise UserError("--compilations on a CPU counts torch.compile's graphs alone: give --torchcompile, too.")
     if args.plot and others:
-        raise UserError("--plot draws throughput: leave out --ops, --profile, --compilations and --launches.")
+        raise UserError(
+            "--plot draws throughput: leave out --ops, --profile, --compilations, --launches and --first-step."
+        )
     if args.plot and not args.output:
         raise UserError("--plot wants --output, the folder to write to.")
     if args.plot:
@@ -130,6 +137,9 @@ def measure_all(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     for name in args.models:
         if args.compilations:
             yield from (("compilations", row) for row in count_compilations(name, args))
+            continue
+        if args.first_step:
+            yield from (("first_steps", row) for row in measure_first_steps(name, args))
             continue
         for size, batch in args.shapes:
             if not args.profile:

@@ -20,11 +20,12 @@ def counting_compilations() -> Iterator[Counter]:
         if HAS_TRITON:
             from triton import knobs
 
-            def count(*, fn, **_) -> None:  # returning None lets Triton go on
+            def count(*, fn, **_) -> None:
                 counts[f"kernel {fn.name}"] += 1
 
             stack.enter_context(knobs.runtime.scope())
-            knobs.runtime.jit_cache_hook = count
+            # not the hook before compiling, which some releases call again for what is under way in a thread
+            knobs.runtime.jit_post_compile_hook = count
         graphs = torch._dynamo.utils.counters["stats"]
         before = graphs["unique_graphs"]
         yield counts

@@ -80,7 +80,7 @@ def machine(args: argparse.Namespace) -> dict[str, str]:
     settings += ", channels_last" if args.channels_last else ""
     if backend := os.environ.get("VIM2_SCAN_BACKEND"):
         settings += f", VIM2_SCAN_BACKEND={backend}"
-    if args.modes and not args.compilations:
+    if args.modes and not args.compilations and not args.first_step:
         settings += f"; medians of {args.repeats} after {args.warmup}"
     return {
         "date": datetime.date.today().isoformat(),

@@ -8,7 +8,13 @@ from ..command.tables import ABSENT, table
 def report(results: dict) -> str:
     about = results["machine"]
     parts = [f"{about['hardware']}, {about['date']}. {about['versions']}. {about['settings']}."]
-    tables = {"models": model_table, "scans": scan_table, "compilations": compilation_table, "launches": launch_table}
+    tables = {
+        "models": model_table,
+        "scans": scan_table,
+        "compilations": compilation_table,
+        "launches": launch_table,
+        "first_steps": first_step_table,
+    }
     parts += [to_table(results[kind]) for kind, to_table in tables.items() if kind in results]
     parts += [profile_table(result) for result in results.get("profiles", ())]
     return "\n\n".join(parts) + "\n"
@@ -94,6 +100,16 @@ def launch_table(rows: list[dict]) -> str:
         else:
             line += [row["error"], *[ABSENT] * 4]
         lines.append(line)
+    return table(header, lines)
+
+
+def first_step_table(rows: list[dict]) -> str:
+    header = ["model", "size", "batch"]
+    header += [f"{mode}, {which} step, s" for mode in ("infer", "train") for which in ("first", "second")]
+    cells = [(mode, key, 2) for mode in ("infer", "train") for key in ("first_s", "second_s")]
+    lines = [
+        [row["model"], str(row["size"]), str(row["batch"]), *(figure(row, *cell) for cell in cells)] for row in rows
+    ]
     return table(header, lines)
 
 

@@ -94,7 +94,13 @@ def replay(
 
     wants = _wants(tensors)
     # what this is part of is noted, too, by the launches that a replay does not tell of
-    if notes.take is not None or has_hooks() or (wants and _is_watched()) or _is_elsewhere(tensors):
+    if (
+        notes.take is not None
+        or notes.compiles_only
+        or has_hooks()
+        or (wants and is_watched())
+        or is_elsewhere(tensors)
+    ):
         return function(*tensors)
     known = _replays.get(owner)
     if known is None:
@@ -124,13 +130,13 @@ def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
     return wants if any(wants) else None
 
 
-def _is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
+def is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
     """Whether tensors are on another GPU than the current one."""
     first = next((t for t in tensors if t is not None), None)
     return first is not None and first.is_cuda and first.get_device() != torch.cuda.current_device()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether autograd is asked for what one node cannot give: what is saved between the passes to be handed to others
     (as checkpoints ask, which want the same tensors in each forward pass), or an error traced to where it arose."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or torch.is_anomaly_enabled()

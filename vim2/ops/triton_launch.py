@@ -23,10 +23,16 @@ class Form(NamedTuple):
 
 
 class _Notes(threading.local):
-    """Who notes down a thread's launches: called with each, after it was made, its tensors, and the form of the kernel
-    that they took, or None in Triton's interpreter."""
+    """What else than to launch kernels a thread's launches do.
+
+    Attributes:
+        take: Who notes them down: called with each, after it was made, its tensors, and the form of the kernel that
+            they took, or None in Triton's interpreter.
+        compiles_only: Whether kernels are compiled, but not launched.
+    """
 
     take: Callable[["Launch", tuple, Form | None], None] | None = None
+    compiles_only: bool = False
 
 
 notes = _Notes()
@@ -56,6 +62,9 @@ class Launch:
         self.compiled = {}
 
     def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+        if notes.compiles_only:
+            self.kernel.run(*tensors, *self.numbers, grid=self.grid, warmup=True, **self.options)
+            return
         form = self._launch(tensors)
         if notes.take:
             notes.take(self, tensors, form)

@@ -49,7 +49,7 @@ def _layer_norm_kernel(
     eps,
     PATCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, E), and in statistics (2, rows), if given, the mean and reciprocal deviation of each."""
+    """out (rows, E), and in statistics (2, rows) the mean and reciprocal deviation of each."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E
@@ -61,9 +61,8 @@ def _layer_norm_kernel(
         at, inside = _in_patches(row, e, H, W, C, PATCH)
         x = tl.load(x_ptr + at, mask=tile_in & inside, other=0.0).to(tl.float32)
         out, mean, rstd = norm_rows(x, weight, bias, column_in, E, eps)
-        if statistics_ptr is not None:
-            tl.store(statistics_ptr + row, mean, mask=row < rows)
-            tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
+        tl.store(statistics_ptr + row, mean, mask=row < rows)
+        tl.store(statistics_ptr + rows + row, rstd, mask=row < rows)
         out_at = out_ptr + (row.to(tl.int64)[:, None] * E + e)
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=tile_in)
 
@@ -106,15 +105,16 @@ def _map_sizes(x: Tensor, patch: int) -> tuple[int, int, int]:
 def layer_norm_triton(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int, shape: list[int], keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The result, of this shape; and mean and reciprocal deviation of the rows, (2, ...), if it `keeps` them."""
+    """The result, of this shape; and mean and reciprocal deviation of the rows, (2, ...), if it `keeps` them: they are
+    written in any case, so that training and inference have one kernel."""
     x, weight, bias = contiguous(x, weight, bias)
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    statistics = empty_statistics(out) if keeps else None
+    statistics = empty_statistics(out)
     rows, width = math.prod(shape[:-1]), shape[-1]
     if rows:
         launch = _forward(x.device, rows, *_map_sizes(x, patch), width, eps, patch)
         launch(x, weight, bias, out, statistics)
-    return out, statistics
+    return out, statistics if keeps else None
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -25,17 +25,18 @@ BACKWARD_PROGRAMS = {True: 3, False: 6}  # a multiprocessor, with and without no
 BACKWARD_ELEMENTS = 16  # a thread
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "keeps"])
 def _norm_gate_kernel(
     y_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, total_ptr,
-    rows, E, gate_stride,  # the stride is between rows of the gate
+    rows, keeps,  # rows of the result, and whether the sums are to be written
+    E, gate_stride,  # the stride is between rows of the gate
     P,  # channels of a group, whose directions lie side by side in y
     eps,
     NORM: tl.constexpr, K: tl.constexpr,  # with a norm; directions
     BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rows of y are (E / P, K, P), to be summed over K. The sums, and statistics, are written where there are
-    pointers for them."""
+    """Rows of y are (E / P, K, P), to be summed over K. Statistics are written where there is a norm, and the sums
+    where there is a pointer for them and `keeps` is not 0."""
     r = tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)[None, :]
     column_in = e < E
@@ -53,14 +54,14 @@ def _norm_gate_kernel(
         for k in tl.static_range(1, K):
             y += tl.load(y_at + k * P, mask=tile_in, other=0.0).to(tl.float32)
         if total_ptr is not None:
-            tl.store(total_ptr + first * E + in_tile, y.to(total_ptr.dtype.element_ty), mask=tile_in)
+            wanted = tl.zeros([1, 1], tl.int32) + keeps > 0  # a block of one, which masks can be combined with
+            tl.store(total_ptr + first * E + in_tile, y.to(total_ptr.dtype.element_ty), mask=tile_in & wanted)
         gate_at = gate_ptr + first * gate_stride + (r[:, None] * gate_stride + e)
         gate = tl.load(gate_at, mask=tile_in, other=0.0).to(tl.float32)
         if NORM:
             y, mean, rstd = norm_rows(y, weight, bias, column_in, E, eps)
-            if statistics_ptr is not None:
-                tl.store(statistics_ptr + first + r, mean, mask=row_in)
-                tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
+            tl.store(statistics_ptr + first + r, mean, mask=row_in)
+            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
         out = y * (gate * sigmoid(gate, False))
         tl.store(out_ptr + first * E + in_tile, out.to(out_ptr.dtype.element_ty), mask=tile_in)
 
@@ -118,19 +119,22 @@ def norm_gate_triton(
     out = torch.empty(gate.shape, dtype=dtype, device=y.device)
     sums, norm = y.dim() > gate.dim(), weight is not None
     total = torch.empty(gate.shape, dtype=y.dtype, device=y.device) if keeps and sums else None
-    statistics = empty_statistics(out) if keeps and norm else None
+    statistics = empty_statistics(out) if norm else None
     if rows:
-        launch = _forward(y.device, rows, width, gate_rows.stride(0), patch, eps, norm, directions)
-        launch(y, gate_rows, weight, bias, out, statistics, total)
-    return out, statistics, total
+        launch = _forward(y.device, rows, keeps, width, gate_rows.stride(0), patch, eps, norm, directions)
+        # training and inference have one kernel: it is told whether to write sums, and writes statistics in any case
+        launch(y, gate_rows, weight, bias, out, statistics, total if keeps or not sums else out)
+    return out, statistics if keeps else None, total
 
 
 @functools.lru_cache(MAX_LAUNCHES)
 def _forward(
-    device: torch.device, rows: int, width: int, gate_stride: int, patch: int, eps: float, norm: bool, directions: int
-) -> Launch:
+    device: torch.device, rows: int, keeps: bool, width: int, gate_stride: int, patch: int, eps: float, norm: bool,
+    directions: int,
+) -> Launch:  # fmt: skip
     tile = row_tile(width, 16)
-    grid, numbers = (forward_programs(rows, tile, device),), (rows, width, gate_stride, patch, eps)
+    grid = (forward_programs(rows, tile, device),)
+    numbers = (rows, int(keeps), width, gate_stride, patch, eps)
     return Launch(_norm_gate_kernel, grid, numbers, NORM=norm, K=directions, **tile)
 
 

@@ -26,7 +26,8 @@ MAX_FEATURES = 16  # whose gradients one launch writes; kernels with more would 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def _average_kernel(
-    features, scale_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr,
+    features, scale_ptr, weight_ptr, bias_ptr,
+    out_ptr, statistics_ptr,  # the second where there is a norm
     rows, n, E,  # rows of a feature, features, width of a row
     eps,
     NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -51,9 +52,8 @@ def _average_kernel(
             total += scale * x.to(tl.float32)
         if NORM:
             total, mean, rstd = norm_rows(total, weight, bias, column_in, E, eps)
-            if statistics_ptr is not None:
-                tl.store(statistics_ptr + first + r, mean, mask=row_in)
-                tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
+            tl.store(statistics_ptr + first + r, mean, mask=row_in)
+            tl.store(statistics_ptr + rows + first + r, rstd, mask=row_in)
         tl.store(out_ptr + first * E + in_tile, total.to(out_ptr.dtype.element_ty), mask=tile_in)
 
 
@@ -120,9 +120,9 @@ def _average_backward_kernel(
 
 
 def _padded(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The last tensor repeated up to 1, 4, 8, 16, 24 ... in all: kernels are compiled for these numbers only."""
+    """The last tensor repeated up to 4, 8, 16, 24 ... in all: kernels are compiled for these numbers only."""
     n = len(tensors)
-    size = n if n == 1 else 4 if n <= 4 else 8 * triton.cdiv(n, 8)
+    size = 4 if n <= 4 else 8 * triton.cdiv(n, 8)
     return (*tensors, *(tensors[-1:] * (size - n)))
 
 
@@ -135,17 +135,18 @@ def weighted_average_triton(
     dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns also mean and reciprocal deviation of the rows, (2, ...), if there is a norm and it `keeps` them."""
+    """Returns also mean and reciprocal deviation of the rows, (2, ...), if there is a norm and it `keeps` them: they
+    are written in any case, so that training and inference have one kernel."""
     features = contiguous(*features)
     scale, weight, bias = contiguous(scale, weight, bias)
     width = features[0].shape[-1]
     rows = features[0].numel() // max(width, 1)
     out = torch.empty(features[0].shape, dtype=dtype, device=scale.device)
-    statistics = empty_statistics(out) if keeps and weight is not None else None
+    statistics = empty_statistics(out) if weight is not None else None
     if rows:
         launch = _forward(scale.device, rows, len(features), width, eps, weight is not None)
         launch(_padded(features), scale, weight, bias, out, statistics)
-    return out, statistics
+    return out, statistics if keeps else None
 
 
 @functools.lru_cache(MAX_LAUNCHES)

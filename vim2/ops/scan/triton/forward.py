@@ -50,8 +50,9 @@ from .walk import MAX_ORDERS, advance_walk, group_stride, pack_orders, start_wal
 
 @triton.jit
 def _load_group(
-    t, walk, advance, L, at, existing, LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr
-):
+    t, walk, advance, L, at, existing,
+    LOCAL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """The operands of a lane's step t: its position, dt, u, B, and unless LOCAL, C; and where the walk is a group of
     steps later. A step beyond the sequence's end has none: zeros move nothing.
 
@@ -61,10 +62,10 @@ def _load_group(
     channels = tl.where(t < L, existing[0], 0)
     states = tl.where(t < L, existing[1], 0)
     p, _ = walk
-    dt = load_row(dt_at, p, channels, CR, WIDE)
-    u = load_row(u_at, p, channels, CR, WIDE)
-    b = load_row(B_at, p, states, NR, WIDE)
-    c = b if LOCAL else load_row(C_at, p, states, NR, WIDE)
+    dt = load_row(dt_at, p, channels, CR, WIDE, FAST)
+    u = load_row(u_at, p, channels, CR, WIDE, FAST)
+    b = load_row(B_at, p, states, NR, WIDE, FAST)
+    c = b if LOCAL else load_row(C_at, p, states, NR, WIDE, FAST)
     return (p, dt, u, b, c), advance_walk(walk, advance)
 
 
@@ -157,7 +158,8 @@ def _forward_kernel(
         advance = group_stride(NL, inner, stride, turn)
         ahead = ()
         for g in tl.static_range(GROUPS):
-            loaded, walk = _load_group(first + g * NL + place, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE)
+            step = first + g * NL + place
+            loaded, walk = _load_group(step, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE, FAST)
             ahead = ahead + (loaded,)
         for index in range(num_chunks):
             if not SPLIT and index > 0:
@@ -176,7 +178,7 @@ def _forward_kernel(
                 ahead = ()
                 for g in tl.static_range(GROUPS):
                     step = t + (GROUPS + g) * NL + place
-                    loaded, walk = _load_group(step, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE)
+                    loaded, walk = _load_group(step, walk, advance, L, at, existing, LOCAL, NR, CR, WIDE, FAST)
                     ahead = ahead + (loaded,)
                 for g in tl.static_range(GROUPS):
                     p, dt, u, b, c = groups[g]
@@ -276,12 +278,13 @@ def _launches(
         *schedule.strides(u), *schedule.strides(B), *schedule.strides(C),
     )  # fmt: skip
     fits_words = n % tile["NR"] == 0 and features % tile["CR"] == 0
+    words = [u, dt, y, *((B, C) if tile["NR"] > 1 else ())]
     starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
     options = dict(
         LAST=with_last,
         FAST=not INTERPRETED,
         LARGE=schedule.is_large(tile["S"], u, B, C, y, starts),
-        WIDE=fits_words and all(map(schedule.in_words, (u, dt, B, C, y))),
+        WIDE=fits_words and all(map(schedule.in_words, words)),
         num_warps=1,
         maxnreg=schedule.forward_registers(tile),
         **tile,

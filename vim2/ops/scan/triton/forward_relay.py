@@ -145,7 +145,9 @@ def _owner(thread, step, ce):
 
 
 @triton.jit
-def _load_segment(t, walks, advance, place, L, at, existing, GROUPS: tl.constexpr, WIDE: tl.constexpr):
+def _load_segment(
+    t, walks, advance, place, L, at, existing, GROUPS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr
+):
     """The operands of a lane's steps from t on, one a group: position, dt, u, and B or C; and the walks a round later.
     A step beyond the sequence's end has none: zeros move nothing.
 
@@ -159,9 +161,9 @@ def _load_segment(t, walks, advance, place, L, at, existing, GROUPS: tl.constexp
         channels = tl.where(inside, existing[0], 0)
         states = tl.where(inside, existing[1], 0)
         p, _ = walks[g]
-        dt = load_row(dt_at, p, channels, CR, WIDE)
-        u = load_row(u_at, p, channels, CR, WIDE)
-        segment = segment + ((p, dt, u, load_row(BC_at, p, states, NR, WIDE)),)
+        dt = load_row(dt_at, p, channels, CR, WIDE, FAST)
+        u = load_row(u_at, p, channels, CR, WIDE, FAST)
+        segment = segment + ((p, dt, u, load_row(BC_at, p, states, NR, WIDE, FAST)),)
         later = later + (advance_walk(walks[g], advance),)
     return segment, later
 
@@ -320,9 +322,10 @@ def _relay_kernel(
         walks = walks + ((p, left),)
     advance = group_stride(ROUND, inner, stride, turn)
     pointers = (dt_ptr, u_ptr, B_ptr)
-    segment, walks = _load_segment(first + warp * SEGMENT, walks, advance, place, L, at, existing, GROUPS, WIDE)
+    step = first + warp * SEGMENT
+    segment, walks = _load_segment(step, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
     own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
-    segment, walks = _load_segment(first + ROUND + warp * SEGMENT, walks, advance, place, L, at, existing, GROUPS, WIDE)
+    segment, walks = _load_segment(step + ROUND, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
 
     if slice_index > 0:
         while tl.atomic_add(done_ptr + tile, 0, sem="acquire") < slice_index:
@@ -365,7 +368,7 @@ def _relay_kernel(
             y = multiply_add(D, u, ys, CR)
             store_row(y_at, p, y, tl.where(t_warp + g * NL + place < L, existing[0], 0), CR, WIDE, FAST)
         own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
-        segment, walks = _load_segment(t_warp + 2 * ROUND, walks, advance, place, L, at, existing, GROUPS, WIDE)
+        segment, walks = _load_segment(t_warp + 2 * ROUND, walks, advance, place, L, at, existing, GROUPS, WIDE, FAST)
 
     end = _receive(theirs, 1 + before, (warp == 0).to(tl.uint32)) if FAST else gather(h, thread_before, TILE)
     store_tile(state_at, E, end, (n, e, N_STATES, E, warp == 0), NR, CR)

@@ -13,7 +13,7 @@ from ...triton_launch import MAX_LAUNCHES, Launch
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["directions", "E", "columns", "states", "rank", "room"])
 def _parameters_kernel(
     weight_ptr, A_log_ptr, matrix_ptr, A_ptr,
     directions, E, columns,  # and the matrix's columns, E or directions x E

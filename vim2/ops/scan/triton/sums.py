@@ -10,7 +10,7 @@ from torch import Tensor
 from ...triton_launch import MAX_LAUNCHES, Launch, column_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows"])
 def _sum_kernel(
     x_ptr, out_ptr,
     parts, rows, E,  # of x, whose parts are summed

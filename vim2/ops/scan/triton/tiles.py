@@ -16,7 +16,7 @@ from ...triton_math import LANES, LOG2E, exp2
 
 
 @triton.jit
-def load_row(at, p, existing, COUNT: tl.constexpr, WIDE: tl.constexpr):
+def load_row(at, p, existing, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
     """COUNT neighbours at position p of a tensor, given as the address of its first, offsets from there and the stride
     of positions; zero beyond the `existing` ones.
 
@@ -26,10 +26,13 @@ def load_row(at, p, existing, COUNT: tl.constexpr, WIDE: tl.constexpr):
     address = at[0] + (p * at[2] + at[1])
     row = ()
     if WIDE and COUNT > 1:
-        WORD: tl.constexpr = tl.int64 if COUNT > 2 else tl.int32
-        address = address.to(tl.pointer_type(WORD))
-        for i in tl.static_range(COUNT // 4 if COUNT > 2 else 1):
-            row = row + (tl.load(address + i, mask=existing > 0, other=0),)
+        WORD: tl.constexpr = 4 if COUNT > 2 else 2
+        for i in tl.static_range(COUNT // WORD):
+            if FAST:
+                row = row + (load_word(address + i * WORD, existing > 0, WORD),)
+            else:
+                word_at = address.to(tl.pointer_type(tl.int64 if WORD == 4 else tl.int32)) + i
+                row = row + (tl.load(word_at, mask=existing > 0, other=0),)
     else:
         for i in tl.static_range(COUNT):
             row = row + (tl.load(address + i, mask=i < existing, other=0.0),)
