@@ -668,13 +668,22 @@ def _backward_kernel(
                     if not LOCAL:
                         before = (state,) + before
                         state = _next(decay, state, b, multiply(dt, u, CR), NR, CR)
-                results = ()
+                if STAGED:
+                    gy = _take(channel_at + current[0][0] + AT_GY, turns[1], CR, FAST)
+                    c = _take(state_at + current[0][0] + AT_C, turns[0], NR, FAST)
                 for r in tl.static_range(UNROLL):  # against it
                     # g: the gradient of the state after the step, then of the state before it
-                    position, live, dt, u, gy, b, c = current[r]
                     if STAGED:  # the position is that of the row
-                        gy = _take(channel_at + position + AT_GY, turns[1], CR, FAST)
-                        c = _take(state_at + position + AT_C, turns[0], NR, FAST)
+                        position, live, dt, u, _, b, _ = current[r]
+                        # the next operands are under way while these are used; no lane writes results before all have
+                        # taken theirs
+                        next_row = current[r + 1 if r + 1 < UNROLL else r][0]
+                        next_gy = _take(channel_at + next_row + AT_GY, turns[1], CR, FAST)
+                        next_c = _take(state_at + next_row + AT_C, turns[0], NR, FAST)
+                        if not LOCAL:
+                            _wait(lane, False, FAST)
+                    else:
+                        position, live, dt, u, gy, b, c = current[r]
                     g = _outer(g, c, gy, NR, CR)
                     if LOCAL:
                         g = multiply(g, steps_decays[r], NR * CR)
@@ -686,7 +695,11 @@ def _backward_kernel(
                         gC = sum_over_lanes(gC, lane, ordered, REST, HALVED, NR, FAST)
                         state = before[r]
                         gBC = sum_over_lanes(gB + gC, lane, lane, 1, REST, 2 * OWN_STATES, FAST)
-                        if not STAGED:
+                        if STAGED:
+                            for v in tl.static_range(1 if REST > 1 else 2):
+                                own_at = own_state_at + (position + v * (AT_C - AT_B))
+                                _put_element(own_at, own_n, gBC[v], first_n, FAST)
+                        else:
                             mask = first_n & s_in & live
                             gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
                             gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
@@ -727,24 +740,18 @@ def _backward_kernel(
                             gus = gus + (dt[v] * ginput[v] + D[v] * gy[v],)
                         gbias = add(gbias, gdts, OWN_CHANNELS)
                         if STAGED:
-                            results = results + ((position, gBC, gdts, gus),)
+                            for v in tl.static_range(OWN_CHANNELS):
+                                i_own = own_e - block * (CE * CR) + v
+                                _put_element(room + position, i_own, gdts[v], first_e, FAST)
+                                _put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
                         else:
                             own = tl.where(first_e & s_in & live, E - own_e, 0)
                             gu_at = (gu_ptr + first_in_dt, own_in_dt, K * E)
                             gdelta_at = (gdelta_ptr + first_in_dt, own_in_dt, K * E)
                             store_row(gu_at, position, gus, own, OWN_CHANNELS, WIDE, FAST)
                             store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
-                if STAGED and not LOCAL:
-                    _wait(lane, False, FAST)  # until all lanes have their operands, in whose place the results come
-                    for r in tl.static_range(UNROLL):
-                        position, gBC, gdts, gus = results[r]
-                        for v in tl.static_range(1 if REST > 1 else 2):
-                            own_at = own_state_at + (position + v * (AT_C - AT_B))
-                            _put_element(own_at, own_n, gBC[v], first_n, FAST)
-                        for v in tl.static_range(OWN_CHANNELS):
-                            i_own = own_e - block * (CE * CR) + v
-                            _put_element(room + position, i_own, gdts[v], first_e, FAST)
-                            _put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
+                    if STAGED:
+                        gy, c = next_gy, next_c
 
             if STAGED:
                 _wait(lane, False, FAST)
