@@ -17,7 +17,7 @@ from scan_cases import (
     oracle,
 )
 
-from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
+from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan, selective_scan_fn
 
 pytest.importorskip("triton")
 from vim2.ops.scan.chunks import TRITON_CHUNK
@@ -164,6 +164,33 @@ def test_channels_travel_as_words(case, monkeypatch):
     assert features % (tile["CE"] * tile["CR"]) == 0 and batch % tile["S"] == 0 and tile["CR"] == 2
     monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
     assert_matches_oracle(case, "triton", DEVICE, torch.bfloat16)
+
+
+LONG = ((1, 38), BIDIRECTIONAL[1:], 32, 16, 1, True)
+
+
+@pytest.mark.parametrize(
+    "case, fill", [(LONG, 0), (LONG, 10**9), (((3, 2), ("columns_backward",), 64, 8, 2, False), 0)]
+)
+def test_operands_of_a_chunk_are_fetched_at_once(case, fill, monkeypatch):
+    """And its results sent back, where rows of bfloat16 are whole pieces of 16 bytes."""
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: fill)
+    plan, plans = backward._plan, []
+    monkeypatch.setattr(backward, "_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
+    assert_matches_oracle(case, "triton", DEVICE, torch.bfloat16)
+    assert plans and all(plan.scan_all.options["STAGED"] for plan in plans)
+
+
+def test_steps_beyond_the_end_leave_the_bias_alone():
+    """Those that fill the last group of a sequence, where softplus does not take their gradient away."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(u=(1, 3, 4), delta=(1, 3, 4), A=(3, 2), B=(1, 2, 4), C=(1, 2, 4), delta_bias=(3,))
+    arguments = {k: torch.rand(s, generator=generator).to(DEVICE).requires_grad_() for k, s in shapes.items()}
+    grads = []
+    for backend in ("triton", "torch"):
+        y, last = selective_scan_fn(**{**arguments, "A": -arguments["A"]}, return_last_state=True, backend=backend)
+        grads += torch.autograd.grad(y.sum() + last.sum(), arguments["delta_bias"])
+    torch.testing.assert_close(*grads)
 
 
 def test_threads_take_more_channels_of_the_backward_pass_where_there_are_many():

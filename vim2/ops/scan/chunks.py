@@ -1,6 +1,6 @@
 """How often a scan's forward kernels keep states for its backward kernels, which recompute the others."""
 
-# A multiple of the steps that the Triton kernels take at once: 4 forward and 3 backward.
+# A multiple of the steps that the Triton kernels take at once: 4 forward and 3 or 4 backward.
 TRITON_CHUNK = 36
 MAMBA_CHUNK = 2048  # fixed in mamba-ssm's kernels
 

@@ -1,9 +1,9 @@
 # ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The backward pass of the selective scan in Triton; `forward.py` has the forward pass.
 
-A program is one warp. It walks a tile of states from the sequence's end, spread over the lanes as tiles.py says. The CR
-channels of a thread are a row [LANES, CR] here, and a tile is a tuple of NR rows: that is the same to the GPU as
-vectors, and less to compile for Triton, which takes a time quadratic in a kernel's operations.
+A program is one warp. It walks a tile of states from the sequence's end, spread over the lanes as tiles.py says, and
+has a room of its own, in shared memory, for what it needs again soon. Little is left to Triton's own loads and stores:
+for each it searches the whole kernel for the best layout of its vectors, see `load_word`.
 """
 
 import functools
@@ -22,70 +22,43 @@ from . import schedule
 from .combine import combine
 from .step_size import kernel_inputs
 from .sums import sum_blocks, sum_directions
-from .tiles import add, half, load_word, multiply, store_row, sum_over_lanes, zeros
-from .walk import MAX_ORDERS, next_position, pack_orders, start_walk
-
-UNROLL = 3  # steps whose states are held in registers at once
+from .tiles import (
+    add,
+    decays,
+    half,
+    load_element,
+    load_word,
+    multiply,
+    multiply_add,
+    of_channels,
+    of_states,
+    store_row,
+    sum_over_lanes,
+    sum_states,
+    unpack,
+    unpack_word,
+    zeros,
+)
+from .walk import MAX_ORDERS, advance_walk, group_stride, next_position, pack_orders, start_walk
 
 
 @triton.jit
 def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """COUNT neighbours at position p of a tensor, given as the address of its first, offsets from there and the stride
-    of positions: [LANES, COUNT]; zero beyond the `existing` ones, and with LIVE where not `live`.
-
-    With WIDE, two or four of 16 bits, all exist and come as one word [LANES]: unpacked only where they are used, they
-    take half of the registers meanwhile.
-    """
+    """As `load_row`, for 2 or 4 neighbours with WIDE; and with LIVE zero where not `live`."""
     address = at[0] + p * at[2] + at[1]
     if WIDE and COUNT > 1:
-        mask = live if LIVE else at[1] >= 0  # in the second case, everywhere
+        mask = live & (at[1] >= 0) if LIVE else at[1] >= 0  # in the second case, everywhere
         if FAST:
-            return load_word(address, mask, COUNT)
+            return (load_word(address, mask, COUNT),)
         else:
-            return tl.load(address.to(tl.pointer_type(tl.int64 if COUNT == 4 else tl.int32)), mask=mask, other=0)
+            word: tl.constexpr = tl.int64 if COUNT == 4 else tl.int32
+            return (tl.load(address.to(tl.pointer_type(word)), mask=mask, other=0),)
     else:
-        i = tl.arange(0, COUNT)[None, :]
-        mask = (i < existing[:, None]) & live if LIVE else i < existing[:, None]
-        return tl.load(address[:, None] + i, mask=mask, other=0.0)
-
-
-@triton.jit
-def _unpack(row, at, COUNT: tl.constexpr, WIDE: tl.constexpr):
-    """What `_load_row` has loaded, in float32."""
-    kind: tl.constexpr = at[0].dtype.element_ty
-    if WIDE and COUNT == 4:
-        even, odd = _unpack_word(tl.join(row.to(tl.int32), (row >> 32).to(tl.int32)), kind)
-        return tl.reshape(tl.join(even, odd), [LANES, 4])
-    elif WIDE and COUNT == 2:
-        even, odd = _unpack_word(row, kind)
-        return tl.join(even, odd)
-    else:
-        return row.to(tl.float32)
-
-
-@triton.jit
-def _unpack_word(word, kind: tl.constexpr):
-    """The two elements in each word of 32 bits; bfloat16 is the upper half of a float32."""
-    if kind == tl.bfloat16:
-        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-    else:
-        even = word.to(tl.int16).to(kind, bitcast=True).to(tl.float32)
-        return even, (word >> 16).to(tl.int16).to(kind, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _split(row, COUNT: tl.constexpr):
-    """A row [LANES, COUNT] as COUNT vectors."""
-    if COUNT == 1:
-        return (tl.reshape(row, [LANES]),)
-    elif COUNT == 2:
-        first, second = tl.split(row)
-        return (first, second)
-    else:
-        even, odd = tl.split(tl.reshape(row, [LANES, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        return (first, second, third, fourth)
+        row = ()
+        for i in tl.static_range(COUNT):
+            mask = (i < existing) & live if LIVE else i < existing
+            row = row + (load_element(address + i, mask, FAST),)
+        return row
 
 
 @triton.jit
@@ -108,40 +81,12 @@ def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _zero_tile(NR: tl.constexpr, CR: tl.constexpr):
-    """NR rows of zeros."""
-    tile = ()
-    for _ in tl.static_range(NR):
-        tile = tile + (tl.zeros([LANES, CR], dtype=tl.float32),)
-    return tile
-
-
-@triton.jit
-def _load_tile(at, row, exists, mask, NR: tl.constexpr, CR: tl.constexpr):
-    """Rows of channels, `row` apart; zero where one does not exist or the mask says so."""
-    at = at[:, None] + tl.arange(0, CR)[None, :]
-    tile = ()
-    for i in tl.static_range(NR):
-        tile = tile + (tl.load(at + i * row, mask=exists[i] & mask, other=0.0),)
-    return tile
-
-
-@triton.jit
-def _store_tile(at, row, tile, exists, NR: tl.constexpr, CR: tl.constexpr):
-    """Rows of channels, `row` apart, where they exist."""
-    at = at[:, None] + tl.arange(0, CR)[None, :]
-    for i in tl.static_range(NR):
-        tl.store(at + i * row, tile[i], mask=exists[i])
-
-
-@triton.jit
-def _discard(at):
-    """Tell the cache that the lines of 128 bytes at these addresses, one a lane, need not go to memory: no lane reads
-    them again."""
-    tl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; discard.global.L2 [$1], 128; bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
-        "=r,l",
-        [at.to(tl.uint64)],
+def _shared_memory(lane, SIZE: tl.constexpr):
+    """The address of that many bytes of shared memory. Triton has no word for it, but the assembler does."""
+    return tl.inline_asm_elementwise(
+        f"{{ .shared .align 16 .b8 room[{SIZE}]; mov.u32 $0, room; }}",
+        "=r,r",
+        [lane],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -149,48 +94,261 @@ def _discard(at):
 
 
 @triton.jit
-def _decays(dt, A, NR: tl.constexpr, FAST: tl.constexpr):
-    """The tile of exp(dt A), for a step of this size in each channel; A is to the base 2."""
-    decays = ()
+def _wait(lane, COPIES: tl.constexpr, FAST: tl.constexpr):
+    """Until what each lane has written to the program's room, with COPIES also by asynchronous copies, is there for all
+    of its lanes."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
+            if COPIES
+            else "bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
+            "=r,r",
+            [lane],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.debug_barrier()
+
+
+@triton.jit
+def _fetch(at, address, there, FAST: tl.constexpr):
+    """Copies 16 bytes of each lane's own from global memory to the program's room, or zeros where `there` says that
+    there are none. The copy goes on in the background, see `_wait`."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;",
+            "=r,r,l,r",
+            [at, address.to(tl.uint64), there.to(tl.int32) * 16],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        at = at.to(tl.pointer_type(tl.int64))
+        for i in tl.static_range(2):
+            tl.store(at + i, tl.load(address + i, mask=there, other=0))
+
+
+@triton.jit
+def _send(address, at, there, FAST: tl.constexpr):
+    """Copies 16 bytes of each lane's own from the program's room to global memory, where `there` says so."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred %e; .reg .b64 %x, %y; setp.ne.s32 %e, $3, 0; "
+            "@%e ld.shared.v2.b64 {%x, %y}, [$2]; @%e st.global.v2.b64 [$1], {%x, %y}; mov.u32 $0, 0; }",
+            "=r,l,r,r",
+            [address.to(tl.uint64), at, there.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        at = at.to(tl.pointer_type(tl.int64))
+        for i in tl.static_range(2):
+            tl.store(address + i, tl.load(at + i), mask=there)
+
+
+@triton.jit
+def _copy_rows(
+    address, stride, at, there, t, subs, order, L, H, W,
+    ROW: tl.constexpr, SPREAD: tl.constexpr, UNROLL: tl.constexpr, LARGE: tl.constexpr, FETCH: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Copies the rows of subs times UNROLL steps to the program's room, or back, SPREAD of them at once; each lane its
+    piece of every SPREAD-th row from step t on.
+
+    Args:
+        address: Of each lane's piece at position 0.
+        stride: Between positions, in words of 32 bits.
+        at: Of the piece in the room; rows are ROW apart there.
+        there: Whether the lane has a piece.
+    """
+    p, left, inner, step, turn = start_walk(tl.minimum(t, L - 1), order, L, H, W, LARGE)
+    jump, bend, rest, inner = group_stride(SPREAD, inner, step, turn)
+    walk = (p * stride, left)  # in words
+    advance = (jump * stride, bend * stride, rest, inner)
+    for i in range(subs):
+        for r in tl.static_range(0, UNROLL, SPREAD):
+            if FETCH:
+                _fetch(at + (i * UNROLL + r) * ROW, address + walk[0], there & (t < L), FAST)
+            else:
+                _send(address + walk[0], at + (i * UNROLL + r) * ROW, there & (t < L), FAST)
+            walk = advance_walk(walk, advance)
+            t += SPREAD
+
+
+@triton.jit
+def _take(at, turn, COUNT: tl.constexpr, FAST: tl.constexpr):
+    """COUNT bfloat16, 2 or 4, of the program's room, in float32: the i-th is that at i ^ turn, with a turn for each
+    lane."""
+    far = turn // 2
+    odd = turn % 2 == 1
+    values = ()
+    for i in tl.static_range(COUNT // 2):
+        if FAST:
+            word = tl.inline_asm_elementwise(
+                "ld.shared.b32 $0, [$1];", "=r,r", [at + (far ^ i) * 4], dtype=tl.int32, is_pure=False, pack=1
+            )
+            for j in tl.static_range(2):
+                bits = tl.inline_asm_elementwise(  # the lower or the upper half, above zeros
+                    "prmt.b32 $0, $1, 0, $2;",
+                    "=r,r,r",
+                    [word, tl.where(odd, 0x1044, 0x3244) if j == 1 else tl.where(odd, 0x3244, 0x1044)],
+                    dtype=tl.int32,
+                    is_pure=True,
+                    pack=1,
+                )
+                values = values + (bits.to(tl.float32, bitcast=True),)
+        else:
+            low, high = unpack_word(tl.load(at + (far ^ i)), tl.bfloat16)
+            values = values + (tl.where(odd, high, low), tl.where(odd, low, high))
+    return values
+
+
+@triton.jit
+def _put_element(at, i, value, mask, FAST: tl.constexpr):
+    """Makes the value the i-th bfloat16 from there in the program's room, where the mask says so."""
+    value = value.to(tl.bfloat16)
+    if FAST:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred %e; setp.ne.s32 %e, $3, 0; @%e st.shared.b16 [$1], $2; mov.u32 $0, 0; }",
+            "=r,r,h,r",
+            [at + i * 2, value.to(tl.int16, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(at.to(tl.pointer_type(tl.bfloat16)) + i, value, mask=mask)
+
+
+@triton.jit
+def _load_tile(at, row, inside, turns, mask, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+    """As `load_tile`, with states and channels of each lane in the order that its turns make."""
+    turn_n, turn_e = turns
+    n, e, n_states, features, sequence_in = inside
+    tile = ()
     for i in tl.static_range(NR):
-        decays = decays + (exp2(dt * A[i], FAST),)
-    return decays
+        for j in tl.static_range(CR):
+            i_turned = turn_n ^ i
+            j_turned = turn_e ^ j
+            there = (n + i_turned < n_states) & (e + j_turned < features) & sequence_in & mask
+            tile = tile + (load_element(at + (i_turned * row + j_turned), there, FAST),)
+    return tile
 
 
 @triton.jit
-def _accumulate(total, a, row, COUNT: tl.constexpr):
-    """A tile plus another whose rows are a times `row`."""
-    sums = ()
-    for i in tl.static_range(COUNT):
-        sums = sums + (total[i] + a[i] * row,)
-    return sums
+def _store_tile(at, row, tile, inside, turns, NR: tl.constexpr, CR: tl.constexpr):
+    """As `store_tile`, likewise."""
+    turn_n, turn_e = turns
+    n, e, n_states, features, sequence_in = inside
+    for i in tl.static_range(NR):
+        for j in tl.static_range(CR):
+            i_turned = turn_n ^ i
+            j_turned = turn_e ^ j
+            there = (n + i_turned < n_states) & (e + j_turned < features) & sequence_in
+            tl.store(at + (i_turned * row + j_turned), tile[i * CR + j], mask=there)
 
 
 @triton.jit
-def _next(decay, h, b, channels, NR: tl.constexpr):
+def _put_tile(at, tile, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+    """Keeps a tile in the program's room."""
+    for i in tl.static_range(NR):
+        if FAST:
+            row = (at + i * (CR * LANES * 4),)
+            for j in tl.static_range(CR):
+                row = row + (tile[i * CR + j],)
+            tl.inline_asm_elementwise(
+                "st.shared.b32 [$1], $2; mov.u32 $0, 0;"
+                if CR == 1
+                else (
+                    "st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;"
+                    if CR == 2
+                    else "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;"
+                ),
+                "=r,r,f" if CR == 1 else ("=r,r,f,f" if CR == 2 else "=r,r,f,f,f,f"),
+                row,
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            for j in tl.static_range(CR):
+                tl.store(at + (i * CR * LANES + j), tile[i * CR + j])
+
+
+@triton.jit
+def _take_tile(at, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+    """What the same thread has kept there."""
+    tile = ()
+    for i in tl.static_range(NR):
+        if FAST:
+            here = at + i * (CR * LANES * 4)
+            if CR == 1:
+                first = tl.inline_asm_elementwise(
+                    "ld.shared.b32 $0, [$1];", "=f,r", [here], dtype=tl.float32, is_pure=False, pack=1
+                )
+                tile = tile + (first,)
+            elif CR == 2:
+                first, second = tl.inline_asm_elementwise(
+                    "ld.shared.v2.b32 {$0, $1}, [$2];",
+                    "=f,=f,r",
+                    [here],
+                    dtype=(tl.float32, tl.float32),
+                    is_pure=False,
+                    pack=1,
+                )
+                tile = tile + (first, second)
+            else:
+                first, second, third, fourth = tl.inline_asm_elementwise(
+                    "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+                    "=f,=f,=f,=f,r",
+                    [here],
+                    dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                    is_pure=False,
+                    pack=1,
+                )
+                tile = tile + (first, second, third, fourth)
+        else:
+            for j in tl.static_range(CR):
+                tile = tile + (tl.load(at + (i * CR * LANES + j)),)
+    return tile
+
+
+@triton.jit
+def _outer(total, states, channels, NR: tl.constexpr, CR: tl.constexpr):
+    """A tile plus the outer product of states and channels."""
+    return multiply_add(of_states(states, NR, CR), of_channels(channels, NR, CR), total, NR * CR)
+
+
+@triton.jit
+def _next(decay, h, b, channels, NR: tl.constexpr, CR: tl.constexpr):
     """decay h + b channels, with a decay and an h for each state and channel."""
     states = ()
     for i in tl.static_range(NR):
-        states = states + (decay[i] * h[i] + b[i] * channels,)
+        for j in tl.static_range(CR):
+            states = states + (decay[i * CR + j] * h[i * CR + j] + b[i] * channels[j],)
     return states
 
 
 @triton.jit
-def _sum_channels(tile, channels, NR: tl.constexpr):
+def _sum_channels(tile, channels, NR: tl.constexpr, CR: tl.constexpr):
     """The sums of a tile times channels over the thread's own channels, one a state."""
     sums = ()
     for i in tl.static_range(NR):
-        sums = sums + (tl.sum(tile[i] * channels, axis=1),)
+        total = tile[i * CR] * channels[0]
+        for j in tl.static_range(1, CR):
+            total += tile[i * CR + j] * channels[j]
+        sums = sums + (total,)
     return sums
 
 
 @triton.jit
 def _sum_states(a, b, NR: tl.constexpr, CR: tl.constexpr):
-    """The sums of a times b over the thread's own states: CR vectors, one a channel."""
-    total = a[0] * b[0]
-    for i in tl.static_range(1, NR):
-        total += a[i] * b[i]
-    return _split(total, CR)
+    """The sums of a times b over the thread's own states, one a channel."""
+    return sum_states(multiply(a, b, NR * CR), NR, CR)
 
 
 @triton.jit
@@ -208,12 +366,11 @@ def _load_steps(
     steps = ()
     for _ in tl.static_range(UNROLL):
         live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
-        row_live = live if WIDE and CR > 1 else live[:, None]
-        dt = _load_row(dt_at, p, channels, row_live, True, CR, WIDE, FAST)
-        u = _load_row(u_at, p, channels, row_live, False, CR, WIDE, FAST)
-        gy = _load_row(gy_at, p, channels, row_live, True, CR, WIDE, FAST)
-        b = _load_row(B_at, p, states, row_live, False, NR, WIDE, FAST)
-        c = _load_row(C_at, p, states, row_live, False, NR, WIDE, FAST) if REVERSE else b
+        dt = _load_row(dt_at, p, channels, live, True, CR, WIDE, FAST)
+        u = _load_row(u_at, p, channels, live, False, CR, WIDE, FAST)
+        gy = _load_row(gy_at, p, channels, live, True, CR, WIDE, FAST)
+        b = _load_row(B_at, p, states, live, False, NR, WIDE, FAST)
+        c = _load_row(C_at, p, states, live, False, NR, WIDE, FAST) if REVERSE else b
         steps = steps + ((p, live, dt, u, gy, b, c),)
         p_next, left_next = next_position(p, left, inner, stride, turn)
         moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
@@ -224,29 +381,42 @@ def _load_steps(
 
 
 @triton.jit
-def _columns(row, COUNT: tl.constexpr):
-    """A row [LANES, COUNT] as COUNT columns [LANES, 1]."""
-    vectors = _split(row, COUNT)
-    columns = ()
-    for i in tl.static_range(COUNT):
-        columns = columns + (vectors[i][:, None],)
-    return columns
-
-
-@triton.jit
 def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr):
-    """dt, u and gy as rows [LANES, CR], B and C as NR columns [LANES, 1]."""
+    """Their operands unpacked."""
     dt_at, u_at, gy_at, B_at, C_at = at
     converted = ()
     for r in tl.static_range(UNROLL):
         p, live, dt, u, gy, b, c = steps[r]
-        dt = _unpack(dt, dt_at, CR, WIDE)
-        u = _unpack(u, u_at, CR, WIDE)
-        gy = _unpack(gy, gy_at, CR, WIDE)
-        b = _columns(_unpack(b, B_at, NR, WIDE), NR)
-        c = _columns(_unpack(c, C_at, NR, WIDE), NR)
+        dt = unpack(dt, dt_at[0], CR, WIDE)
+        u = unpack(u, u_at[0], CR, WIDE)
+        gy = unpack(gy, gy_at[0], CR, WIDE)
+        b = unpack(b, B_at[0], NR, WIDE)
+        c = unpack(c, C_at[0], NR, WIDE)
         converted = converted + ((p, live, dt, u, gy, b, c),)
     return converted
+
+
+@triton.jit
+def _choose(piece, first, second, third, fourth, fifth, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
+    """What belongs to a lane's piece of a row in the program's room."""
+    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, fourth, fifth)
+    of_channels = tl.where(piece < PIECES_C, first, tl.where(piece < 2 * PIECES_C, second, third))
+    return tl.where(piece < 3 * PIECES_C, of_channels, of_states)
+
+
+@triton.jit
+def _take_operands(
+    of_channels, of_states, turns, AT_U: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr
+):
+    """dt, u and B of a step, from its row in the program's room."""
+    dt = _take(of_channels, turns[1], CR, FAST)
+    return dt, _take(of_channels + AT_U, turns[1], CR, FAST), _take(of_states, turns[0], NR, FAST)
+
+
+@triton.jit
+def _words(pointer, offset):
+    """Addresses of elements of 16 bits as those of words of 64."""
+    return (pointer + offset).to(tl.pointer_type(tl.int64))
 
 
 # Triton would compile the kernel again for numbers that 16 divides: no faster, and it takes long to compile.
@@ -260,7 +430,7 @@ NOT_SPECIALIZED = [
 def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,  # operands, and the gradient of y
     starts_ptr, ends_ptr, decay_ptr, end_ptr,  # states and adjoints at chunks' ends, decays, the last adjoint
-    scratch_ptr,  # where a program keeps states for itself
+    room_ptr,  # the programs' rooms, where not in shared memory
     gu_ptr, gdelta_ptr, gB_ptr, gC_ptr, gsums_ptr,  # gradients, or parts of them; the last of A, D and the bias
     orders,  # of all directions, two bits each
     batch, repeats,  # sequences of a direction, and tiles of them that a program takes
@@ -272,20 +442,27 @@ def _backward_kernel(
     CHUNK: tl.constexpr, UNROLL: tl.constexpr,  # steps of a chunk, and of those that are walked at once
     SOFTPLUS: tl.constexpr, LAST: tl.constexpr,  # of the step sizes; whether the last states have a gradient
     SPLIT: tl.constexpr, LOCAL: tl.constexpr,  # one chunk a program; from a zero adjoint
-    FAST: tl.constexpr, DISCARD: tl.constexpr,  # NVIDIA's instructions, and that which empties the cache
+    STAGED: tl.constexpr, FAST: tl.constexpr,  # operands and results by way of the room; NVIDIA's instructions
     LARGE: tl.constexpr, WIDE: tl.constexpr,  # 64-bit offsets, whole words
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,  # the tile, see tiles.py
 ):  # fmt: skip
-    """Walks chunk by chunk from the end. In a chunk, a first pass recomputes the states, keeps those before every
-    UNROLL steps in scratch and writes C's gradients; a second, from the chunk's end, recomputes the states between
-    them and passes the adjoint over UNROLL steps at a time.
+    """Walks chunk by chunk from the end. In a chunk, a first pass recomputes the states and keeps those before every
+    UNROLL steps in the program's room; a second, from the chunk's end, recomputes the states between them and passes
+    the adjoint over UNROLL steps at a time.
+
+    With STAGED, a chunk's operands come to the room all at once, a row for each step, and its results take their
+    places there: so steps cost no addresses and no masks. States and channels lie in each lane in an order of its own
+    then, in which sums over lanes leave the lane with the first of what it has, without a choice for each.
 
     With SPLIT a program has one chunk, and the adjoint after it in ends; with LOCAL too, it walks from a zero adjoint
     and writes only the adjoint before its chunk (to ends) and the chunk's decay.
     """
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
-    OWN_STATES: tl.constexpr = NR // CE if NR > CE else 1  # values in a lane after sums over channels
-    OWN_CHANNELS: tl.constexpr = CR // NL if CR > NL else 1  # and after sums over states
+    # sums over channels leave so many of B's values and of C's in a lane, when those over REST lanes are still to come
+    HALVED: tl.constexpr = CE if CE < NR else NR
+    OWN_STATES: tl.constexpr = NR // HALVED
+    REST: tl.constexpr = CE // HALVED
+    OWN_CHANNELS: tl.constexpr = CR // NL if CR > NL else 1  # so many of u's and delta's do sums over states
     k = tl.program_id(1)
     order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
     k = k.to(tl.int64)
@@ -297,8 +474,12 @@ def _backward_kernel(
     s = (lane // CE) % S
     n = lane // STATES_STRIDE * NR
     e = block * (CE * CR) + lane % CE * CR
-    own_n, first_n = _share(lane % CE, CE, NR)
+    own_n = lane % CE // REST * OWN_STATES
+    own_C = lane % REST * 2 // REST == 1 if REST > 1 else lane < 0  # with REST, one of both is left
+    first_n = lane % REST % (REST // 2) == 0 if REST > 1 else lane >= 0
     own_e, first_e = _share(lane // STATES_STRIDE, NL, CR)
+    turns = (own_n, own_e) if STAGED else (lane * 0, lane * 0)
+    ordered = lane * 0 if STAGED else lane  # of turned values, each lane keeps the first ones
     own_n += n
     own_e += e
 
@@ -316,24 +497,45 @@ def _backward_kernel(
     in_tile = sw * (tl.cast(K, OFFSET) * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    KEPT: tl.constexpr = NR * CR * LANES  # a tile: so many lines of 128 bytes as a lane has states
-    program_scratch = scratch_ptr + program * (CHUNK // UNROLL * KEPT)
-    scratch_at = program_scratch + (lane[:, None] * CR + tl.arange(0, CR)[None, :])
-    scratch_lines = program_scratch + tl.minimum(lane, NR * CR - 1) * LANES
+    # the program's room: rows of a chunk's operands, of which each lane copies a piece of 16 bytes, and tiles of states
+    PIECES_C: tl.constexpr = CE * CR // 8
+    PIECES_S: tl.constexpr = NR * NL // 8
+    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S if STAGED else 0
+    SPREAD: tl.constexpr = 2 if STAGED and 2 * ROW <= LANES else 1  # rows that are copied at once
+    KEPT: tl.constexpr = NR * CR * LANES // 4
+    PIECES: tl.constexpr = CHUNK * ROW + CHUNK // UNROLL * KEPT
+    PIECE: tl.constexpr = 16 if FAST else 4  # in addresses: in bytes, or in words of 32 bits
+    AT_U: tl.constexpr = PIECES_C * PIECE  # of a row that begins with dt, and goes on with u, gy, B and C
+    AT_GY: tl.constexpr = 2 * PIECES_C * PIECE
+    AT_B: tl.constexpr = 3 * PIECES_C * PIECE
+    AT_C: tl.constexpr = (3 * PIECES_C + PIECES_S) * PIECE
+    if FAST:
+        room = _shared_memory(lane, PIECES * 16)
+        kept_at = room + (CHUNK * ROW * PIECE + lane * (CR * 4))
+    else:
+        room = room_ptr + program * (PIECES * PIECE) + lane * 0
+        kept_at = (room + CHUNK * ROW * PIECE).to(tl.pointer_type(tl.float32)) + lane * CR
+    KEPT_STEP: tl.constexpr = KEPT * 16 if FAST else KEPT * 4
+    if STAGED:
+        lane_row = lane // ROW
+        piece = lane % ROW
+        copied = lane_row < SPREAD
+        returned = copied & ((piece < 2 * PIECES_C) | (piece >= 3 * PIECES_C))
+        piece_at = room + lane * PIECE
+        channel_at = room + lane % CE * (CR * PIECE // 8)
+        state_at = room + lane // STATES_STRIDE * (NR * PIECE // 8)
+        own_state_at = room + tl.where(own_C, AT_C, AT_B)
 
-    existing = ()  # channels of the lanes' states
-    for v in tl.static_range(NR):
-        existing = existing + ((n[:, None] + v < N_STATES) & (e[:, None] + tl.arange(0, CR)[None, :] < E),)
-    A = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, existing, lane[:, None] >= 0, NR, CR)
-    scaled = ()
-    for v in tl.static_range(NR):
-        scaled = scaled + (A[v].to(tl.float32) * LOG2E,)
-    A = scaled  # for exp2
+    existing = (n, e, N_STATES, E, lane >= 0)
+    A = ()
+    rates = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, existing, turns, lane >= 0, NR, CR, FAST)
+    for v in tl.static_range(NR * CR):
+        A = A + (rates[v].to(tl.float32) * LOG2E,)  # for exp2
     D = ()
     for v in tl.static_range(OWN_CHANNELS):
         D = D + (tl.load(D_ptr + k * E + own_e + v, mask=own_e + v < E, other=0.0).to(tl.float32),)
 
-    gA = _zero_tile(NR, CR)
+    gA = zeros(NR * CR)
     gD = zeros(OWN_CHANNELS)
     gbias = zeros(OWN_CHANNELS)
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
@@ -341,9 +543,7 @@ def _backward_kernel(
         s_in = seq + s < batch
         channels = tl.where(s_in, E - e, 0)  # how many of the lane's own exist
         states = tl.where(s_in, N_STATES - n, 0)
-        inside = ()
-        for v in tl.static_range(NR):
-            inside = inside + (existing[v] & s_in[:, None],)
+        inside = (n, e, N_STATES, E, s_in)
         first_in_dt = (seq * L * K + k) * E
         dt_at = (dt_ptr + first_in_dt, in_dt, K * E)
         u_at = (u_ptr + seq * u_b + k * u_k, in_u, u_l)
@@ -354,8 +554,32 @@ def _backward_kernel(
         part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
         state_row = (seq * K + k) * (chunks - 1) * (N_STATES * E)
 
-        g = _zero_tile(NR, CR)
-        total = tl.zeros([LANES, CR], dtype=tl.float32)
+        if STAGED:
+            e_piece = block * (CE * CR) + piece % PIECES_C * 8
+            n_piece = (piece - 3 * PIECES_C) % PIECES_S * 8
+            from_at = _choose(
+                piece,
+                _words(dt_ptr + first_in_dt, e_piece),
+                _words(u_ptr + seq * u_b + k * u_k, e_piece),
+                _words(gy_ptr + seq * gy_b + k * gy_k, e_piece),
+                _words(B_ptr + seq * B_b + k * B_k, n_piece),
+                _words(C_ptr + seq * C_b + k * C_k, n_piece),
+                PIECES_C, PIECES_S,
+            )  # fmt: skip
+            from_step = _choose(piece, K * E, u_l, gy_l, B_l, C_l, PIECES_C, PIECES_S) // 4
+            to_at = _choose(
+                piece,
+                _words(gdelta_ptr + first_in_dt, e_piece),
+                _words(gu_ptr + first_in_dt, e_piece),
+                _words(gu_ptr + first_in_dt, e_piece),
+                _words(gB_ptr + part, n_piece),
+                _words(gC_ptr + part, n_piece),
+                PIECES_C, PIECES_S,
+            )  # fmt: skip
+            to_step = tl.where(piece < 3 * PIECES_C, K * E, K * part_row) // 4
+
+        g = zeros(NR * CR)
+        total = zeros(CR)
         last_chunk = chunks - 1
         num_chunks = chunks
         if SPLIT:
@@ -365,91 +589,138 @@ def _backward_kernel(
             is_last = last_chunk + tl.arange(0, 1) == chunks - 1
             if SPLIT:
                 g_at = ends_ptr + state_row + tl.cast(last_chunk, tl.int64) * (N_STATES * E) + in_tile
-                g = _load_tile(g_at, E, inside, is_last[:, None] == 0, NR, CR)
+                g = _load_tile(g_at, E, inside, turns, is_last == 0, NR, CR, FAST)
             if LAST:
                 end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
-                end = _load_tile(end_at, E, inside, is_last[:, None], NR, CR)
-                g = add(g, end, NR)
+                end = _load_tile(end_at, E, inside, turns, is_last, NR, CR, FAST)
+                g = add(g, end, NR * CR)
 
         for j in range(num_chunks):
             chunk = last_chunk - j
             first = chunk * CHUNK
             subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
+            if STAGED:
+                _copy_rows(
+                    from_at, from_step, piece_at, copied, first + lane_row, subs, order, L, H, W,
+                    ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST,
+                )  # fmt: skip
+                _wait(lane, True, FAST)
+
             if not LOCAL:
                 # the first chunk's states are zero and not stored
                 not_first = chunk + tl.arange(0, 1) > 0
                 start_at = starts_ptr + state_row + tl.cast(chunk - 1, tl.int64) * (N_STATES * E) + in_tile
-                h = _load_tile(start_at, E, inside, not_first[:, None], NR, CR)
-                p, left, inner, stride, turn = start_walk(first, order, L, H, W, LARGE)
-                steps, p, left = _load_steps(
-                    first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
-                )
-                for i in range(subs):
-                    for v in tl.static_range(NR):
-                        kept_at = scratch_at + (i * NR + v) * (CR * LANES)
-                        tl.store(kept_at, h[v], eviction_policy="evict_last")
-                    # here and below, the next operands are under way while these are used
-                    t = first + (i + 1) * UNROLL
-                    current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                h = _load_tile(start_at, E, inside, turns, not_first, NR, CR, FAST)
+                if not STAGED:
+                    p, left, inner, stride, turn = start_walk(first, order, L, H, W, LARGE)
                     steps, p, left = _load_steps(
-                        t, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
+                        first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
                     )
+                for i in range(subs):
+                    _put_tile(kept_at + i * KEPT_STEP, h, NR, CR, FAST)
+                    if not STAGED:
+                        # here and below, the next operands are under way while these are used
+                        t = first + (i + 1) * UNROLL
+                        current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                        steps, p, left = _load_steps(
+                            t, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
+                        )
                     for r in tl.static_range(UNROLL):
-                        position, live, dt, u, gy, b, _ = current[r]
-                        h = _next(_decays(dt, A, NR, FAST), h, b, dt * u, NR)
-                        gC = sum_over_lanes(_sum_channels(h, gy, NR), lane, lane, 1, CE, NR)
-                        gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
-                        for v in tl.static_range(OWN_STATES):
-                            mask = first_n & (own_n + v < N_STATES) & s_in & live
-                            tl.store(gC_at + v, gC[v].to(gC_ptr.dtype.element_ty), mask=mask)
+                        if STAGED:
+                            row = (i * UNROLL + r) * (ROW * PIECE)
+                            dt, u, b = _take_operands(
+                                channel_at + row, state_at + row + AT_B, turns, AT_U, NR, CR, FAST
+                            )
+                        else:
+                            _, _, dt, u, _, b, _ = current[r]
+                        h = _next(decays(dt, A, NR, CR, FAST), h, b, multiply(dt, u, CR), NR, CR)
 
             last = first + subs * UNROLL - 1
-            p, left, inner, stride, turn = start_walk(tl.maximum(L - 1 - last, 0), order ^ 2, L, H, W, LARGE)
-            steps, p, left = _load_steps(
-                last, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
-            )
+            if not STAGED:
+                p, left, inner, stride, turn = start_walk(tl.maximum(L - 1 - last, 0), order ^ 2, L, H, W, LARGE)
+                steps, p, left = _load_steps(
+                    last, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
+                )
             for i in range(subs):
                 if not LOCAL:
-                    state = ()
-                    for v in tl.static_range(NR):  # each thread reads what it wrote, once
-                        kept_at = scratch_at + ((subs - 1 - i) * NR + v) * (CR * LANES)
-                        state = state + (tl.load(kept_at, eviction_policy="evict_first"),)
+                    state = _take_tile(kept_at + (subs - 1 - i) * KEPT_STEP, NR, CR, FAST)
                 t = last - (i + 1) * UNROLL
-                current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
-                steps, p, left = _load_steps(
-                    t, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
-                )
-                decays = ()
+                if STAGED:
+                    current = ()
+                    for r in tl.static_range(UNROLL):
+                        step = (subs - i) * UNROLL - 1 - r
+                        row = step * (ROW * PIECE)
+                        dt, u, b = _take_operands(channel_at + row, state_at + row + AT_B, turns, AT_U, NR, CR, FAST)
+                        current = current + (
+                            (row, first + step + tl.arange(0, 1) < L, dt, u, dt, b, b),
+                        )  # gy and C come later
+                else:
+                    current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
+                    steps, p, left = _load_steps(
+                        t, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
+                    )
+                steps_decays = ()
                 before = ()
                 for r in tl.static_range(UNROLL - 1, -1, -1):  # in the walk's order
                     _, _, dt, u, _, b, _ = current[r]
-                    decay = _decays(dt, A, NR, FAST)
-                    decays = (decay,) + decays
+                    decay = decays(dt, A, NR, CR, FAST)
+                    steps_decays = (decay,) + steps_decays
                     if not LOCAL:
                         before = (state,) + before
-                        if r > 0:
-                            state = _next(decay, state, b, dt * u, NR)
+                        state = _next(decay, state, b, multiply(dt, u, CR), NR, CR)
+                if STAGED:
+                    gy = _take(channel_at + current[0][0] + AT_GY, turns[1], CR, FAST)
+                    c = _take(state_at + current[0][0] + AT_C, turns[0], NR, FAST)
                 for r in tl.static_range(UNROLL):  # against it
                     # g: the gradient of the state after the step, then of the state before it
-                    position, live, dt, u, gy, b, c = current[r]
-                    g = _accumulate(g, c, gy, NR)
-                    if LOCAL:
-                        g = multiply(g, decays[r], NR)
-                        total += dt
+                    if STAGED:  # the position is that of the row
+                        position, live, dt, u, _, b, _ = current[r]
+                        # the next operands are under way while these are used; no lane writes results before all have
+                        # taken theirs
+                        next_row = current[r + 1 if r + 1 < UNROLL else r][0]
+                        next_gy = _take(channel_at + next_row + AT_GY, turns[1], CR, FAST)
+                        next_c = _take(state_at + next_row + AT_C, turns[0], NR, FAST)
+                        if not LOCAL:
+                            _wait(lane, False, FAST)
                     else:
-                        gB = sum_over_lanes(_sum_channels(g, dt * u, NR), lane, lane, 1, CE, NR)
-                        gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
-                        for v in tl.static_range(OWN_STATES):
-                            mask = first_n & (own_n + v < N_STATES) & s_in & live
-                            tl.store(gB_at + v, gB[v].to(gB_ptr.dtype.element_ty), mask=mask)
-                        ginput = sum_over_lanes(_sum_states(g, b, NR, CR), lane, lane, STATES_STRIDE, NL, CR)
-                        g = multiply(g, decays[r], NR)
-                        gexponent = multiply(g, before[r], NR)
-                        gdecay = sum_over_lanes(_sum_states(gexponent, A, NR, CR), lane, lane, STATES_STRIDE, NL, CR)
-                        gA = _accumulate(gA, gexponent, dt, NR)
-                        dt = _own(_split(dt, CR), lane, STATES_STRIDE, NL, CR)
-                        u = _own(_split(u, CR), lane, STATES_STRIDE, NL, CR)
-                        gy = _own(_split(gy, CR), lane, STATES_STRIDE, NL, CR)
+                        position, live, dt, u, gy, b, c = current[r]
+                    g = _outer(g, c, gy, NR, CR)
+                    if LOCAL:
+                        g = multiply(g, steps_decays[r], NR * CR)
+                        total = add(total, dt, CR)
+                    else:
+                        gB = _sum_channels(g, multiply(dt, u, CR), NR, CR)
+                        gB = sum_over_lanes(gB, lane, ordered, REST, HALVED, NR, FAST)
+                        gC = _sum_channels(state, gy, NR, CR)
+                        gC = sum_over_lanes(gC, lane, ordered, REST, HALVED, NR, FAST)
+                        state = before[r]
+                        gBC = sum_over_lanes(gB + gC, lane, lane, 1, REST, 2 * OWN_STATES, FAST)
+                        if STAGED:
+                            for v in tl.static_range(1 if REST > 1 else 2):
+                                own_at = own_state_at + (position + v * (AT_C - AT_B))
+                                _put_element(own_at, own_n, gBC[v], first_n, FAST)
+                        else:
+                            mask = first_n & s_in & live
+                            gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
+                            gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
+                            for v in tl.static_range(OWN_STATES):
+                                mask_v = mask & (own_n + v < N_STATES)
+                                mask_B = mask_v & (own_C == 0)
+                                mask_C = mask_v & own_C if REST > 1 else mask_v
+                                value_C = gBC[v if REST > 1 else OWN_STATES + v]
+                                tl.store(gB_at + v, gBC[v].to(gB_ptr.dtype.element_ty), mask=mask_B)
+                                tl.store(gC_at + v, value_C.to(gC_ptr.dtype.element_ty), mask=mask_C)
+                        ginput = sum_over_lanes(
+                            _sum_states(g, of_states(b, NR, CR), NR, CR), lane, ordered, STATES_STRIDE, NL, CR, FAST
+                        )
+                        g = multiply(g, steps_decays[r], NR * CR)
+                        gexponent = multiply(g, state, NR * CR)
+                        gdecay = _sum_states(gexponent, A, NR, CR)
+                        gdecay = sum_over_lanes(gdecay, lane, ordered, STATES_STRIDE, NL, CR, FAST)
+                        gA = multiply_add(gexponent, of_channels(dt, NR, CR), gA, NR * CR)
+                        dt = _own(dt, ordered, STATES_STRIDE, NL, CR)
+                        u = _own(u, ordered, STATES_STRIDE, NL, CR)
+                        gy = _own(gy, ordered, STATES_STRIDE, NL, CR)
                         gD = add(gD, multiply(gy, u, OWN_CHANNELS), OWN_CHANNELS)
                         gus = ()
                         gdts = ()
@@ -463,28 +734,46 @@ def _backward_kernel(
                                     size * (1.0 - size * (0.5 - size * 0.16666667)),
                                     1.0 - exp2(-size * LOG2E, FAST),
                                 )
+                            else:
+                                gdt = tl.where(live, gdt, 0.0)
                             gdts = gdts + (gdt,)
                             gus = gus + (dt[v] * ginput[v] + D[v] * gy[v],)
                         gbias = add(gbias, gdts, OWN_CHANNELS)
-                        own = tl.where(first_e & s_in & live, E - own_e, 0)
-                        gu_at = (gu_ptr + first_in_dt, own_in_dt, K * E)
-                        gdelta_at = (gdelta_ptr + first_in_dt, own_in_dt, K * E)
-                        store_row(gu_at, position, gus, own, OWN_CHANNELS, WIDE, FAST)
-                        store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
-                if DISCARD and not LOCAL:  # else all of it goes to memory, sooner or later
-                    _discard(scratch_lines + (subs - 1 - i) * KEPT)
+                        if STAGED:
+                            for v in tl.static_range(OWN_CHANNELS):
+                                i_own = own_e - block * (CE * CR) + v
+                                _put_element(room + position, i_own, gdts[v], first_e, FAST)
+                                _put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
+                        else:
+                            own = tl.where(first_e & s_in & live, E - own_e, 0)
+                            gu_at = (gu_ptr + first_in_dt, own_in_dt, K * E)
+                            gdelta_at = (gdelta_ptr + first_in_dt, own_in_dt, K * E)
+                            store_row(gu_at, position, gus, own, OWN_CHANNELS, WIDE, FAST)
+                            store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
+                    if STAGED:
+                        gy, c = next_gy, next_c
+
+            if STAGED:
+                _wait(lane, False, FAST)
+                if not LOCAL:
+                    _copy_rows(
+                        to_at, to_step, piece_at, returned, first + lane_row, subs, order, L, H, W,
+                        ROW * PIECE, SPREAD, UNROLL, LARGE, False, FAST,
+                    )  # fmt: skip
+                    _wait(lane, False, FAST)
 
         if LOCAL:
             at_chunk = state_row + tl.cast(last_chunk - 1, tl.int64) * (N_STATES * E)
-            _store_tile(ends_ptr + at_chunk + in_tile, E, g, inside, NR, CR)
-            _store_tile(decay_ptr + at_chunk + in_tile, E, _decays(total, A, NR, FAST), inside, NR, CR)
+            _store_tile(ends_ptr + at_chunk + in_tile, E, g, inside, turns, NR, CR)
+            total_decays = decays(total, A, NR, CR, FAST)
+            _store_tile(decay_ptr + at_chunk + in_tile, E, total_decays, inside, turns, NR, CR)
 
     if not LOCAL:
         # sums over steps and repeats: a part for each group of sequences, sequence of a tile and chunk; those of
         # sequences that do not exist are zero
         part_of_sums = ((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S + s) * K + k
         sums = gsums_ptr + part_of_sums * ((N_STATES + 2) * E)
-        _store_tile(sums + n * E + e, E, gA, existing, NR, CR)
+        _store_tile(sums + n * E + e, E, gA, existing, turns, NR, CR)
         for v in tl.static_range(OWN_CHANNELS):
             at_own = sums + N_STATES * E + own_e + v
             tl.store(at_own, gD[v], mask=first_e & (own_e + v < E))
@@ -492,9 +781,9 @@ def _backward_kernel(
 
 
 @functools.lru_cache(None)
-def _can_discard(device: torch.device) -> bool:
-    """Whether the GPU knows the instruction: from compute capability 8.0 on."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (8, 0)
+def _copies_in_background(device: torch.device) -> bool:
+    """Whether the GPU does: from compute capability 8.0 on."""
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def scan_backward(
@@ -516,8 +805,9 @@ def scan_backward(
     n = At.shape[1]
     layouts = [layout(t) for t in (u, dt, B, C, grad_y, grad_B, grad_C)]
     plan = _plan(
-        u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0
-    )
+        u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0,
+        all(t.dtype == torch.bfloat16 for t in (*operands[:1], operands.delta, B, C, grad_y)),
+    )  # fmt: skip
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=u.device)
@@ -525,7 +815,7 @@ def scan_backward(
     end = grad_last.transpose(-1, -2).float().contiguous() if grad_last.numel() else grad_last
     ends = empty(starts.shape) if plan.scan_chunks else starts
     decay = empty(starts.shape) if plan.scan_chunks else starts
-    scratch = empty(plan.scratch)
+    room = empty(plan.room, dtype=torch.int32)
     grad_u, grad_delta = (
         empty(batch, length, directions, features, dtype=t.dtype) for t in (operands.u, operands.delta)
     )
@@ -538,7 +828,7 @@ def scan_backward(
     tensors = (
         u, dt, At, B, C, D, grad_y,
         starts, ends, decay, end,
-        scratch,
+        room,
         grad_u, grad_delta, part_B, part_C, sums,
     )  # fmt: skip
     if plan.scan_chunks:
@@ -569,14 +859,14 @@ class _Plan(NamedTuple):
     Attributes:
         blocks: Of channels, whose parts of B's and C's gradients are summed.
         parts: Of the gradients of A, D and the bias, which are summed together.
-        scratch: Shape of the room for programs' own states.
+        room: Shape of the programs' rooms, in words of 32 bits; empty where they are in shared memory.
         scan_chunks: Where chunks are scanned side by side, the launch for each from a zero adjoint.
         scan_all: The launch for the results.
     """
 
     blocks: int
     parts: int
-    scratch: tuple[int, ...]
+    room: tuple[int, ...]
     scan_chunks: Launch | None
     scan_all: Launch
 
@@ -585,6 +875,7 @@ class _Plan(NamedTuple):
 def _plan(
     device: torch.device, u: Layout, dt: Layout, B: Layout, C: Layout, grad_y: Layout, grad_B: Layout, grad_C: Layout,
     n: int, chunks: int, orders: tuple[str, ...], height: int, width: int, softplus: bool, last: bool,
+    bfloat16: bool,
 ) -> _Plan:  # fmt: skip
     batch, length, directions, features = dt.shape
     fill = schedule.programs_to_fill(device)
@@ -610,19 +901,28 @@ def _plan(
     block = tile["CE"] * tile["CR"]
     all_exist = n == tile["NR"] * tile["NL"] and features % block == 0 and batch % tile["S"] == 0
     words = [u, dt, grad_y, *((B, C) if tile["NR"] > 1 else ())]
+    wide = all_exist and all(map(schedule.in_words, words))
+    row = (3 * block + 2 * n) // 8  # pieces of 16 bytes that the operands of a step are
+    results = (grad_B, grad_C) if blocks == 1 else ()
+    staged = (
+        (wide and bfloat16 and tile["S"] == 1 and tile["NR"] == 4 and tile["CR"] > 1)
+        and (block % 8 == 0 and n % 8 == 0 and row <= LANES.value and _copies_in_background(device))
+        and all(schedule.in_words(t, 8) for t in (u, dt, B, C, grad_y, *results))
+    )
+    unroll = 4 if staged else 3  # steps whose states are held in registers at once
     options = dict(
         CHUNK=TRITON_CHUNK,
-        UNROLL=UNROLL,
+        UNROLL=unroll,
         SOFTPLUS=softplus,
         LAST=last,
         FAST=not INTERPRETED,
-        DISCARD=_can_discard(device),
+        STAGED=staged,
         LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, starts),
-        WIDE=all_exist and all(map(schedule.in_words, words)),
+        WIDE=wide,
         num_warps=1,
         **tile,
     )
-    kept = tile["NR"] * tile["CR"] * LANES.value
+    room = TRITON_CHUNK * row * 4 * staged + TRITON_CHUNK // unroll * tile["NR"] * tile["CR"] * LANES.value
     scan_chunks = None
     if split:
         grid = (programs, directions, chunks - 1)
@@ -630,7 +930,7 @@ def _plan(
     return _Plan(
         blocks=blocks,
         parts=parts * groups * tile["S"],
-        scratch=(parts, directions, programs, TRITON_CHUNK // UNROLL, kept),
+        room=(parts, directions, programs, room) if INTERPRETED else (0,),
         scan_chunks=scan_chunks,
         scan_all=Launch(_backward_kernel, (programs, directions, parts), numbers, SPLIT=split, LOCAL=False, **options),
     )

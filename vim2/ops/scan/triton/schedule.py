@@ -127,6 +127,6 @@ def is_large(sequences: int, *tensors: Layout) -> bool:
     return any((sequences - 1) * t.stride[0] + t.shape[1] * t.stride[1] >= 2**31 for t in tensors)
 
 
-def in_words(t: Layout) -> bool:
-    """Whether four neighbours are an aligned word of 64 bits."""
-    return t.size == 2 and t.address % 8 == 0 and all(stride % 4 == 0 for stride in t.stride[:-1])
+def in_words(t: Layout, count: int = 4) -> bool:
+    """Whether so many neighbours of 16 bits are an aligned word."""
+    return t.size == 2 and t.address % (2 * count) == 0 and all(stride % count == 0 for stride in t.stride[:-1])

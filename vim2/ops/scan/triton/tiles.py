@@ -5,8 +5,8 @@ In every thread's registers lie NR states of each of CR neighbouring channels; t
 channels, fastest, then S sequences, then NL groups of states. All values are vectors of 32 lanes, one element a thread,
 and a tile is a tuple of them, states first. So a sum over a thread's own states or channels adds vectors, and one over
 lanes exchanges halves of what is to be summed (`sum_over_lanes`): that takes a third of the shuffles of Triton's own
-sums and leaves each result in one lane, which alone goes on with it. (The backward pass holds a thread's channels in
-rows of blocks; the relay of warps, forward_relay.py, has vectors of four warps and another order of lanes.)
+sums and leaves each result in one lane, which alone goes on with it. (The relay of warps,
+forward_relay.py, has vectors of four warps and another order of lanes.)
 """
 
 import triton
@@ -47,18 +47,21 @@ def unpack(row, pointer, COUNT: tl.constexpr, WIDE: tl.constexpr):
     values = ()
     if WIDE and COUNT > 1:
         for i in tl.static_range(COUNT // 2):
-            word = (row[i // 2] >> (32 * (i % 2))).to(tl.int32)
-            if ELEMENT.is_bf16():
-                low = (word << 16).to(tl.float32, bitcast=True)
-                high = (word & -65536).to(tl.float32, bitcast=True)
-            else:
-                low = word.to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
-                high = (word >> 16).to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
-            values = values + (low, high)
+            values = values + unpack_word((row[i // 2] >> (32 * (i % 2))).to(tl.int32), ELEMENT)
     else:
         for i in tl.static_range(COUNT):
             values = values + (row[i].to(tl.float32),)
     return values
+
+
+@triton.jit
+def unpack_word(word, ELEMENT: tl.constexpr):
+    """The two elements of 16 bits of a word of 32, in float32."""
+    if ELEMENT.is_bf16():
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
+        return low, (word >> 16).to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -95,6 +98,33 @@ def load_word(address, mask, COUNT: tl.constexpr):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def load_element(address, mask, FAST: tl.constexpr):
+    """An element from each address, or zero where the mask says so; as `load_word` where FAST."""
+    ELEMENT: tl.constexpr = address.dtype.element_ty
+    if FAST and ELEMENT.primitive_bitwidth == 16:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.u16 $0, 0; @%e ld.global.b16 $0, [$1]; }",
+            "=h,l,r",
+            [address.to(tl.uint64), mask.to(tl.int32)],
+            dtype=tl.int16,
+            is_pure=False,
+            pack=1,
+        )
+        return bits.to(ELEMENT, bitcast=True)
+    elif FAST and ELEMENT.primitive_bitwidth == 32:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.b32 $0, 0; @%e ld.global.b32 $0, [$1]; }",
+            "=f,l,r",
+            [address.to(tl.uint64), mask.to(tl.int32)],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.load(address, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -146,32 +176,35 @@ def exchange(values, lane, upper, BIT: tl.constexpr, HALF: tl.constexpr, SHUFFLE
         kept = half(values, upper, HALF)
         given = half(values, upper == 0, HALF)
         for i in tl.static_range(HALF):
-            sums = sums + (kept[i] + _of_lane(given[i], lane ^ BIT, SHUFFLE),)
+            sums = sums + (kept[i] + _of_neighbour(given[i], lane, BIT, SHUFFLE),)
     else:  # a single value is left: both lanes have its sum
-        sums = (values[0] + _of_lane(values[0], lane ^ BIT, SHUFFLE),)
+        sums = (values[0] + _of_neighbour(values[0], lane, BIT, SHUFFLE),)
     return sums
 
 
 @triton.jit
-def _of_lane(x, lane, SHUFFLE: tl.constexpr):
-    """The value of x in another lane of the same warp. Where vectors are of several warps, Triton does not see that
-    lanes stay within theirs: SHUFFLE says it."""
+def _of_neighbour(x, lane, BIT: tl.constexpr, SHUFFLE: tl.constexpr):
+    """The value of x in the lane of the same warp that differs in BIT. Where vectors are of several warps, Triton does
+    not see that lanes stay within theirs, and in one it computes the other lane's number: SHUFFLE, for NVIDIA's, says
+    what is meant."""
     if SHUFFLE:
         return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+            f"shfl.sync.bfly.b32 $0, $1, {BIT}, 31, -1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.gather(x, lane, 0)
+        return tl.gather(x, lane ^ BIT, 0)
 
 
 @triton.jit
-def sum_over_lanes(values, lane, ordered, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+def sum_over_lanes(
+    values, lane, ordered, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, SHUFFLE: tl.constexpr = False
+):
     """Sums of COUNT values over an axis of SIZE lanes, STRIDE apart. Of COUNT >= SIZE values, each lane is left with
     its share: in the order of the lanes, or of these with some bits turned in all lanes of the axis."""
     for i in tl.static_range(5):
         if (SIZE >> i) > 1:
             upper = (ordered & (STRIDE * (SIZE >> (i + 1)))) != 0
-            values = exchange(values, lane, upper, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1))
+            values = exchange(values, lane, upper, STRIDE * (SIZE >> (i + 1)), COUNT >> (i + 1), SHUFFLE)
     return values
 
 
