@@ -95,3 +95,10 @@ def test_a_model_with_hooks_is_not_called_more_often(monkeypatch):
     model = timm.create_model("test_vim2")
     model.patch_embed.register_forward_hook(lambda *arguments: None)
     model.forward_stem(torch.zeros(1, 3, 32, 32))
+
+
+def test_older_triton_compiles_where_it_launches(compiled, monkeypatch):
+    monkeypatch.delattr("triton.AsyncCompileMode")
+    y, scale = torch.randn(5, 19, device=DEVICE), torch.nn.Parameter(torch.ones(19, device=DEVICE))
+    compile_ahead(lambda y, scale: gate(y, scale, 19), (y, scale))
+    assert compiled == []

@@ -23,14 +23,17 @@ def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
 
     Nothing else comes of it: what it would compute is thrown away, random numbers are as before, and no gradient is
     kept. Where it fails, so will the function itself, and say why.
+    Triton before 3.6 cannot do it: nothing is compiled ahead then.
 
     Args:
         function: It returns one tensor. Those that it uses without being given them, as a module's parameters, are
             among `tensors` if they want a gradient.
         tensors: On one GPU.
     """
-    from triton import AsyncCompileMode
-
+    try:
+        from triton import AsyncCompileMode
+    except ImportError:  # before 3.5; from there to 3.6 the mode takes no ignore_errors, and fails below
+        return
     from .triton_launch import INTERPRETED, has_hooks, notes
 
     gpus = [t.get_device() for t in tensors if t.is_cuda][:1]
