@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_device(args.device)
     args.device_type = args.device.partition(":")[0]
-    args.torchcompile = args.channels_last = args.compilations = False  # what `vim2 benchmark` asks for
+    args.torchcompile = args.channels_last = False  # what `vim2 benchmark` asks for
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}
     args.modes = set() if args.count else args.modes
     rows = []

@@ -162,7 +162,7 @@ def benchmark(argv: list[str]) -> None:
         UserError: Anything that the user can put right.
     """
     args = parse(argv)
-    results: dict = {"machine": machine(args)}
+    results: dict = {"machine": machine(args, medians=not (args.compilations or args.first_step))}
     for kind, row in measure_all(args):
         results.setdefault(kind, []).append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)  # long runs show where they are

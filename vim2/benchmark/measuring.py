@@ -63,8 +63,8 @@ def seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def machine(args: argparse.Namespace) -> dict[str, str]:
-    """What the figures were measured on, with what."""
+def machine(args: argparse.Namespace, medians: bool = True) -> dict[str, str]:
+    """What the figures were measured on, with what; and of how many steps times are medians, if they are."""
     versions = f"PyTorch {torch.__version__}, timm {timm.__version__}, vim2 {vim2.__version__}"
     with contextlib.suppress(ImportError):
         import triton
@@ -80,7 +80,7 @@ def machine(args: argparse.Namespace) -> dict[str, str]:
     settings += ", channels_last" if args.channels_last else ""
     if backend := os.environ.get("VIM2_SCAN_BACKEND"):
         settings += f", VIM2_SCAN_BACKEND={backend}"
-    if args.modes and not args.compilations and not args.first_step:
+    if args.modes and medians:
         settings += f"; medians of {args.repeats} after {args.warmup}"
     return {
         "date": datetime.date.today().isoformat(),
