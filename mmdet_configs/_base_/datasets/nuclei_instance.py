@@ -6,7 +6,8 @@ metainfo = dict(classes=("nucleus",), palette=[(220, 20, 60)])
 # Images are 256 to 1388 pixels wide, and the median nucleus 20: crops are shown at twice their size.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    # of vim2.mm.lazy_masks, which decodes the masks that the crop keeps alone
+    dict(type="LoadAnnotationsLazily", with_bbox=True, with_mask=True),
     dict(type="RandomCrop", crop_size=(256, 256), allow_negative_crop=True),
     dict(type="Resize", scale=(512, 512), keep_ratio=True),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),

@@ -1,0 +1,75 @@
+"""Masks of COCO annotations that are decoded once it is known which of them are needed.
+
+An image may have hundreds of objects of which a crop keeps few, and decoding them all is then much of the work of
+loading it. Needs `mmdet`, which `vim2.mm` alone does not, hence a config imports this module itself:
+
+    custom_imports = dict(imports=["vim2.mm", "vim2.mm.lazy_masks"], allow_failed_imports=False)
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from mmdet.datasets.transforms import LoadAnnotations
+from mmdet.registry import TRANSFORMS
+from mmdet.structures.mask import BitmapMasks
+
+__all__ = ["LazyBitmapMasks", "LoadAnnotationsLazily"]
+
+
+class LazyBitmapMasks(BitmapMasks):
+    """MMDetection's `BitmapMasks` that have not been decoded yet.
+
+    Choosing some of them decodes none, and `crop` decodes them one at a time; it returns plain `BitmapMasks`. Whatever
+    else `BitmapMasks` can do decodes all of them first.
+
+    Args:
+        annotations: One for each object: polygons or runs, as `decode` takes them.
+        height: Of the masks, in pixels.
+        width: Of the masks, in pixels.
+        decode: Makes of an annotation, the height and the width a mask: (height, width), uint8.
+    """
+
+    def __init__(self, annotations: Sequence[Any], height: int, width: int, decode: Callable[..., np.ndarray]) -> None:
+        # not BitmapMasks.__init__, which sets `masks`
+        self.annotations, self.height, self.width, self.decode = annotations, height, width, decode
+
+    @cached_property
+    def masks(self) -> np.ndarray:
+        """All of them, decoded: (objects, height, width), uint8."""
+        decoded = [self.decode(annotation, self.height, self.width) for annotation in self.annotations]
+        return BitmapMasks(decoded, self.height, self.width).masks
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> BitmapMasks:
+        if "masks" in vars(self):  # decoded, and maybe changed since
+            return super().__getitem__(index)
+        chosen = np.arange(len(self))[index].reshape(-1)
+        return LazyBitmapMasks([self.annotations[i] for i in chosen], self.height, self.width, self.decode)
+
+    def crop(self, bbox: np.ndarray) -> BitmapMasks:
+        """The masks within a box of x1, y1, x2, y2 in pixels, shape (4,), as `BitmapMasks.crop` cuts them out."""
+        if "masks" in vars(self) or not len(self):
+            return super().crop(bbox)
+        return BitmapMasks.cat([BitmapMasks.crop(self[i : i + 1], bbox) for i in range(len(self))])
+
+
+@TRANSFORMS.register_module()
+class LoadAnnotationsLazily(LoadAnnotations):
+    """MMDetection's `LoadAnnotations`, whose masks are decoded only where they are needed: a `RandomCrop` after it
+    decodes those that it keeps, and samples are the same.
+
+    It takes what `LoadAnnotations` takes and fills `results` as that does, but that `gt_masks` are `LazyBitmapMasks`.
+    With `poly2mask=False` there is nothing to decode, and they are its `PolygonMasks`. An annotation that pycocotools
+    cannot decode raises its error where the mask is first needed, and not here.
+    """
+
+    def _load_masks(self, results: dict) -> None:
+        if not self.poly2mask:
+            super()._load_masks(results)
+            return
+        annotations = self._process_masks(results)
+        results["gt_masks"] = LazyBitmapMasks(annotations, *results["ori_shape"], self._poly2mask)
