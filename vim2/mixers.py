@@ -80,7 +80,10 @@ def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: 
         return
     known.add(key)
     parameters = tuple(module.parameters())  # of which DataParallel's copies, new ones at each call, have none
-    if parameters and resolve_backend(None, x, scan=True) == "triton" and not any(map(_is_hooked, module.modules())):
+    if not parameters or resolve_backend(None, x, scan=True) != "triton":
+        return
+    # one call more would change statistics or the like, which are buffers, and be seen by hooks
+    if next(module.buffers(), None) is None and not any(map(_is_hooked, module.modules())):
         compile_ahead(lambda x, *_: function(x), (x, *parameters))
 
 

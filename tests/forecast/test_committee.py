@@ -121,6 +121,13 @@ def test_networks_have_weight_as_far_as_windows_show_that_they_deserve_it():
     assert products[:, 3, 3].mean() < products[:, 0, 0].mean()
 
 
+def test_a_forecast_that_is_not_finite_is_told():
+    products = products_of(torch.randn(5, 50, 6))
+    products[:, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        find_weights(products, torch.eye(5, dtype=torch.float64), 3, horizon=6)
+
+
 def test_a_committee_of_one_has_one_weight():
     committee, _, _ = make(networks=1)
     assert find_weights(products_of(torch.randn(1, 50, 6)), committee.groups, 0, horizon=6).tolist() == [1.0]

@@ -89,11 +89,15 @@ def test_a_model_asks_once_for_training_and_once_for_inference(monkeypatch):
     assert asked == [1 + len(list(model.parameters()))] * 2
 
 
-def test_a_model_with_hooks_is_not_called_more_often(monkeypatch):
+@pytest.mark.parametrize("what", ["a hook", "a batch norm's statistics"])
+def test_a_model_that_would_notice_is_not_called_more_often(what, monkeypatch):
     monkeypatch.setattr(mixers, "compile_ahead", lambda *arguments: pytest.fail("asked"))
     monkeypatch.setattr(mixers, "resolve_backend", lambda *tensors, **options: "triton")
     model = timm.create_model("test_vim2")
-    model.patch_embed.register_forward_hook(lambda *arguments: None)
+    if what == "a hook":
+        model.patch_embed.register_forward_hook(lambda *arguments: None)
+    else:
+        model.head.norm = torch.nn.BatchNorm1d(8)
     model.forward_stem(torch.zeros(1, 3, 32, 32))
 
 

@@ -189,8 +189,8 @@ def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) ->
     Of all mixtures in tenths, that one is taken whose error is lowest when a standard error is added: that of the
     difference to the linear member with the lowest error, see `significance.gain`. So TSM2 get weight as far as
     windows show that they deserve it, and of two mixtures with the same error the one nearer to what is linear is
-    taken. The mixture is no worse than the best linear member, and worse than the best TSM2 by no more than the
-    standard error of their difference.
+    taken. The mixture is no worse than the best linear member, and worse than the mean of the TSM2 by no more than
+    the standard error of their difference.
 
     Args:
         products: As `Products.result` returns them, (windows, K, K), of windows in order of time at stride 1.
@@ -200,7 +200,12 @@ def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) ->
 
     Returns:
         (K,), float64.
+
+    Raises:
+        ValueError: A member's errors are not finite.
     """
+    if not products.isfinite().all():
+        raise ValueError("A member's forecasts of the validation windows are not finite: no weights can be found.")
     products = groups @ products @ groups.T
     count = len(groups)
     members = products.diagonal(dim1=1, dim2=2)

@@ -22,8 +22,8 @@ def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
     """Compile what `function(*tensors)` launches and, where a gradient is wanted, what its backward pass does.
 
     Nothing else comes of it: what it would compute is thrown away, random numbers are as before, and no gradient is
-    kept. Where it fails, so will the function itself, and say why.
-    Triton before 3.6 cannot do it: nothing is compiled ahead then.
+    kept. The function must keep nothing itself, such as a batch norm's statistics. Where this fails, so will the
+    function, and say why. Triton before 3.6 cannot do it: nothing is compiled ahead then.
 
     Args:
         function: It returns one tensor. Those that it uses without being given them, as a module's parameters, are
