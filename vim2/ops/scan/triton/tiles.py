@@ -104,25 +104,17 @@ def load_word(address, mask, COUNT: tl.constexpr):
 def load_element(address, mask, FAST: tl.constexpr):
     """An element from each address, or zero where the mask says so; as `load_word` where FAST."""
     ELEMENT: tl.constexpr = address.dtype.element_ty
-    if FAST and ELEMENT.primitive_bitwidth == 16:
+    BITS: tl.constexpr = ELEMENT.primitive_bitwidth
+    if FAST and (BITS == 16 or BITS == 32):
         bits = tl.inline_asm_elementwise(
-            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.u16 $0, 0; @%e ld.global.b16 $0, [$1]; }",
-            "=h,l,r",
+            f"{{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.b{BITS} $0, 0; @%e ld.global.b{BITS} $0, [$1]; }}",
+            "=h,l,r" if BITS == 16 else "=f,l,r",
             [address.to(tl.uint64), mask.to(tl.int32)],
-            dtype=tl.int16,
+            dtype=tl.int16 if BITS == 16 else tl.float32,
             is_pure=False,
             pack=1,
         )
         return bits.to(ELEMENT, bitcast=True)
-    elif FAST and ELEMENT.primitive_bitwidth == 32:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.b32 $0, 0; @%e ld.global.b32 $0, [$1]; }",
-            "=f,l,r",
-            [address.to(tl.uint64), mask.to(tl.int32)],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=1,
-        )
     else:
         return tl.load(address, mask=mask, other=0.0)
 
