@@ -51,10 +51,12 @@ def test_dates_are_read_in_one_order(tmp_path, form):
     assert bool(table.repairs) == form.startswith("%d")
 
 
-def test_latin1_headers_are_read_and_said(tmp_path):
+def test_headers_in_the_encoding_of_windows_are_read_and_said(tmp_path):
     frame = make_frame().rename(columns={"north": "T (°C)"})
     table = read_table(write_csv(tmp_path / "a.csv", frame, encoding="latin-1"))
-    assert table.columns[0] == "T (°C)" and "latin-1" in table.repairs[0]
+    assert table.columns[0] == "T (°C)" and "windows-1252" in table.repairs[0]
+    euros = make_frame().rename(columns={"north": "Umsatz €"})  # which latin-1 lacks
+    assert read_table(write_csv(tmp_path / "b.csv", euros, encoding="cp1252")).columns[0] == "Umsatz €"
 
 
 def test_rows_without_targets_at_the_end_are_the_future(tmp_path):
@@ -93,6 +95,8 @@ def with_cell(column, row, value):
             ["not all 1 hour apart", "1 come after a gap", "2024-01-01 12:00", "--times regular"],
         ),
         (lambda f: pd.concat([f[:5], f[4:]]), ["1 are there twice", "--times regular"]),
+        (lambda f: pd.concat([f, f[7:9]]), ["2 are there twice", "1 go back"]),  # not one after the other
+        (with_cell("date", 3, ""), ["date", "is empty in row 4"]),
         (lambda f: f[::-1], ["99 go back"]),
         (lambda f: f.assign(level=np.nan), ["level", "no value at all"]),
         (lambda f: f.assign(date=range(100)), ["holds numbers", "--time-column"]),
@@ -107,6 +111,24 @@ def test_what_cannot_be_used_as_it_is(tmp_path, change, words):
         read_table(path)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("above", ["Report of 2024\n", "# made by hand\n\n"])
+def test_lines_above_the_header_are_told(tmp_path, above):
+    path = write_csv(tmp_path / "a.csv")
+    path.write_text(above + path.read_text())
+    with pytest.raises(UserError, match="take out what stands above"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.xlsx", b"PK\x03\x04\x14"), ("a.csv", b"PK\x03\x04\x14"), ("a.json", b'{"a": {"0": 1}}')],
+)
+def test_other_files_than_tables_are_told(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="save its table as one of these"):
+        read_table(tmp_path / name)
 
 
 def test_unreadable_files(tmp_path):

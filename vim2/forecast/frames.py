@@ -34,6 +34,8 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+OTHERS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".json", ".jsonl", ".feather", ".arrow", ".h5", ".npy", ".npz")
+WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # of Excel and LibreOffice, also where they were named .csv
 SAMPLE = 100  # rows that show separators, and whether there is a header
 SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in numbers
 NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column without a name
@@ -73,7 +75,10 @@ def read_frame(
     try:
         if path.suffix in (".parquet", ".pq"):
             return index_to_column(pd.read_parquet(path), str(path))
-        text, notes = decode(read_bytes(path), path)
+        content = read_bytes(path)
+        if path.suffix.lower() in OTHERS or content.startswith(WORKBOOKS):
+            raise UserError(f"{path} is no .csv or .parquet file: save its table as one of these.")
+        text, notes = decode(content, path)
         frame, more = read_csv(text, path, untimed)
         return frame, None, notes + more
     except ImportError as error:
@@ -148,7 +153,13 @@ def decode(data: bytes, path: Path) -> tuple[str, list[str]]:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
-        text, notes = data.decode("latin-1"), [f"{path.name} is not UTF-8; it was read as latin-1."]
+        try:
+            encoding = "windows-1252"  # latin-1 with a euro sign, dashes and curly quotes, as Excel in the west saves
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            encoding = "latin-1"
+            text = data.decode(encoding)
+        notes = [f"{path.name} is not UTF-8; it was read as {encoding}."]
     if "\0" in text:
         raise UserError(f"{path} is no text: is it a .csv file?")
     if "\r" in text:
@@ -169,6 +180,13 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     header, notes = next(lines), []
     header_lines = lines.line_num
     if len(header) < 2 and not untimed:
+        rest = text.split("\n", header_lines)[-1].lstrip("\n")
+        second = next(csv.reader(io.StringIO(rest), delimiter=find_separator(rest)), [])
+        if len(second) > 1 and not all(map(is_number, second)):  # 1,5 is one number
+            raise UserError(
+                f"{path} begins with a line of one cell, {header[0]!r}, and its rows have more: take out what stands "
+                "above the line of names."
+            )
         raise UserError(
             f"{path} has one column only, {''.join(header)}: commas, semicolons or tabs must separate columns. One "
             "series without time stamps needs --freq, which says how far apart its rows are."
@@ -216,7 +234,7 @@ def find_separator(text: str) -> str:
     for separator in SEPARATORS[:-1]:
         lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
         rows = filter(None, islice(lines, SAMPLE))
-        if min(map(len, rows)) > 1:
+        if min(map(len, rows), default=0) > 1:
             return separator
     return SEPARATORS[-1]
 

@@ -185,6 +185,8 @@ def minutes(sign: str | None, hours: str | None, rest: str | None) -> int:
 def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
     if missing.any():
         row = int(np.flatnonzero(missing)[0])
+        if pd.isna(column.iloc[row]):
+            raise UserError(f"{called} is empty in row {row + 1}: fill it in, or leave the row out.")
         raise UserError(
             f"{called}, row {row + 1}: '{column.iloc[row]}' is no time stamp. Correct it, or name the time column with "
             "--time-column."
@@ -390,7 +392,7 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
             "take every row as one step"
         )
         raise UserError(
-            f"Time stamps of {name} are not all {shown} apart: {int((times[1:] == times[:-1]).sum())} are there twice, "
+            f"Time stamps of {name} are not all {shown} apart: {twice} are there twice, "
             f"{int((times[1:] < times[:-1]).sum())} go back, {int((times[1:] > follows).sum())} come after a gap; "
             f"first, row {wrong + 2} ({times[wrong + 1]}) follows {times[wrong]}. {remedy}."
         )

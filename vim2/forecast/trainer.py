@@ -76,6 +76,7 @@ class Trainer:
             warmup_t=warmup,
             warmup_prefix=True,
             t_in_epochs=False,
+            cycle_decay=0.5,  # of further cycles, of which there are none: timm warns of 1 where one update is left
         )
         self.graphed: nn.Module | None = None
 
