@@ -195,7 +195,7 @@ class TestReading:
         ("content", "message"),
         [
             (lambda path: None, "no checkpoint at"),
-            (lambda path: path.mkdir(), "no checkpoint at"),
+            (lambda path: path.mkdir(), "is a folder: name a file"),
             (lambda path: path.touch(), "truncated or not a checkpoint"),
             (lambda path: path.write_text("<html>Not found</html>"), "not a checkpoint"),
             (lambda path: torch.save([1, 2], path), "holds no model weights"),

@@ -48,10 +48,12 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     """Read a .pth/.pt/.tar file, or a .safetensors file, onto the CPU. Only tensors and plain containers are unpickled.
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError: No such file, or a folder.
         ValueError: A truncated or changed file, no checkpoint at all, or a pickle that holds more than weights.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: name a file of weights in it, such as best.pth.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     try:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from devices import DEVICE, needs_triton
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -449,6 +451,24 @@ def test_what_cannot_be_noted_of_a_backward_pass_is_done_as_ever():
     assert owner.calls == 5  # once to find out
 
 
+def test_passes_of_one_autocast_add_up_their_gradients_in_float32():
+    """Where PyTorch's one copy of the weight for both passes adds them up in bfloat16."""
+    _, weight, bias = gated_inputs(0)
+    weight.requires_grad_()
+
+    def gradient(function, *batches):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            total = sum(function(x, weight, bias).square().sum() for x in batches)
+        return torch.autograd.grad(total, weight)[0]
+
+    owner = Trainee(gated)
+    first, second = gated_inputs(1)[0], gated_inputs(2)[0]
+    for _ in range(3):
+        both = gradient(owner, first, second)
+    assert owner.calls == 2  # as it is, and noted
+    assert torch.equal(both, gradient(gated, first) + gradient(gated, second))
+
+
 class TwoLayers(nn.Module):
     """Layers that are replayed, the second of which may be left out."""
 
@@ -495,3 +515,25 @@ def test_processes_sum_the_gradients_of_replays_once_a_step(find_unused, one_pro
         model.zero_grad()
         reference.zero_grad()
     assert [layer.calls for layer in model.layers] == [2, 2]  # as it is, and noted
+
+
+def test_replays_take_weights_that_are_gathered_for_each_pass(one_process):
+    """As FSDP2 has them: their memory is freed between the passes, and filled again before the backward one."""
+    model, reference = nn.Sequential(TwoLayers()), TwoLayers()
+    reference.layers = [gated, gated]
+    model[0].register_forward_pre_hook(lambda module, inputs: (*inputs, 2))
+    layers = model[0].layers
+    mesh = init_device_mesh(DEVICE, (1,))
+    fully_shard(model[0], mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
+    for step in range(4):
+        x = gated_inputs(step)[0]
+        model(x).square().mean().backward()
+        reference(x, 2).square().mean().backward()
+        for actual, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad.full_tensor(), expected.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [layer.calls for layer in layers] == [2, 2]  # as it is, and noted

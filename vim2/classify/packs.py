@@ -124,7 +124,10 @@ def read_pack(path: str | os.PathLike) -> Pack:
 
     def require(holds: bool, problem: str) -> None:
         if not holds:
-            raise UserError(f"{path} is no whole pack of images: {problem}. Copy it again or make it anew.")
+            raise UserError(
+                f"{path} is no whole pack of images: {problem}. Copy it again or make it anew: a pack has the arrays "
+                "data, offsets, labels and names (docs/training.md)."
+            )
 
     missing = [name for name in ("data", "offsets", "labels") if name not in arrays]
     require(not missing, f"it has no array {', '.join(missing)}")
