@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operator import own, refuse_second_derivatives
+from .operator import is_observed, own, refuse_second_derivatives
 
 MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
+MAX_OPERATOR_REPLAYS = 1024  # of an operator, which all layers of all models share
 # Calls with such tensors that are made as ever before one is noted, which takes as long as some: images may come in
 # more sizes than can be remembered.
 PATIENCE = 3
@@ -75,6 +76,7 @@ def replay(
     settings: Hashable,
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
+    most: int = MAX_REPLAYS,
 ) -> Tensor | tuple[Tensor, ...]:
     """function(*tensors), noted the fourth time that such tensors come, and replayed from then on.
 
@@ -89,6 +91,7 @@ def replay(
             and allocates, computes and launches the same for all tensors that lie alike.
         tensors: No two of which share memory. Those of which the function knows without being given them, as of a
             module's parameters, are leaves of autograd's graph.
+        most: Replays that are remembered for the owner.
     """
     from .triton_launch import has_hooks, notes
 
@@ -108,7 +111,7 @@ def replay(
     key = settings, wants, tuple([None if t is None else _layout(t) for t in tensors])
     way = known.get(key, 0)
     if way.__class__ is int:  # so many calls came before
-        if way == 0 and len(known) >= MAX_REPLAYS:
+        if way == 0 and len(known) >= most:
             known.clear()
         if way < PATIENCE:
             known[key] = way + 1
@@ -120,6 +123,57 @@ def replay(
     if way is REFUSED or way.__class__ is int:
         return function(*tensors)
     return way(*tensors) if wants is None else _Replayed.apply(way, *tensors)
+
+
+def replayed(function: Callable) -> Callable:
+    """Decorates what an operator of Triton's kernels does when a compiled graph calls it: replayed, it does not check
+    and plan at each call what is the same each time, for which the GPU would wait.
+
+    Args:
+        function: It takes tensors, lists of them, and what is no tensor, of which a text names the backend. It returns
+            one tensor, or several.
+    """
+
+    @functools.wraps(function)
+    def run(*args):
+        tensors, settings = [], []
+        for argument in args:
+            kind = argument.__class__
+            if kind in (list, tuple):
+                if argument and isinstance(argument[0], Tensor):
+                    settings.append((_TENSORS, len(argument)))
+                    tensors += argument
+                else:
+                    settings.append(tuple(argument))
+            elif isinstance(argument, Tensor):
+                settings.append(_TENSORS)
+                tensors.append(argument)
+            elif kind is str and argument != "triton":
+                return function(*args)
+            else:
+                settings.append(argument)
+        if is_observed():
+            return function(*args)
+
+        def call(*tensors):
+            rest = iter(tensors)
+            given = []
+            for argument, setting in zip(args, settings):
+                if setting is _TENSORS:
+                    argument = next(rest)
+                elif setting.__class__ is tuple and setting and setting[0] is _TENSORS:
+                    argument = list(itertools.islice(rest, setting[1]))
+                given.append(argument)
+            return function(*given)
+
+        # of the operators that are made of others, autocast may cast some
+        autocast = torch.is_autocast_enabled(tensors[0].device.type)
+        return replay(run, (autocast, *settings), call, tensors, MAX_OPERATOR_REPLAYS)
+
+    return run
+
+
+_TENSORS = object()  # in place of tensors, among what an operator is given
 
 
 def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
