@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .operator import is_observed, own, refuse_second_derivatives
@@ -76,7 +77,6 @@ def replay(
     settings: Hashable,
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
-    most: int = MAX_REPLAYS,
 ) -> Tensor | tuple[Tensor, ...]:
     """function(*tensors), noted the fourth time that such tensors come, and replayed from then on.
 
@@ -91,7 +91,6 @@ def replay(
             and allocates, computes and launches the same for all tensors that lie alike.
         tensors: No two of which share memory. Those of which the function knows without being given them, as of a
             module's parameters, are leaves of autograd's graph.
-        most: Replays that are remembered for the owner.
     """
     from .triton_launch import has_hooks, notes
 
@@ -111,7 +110,7 @@ def replay(
     key = settings, wants, tuple([None if t is None else _layout(t) for t in tensors])
     way = known.get(key, 0)
     if way.__class__ is int:  # so many calls came before
-        if way == 0 and len(known) >= most:
+        if way == 0 and len(known) >= MAX_REPLAYS:
             known.clear()
         if way < PATIENCE:
             known[key] = way + 1
@@ -133,47 +132,65 @@ def replayed(function: Callable) -> Callable:
         function: It takes tensors, lists of them, and what is no tensor, of which a text names the backend. It returns
             one tensor, or several.
     """
+    known: dict[Hashable, Any] = {}  # as an owner's of `replay`
 
     @functools.wraps(function)
     def run(*args):
-        tensors, settings = [], []
+        if is_observed() or torch.is_grad_enabled():
+            return function(*args)
+        tensors, key = [], []  # what is quick here is what makes replays so
         for argument in args:
             kind = argument.__class__
-            if kind in (list, tuple):
-                if argument and isinstance(argument[0], Tensor):
-                    settings.append((_TENSORS, len(argument)))
-                    tensors += argument
-                else:
-                    settings.append(tuple(argument))
-            elif isinstance(argument, Tensor):
-                settings.append(_TENSORS)
+            if kind is Tensor or kind is Parameter:
                 tensors.append(argument)
-            elif kind is str and argument != "triton":
+                key += _layout(argument)
+            elif kind is list or kind is tuple:
+                key.append(len(argument))
+                for each in argument:
+                    if isinstance(each, Tensor):
+                        tensors.append(each)
+                        key += _layout(each)
+                    else:
+                        key.append(each)
+            elif isinstance(argument, Tensor) or (kind is str and argument != "triton"):
                 return function(*args)
             else:
-                settings.append(argument)
-        if is_observed():
+                key.append(argument)
+        from .triton_launch import has_hooks, notes
+
+        if notes.take is not None or notes.compiles_only or has_hooks() or is_elsewhere(tensors):
             return function(*args)
-
-        def call(*tensors):
-            rest = iter(tensors)
-            given = []
-            for argument, setting in zip(args, settings):
-                if setting is _TENSORS:
-                    argument = next(rest)
-                elif setting.__class__ is tuple and setting and setting[0] is _TENSORS:
-                    argument = list(itertools.islice(rest, setting[1]))
-                given.append(argument)
-            return function(*given)
-
-        # of the operators that are made of others, autocast may cast some
-        autocast = torch.is_autocast_enabled(tensors[0].device.type)
-        return replay(run, (autocast, *settings), call, tensors, MAX_OPERATOR_REPLAYS)
+        # of the operators that a function is made of, autocast may cast some
+        key.append(torch.is_autocast_enabled(tensors[0].device.type))
+        key = tuple(key)
+        way = known.get(key, 0)
+        if way.__class__ is not int:
+            return function(*args) if way is REFUSED else way(*tensors)
+        if way == 0 and len(known) >= MAX_OPERATOR_REPLAYS:
+            known.clear()
+        if way < PATIENCE:
+            known[key] = way + 1
+            return function(*args)
+        known[key], result = note(_of_tensors_alone(function, args), tensors)
+        return result
 
     return run
 
 
-_TENSORS = object()  # in place of tensors, among what an operator is given
+def _of_tensors_alone(function: Callable, args: tuple) -> Callable:
+    """A function of these arguments, as one of the tensors among them."""
+
+    def call(*tensors):
+        rest = iter(tensors)
+
+        def fill(argument):
+            if isinstance(argument, list | tuple):
+                return [fill(each) for each in argument]
+            return next(rest) if isinstance(argument, Tensor) else argument
+
+        return function(*map(fill, args))
+
+    return call
 
 
 def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
@@ -187,7 +204,7 @@ def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
 def is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
     """Whether tensors are on another GPU than the current one."""
     first = next((t for t in tensors if t is not None), None)
-    return first is not None and first.is_cuda and first.get_device() != torch.cuda.current_device()
+    return first is not None and first.is_cuda and first.get_device() != torch._C._cuda_getDevice()
 
 
 def is_watched() -> bool:
