@@ -18,7 +18,7 @@ FORWARD_PROGRAMS = 32  # a multiprocessor
 
 @triton.jit
 def norm_rows(x, weight, bias, column_in, E, eps):
-    """LayerNorm over the rows of x, which is 0 outside of column_in; what comes of these columns is no use. Returns also
+    """LayerNorm over the rows of x, which is 0 outside of column_in, where nothing is made of the result. Returns also
     mean and reciprocal deviation."""
     mean = tl.sum(x, 1) / E
     centred = x - mean[:, None]
