@@ -27,6 +27,7 @@ from vim2.ops import (
     weighted_average,
     weighted_average_norm,
 )
+from vim2.ops.ahead import compile_ahead
 
 KINDS = ("norms", "convolutions", "scans", "relay")
 
@@ -140,10 +141,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     runs = dict(zip(KINDS, (run_norms, run_convolutions, run_scans, run_relay)))
-    for dtype in args.dtype:
-        for kind in args.kinds:
-            runs[kind](Inputs(args.device, getattr(torch, dtype)))
-            print(f"{kind}, {dtype}", flush=True)
+    calls = [(dtype, kind) for dtype in args.dtype for kind in args.kinds]
+
+    def run(dtype: str, kind: str) -> None:
+        runs[kind](Inputs(args.device, getattr(torch, dtype)))
+
+    def run_all(x: Tensor) -> Tensor:
+        for call in calls:
+            run(*call)
+        return x
+
+    compile_ahead(run_all, [torch.zeros(1, device=args.device)])  # in threads, which would take minutes one by one
+    for call in calls:
+        run(*call)
+        print(", ".join(reversed(call)), flush=True)
     if args.device == "cuda":
         torch.cuda.synchronize()
 

@@ -14,7 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import norm_gate
 from vim2.ops import replay as module
+from vim2.ops.conv.depthwise import _convolve
+from vim2.ops.conv.directional import _convolve as _convolve_both_ways
+from vim2.ops.norm.layer_norm import _layer_norm, _layer_norm_backward
+from vim2.ops.norm.norm_gate import _norm_gate, _norm_gate_backward
+from vim2.ops.norm.weighted_average import _weighted_average, _weighted_average_backward
 from vim2.ops.replay import MAX_REPLAYS, replay
+from vim2.ops.scan.projected_scan import _scan_parameters, _scan_parameters_backward
 
 pytestmark = needs_triton
 
@@ -537,3 +543,43 @@ def test_replays_take_weights_that_are_gathered_for_each_pass(one_process):
             optimizer.step()
             optimizer.zero_grad()
     assert [layer.calls for layer in layers] == [2, 2]  # as it is, and noted
+
+
+OPTIONS = (1e-5, torch.bfloat16)
+OPERATORS = {
+    "norm_gate": (_norm_gate, ((2, 3, 2, 4, 8), (2, 3, 16), (16,), (16,)), (*OPTIONS, True)),
+    "norm_gate without a norm": (_norm_gate, ((2, 3, 16), (2, 3, 16)), (None, None, *OPTIONS, False)),
+    "norm_gate, backward": (_norm_gate_backward, (*[(2, 3, 16)] * 3, (16,), (16,), (2, 2, 3)), ()),
+    "weighted_average": (_weighted_average, ([(2, 5, 8)] * 3, (3,), (8,), (8,)), (*OPTIONS, True)),
+    "weighted_average, backward": (_weighted_average_backward, ((2, 5, 8), [(2, 5, 8)] * 2, (2,), (8,), (2, 2, 5)), ()),
+    "layer_norm": (_layer_norm, ((2, 4, 6, 8), (8,), (8,)), (*OPTIONS, 1, True)),
+    "layer_norm, backward": (_layer_norm_backward, ((2, 4, 6, 8), (2, 4, 6, 8), (8,), (2, 2, 4, 6)), (1,)),
+    "depthwise_conv_silu": (_convolve, ((2, 5, 7, 8), (8, 1, 3, 3), (8,)), ()),
+    "directional_conv_silu": (_convolve_both_ways, ((3, 5, 8), (16, 1, 4), (16,)), ()),
+    "scan_parameters": (_scan_parameters, ((2, 8, 16), (2, 16, 3)), (True, torch.bfloat16)),
+    "scan_parameters, backward": (
+        _scan_parameters_backward,
+        ((16, 32), (2, 16, 3), (2, 16, 3)),
+        (8, True, torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_of_compiled_graphs_give_the_same_bits_when_replayed(name, monkeypatch):
+    operator, shapes, options = OPERATORS[name]
+    replays = []
+    monkeypatch.setattr(module, "note", lambda *args, note=module.note: replays.append(note(*args)) or replays[-1])
+    for seed in (0, 0, 1, 0):  # noted the second time, then replayed
+        generator = torch.Generator().manual_seed(seed)
+        make = lambda shape: torch.randn(shape, generator=generator).to(DEVICE)  # noqa: B023, E731
+        tensors = [[make(each) for each in shape] if isinstance(shape, list) else make(shape) for shape in shapes]
+        with torch.no_grad():
+            results, expected = operator.registered(*tensors, *options), operator.function(*tensors, *options)
+        for result, other in zip(
+            *((r,) if isinstance(r, torch.Tensor) else r for r in (results, expected)), strict=True
+        ):
+            other = torch.empty(0) if other is None else other
+            assert result.stride() == other.stride() and result.equal(other.to(result.device))
+    ((way, _),) = replays
+    assert callable(way)

@@ -110,13 +110,22 @@ class Operator:
         check: Called with the arguments before the function where the call came through PyTorch: a graph that was
             traced at one size may call with any.
         mutates_args: Names of arguments that the function writes to; others must stay as they are.
+        decorate: Of the check and the function together, where the call came through PyTorch.
     """
 
-    def __init__(self, name: str, function: Callable, check: Callable, mutates_args: Sequence[str] = ()):
+    def __init__(
+        self,
+        name: str,
+        function: Callable,
+        check: Callable,
+        mutates_args: Sequence[str] = (),
+        decorate: Callable[[Callable], Callable] = lambda function: function,
+    ):
         self.name = name
         self.function = function
         self.differentiable = None
 
+        @decorate
         @functools.wraps(function)
         def checked(*args):
             check(*args)
@@ -207,9 +216,9 @@ def _all_tensors(results: Tensor | tuple[Tensor | None, ...]) -> Tensor | tuple[
 _NO_TENSORS = {int, float, bool, str, type(None), torch.dtype}
 
 
-def register_operator(name: str, check: Callable, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:
-    """Makes the decorated function an `Operator`."""
-    return lambda function: Operator(name, function, check, mutates_args)
+def register_operator(name: str, check: Callable, **options) -> Callable[[Callable], Operator]:
+    """Makes the decorated function an `Operator`, whose options these are."""
+    return lambda function: Operator(name, function, check, **options)
 
 
 def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:

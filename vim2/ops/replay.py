@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operator import own, refuse_second_derivatives
+from .operator import is_observed, own, refuse_second_derivatives
 
 MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
+MAX_OPERATOR_REPLAYS = 1024  # of an operator, which all layers of all models share
 # Calls with such tensors that are made as ever before one is noted, which takes as long as some: images may come in
 # more sizes than can be remembered.
 PATIENCE = 3
@@ -122,6 +124,75 @@ def replay(
     return way(*tensors) if wants is None else _Replayed.apply(way, *tensors)
 
 
+def replayed(function: Callable) -> Callable:
+    """Decorates what an operator of Triton's kernels does when a compiled graph calls it: replayed, it does not check
+    and plan at each call what is the same each time, for which the GPU would wait.
+
+    Args:
+        function: It takes tensors, lists of them, and what is no tensor, of which a text names the backend. It returns
+            one tensor, or several.
+    """
+    known: dict[Hashable, Any] = {}  # as an owner's of `replay`
+
+    @functools.wraps(function)
+    def run(*args):
+        if is_observed() or torch.is_grad_enabled():
+            return function(*args)
+        tensors, key = [], []  # what is quick here is what makes replays so
+        for argument in args:
+            kind = argument.__class__
+            if kind is Tensor or kind is Parameter:
+                tensors.append(argument)
+                key += _layout(argument)
+            elif kind is list or kind is tuple:
+                key.append(len(argument))
+                for each in argument:
+                    if isinstance(each, Tensor):
+                        tensors.append(each)
+                        key += _layout(each)
+                    else:
+                        key.append(each)
+            elif isinstance(argument, Tensor) or (kind is str and argument != "triton"):
+                return function(*args)
+            else:
+                key.append(argument)
+        from .triton_launch import has_hooks, notes
+
+        if notes.take is not None or notes.compiles_only or has_hooks() or is_elsewhere(tensors):
+            return function(*args)
+        # of the operators that a function is made of, autocast may cast some
+        key.append(torch.is_autocast_enabled(tensors[0].device.type))
+        key = tuple(key)
+        way = known.get(key, 0)
+        if way.__class__ is not int:
+            return function(*args) if way is REFUSED else way(*tensors)
+        if way == 0 and len(known) >= MAX_OPERATOR_REPLAYS:
+            known.clear()
+        if way < PATIENCE:
+            known[key] = way + 1
+            return function(*args)
+        known[key], result = note(_of_tensors_alone(function, args), tensors)
+        return result
+
+    return run
+
+
+def _of_tensors_alone(function: Callable, args: tuple) -> Callable:
+    """A function of these arguments, as one of the tensors among them."""
+
+    def call(*tensors):
+        rest = iter(tensors)
+
+        def fill(argument):
+            if isinstance(argument, list | tuple):
+                return [fill(each) for each in argument]
+            return next(rest) if isinstance(argument, Tensor) else argument
+
+        return function(*map(fill, args))
+
+    return call
+
+
 def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
     """Which tensors want a gradient, if any does."""
     if not torch.is_grad_enabled():
@@ -133,7 +204,7 @@ def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
 def is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
     """Whether tensors are on another GPU than the current one."""
     first = next((t for t in tensors if t is not None), None)
-    return first is not None and first.is_cuda and first.get_device() != torch.cuda.current_device()
+    return first is not None and first.is_cuda and first.get_device() != torch._C._cuda_getDevice()
 
 
 def is_watched() -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
 from ..operator import opaque_on_cpus
+from ..replay import replayed
 from .operator import register_conv
 
 
@@ -65,4 +66,6 @@ def _weight_fits(x_shape, weight_shape) -> bool:
     return len(x_shape) == 4 and weight_shape == (x_shape[3], 1, 3, 3)
 
 
-_convolve = register_conv("depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _weight_fits, _flops)
+_convolve = register_conv(
+    "depthwise_conv_silu", _kernels, lambda x_shape: x_shape, _weight_fits, _flops, decorate=replayed
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import autocast_off, compute_dtype, resolve_backend
 from ..operator import opaque_on_cpus
+from ..replay import replayed
 from .causal import convolve as convolve_causally
 from .operator import register_conv
 
@@ -94,4 +95,4 @@ def _weight_fits(x_shape, weight_shape) -> bool:
     return fits and weight_shape[:2] == (2 * x_shape[2], 1) and weight_shape[2] > 0
 
 
-_convolve = register_conv("directional_conv_silu", _kernels, _output_shape, _weight_fits, _flops)
+_convolve = register_conv("directional_conv_silu", _kernels, _output_shape, _weight_fits, _flops, decorate=replayed)

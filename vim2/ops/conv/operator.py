@@ -17,6 +17,7 @@ def register_conv(
     output_shape: Callable[[Sequence[int]], Sequence[int]],
     weight_fits: Callable[[Sequence[int], Sequence[int]], bool],
     flops: Callable[[Sequence[int], Sequence[int]], int],
+    **options,
 ) -> Operator:
     """The operator `torch.ops.vim2.<name>` of x, weight and bias; `<name>_backward` computes again what
     SiLU was applied to.
@@ -29,6 +30,7 @@ def register_conv(
         weight_fits: Whether a weight of a shape fits x of another.
         flops: From the shapes of x and weight, two a multiply-add. The backward pass counts as the convolution's two
             adjoints, without what it computes again.
+        options: Of both operators, see `vim2.ops.operator.Operator`.
     """
 
     def check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -39,7 +41,7 @@ def register_conv(
         check(x, weight, bias)
         require_fit(grad_y.shape == tuple(output_shape(x.shape)), f"{name}_backward", grad_y, x)
 
-    @register_operator(f"vim2::{name}", check)
+    @register_operator(f"vim2::{name}", check, **options)
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return kernels().convolve(x, weight, bias)
 
@@ -47,7 +49,7 @@ def register_conv(
     def _(x, weight, bias):
         return x.new_empty(output_shape(x.shape))
 
-    @register_operator(f"vim2::{name}_backward", check_backward)
+    @register_operator(f"vim2::{name}_backward", check_backward, **options)
     def run_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return kernels().convolve_backward(grad_y, x, weight, bias)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
 from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
+from ..replay import replayed
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -106,7 +107,7 @@ def _check(x, weight, bias, eps, dtype, patch, keeps):
     require_fit(fits and is_affine(weight, bias, _shape(x, patch)[-1]), "layer_norm", x, weight, bias, patch=patch)
 
 
-@register_operator("vim2::layer_norm", _check)
+@register_operator("vim2::layer_norm", _check, decorate=replayed)
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, patch: int, keeps: bool
 ) -> tuple[Tensor, Tensor]:
@@ -128,7 +129,7 @@ def _check_backward(grad, x, weight, statistics, patch):
     require_fit(fits, "layer_norm_backward", grad, x, weight, statistics, patch=patch)
 
 
-@register_operator("vim2::layer_norm_backward", _check_backward)
+@register_operator("vim2::layer_norm_backward", _check_backward, decorate=replayed)
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, patch: int
 ) -> tuple[Tensor, Tensor]:

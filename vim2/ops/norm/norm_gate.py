@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
 from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
+from ..replay import replayed
 from .affine import (
     check_norm,
     fake_norm_gradient,
@@ -90,7 +91,7 @@ def _check(y, gate, norm_weight, norm_bias, *options):
     require_fit(fits, "norm_gate", y, gate, norm_weight, norm_bias)
 
 
-@register_operator("vim2::norm_gate", _check)
+@register_operator("vim2::norm_gate", _check, decorate=replayed)
 def _norm_gate(
     y: Tensor,
     gate: Tensor,
@@ -121,7 +122,7 @@ def _check_backward(grad, y, gate, norm_weight, norm_bias, statistics):
     require_fit(fits, "norm_gate_backward", grad, y, gate, norm_weight, norm_bias, statistics)
 
 
-@register_operator("vim2::norm_gate_backward", _check_backward)
+@register_operator("vim2::norm_gate_backward", _check_backward, decorate=replayed)
 def _norm_gate_backward(
     grad: Tensor,
     y: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
 from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
+from ..replay import replayed
 from .affine import (
     check_norm,
     fake_statistics,
@@ -138,7 +139,7 @@ def _check(features, weight, norm_weight, norm_bias, *options):
     require_fit(fits, "weighted_average", *features, weight, norm_weight, norm_bias)
 
 
-@register_operator("vim2::weighted_average", _check)
+@register_operator("vim2::weighted_average", _check, decorate=replayed)
 def _weighted_average(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -168,7 +169,7 @@ def _check_backward(grad, features, weight, norm_weight, statistics):
     require_fit(fits, "weighted_average_backward", grad, *features, weight, norm_weight, statistics)
 
 
-@register_operator("vim2::weighted_average_backward", _check_backward)
+@register_operator("vim2::weighted_average_backward", _check_backward, decorate=replayed)
 def _weighted_average_backward(
     grad: Tensor,
     features: Sequence[Tensor],

@@ -206,7 +206,7 @@ def _check_backward(grad_y, grad_last, starts, *args):
     require_fit(fits, "selective_scan_backward", *tensors, height=height, width=width)
 
 
-@register_operator("vim2::selective_scan_backward", _check_backward, ("grad_B", "grad_C", "grad_delta"))
+@register_operator("vim2::selective_scan_backward", _check_backward, mutates_args=("grad_B", "grad_C", "grad_delta"))
 def _selective_scan_backward(
     grad_y: Tensor,
     grad_last: Tensor,

@@ -6,7 +6,7 @@ torch.compile and activation checkpointing, the first to torch.export as well, a
 rules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
 from ..operator import (
-    Operator,
     is_compiled_to_run,
-    is_observed,
     needs_backward,
     opaque_on_cpus,
     refuse_second_derivatives,
@@ -24,7 +22,7 @@ from ..operator import (
     register_operator,
     require_fit,
 )
-from ..replay import replay
+from ..replay import replayed
 from .operands import Operands
 from .operator import scan, scan_backward
 from .orders import ORDERS, check_orders
@@ -237,16 +235,6 @@ def _options(orders: Sequence[int], spatial: Sequence[int], backend: str) -> dic
     return dict(orders=tuple(ORDERS[i] for i in orders), spatial=tuple(spatial), backend=backend)
 
 
-def _replayed(
-    operator: Operator, run: Callable, tensors: tuple[Tensor, ...], settings: tuple, options: dict
-) -> tuple[Tensor, ...]:
-    """What an operator of many launches does, which a compiled graph would wait for the host to work out each time."""
-    if options["backend"] != "triton" or is_observed():
-        return run(*tensors)
-    autocast = torch.is_autocast_enabled(tensors[0].device.type)
-    return replay(operator, (*settings, *options.values(), autocast), run, tensors)
-
-
 def _check_projected(u, weight, A, D, delta_bias, delta_weight, dtype, *options):
     orders, spatial, _ = options[-3:]
     directions, features, n = A.shape
@@ -264,7 +252,7 @@ def _check_projected(u, weight, A, D, delta_bias, delta_weight, dtype, *options)
     require_fit(fits, "projected_scan", u, weight, A, D, delta_bias, delta_weight, spatial=spatial)
 
 
-@register_operator("vim2::projected_scan", _check_projected)
+@register_operator("vim2::projected_scan", _check_projected, decorate=replayed)
 def _projected_scan(
     u: Tensor,
     weight: Tensor,
@@ -290,12 +278,8 @@ def _projected_scan(
     Returns:
         y, (batch, L, E) or without merge (batch, L, K, E), and the states that are kept for the backward pass.
     """
-    options = _options(orders, spatial, backend)
-
-    def run(*tensors):
-        return _scan_projected(tensors, dtype, options, merge)
-
-    return _replayed(_projected_scan, run, (u, weight, A, D, delta_bias, delta_weight), (dtype, merge), options)
+    tensors = (u, weight, A, D, delta_bias, delta_weight)
+    return _scan_projected(tensors, dtype, _options(orders, spatial, backend), merge)
 
 
 @_projected_scan.register_fake
@@ -311,7 +295,7 @@ def _check_projected_backward(grad_y, starts, *args):
     require_fit(fits, "projected_scan_backward", grad_y, starts, *args[:6])
 
 
-@register_operator("vim2::projected_scan_backward", _check_projected_backward)
+@register_operator("vim2::projected_scan_backward", _check_projected_backward, decorate=replayed)
 def _projected_scan_backward(
     grad_y: Tensor,
     starts: Tensor,
@@ -326,13 +310,8 @@ def _projected_scan_backward(
     spatial: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = _options(orders, spatial, backend)
-
-    def run(grad_y, starts, *tensors):
-        return _scan_projected_backward(grad_y, starts, tensors, dtype, options)
-
-    tensors = (grad_y, starts, u, weight, A, D, delta_bias, delta_weight)
-    return _replayed(_projected_scan_backward, run, tensors, (dtype,), options)
+    tensors = (u, weight, A, D, delta_bias, delta_weight)
+    return _scan_projected_backward(grad_y, starts, tensors, dtype, _options(orders, spatial, backend))
 
 
 @_projected_scan_backward.register_fake
@@ -360,7 +339,7 @@ def _check_parameters(weight, A_log, *options):
     require_fit(fits, "scan_parameters", weight, A_log)
 
 
-@register_operator("vim2::scan_parameters", _check_parameters)
+@register_operator("vim2::scan_parameters", _check_parameters, decorate=replayed)
 def _scan_parameters(weight: Tensor, A_log: Tensor, separate_inputs: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from .triton.parameters import scan_parameters_triton
 
@@ -381,7 +360,7 @@ def _check_parameters_backward(grad_matrix, grad_A, A, rows, separate_inputs, *o
     require_fit(fits and grad_A.shape == A.shape, "scan_parameters_backward", grad_matrix, grad_A, A, rows=rows)
 
 
-@register_operator("vim2::scan_parameters_backward", _check_parameters_backward)
+@register_operator("vim2::scan_parameters_backward", _check_parameters_backward, decorate=replayed)
 def _scan_parameters_backward(
     grad_matrix: Tensor, grad_A: Tensor, A: Tensor, rows: int, separate_inputs: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

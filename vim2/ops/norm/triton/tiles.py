@@ -18,10 +18,14 @@ FORWARD_PROGRAMS = 32  # a multiprocessor
 
 @triton.jit
 def norm_rows(x, weight, bias, column_in, E, eps):
-    """LayerNorm over the rows of x, which is 0 outside of column_in. Returns also mean and reciprocal deviation."""
+    """LayerNorm over the rows of x, which is 0 outside of column_in, where nothing is made of the result. Returns also
+    mean and reciprocal deviation."""
     mean = tl.sum(x, 1) / E
-    centred = tl.where(column_in, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / E + eps)
+    centred = x - mean[:, None]
+    # Not squared before it is masked: a square may be fused with the sum's first addition, unrounded, and then a row's
+    # threads would have sums that differ in their last bits, of which any may be stored.
+    squares = tl.where(column_in, centred * centred, 0.0)
+    rstd = tl.rsqrt(tl.sum(squares, 1) / E + eps)
     return centred * rstd[:, None] * weight + bias, mean, rstd
 
 
