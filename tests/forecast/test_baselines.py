@@ -8,7 +8,7 @@ from forecast_helpers import shared_data
 from vim2.forecast.baselines import PENALTIES, Ridge, cautious, last_value, lowest, seasonal_naive
 from vim2.forecast.data import Scaler, Windows, make_split, read_table
 from vim2.forecast.scores import mase, naive_errors, pinball, pinball_losses, score
-from vim2.forecast.significance import gain
+from vim2.forecast.significance import covariance_of_means, gain
 
 
 def test_naive_forecasts():
@@ -139,3 +139,10 @@ def test_a_cautious_ridge_has_a_heavier_penalty_that_validation_cannot_tell_from
     assert cautious(path, val).penalty <= 10 * lowest(path).penalty < 1
     x, _, _ = val[:]
     torch.testing.assert_close(path[-1](x), last_value(x, 12))  # the heaviest penalty leaves nothing but that
+
+
+def test_the_covariance_of_means_tells_the_error_of_every_sum():
+    values = torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    sums = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    covariance = covariance_of_means(values, 12)
+    assert (sums @ covariance @ sums).sqrt().item() == pytest.approx(gain(values @ sums, torch.zeros(90), 12)[1])

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
@@ -113,12 +115,39 @@ def test_networks_have_weight_as_far_as_windows_show_that_they_deserve_it():
     assert weights_of([3, 3, 3, 0.01, 0.01]) == [0, 0, 0, 0.5, 0.5]
     # errors that are independent and alike: all share, as windows are sure of it
     assert all(weight > 0.1 for weight in weights_of([1, 1, 1, 1, 1]))
-    # the networks are a tenth better for somewhat more than half of the time, and a tenth worse for the rest: by chance
-    other = torch.tensor([1, 1.5, 2]).view(3, 1, 1) * errors[:1]
-    networks = torch.cat((0.9 * errors[:1, :230], 1.1 * errors[:1, 230:]), dim=1).expand(2, -1, -1)
-    products = products_of(torch.cat((other, networks)))
-    assert find_weights(products, groups, 3, horizon=100).tolist() == [1, 0, 0, 0, 0]
-    assert products[:, 3, 3].mean() < products[:, 0, 0].mean()
+
+
+def overlapping(scale, common, windows, horizon, seed=0):
+    """Errors (K, windows, horizon) of windows at stride 1: each step's, of a deviation for each member, beside what all
+    of them have in common."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(len(scale), windows + horizon - 1, generator=generator) * torch.tensor(scale).view(-1, 1)
+    steps = steps + common * torch.randn(windows + horizon - 1, generator=generator)
+    return steps.unfold(1, horizon, 1)
+
+
+def share_of_networks(errors):
+    return find_weights(products_of(errors), make()[0].groups, 3, errors.shape[2])[3:].sum().item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_networks_that_halve_the_error_have_most_of_the_weight_of_few_windows_too(seed):
+    errors = overlapping([1.0, 1.1, 1.2, 0.1, 0.1], 1.0, 39, 12, seed)  # 1 + 1 for 1 + 0.01
+    assert share_of_networks(errors) > 0.5
+    assert share_of_networks(overlapping([1.0, 1.1, 1.2, 0.1, 0.1], 1.0, 1000, 12, seed)) > 0.9
+
+
+@pytest.mark.parametrize("windows", [150, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_networks_that_only_add_noise_have_little_weight(seed, windows):
+    assert share_of_networks(overlapping([0.1, 1.0, 1.0, 1.0, 1.0], 1.0, windows, 12, seed)) < 0.15
+
+
+def test_weights_are_continuous_in_the_errors():
+    bad, good = (overlapping([0.5, 1.0, 1.0, s, s], 1.0, 600, 24) for s in (1.0, 0.1))
+    shares = [share_of_networks(bad + t * (good - bad)) for t in torch.linspace(0, 1, 21)]
+    assert shares[0] < 0.3 and shares[-1] > 0.6
+    assert all(0 <= after - before < 0.1 for before, after in pairwise(shares))
 
 
 def test_a_forecast_that_is_not_finite_is_told():
@@ -141,10 +170,10 @@ def test_the_mixture_is_no_worse_than_the_best_linear_member_and_than_networks_w
         products = products_of(common + scale * torch.randn(5, 200, 6, generator=generator))
         mixture = mixture_losses(products, find_weights(products, committee.groups, 3, horizon=6))
         members = products.diagonal(dim1=1, dim2=2)
-        best = members[:, members[:, :3].mean(0).argmin()]
-        assert mixture.mean() <= best.mean()
         networks = mixture_losses(products, committee.prior(["TSM2"]).double())
-        assert (mixture - networks).mean() <= gain(networks, best, 6)[1]
+        for other in (members[:, members[:, :3].mean(0).argmin()], networks):
+            better, error = gain(other, mixture, 6)
+            assert better >= -error
 
 
 def test_the_spectral_loss_adds_the_magnitudes_of_the_errors_spectrum():

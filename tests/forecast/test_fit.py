@@ -268,6 +268,17 @@ def test_windows_are_normalised_about_what_ridge_prefers(tmp_path, capsys):
         assert other["best"]["val_mse"] == run["best"]["val_mse"]
 
 
+def test_that_a_member_is_cautious_does_not_change_what_windows_are_normalised_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("vim2.forecast.training.cautious", lambda path, val: path[-1])  # the last value
+    t = np.arange(400)
+    waves = 3 * np.sin(2 * np.pi * t / 24) + 0.5 * np.random.default_rng(0).normal(size=400).cumsum()
+    frame = pd.DataFrame({"date": pd.date_range("2024", periods=400, freq="h"), "a": waves})
+    run = start(write_csv(tmp_path / "a.csv", frame), tmp_path, epochs=1, epoch_steps=1)
+    members = run["committee"]["members"]
+    assert members["ridge about the last value"]["val_mse"] > members["ridge about the mean"]["val_mse"]
+    assert Forecaster.from_pretrained(run["folder"]).model.config.instance_norm == "last"
+
+
 @pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
 def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path, data, loss):
     run = start(data, tmp_path, epochs=2, loss=loss, experiment="r")

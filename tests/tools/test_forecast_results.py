@@ -56,6 +56,11 @@ def test_a_run_cell_by_cell_and_its_table(results_tool, tmp_path):
     code, out, _ = results_tool("table")
     assert code == 0 and "| ETTh1 | 96 | " in out and " ± " in out
     assert "0 cells to run, 2 done before" in results_tool("run", *SMALL, "--seeds", "0")[1]
+    (tmp_path / "results.jsonl").rename(tmp_path / "before.jsonl")  # members are mixed again, and not trained again
+    assert "1 cells to run, 0 done before" in results_tool("run", *SMALL, "--seeds", "0")[1]
+    (before,) = (row for row in rows if row["seed"] == 0)
+    assert {**read(tmp_path)[0], "seconds": before["seconds"]} == before  # with the times of its epochs
+    (tmp_path / "before.jsonl").rename(tmp_path / "results.jsonl")
     code, _, error = results_tool("run", "--set", "epochs=2", "--seeds", "0")
     assert code == 2 and "choose another output folder" in error  # other settings are not taken for another seed
 

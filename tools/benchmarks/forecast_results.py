@@ -6,7 +6,8 @@
     forecast_results.py table   prints what was run, beside the paper's and published figures
 
 Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there already is not run again. With --no-test,
-cells are trained and validated, and the test splits are not looked at.
+cells are trained and validated, and the test splits are not looked at. Trainings stay in OUTPUT/runs: where
+results.jsonl was removed, `run` trains none of them again, but mixes their members by today's rule for weights.
 """
 
 import sys

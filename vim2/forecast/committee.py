@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..tsm2 import TSM2, TSM2Config
 from .baselines import Ridge, centre
 from .scores import nearest_to_median
-from .significance import gain
+from .significance import covariance_of_means
 
 __all__ = ["Committee", "Networks", "Products", "find_weights", "mixture_losses"]
 
@@ -18,6 +18,8 @@ __all__ = ["Committee", "Networks", "Products", "find_weights", "mixture_losses"
 LINEAR = {"ridge about the mean": "mean", "ridge about the last value": "last", "last season": "mean"}
 RIDGES = tuple(name for name in LINEAR if name.startswith("ridge"))
 PARTS = 10  # in which `find_weights` hands out the forecast
+SAMPLES = 1000  # that it asks
+CAUTION = 0.5  # standard errors that it adds
 
 
 class Linear(nn.Module):
@@ -184,13 +186,15 @@ class Products:
 
 
 def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) -> Tensor:
-    """Weights of a mixture that validation windows choose, and that it is sure of.
+    """Weights of a mixture that validation windows choose, as far as they are sure of it.
 
-    Of all mixtures in tenths, that one is taken whose error is lowest when a standard error is added: that of the
-    difference to the linear member with the lowest error, see `significance.gain`. So TSM2 get weight as far as
-    windows show that they deserve it, and of two mixtures with the same error the one nearer to what is linear is
-    taken. The mixture is no worse than the best linear member, and worse than the mean of the TSM2 by no more than
-    the standard error of their difference.
+    Of all mixtures in tenths, that one is the best whose error is lowest when half a standard error is added: that of
+    the difference to the linear member with the lowest error. Which one that is, is asked of many samples that could
+    as well have been drawn as the windows there are, and the weights are the mean of the answers (Breiman, Bagging
+    predictors, Machine Learning, 1996): a choice among mixtures that windows cannot tell apart becomes a mean of
+    them, and weights are continuous in the errors. A block bootstrap would draw such samples from the windows; as an
+    error is the mean of products of members' errors, it is simpler to draw these means, by a normal distribution of
+    their covariance, see `significance.covariance_of_means`.
 
     Args:
         products: As `Products.result` returns them, (windows, K, K), of windows in order of time at stride 1.
@@ -199,7 +203,7 @@ def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) ->
         horizon: Steps by which windows must lie apart to forecast nothing in common.
 
     Returns:
-        (K,), float64.
+        (K,), float64, the same for the same products.
 
     Raises:
         ValueError: A member's errors are not finite.
@@ -208,15 +212,26 @@ def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) ->
         raise ValueError("A member's forecasts of the validation windows are not finite: no weights can be found.")
     products = groups @ products @ groups.T
     count = len(groups)
-    members = products.diagonal(dim1=1, dim2=2)
-    trusted = members[:, members.mean(0)[: max(linear, 1)].argmin()]
-    best, lowest = None, float("inf")
-    for parts in combinations_with_replacement(range(count), PARTS):
-        weights = torch.bincount(torch.tensor(parts), minlength=count).double() / PARTS
-        worse, error = gain(mixture_losses(products, weights), trusted, horizon)
-        if worse + error < lowest:
-            best, lowest = weights, worse + error
-    return best @ groups
+    i, j = torch.triu_indices(count, count)
+    products = products[:, i, j]
+    means, covariance = products.mean(0), covariance_of_means(products, horizon)
+    mixtures = torch.stack(
+        [
+            torch.bincount(torch.tensor(parts), minlength=count)
+            for parts in combinations_with_replacement(range(count), PARTS)
+        ]
+    )
+    mixtures = mixtures.double() / PARTS
+    terms = mixtures[:, i] * mixtures[:, j] * torch.where(i == j, 1.0, 2.0)  # times products: a mixture's error
+    trusted = mixtures.new_zeros(count)
+    trusted[means[i == j][: max(linear, 1)].argmin()] = 1.0
+    away = terms - trusted[i] * trusted[j]
+    errors = ((away @ covariance) * away).sum(1).clamp_min(0).sqrt()
+    variances, directions = torch.linalg.eigh(covariance)
+    noise = torch.randn(SAMPLES, len(means), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    samples = means + noise @ (directions * variances.clamp_min(0).sqrt()).T
+    best = (samples @ terms.T + CAUTION * errors).argmin(1)
+    return mixtures[best].mean(0) @ groups
 
 
 def mixture_losses(products: Tensor, weights: Tensor) -> Tensor:

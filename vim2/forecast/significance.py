@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["gain"]
+__all__ = ["covariance_of_means", "gain"]
 
 
 def gain(before: Tensor, after: Tensor, horizon: int) -> tuple[float, float]:
@@ -23,13 +23,31 @@ def gain(before: Tensor, after: Tensor, horizon: int) -> tuple[float, float]:
     Returns:
         Mean of before - after, and its standard error.
     """
-    difference = before - after
-    n, mean = len(difference), difference.mean()
-    spectrum = torch.fft.rfft(difference - mean, 2 * n)  # padded, or the end would be next to the beginning
-    covariance = torch.fft.irfft(spectrum.abs().square(), 2 * n)[: min(horizon, n)] / n
-    weights = 1 - torch.arange(len(covariance), dtype=torch.float64) / len(covariance)
-    variance = (2 * (weights * covariance).sum() - covariance[0]) / n
-    return mean.item(), variance.clamp_min(0).sqrt().item() * overlap(horizon, n)
+    difference = (before - after).unsqueeze(1)
+    return difference.mean().item(), covariance_of_means(difference, horizon).sqrt().item()
+
+
+def covariance_of_means(values: Tensor, horizon: int) -> Tensor:
+    """How sure windows that overlap are of means over them, with the error that `gain` describes.
+
+    Args:
+        values: Several of each window, in order of time, (n, k), float64.
+        horizon: As for `gain`.
+
+    Returns:
+        (k, k), float64, positive semi-definite.
+    """
+    n = len(values)
+    reach = min(horizon, n)
+    spectrum = torch.fft.rfft((values - values.mean(0)).T, 2 * n)  # padded, or the end would be next to the beginning
+    weights = 1 - torch.arange(reach, dtype=torch.float64) / reach
+    weights[0] = 0.5  # the others stand for two, before and after
+    rows = []
+    for each in spectrum:
+        covariances = torch.fft.irfft(each * spectrum.conj(), 2 * n)[:, :reach] / n
+        rows.append((weights * covariances).sum(1))
+    half = torch.stack(rows)
+    return (half + half.T) / n * overlap(horizon, n) ** 2
 
 
 def overlap(horizon: int, windows: int) -> float:

@@ -202,11 +202,12 @@ class Run:
         if o.instance_norm == AUTO:
             # About the mean, a short training leaves a jump between the last row and the first step of series that
             # wander; what is linear tells beforehand which they are, in closed form.
-            chosen = min(ridges, key=lambda center: ridges[center].val_mse)
+            errors = {center: lowest(path).val_mse for center, path in paths.items()}
+            chosen = min(errors, key=errors.get)
             config = replace(config, instance_norm=chosen)
             self.notes.append(
                 f"Instance normalisation is about the {chosen}{' value' * (chosen == 'last')}: ridge regression has "
-                f"validation MSE {ridges['mean'].val_mse:.4f} about the mean, {ridges['last'].val_mse:.4f} about the "
+                f"validation MSE {errors['mean']:.4f} about the mean, {errors['last']:.4f} about the "
                 "last value."
             )
         # made on the CPU, so that a seed means the same weights everywhere
