@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Differences and times of a file that vim2 export wrote earlier, beside its model in eager mode: what --compare prints,
+"""Differences and times of a file that vim2 export wrote earlier, beside its model in eager mode, as --compare prints,
 for where other models are compiled meanwhile, or on another machine.
 
 python tools/comparisons/exported_file.py vim2_nano.pt2 --model vim2_nano --device cuda --batch-size 1 32
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--img-size", type=int, metavar="PIXELS", help="of a file for one size; default: three sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="default 1")
+    add("--repeats", type=int, default=9, metavar="N", help="timed runs, of which medians are printed; default 9")
     args = parser.parse_args(argv)
     if args.file.suffix not in RUNTIMES or not args.file.is_file():
         raise UserError(f"There is no file NAME.onnx or NAME.pt2 at {args.file}: write one with vim2 export.")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     model = create_model(args.model).eval().to(args.device)
     name, run = RUNTIMES[args.file.suffix](args.file, args.device)
     sizes = [(args.img_size, args.img_size)] if args.img_size else SIZES
-    print(compare(model, name, run, sizes, args.batch_size))
+    print(compare(model, name, run, sizes, args.batch_size, args.repeats))
 
 
 if __name__ == "__main__":

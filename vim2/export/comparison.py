@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["ONNX_RUNTIMES", "SIZES", "compare", "run_onnxruntime", "run_pt2"]
 
 SIZES = ((224, 224), (256, 320), (97, 131))  # the last has odd sides, and rounds up in every stage
-_WARM_UPS = 5  # in the fourth, a ViM2 notes what its layers launch, and from then on repeats it
+# Runs that are not timed: in the fourth, a ViM2 notes what its layers launch, and from then on repeats it.
+_WARM_UPS, _WARM_UPS_EXPORTED = 5, 2
 
 
 def run_onnxruntime(path: Path, device: str) -> tuple[str, Callable[..., list[Tensor]]]:
@@ -145,7 +146,9 @@ def compare(
             inputs = _inputs(model, size, batch, generator)
             runs = (partial(_outputs, model, inputs), partial(_outputs, other, inputs))
             for _ in range(_WARM_UPS):
-                expected, given = (run() for run in runs)
+                expected = runs[0]()
+            for _ in range(_WARM_UPS_EXPORTED):
+                given = runs[1]()
             times = [[timeit.timeit(run, number=1) for run in runs] for _ in range(repeats)]
             difference = max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
             largest = max(t.abs().max().item() for t in expected)
