@@ -40,7 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     model = create_model(args.model).eval().to(args.device)
     name, run = RUNTIMES[args.file.suffix](args.file, args.device)
     sizes = [(args.img_size, args.img_size)] if args.img_size else SIZES
-    print(compare(model, name, run, sizes, args.batch_size, args.repeats))
+    printed = False
+    for size in sizes:  # each row as soon as it is known
+        for batch in args.batch_size:
+            text = compare(model, name, run, [size], [batch], args.repeats)
+            print(text.splitlines()[-1] if printed else text, flush=True)
+            printed = True
 
 
 if __name__ == "__main__":
