@@ -80,11 +80,18 @@ def test_command(monkeypatch, tmp_path, capsys):
         return package_path
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_and_package)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: torch.export.load(path).module())
     made = forecaster()
     made.save_pretrained(tmp_path / "best")
     output = tmp_path / "forecaster.pt2"
-    assert main(["export", "--forecaster", str(tmp_path), "--format", "pt2", "--output", str(output)]) == 0
-    assert capsys.readouterr().out.startswith(f"{output}: ")
+    command = ["export", "--forecaster", str(tmp_path), "--format", "pt2", "--output", str(output)]
+    assert main([*command, "--compare", "--batch-size", "1", "3"]) == 0
+    written, *_, first, second = capsys.readouterr().out.splitlines()
+    assert written.startswith(f"{output}: ")
+    for row, batch in ((first, 1), (second, 3)):
+        size, count, difference, largest, *_ = row.strip("| ").split(" | ")
+        assert (size, count) == (f"{LOOKBACK} x 3", str(batch))
+        assert float(difference) < 1e-5 * float(largest) and float(largest) > 5000  # in the units of its columns
     expected, inputs = windows(made, 2)
     assert_same(torch.export.load(output).module()(*inputs).numpy(), expected, made)
     assert main(["export", "--forecaster", str(tmp_path / "none"), "--format", "pt2", "--output", str(output)]) == 2

@@ -249,6 +249,8 @@ def test_command(model, tmp_path, capsys):
         (["--model", "resnet18", "--features-only"], "for ViM2 models"),
         (["--model", "swin_tiny_patch4_window7_224", "--img-size", "100"], "cannot read images of 100 x 100"),
         (["--model", "test_vim2", "--device", "cuda"], "for all devices"),
+        (["--model", "test_vim2", "--batch-size", "2"], "add --compare"),
+        (["--model", "test_vim2", "--compare", "--batch-size", "0"], "from 1 on, got 0"),
         (["--forecaster", "runs/none", "--model", "test_vim2"], "not for --forecaster"),
         (["--model", "test_vim2", "--opset", "11"], "must be 18 to"),
         (["--model", "test_vim2", "--img-size", "16"], "at least 32 x 32"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+from torch._inductor.exc import CppCompileError, InductorError
 
 import vim2
 from tools.comparisons import cpp_package
@@ -85,7 +86,7 @@ def test_the_compiled_package_is_written(monkeypatch, tmp_path, capsys):
     assert main([*command, "--img-size", "32", "33", "--compare"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 32 x 33 | ")
-    assert float(printed[-1].split("|")[2]) < 1e-5
+    assert float(printed[-1].split("|")[3]) < 1e-5
     assert b"/vim2/" not in output.read_bytes()
 
 
@@ -151,6 +152,17 @@ def test_the_program_in_cpp(tmp_path):
     done = subprocess.run([program, tmp_path / "no.pt2", "64", "64"], capture_output=True, text=True)
     assert done.returncode and "zip archive" in done.stderr, done.stderr
     assert subprocess.run([program], capture_output=True).returncode == 2
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    def link(program, package_path):
+        error = CppCompileError(["g++"], "/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld")
+        raise InductorError(error, None)
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", link)
+    with pytest.raises(UserError, match=r"fails, /usr/bin/ld: cannot find -lcuda.*docs/export.md"):
+        export_pt2(timm.create_model("test_vim2", **ONE_SCAN), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_compiler(monkeypatch, tmp_path):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Run a model's .pt2 package in a C++ program without Python, and compare its logits with the package's in Python and
-with the model's.
+"""Run a model's .pt2 package where none of our Python code is, in a C++ program and in a Python process of its own, and
+compare its logits with each other and with the model's.
 
-python tools/comparisons/cpp_package.py --model test_vim2 [--package test_vim2.pt2]
+python tools/comparisons/cpp_package.py --model test_vim2 [--package test_vim2.pt2] [--device cuda]
 
 The program is tools/comparisons/run_package.cpp, built by g++ with the headers and libraries that PyTorch's wheel
 brings. Without --package the model is compiled first, which takes minutes.
@@ -28,24 +28,48 @@ from vim2.export import export_pt2
 from vim2.export.comparison import SIZES
 
 SOURCE = Path(__file__).with_name("run_package.cpp")
+# The same in Python, which imports nothing of ours.
+SCRIPT = """
+import sys, torch
+_, package, height, width, device = sys.argv
+torch.backends.cudnn.allow_tf32 = False
+images = torch.arange(3 * int(height) * int(width)).float().sin().reshape(1, 3, int(height), int(width))
+for logit in torch._inductor.aoti_load_package(package)(images.to(device))[0].tolist():
+    print(logit)
+assert not {"vim2", "timm"} & set(sys.modules)
+"""
 
 
 def build(folder: Path) -> Path:
-    """The program, as built in a folder.
+    """The program, as built in a folder. Where PyTorch has CUDA, it can run packages for GPUs.
 
     Raises:
         UserError: No g++, or one that cannot.
     """
     program = folder / "run_package"
     command = ["g++", "-std=c++20", str(SOURCE), "-o", str(program), *(f"-I{path}" for path in include_paths("cpu"))]
-    command += [f"-L{TORCH_LIB_PATH}", f"-Wl,-rpath,{TORCH_LIB_PATH}", "-Wl,--no-as-needed"]
+    command += [f"-L{TORCH_LIB_PATH}", f"-Wl,-rpath,{TORCH_LIB_PATH}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    if (Path(TORCH_LIB_PATH) / "libtorch_cuda.so").exists():
+        command += ["-ltorch_cuda", "-Wl,--allow-shlib-undefined"]  # of CUDA's own libraries, which it finds itself
     try:
-        subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], check=True, capture_output=True, text=True)
+        subprocess.run([*command, "-lc10"], check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError("There is no g++ here: install it.") from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"g++ does not build {SOURCE}: {first_line(error.stderr)}") from None
     return program
+
+
+def run(*command: str | Path) -> torch.Tensor:
+    """The logits that a program prints.
+
+    Raises:
+        UserError: It fails.
+    """
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{Path(command[0]).name} ends with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return torch.tensor([float(line) for line in done.stdout.split()])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME",
         help="with the random weights of vim2 export; default %(default)s",
     )
-    add("--package", type=Path, metavar="FILE", help="that vim2 export wrote of it, for the CPU")
+    add("--package", type=Path, metavar="FILE", help="that vim2 export wrote of it, for the device")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     model = create_model(args.model).eval()
@@ -65,17 +90,17 @@ def main(argv: list[str] | None = None) -> None:
         program = build(Path(folder))
         package = args.package or Path(folder) / "model.pt2"
         if args.package is None:
-            export_pt2(model, package)
-        python = torch._inductor.aoti_load_package(str(package))
+            export_pt2(model, package, device=args.device)
+        model.to(args.device)
+        torch.backends.cudnn.allow_tf32 = False
         print("| size | C++ and Python, largest difference | C++ and the model | largest output |\n|---|---|---|---|")
         for height, width in SIZES:
-            done = subprocess.run([program, package, str(height), str(width)], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"The program ends with {done.returncode}: {done.stderr.strip()[:300]}")
-            logits = torch.tensor([float(line) for line in done.stdout.split()])
+            logits = run(program, package, str(height), str(width))
+            alone = run(sys.executable, "-I", "-c", SCRIPT, package, str(height), str(width), args.device)
             images = torch.arange(3 * height * width).float().sin().reshape(1, 3, height, width)
             with torch.no_grad():
-                differences = [(logits - run(images)[0]).abs().max().item() for run in (python, model)]
+                expected = model(images.to(args.device))[0].cpu()
+            differences = [(logits - other).abs().max().item() for other in (alone, expected)]
             print(f"| {height} x {width} | {differences[0]:.1e} | {differences[1]:.1e} | {logits.abs().max():.2f} |")
 
 

@@ -59,6 +59,8 @@ def export(argv: Sequence[str]) -> None:
     runtimes = "run the file beside PyTorch's eager mode: differences and times; of ONNX in one of "
     runtimes += f"{', '.join(ONNX_RUNTIMES)}, by default the first"
     add("--compare", nargs="?", const=True, choices=tuple(ONNX_RUNTIMES), metavar="RUNTIME", help=runtimes)
+    batches = "images, or a forecaster's windows, at once in a comparison; default 1"
+    add("--batch-size", type=int, nargs="+", metavar="N", help=batches)
     device = "on which a package will run, and a comparison does; default cpu"
     add("--device", choices=("cpu", "cuda"), help=device)
     opset = f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}"
@@ -68,14 +70,14 @@ def export(argv: Sequence[str]) -> None:
     weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
     args = parser.parse_args(argv)
     if args.forecaster is not None:
-        for name in ("model", "checkpoint", "pretrained", "features_only", "img_size", "compare"):
+        for name in ("model", "checkpoint", "pretrained", "features_only", "img_size"):
             if getattr(args, name):
                 raise UserError(f"--{name.replace('_', '-')} is for image models, not for --forecaster: leave it out.")
     elif args.model is None and args.checkpoint is None:
         raise UserError("Say what to export: --model NAME, --checkpoint FILE or both, or --forecaster DIR.")
     programs = ("onnx", "pt2")
     own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), device=programs)
-    own |= dict(data_dir=("safetensors",), split=("safetensors",))
+    own |= dict(batch_size=programs, data_dir=("safetensors",), split=("safetensors",))
     for name, formats in own.items():
         if getattr(args, name) and args.format not in formats:
             raise UserError(f"--{name.replace('_', '-')} is for --format {' or '.join(formats)}: leave it out.")
@@ -83,6 +85,10 @@ def export(argv: Sequence[str]) -> None:
         raise UserError(f"A .pt2 package runs in PyTorch, not in {args.compare}: give --compare alone.")
     if args.format == "onnx" and args.device and not args.compare:
         raise UserError("One ONNX file is for all devices, and --device is where --compare runs it: leave it out.")
+    if args.batch_size and not args.compare:
+        raise UserError("--batch-size is for a comparison, and an exported file takes any: add --compare.")
+    if min(args.batch_size or [1]) < 1:
+        raise UserError(f"--batch-size takes whole numbers from 1 on, got {min(args.batch_size)}.")
     torch.manual_seed(0)
     if args.forecaster is not None:
         if args.format not in programs:
@@ -138,7 +144,8 @@ def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
     if args.compare:
         name, exported = run(args.output, device)
-        print(compare(model.eval().to(device), name, exported, [size] if size else SIZES))
+        sizes = [size] if size or isinstance(model, ForecasterModule) else SIZES
+        print(compare(model.eval().to(device), name, exported, sizes, args.batch_size or [1]))
 
 
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
@@ -91,7 +91,8 @@ def export_pt2(
         path: Of the file, NAME.pt2, which is replaced in one step.
 
     Raises:
-        UserError: As of `export_program`; a path of another name; no C++ compiler; a device that is not there.
+        UserError: As of `export_program`; a path of another name; no C++ compiler, or one that fails, as where a GPU's
+            libraries are not found; a device that is not there.
         OSError: The file cannot be written; what was at `path` is untouched.
     """
     path = Path(path)
@@ -105,7 +106,16 @@ def export_pt2(
         raise UserError("A .pt2 package is compiled by a C++ compiler, and none is here: install g++.") from None
     program = _program(model, img_size, device, _compiled_scan(device))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        made = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, path.name))
+        try:
+            made = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, path.name))
+        except (CppCompileError, InductorError) as error:
+            failed = getattr(error, "inner_exception", error)
+            if not isinstance(failed, CppCompileError):
+                raise
+            lines = [line for line in failed.output.splitlines() if "error" in line or "cannot find" in line]
+            raise UserError(
+                f"The C++ compiler fails, {(lines or ['saying nothing'])[0]}: see docs/export.md for what it needs."
+            ) from None
         write_atomically(path, Path(made).read_bytes())
 
 
