@@ -13,7 +13,6 @@ from torch import Tensor
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, column_block, last_axis_contiguous
 from ...triton_math import LOG2E, exp2
 from ..operands import Operands
-from .sums import sum_blocks
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
 GRADIENT_STAGE, GRADIENT_SUMS = 24576, 12288  # bytes of shared memory, and sums in registers, of a program
@@ -215,7 +214,7 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
         part_factor = torch.empty(shape, dtype=grad_factor.dtype, device=grad.device)
     plan.launch(grad, weight, factor, part_factor, grad_weight)
     if plan.groups > 1:
-        sum_blocks(part_factor, grad_factor)
+        torch.sum(part_factor, 0, out=grad_factor)
     return grad_weight.sum(0)
 
 
