@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from vim2 import ViM2
 from vim2.mixers import S6
+from vim2.vim2 import multiply_patches
 
 
 def images(*shape, seed=0, **kwargs):
@@ -102,6 +103,26 @@ def test_at_initialisation_it_is_a_pre_norm_residual_network(channel_mixer):
             for layer in block.layers:
                 y = y + layer.mixer(layer.norm(y))
     torch.testing.assert_close(model.forward_features(x), model.norm(y), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch", [(4, 4), (2, 3)])
+def test_the_stem_is_a_convolution_where_patches_are_multiplied_too(patch):
+    x = images(2, 3, 8, 12).requires_grad_()
+    conv = nn.Conv2d(3, 5, patch, patch)
+    inputs = (x, conv.weight, conv.bias)
+    y, expected = multiply_patches(*inputs), conv(x).permute(0, 2, 3, 1)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((t * images(*t.shape)).sum(), inputs) for t in (y, expected)), rtol=1e-4, atol=1e-5
+    )
+
+
+@needs_gpu
+def test_the_stem_on_a_gpu_takes_images_of_any_size():
+    stem = timm.create_model("test_vim2").cuda().patch_embed
+    for size in ((32, 36), (33, 35)):
+        x = images(2, 3, *size).cuda()
+        torch.testing.assert_close(stem(x), stem.norm(stem.proj(x).permute(0, 2, 3, 1)), rtol=1e-2, atol=1e-2)
 
 
 def test_weighted_averaging_stays_within_a_stage(model):

@@ -170,7 +170,13 @@ LONG = ((1, 38), BIDIRECTIONAL[1:], 32, 16, 1, True)
 
 
 @pytest.mark.parametrize(
-    "case, fill", [(LONG, 0), (LONG, 10**9), (((3, 2), ("columns_backward",), 64, 8, 2, False), 0)]
+    "case, fill",
+    [
+        (LONG, 0),
+        (LONG, 10**9),
+        (((3, 2), ("columns_backward",), 64, 8, 2, False), 0),
+        (((1, 6), BIDIRECTIONAL, 16, 16, 3, True), 0),  # as in channel mixers
+    ],
 )
 def test_operands_of_a_chunk_are_fetched_at_once(case, fill, monkeypatch):
     """And its results sent back, where rows of bfloat16 are whole pieces of 16 bytes."""

@@ -1,4 +1,7 @@
-"""How often a scan's forward kernels keep states for its backward kernels, which recompute the others."""
+"""How often a scan's forward kernels keep states for its backward kernels, which recompute the others, and in which
+dtype."""
+
+import torch
 
 # A multiple of the steps that the Triton kernels take at once: 4 forward and 3 or 4 backward.
 TRITON_CHUNK = 36
@@ -9,3 +12,9 @@ def kept_every(backend: str, length: int, keeps: bool) -> int:
     """Steps from one kept state to the next; the sequence's length where none inside it is kept: without a backward
     pass, and in PyTorch's and Numba's forms, which recompute all of them."""
     return {"triton": TRITON_CHUNK, "mamba_ssm": MAMBA_CHUNK}.get(backend, length) if keeps else length
+
+
+def kept_dtype(activations: torch.dtype) -> torch.dtype:
+    """Of the states that the Triton kernels keep: bfloat16 where activations are, and so the gradients that come of
+    these states. The scan itself goes on from its states in float32."""
+    return torch.bfloat16 if activations == torch.bfloat16 else torch.float32

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import BACKENDS, autocast_off, check_tensors, compute_dtype, resolve_backend
 from ..operator import refuse_second_derivatives, refuse_transforms, register_operator, require_fit
-from .chunks import kept_every
+from .chunks import kept_dtype, kept_every
 from .operands import Operands
 from .orders import ORDERS
 from .reference import selective_scan_chunked, selective_scan_chunked_backward
@@ -184,7 +184,9 @@ def _(u, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, orders, he
     return (
         u.new_empty(batch, length, features) if merge else _of_directions(u, per_direction, backend),
         u.new_empty((batch, directions, features, n) if with_last else (0,), dtype=dtype),
-        u.new_empty((batch, directions, chunks - 1, n, features), dtype=dtype),
+        u.new_empty(
+            (batch, directions, chunks - 1, n, features), dtype=kept_dtype(u.dtype) if backend == "triton" else dtype
+        ),
     )
 
 

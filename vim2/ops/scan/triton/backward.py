@@ -235,7 +235,7 @@ def _load_tile(at, row, inside, turns, mask, NR: tl.constexpr, CR: tl.constexpr,
             i_turned = turn_n ^ i
             j_turned = turn_e ^ j
             there = (n + i_turned < n_states) & (e + j_turned < features) & sequence_in & mask
-            tile = tile + (load_element(at + (i_turned * row + j_turned), there, FAST),)
+            tile = tile + (load_element(at + (i_turned * row + j_turned), there, FAST).to(tl.float32),)
     return tile
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, layout
 from ...triton_math import LANES
-from ..chunks import TRITON_CHUNK
+from ..chunks import TRITON_CHUNK, kept_dtype
 from ..operands import Operands
 from . import schedule
 from .combine import combine
@@ -227,7 +227,7 @@ def scan_forward(
 
     Returns:
         y; the last states, (batch, K, E, N), or None; the states before every `chunk` steps but the first, (batch, K,
-        chunks - 1, N, E), float32.
+        chunks - 1, N, E), see `kept_dtype`.
 
     Raises:
         ValueError: More than MAX_STATES states.
@@ -244,7 +244,9 @@ def scan_forward(
     layouts = [layout(t) for t in (u, dt, B, C, y)]
     chunks, scan_chunks, scan_all = _launches(u.device, *layouts, n, orders, height, width, chunk, with_last)
     last = torch.empty(batch, directions, n, features, dtype=torch.float32, device=u.device) if with_last else None
-    starts = torch.empty(batch, directions, chunks - 1, n, features, dtype=torch.float32, device=u.device)
+    kept = kept_dtype(u.dtype)
+    shape = batch, directions, chunks - 1, n, features
+    starts = torch.empty(shape, dtype=torch.float32 if scan_chunks else kept, device=u.device)
     if scan_chunks:
         decay = torch.empty_like(starts)
         scan_chunks(u, dt, At, B, C, D, y, starts, decay, decay)
@@ -252,7 +254,7 @@ def scan_forward(
     scan_all(u, dt, At, B, C, D, y, starts, starts, last if with_last else starts)
     split = scan_chunks is not None
     last = last.transpose(-1, -2).contiguous() if with_last else None
-    return y, last, starts if chunk == TRITON_CHUNK or not split else starts[:, :, :0]
+    return y, last, (starts if chunk == TRITON_CHUNK or not split else starts[:, :, :0]).to(kept)
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, layout
+from ..chunks import kept_dtype
 from ..operands import Operands
 from . import schedule
 from .step_size import kernel_inputs
@@ -433,7 +434,8 @@ def scan_forward_relay(
     tiles = _tiles(batch, directions, features)
     y = torch.empty(dt.shape, dtype=u.dtype, device=u.device)
     state = torch.empty(batch, directions, n, features, dtype=torch.float32, device=u.device)
-    starts = torch.empty(batch, directions, -(-length // chunk) - 1, n, features, dtype=torch.float32, device=u.device)
+    shape = batch, directions, -(-length // chunk) - 1, n, features
+    starts = torch.empty(shape, dtype=kept_dtype(u.dtype), device=u.device)
     done = torch.zeros(tiles + 1, dtype=torch.int32, device=u.device)
     plan = _plan(operands)
     layouts = [layout(t) for t in (u, dt, B, C, y)]

@@ -84,6 +84,8 @@ def backward_tile(n: int, features: int, batch: int, directions: int, fill: int)
     NL = states // NR
     many = batch * directions * (features // (LANES.value // NL * 4)) >= 2 * fill
     CR = min(triton.next_power_of_2(features), 4 if states > 8 or many else 2)
+    if NR == 4 and features == LANES.value // NL * 2:
+        CR = 2  # so that the warp has but one sequence, whose operands can come through shared memory
     CE = min(LANES.value // NL, triton.next_power_of_2(-(-features // CR)))
     S = LANES.value // (NL * CE)
     if CE > 1 and features % (CE * CR) and features % (CE // 2 * CR) == 0 and batch % (2 * S) == 0:

@@ -1,6 +1,9 @@
+# ruff: noqa: RUF005  (Triton knows no starred tuples)
 """Around the Triton scan: step sizes, and the gradients of their low-rank factors."""
 
 import functools
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -8,25 +11,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, column_block, last_axis_contiguous
-from ...triton_math import LN2, LOG2E, exp2
+from ...triton_math import LOG2E, exp2
 from ..operands import Operands
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
+GRADIENT_STAGE, GRADIENT_SUMS = 24576, 12288  # bytes of shared memory, and sums in registers, of a program
 
 
 @triton.jit
 def _softplus(x, FAST: tl.constexpr):
-    """To float32's accuracy, or to 1e-5 with one instruction for the logarithm."""
-    ex = exp2(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E, FAST)
-    last = 0.33333334 if FAST else 0.33333334 - ex * 0.25
-    small = ex * (1.0 - ex * (0.5 - ex * last))  # log1p, where 1 + ex would lose ex's digits
+    """To float32's accuracy, or to 1e-5 with a polynomial for the logarithm."""
     if FAST:
-        large = LN2 * tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + ex], dtype=tl.float32, is_pure=True, pack=1
-        )
+        # max(x, 0) + log(1 + e) with e = exp(-|x|) from 0 to 1, where log(1 + e) / e is nearly this polynomial
+        ex = exp2(tl.abs(x) * -LOG2E, FAST)
+        slope = 0.10122232884 - ex * 0.02386916429
+        slope = 0.32520669699 + ex * (-0.21004875004 + ex * slope)
+        slope = 0.99999159575 + ex * (-0.49936136603 + ex * slope)
+        return tl.maximum(x, 0.0) + ex * slope
     else:
-        large = tl.log(1.0 + ex)
-    return tl.where(x > 20.0, x, tl.where(ex < 0.03, small, large))
+        ex = exp2(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E, FAST)
+        small = ex * (1.0 - ex * (0.5 - ex * (0.33333334 - ex * 0.25)))  # log1p, where 1 + ex would lose ex's digits
+        return tl.where(x > 20.0, x, tl.where(ex < 0.03, small, tl.log(1.0 + ex)))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -70,57 +75,71 @@ def _step_size_kernel(
         tl.store(dt_at, x.to(dt_ptr.dtype.element_ty), mask=row_in & (e < E))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _factor_gradient_kernel(
-    grad_ptr, weight_ptr, out_ptr,
-    rows, K, E, RANK,  # positions, directions, channels, width of the factors
-    out_width, out_row,  # columns to write, and the stride between their rows
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """out (rows, K, RANK), in memory out_row apart, = grad (rows, K, E) weight (K, E, RANK), and zero from RANK to
-    out_width."""
-    k = tl.program_id(0) % K
-    first = (tl.program_id(0) // K).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)[:, None]
-    row_in = first + row < rows
-    r = tl.arange(0, R)[None, :]
-    total = tl.zeros([ROWS, R], dtype=tl.float32)
-    grad_at = grad_ptr + (first * K + k) * E + row * (K * E)
-    for start in range(0, E, BLOCK):
-        e = start + tl.arange(0, BLOCK)
-        grad = tl.load(grad_at + e[None, :], mask=row_in & (e < E)[None, :], other=0.0)
-        weight_at = weight_ptr + (k * E + e[:, None]) * RANK + r
-        weight = tl.load(weight_at, mask=(e < E)[:, None] & (r < RANK), other=0.0)
-        total += tl.dot(grad, weight.to(grad.dtype), input_precision=PRECISION)
-    out_at = out_ptr + (first * K + k) * out_row + row * (K * out_row) + r
-    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=row_in & (r < out_width))
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    grad_ptr, factor_ptr, out_ptr,
-    rows, rows_a_part, K, E, RANK,  # positions, of all and of a program, directions, channels, width of the factors
+@triton.jit(do_not_specialize=["rows", "rows_a_part"])
+def _gradients_kernel(
+    grad_ptr, weight_ptr, factor_ptr,  # the gradient of the product, and what was multiplied
+    gfactor_ptr, gweight_ptr,  # gradients, or parts of them
+    rows, rows_a_part,  # positions, of all and of a program
+    K, E, RANK,  # directions, channels, and the width of the factors
     factor_row, factor_k,  # strides of the factors between positions and between directions
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    out_width, out_row,  # columns to write of the factors' gradient, and the stride between its rows
+    PRECISION: tl.constexpr, WORD: tl.constexpr,  # divides these two
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,  # positions and channels of a tile, and tiles
+    R: tl.constexpr, OUT: tl.constexpr,  # room for RANK in a product, and for out_width
 ):  # fmt: skip
-    """out (parts, K, E, RANK): the sums over a part of the rows of grad (rows, K, E) times factor (rows, K, RANK)."""
+    """For some blocks of channels and a part of the rows of grad (rows, K, E), which is read once:
+
+    gfactor (groups, rows, K, RANK), rows out_row apart, = grad weight (K, E, RANK), and zero from RANK to out_width;
+    gweight (parts, K, E, RANK) = the sums over rows of grad times factor (rows, K, RANK).
+    """
+    out_width = out_width // WORD * WORD  # so that Triton, too, knows it, and stores whole words
+    out_row = out_row // WORD * WORD
     k = tl.program_id(1)
     part = tl.program_id(2).to(tl.int64)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.arange(0, R)[None, :]
-    total = tl.zeros([BLOCK, R], dtype=tl.float32)
-    for first in range(0, rows_a_part, ROWS):
-        row = part * rows_a_part + first + tl.arange(0, ROWS)[:, None]
-        grad_at = grad_ptr + (row * K + k) * E + e[None, :]
-        grad = tl.load(grad_at, mask=(row < rows) & (e < E)[None, :], other=0.0)
-        factor_at = factor_ptr + row * factor_row + k * factor_k + r
-        factor = tl.load(factor_at, mask=(row < rows) & (r < RANK), other=0.0).to(grad.dtype)
-        if R == 1:
-            total += tl.sum(grad.to(tl.float32) * factor.to(tl.float32), axis=0)[:, None]
+    group = tl.program_id(0)
+    row = tl.arange(0, ROWS)[:, None]
+    r = tl.arange(0, R) if R > 1 else tl.arange(0, 1)
+    out = tl.arange(0, OUT)[None, :]
+    weights = ()
+    totals = ()
+    for i in tl.static_range(BLOCKS):
+        e = (group * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+        if R > 1:
+            weight_at = weight_ptr + (k * E + e[:, None]) * RANK + r[None, :]
+            weight = tl.load(weight_at, mask=(e < E)[:, None] & (r < RANK)[None, :], other=0.0)
+            weights = weights + (weight.to(grad_ptr.dtype.element_ty),)
+            totals = totals + (tl.zeros([BLOCK, R], dtype=tl.float32),)
         else:
-            total += tl.dot(tl.trans(grad), factor, input_precision=PRECISION)
-    out_at = out_ptr + ((part * K + k) * E + e[:, None]) * RANK + r
-    tl.store(out_at, total, mask=(e < E)[:, None] & (r < RANK))
+            weights = weights + (tl.load(weight_ptr + k * E + e, mask=e < E, other=0.0).to(tl.float32)[None, :],)
+            totals = totals + (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
+    start = part * rows_a_part
+    gfactor_at = gfactor_ptr + (group.to(tl.int64) * rows * K + k) * out_row
+    for first in range(start, tl.minimum(start + rows_a_part, rows), ROWS):
+        row_in = first + row < rows
+        factor_at = factor_ptr + first * factor_row + k * factor_k + row * factor_row + r[None, :]
+        factor = tl.load(factor_at, mask=row_in & (r < RANK)[None, :], other=0.0)
+        grad_at = grad_ptr + (first * K + k) * E + row * (K * E)
+        gfactor = tl.zeros([ROWS, R], dtype=tl.float32)
+        new = ()
+        for i in tl.static_range(BLOCKS):
+            column = (group * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)[None, :]
+            grad = tl.load(grad_at + column, mask=row_in & (column < E), other=0.0)
+            if R > 1:
+                gfactor += tl.dot(grad, weights[i], input_precision=PRECISION)
+                new = new + (totals[i] + tl.dot(tl.trans(grad), factor.to(grad.dtype), input_precision=PRECISION),)
+            else:
+                wide = grad.to(tl.float32)
+                gfactor += tl.sum(wide * weights[i], axis=1)[:, None]
+                new = new + (totals[i] + wide * factor.to(tl.float32),)
+        totals = new
+        result = gfactor if R > 1 else tl.where(out == 0, gfactor, 0.0)
+        out_at = gfactor_at + first * K * out_row + row * (K * out_row) + out
+        tl.store(out_at, result.to(gfactor_ptr.dtype.element_ty), mask=row_in & (out < out_width))
+    for i in tl.static_range(BLOCKS):
+        column = (group * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        at = gweight_ptr + ((part * K + k) * E + column) * RANK + r[None, :]
+        total = totals[i] if R > 1 else tl.sum(totals[i], axis=0)[:, None]
+        tl.store(at, total, mask=(column < E) & (r < RANK)[None, :])
 
 
 def _as_rows(factor: Tensor) -> Tensor:
@@ -168,8 +187,8 @@ def _forward(
     positions: int, directions: int, features: int, rank: int, delta_l: int, delta_k: int, softplus: bool,
     precision: str | None, fast: bool,
 ) -> Launch:  # fmt: skip
-    block = column_block(features)
-    rows = max(2048 // block, 16)
+    block = min(column_block(features), 128)
+    rows = max((2048 if block > 16 else 1024) // block, 16)
     blocks = directions * triton.cdiv(features, block)
     tiles = min(max(blocks * triton.cdiv(positions, rows) // MIN_PROGRAMS, 1), MAX_TILES)
     return Launch(
@@ -185,38 +204,60 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     returned in float32."""
     factor, weight = _as_rows(factor), weight.contiguous()
     batch, length, directions, rank = factor.shape
-    features = weight.shape[1]
-    sizes = (batch * length, directions, features, rank, grad_factor.shape[-1], grad_factor.stride(-2))
-    parts, of_factor, of_weight = _backward(*sizes, *factor.stride()[1:3], grad.itemsize, _precision(grad))
-    grad_weight = torch.empty(parts, directions, features, rank, dtype=torch.float32, device=grad.device)
-    of_factor(grad, weight, grad_factor)
-    of_weight(grad, factor, grad_weight)
+    features, width = weight.shape[1], grad_factor.shape[-1]
+    sizes = (batch * length, directions, features, rank, width)
+    plan = _backward(*sizes, grad_factor.stride(-2), *factor.stride()[1:3], grad.itemsize, _precision(grad))
+    grad_weight = torch.empty(plan.parts, directions, features, rank, dtype=torch.float32, device=grad.device)
+    part_factor = grad_factor
+    if plan.groups > 1:
+        shape = plan.groups, *grad_factor.shape
+        part_factor = torch.empty(shape, dtype=grad_factor.dtype, device=grad.device)
+    plan.launch(grad, weight, factor, part_factor, grad_weight)
+    if plan.groups > 1:
+        torch.sum(part_factor, 0, out=grad_factor)
     return grad_weight.sum(0)
+
+
+class _Backward(NamedTuple):
+    """How gradients are made.
+
+    Attributes:
+        groups: Of channels, whose parts of the factors' gradient are summed.
+        parts: Of the weight's gradient, which are summed.
+    """
+
+    groups: int
+    parts: int
+    launch: Launch
 
 
 @functools.lru_cache(MAX_LAUNCHES)
 def _backward(
     rows: int, directions: int, features: int, rank: int, width: int, out_row: int, factor_l: int, factor_k: int,
     itemsize: int, precision: str | None,
-) -> tuple[int, Launch, Launch]:  # fmt: skip
-    """Parts of the weight's gradient, and the launches for the factors' gradient and for it."""
+) -> _Backward:  # fmt: skip
+    out = triton.next_power_of_2(width)
     block = min(column_block(features), 64)
-    tile_rows = 512 // itemsize  # two stages of them fit in the shared memory of any GPU
-    blocks = triton.cdiv(features, block)
-    parts = max(min(2048 // (blocks * directions), rows // 256), 1)  # enough programs to fill a GPU
-    rows_a_part = triton.cdiv(rows, parts * 64) * 64
-    of_factor = Launch(
-        _factor_gradient_kernel, (directions * triton.cdiv(rows, tile_rows),),
-        (rows, directions, features, rank, width, out_row),
-        PRECISION=precision, ROWS=tile_rows, BLOCK=block, R=max(triton.next_power_of_2(width), 16),
-        num_warps=8, num_stages=2,
+    if rank == 1:
+        room, blocks, tile_rows, programs = 1, 1, 512 // itemsize, 4096
+    else:
+        # a program has two stages of rows in shared memory, as much as any GPU has, and its sums in registers
+        room = out = max(out, 16)
+        tile_rows, programs = (128 if room == 16 else 64) // itemsize, 512
+        channels = min(GRADIENT_STAGE // (tile_rows * itemsize), GRADIENT_SUMS // room)
+        blocks = min(triton.cdiv(features, block), max(channels // block, 1))
+    groups = triton.cdiv(features, block * blocks)
+    parts = max(min(programs // (groups * directions), rows // 256), 1)
+    rows_a_part = triton.cdiv(rows, parts * tile_rows) * tile_rows
+    parts = triton.cdiv(rows, rows_a_part)
+    out_row = out_row if groups == 1 else width
+    launch = Launch(
+        _gradients_kernel, (groups, directions, parts),
+        (rows, rows_a_part, directions, features, rank, factor_l, factor_k, width, out_row),
+        PRECISION=precision, WORD=math.gcd(width, out_row, 8), ROWS=tile_rows, BLOCK=block, BLOCKS=blocks, R=room,
+        OUT=out, num_warps=4, num_stages=2,
     )  # fmt: skip
-    of_weight = Launch(
-        _weight_gradient_kernel, (blocks, directions, parts),
-        (rows, rows_a_part, directions, features, rank, factor_l, factor_k),
-        PRECISION=precision, ROWS=64, BLOCK=block, R=_room(rank), num_warps=4,
-    )  # fmt: skip
-    return parts, of_factor, of_weight
+    return _Backward(groups, parts, launch)
 
 
 def kernel_inputs(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:
