@@ -117,6 +117,23 @@ def test_the_stem_is_a_convolution_where_patches_are_multiplied_too(patch):
     )
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 16, 4, stride=2),
+        nn.Conv2d(3, 16, 4, stride=4, padding=1),
+        nn.Conv2d(3, 16, 3, padding="same"),
+        nn.Conv2d(3, 16, 4, stride=4, dilation=2),
+        nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 16, 2, stride=2)),
+    ],
+)
+def test_a_stem_with_another_convolution_calls_it(conv):
+    stem = timm.create_model("test_vim2").patch_embed
+    stem.proj = conv
+    x = images(2, 3, 32, 40)
+    torch.testing.assert_close(stem(x), stem.norm(stem.proj(x).permute(0, 2, 3, 1)))
+
+
 def test_autocast_leaves_patches_in_float64_as_it_does_convolutions():
     x, conv = images(2, 3, 8, 12, dtype=torch.float64), nn.Conv2d(3, 5, 4, 4).double()
     with torch.autocast("cpu", torch.bfloat16):

@@ -55,12 +55,18 @@ def multiply_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(patches.flatten(3), weight.flatten(1), bias)
 
 
+def _takes_patches(conv: nn.Conv2d) -> bool:
+    """Whether a convolution takes each pixel once, all channels together."""
+    steps = conv.stride == conv.kernel_size and max(conv.dilation) == 1
+    return steps and not any(conv.padding) and conv.groups == 1
+
+
 class Stem(PatchEmbed):
     """timm's, by `project_patches`: (batch, C, H, W) -> (batch, H / p, W / p, dim), normalised."""
 
     def forward(self, x: Tensor) -> Tensor:
         proj = self.proj
-        if not is_plain(proj, nn.Conv2d) or proj.stride != proj.kernel_size or any(proj.padding) or proj.groups > 1:
+        if not is_plain(proj, nn.Conv2d) or not _takes_patches(proj):
             return super().forward(x)
         return self.norm(project_patches(x, proj.weight, proj.bias))
 
