@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from vim2 import ViM2
 from vim2.mixers import S6
-from vim2.vim2 import multiply_patches
+from vim2.vim2 import MIN_SIZE, multiply_patches
 
 
 def images(*shape, seed=0, **kwargs):
@@ -107,7 +107,7 @@ def test_at_initialisation_it_is_a_pre_norm_residual_network(channel_mixer):
 
 @pytest.mark.parametrize("patch", [(4, 4), (2, 3)])
 def test_the_stem_is_a_convolution_where_patches_are_multiplied_too(patch):
-    x = images(2, 3, 8, 12).requires_grad_()
+    x = images(2, 3, 9, 14).requires_grad_()
     conv = nn.Conv2d(3, 5, patch, patch)
     inputs = (x, conv.weight, conv.bias)
     y, expected = multiply_patches(*inputs), conv(x).permute(0, 2, 3, 1)
@@ -115,6 +115,39 @@ def test_the_stem_is_a_convolution_where_patches_are_multiplied_too(patch):
     torch.testing.assert_close(
         *(torch.autograd.grad((t * images(*t.shape)).sum(), inputs) for t in (y, expected)), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 16, 4, stride=2),
+        nn.Conv2d(3, 16, 4, stride=4, padding=1),
+        nn.Conv2d(3, 16, 3, padding="same"),
+        nn.Conv2d(3, 16, 4, stride=4, dilation=2),
+        nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 16, 2, stride=2)),
+    ],
+)
+def test_a_stem_with_another_convolution_calls_it(conv):
+    stem = timm.create_model("test_vim2").patch_embed
+    stem.proj = conv
+    x = images(2, 3, 32, 40)
+    torch.testing.assert_close(stem(x), stem.norm(stem.proj(x).permute(0, 2, 3, 1)))
+
+
+def test_autocast_leaves_patches_in_float64_as_it_does_convolutions():
+    x, conv = images(2, 3, 8, 12, dtype=torch.float64), nn.Conv2d(3, 5, 4, 4).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(multiply_patches(x, conv.weight, conv.bias), conv(x).permute(0, 2, 3, 1))
+
+
+def test_patches_are_multiplied_in_programs_with_images_of_any_size(monkeypatch):
+    monkeypatch.setattr("vim2.vim2.project_patches", multiply_patches)
+    stem = timm.create_model("test_vim2").patch_embed
+    sizes = {axis: torch.export.Dim(name, min=MIN_SIZE, max=512) for axis, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(stem, (images(2, 3, 64, 65),), dynamic_shapes=(sizes,)).module()
+    for size in ((64, 96), (67, 70)):
+        x = images(2, 3, *size)
+        torch.testing.assert_close(program(x), stem(x))
 
 
 @needs_gpu

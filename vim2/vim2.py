@@ -21,6 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels, is_plain
+from .ops.backend import autocast_dtype
 
 __all__ = ["ViM2"]  # register_model adds the models
 
@@ -28,7 +29,7 @@ POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "
 MIN_SIZE = 32  # pixels: below, the last stage would hold no token
 
 
-# A leaf of torch.fx graphs: it looks at shapes, which a symbolic trace does not have.
+# A leaf of torch.fx graphs: it looks at devices and shapes, which a symbolic trace does not have.
 torch.fx.wrap("project_patches")
 
 
@@ -39,19 +40,25 @@ def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     On GPUs it is `multiply_patches`: a quarter of the time of cuDNN's convolution, around which maps are copied to
     another layout and back.
     """
-    height, width = weight.shape[2:]
-    if x.device.type == "cuda" and x.shape[2] % height == 0 and x.shape[3] % width == 0:
+    if x.device.type == "cuda":
         return multiply_patches(x, weight, bias)
-    return F.conv2d(x, weight, bias, (height, width)).permute(0, 2, 3, 1)
+    return F.conv2d(x, weight, bias, weight.shape[2:]).permute(0, 2, 3, 1)
 
 
 def multiply_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for H and W that p divides, by a product of the patches, copied side by side."""
+    """The same by a product of the patches, copied side by side."""
     height, width = weight.shape[2:]
-    patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
-    if torch.is_autocast_enabled(x.device.type):  # in one step with the copy
-        patches = patches.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
+    # no question of what divides H and W, which would bar programs with dynamic ones
+    patches = x.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
+    if (dtype := autocast_dtype(x)) is not None:  # in one step with the copy
+        patches = patches.to(dtype, memory_format=torch.contiguous_format)
     return F.linear(patches.flatten(3), weight.flatten(1), bias)
+
+
+def _takes_patches(conv: nn.Conv2d) -> bool:
+    """Whether a convolution takes each pixel once, all channels together."""
+    steps = conv.stride == conv.kernel_size and max(conv.dilation) == 1
+    return steps and not any(conv.padding) and conv.groups == 1
 
 
 class Stem(PatchEmbed):
@@ -59,7 +66,7 @@ class Stem(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         proj = self.proj
-        if not is_plain(proj, nn.Conv2d) or proj.stride != proj.kernel_size or any(proj.padding) or proj.groups > 1:
+        if not is_plain(proj, nn.Conv2d) or not _takes_patches(proj):
             return super().forward(x)
         return self.norm(project_patches(x, proj.weight, proj.bias))
 

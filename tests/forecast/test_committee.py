@@ -150,6 +150,15 @@ def test_weights_are_continuous_in_the_errors():
     assert all(0 <= after - before < 0.1 for before, after in pairwise(shares))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_network_that_diverged_leaves_the_weights_of_the_others_as_they_are(seed):
+    errors = overlapping([1.0, 1.0, 1.0], 0.5, 400, 24, seed).double()
+    others = find_weights(products_of(errors[:2]), torch.eye(2).double(), 1, 24)
+    errors = errors * torch.tensor([1.0, 1.0, 1e12]).view(3, 1, 1)
+    weights = find_weights(products_of(errors), torch.eye(3).double(), 1, 24)
+    torch.testing.assert_close(weights[:2], others, rtol=0, atol=0.01)
+
+
 def test_a_forecast_that_is_not_finite_is_told():
     products = products_of(torch.randn(5, 50, 6))
     products[:, 3] = torch.nan

@@ -446,9 +446,17 @@ class Doubled(torch.autograd.Function):
         return ctx.saved_tensors[0].mul_(grad)
 
 
-def test_what_cannot_be_noted_of_a_backward_pass_is_done_as_ever():
+class DoubledOut(Doubled):
+    @staticmethod
+    def backward(ctx, grad):
+        (saved,) = ctx.saved_tensors
+        return torch.sum(torch.stack([saved, grad]), 0, out=saved)
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledOut])
+def test_what_cannot_be_noted_of_a_backward_pass_is_done_as_ever(kind):
     def function(x):
-        return Doubled.apply(x * 3)
+        return kind.apply(x * 3)
 
     owner = Trainee(function)
     for seed in range(4):

@@ -227,9 +227,12 @@ def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) ->
     trusted[means[i == j][: max(linear, 1)].argmin()] = 1.0
     away = terms - trusted[i] * trusted[j]
     errors = ((away @ covariance) * away).sum(1).clamp_min(0).sqrt()
-    variances, directions = torch.linalg.eigh(covariance)
+    # of correlations: beside those of a member that diverged, covariances of the others are lost by rounding
+    deviations = covariance.diagonal().sqrt()
+    scale = deviations.clamp_min(torch.finfo(torch.float64).tiny)
+    variances, directions = torch.linalg.eigh(covariance / scale / scale.unsqueeze(1))
     noise = torch.randn(SAMPLES, len(means), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    samples = means + noise @ (directions * variances.clamp_min(0).sqrt()).T
+    samples = means + noise @ (directions * variances.clamp_min(0).sqrt()).T * deviations
     best = (samples @ terms.T + CAUTION * errors).argmin(1)
     return mixtures[best].mean(0) @ groups
 

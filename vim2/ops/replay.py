@@ -381,8 +381,10 @@ class Notebook(TorchDispatchMode):
 
     def take_change(self, function, arguments, options) -> None:
         """Note a call that changes tensors, all of them made by the lines of this pass."""
-        for argument, value in zip(function._schema.arguments, (*arguments, *options.values())):
+        values = dict(zip([argument.name for argument in function._schema.arguments], arguments)) | options
+        for argument in function._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = values[argument.name]
                 name = (
                     self.whole[_memory(value)][0] if isinstance(value, Tensor) and _memory(value) in self.whole else ""
                 )

@@ -111,7 +111,7 @@ def tiles_a_program(programs: int, device: torch.device) -> int:
 
 
 def states_layout(*shape: int) -> Layout:
-    """Of states that are kept: contiguous, in float32."""
+    """Of states that are kept: contiguous. Of whatever size, see `kept_dtype`: strides are all that is asked for."""
     return Layout(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), 4, 0)
 
 
