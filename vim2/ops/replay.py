@@ -92,17 +92,8 @@ def replay(
         tensors: No two of which share memory. Those of which the function knows without being given them, as of a
             module's parameters, are leaves of autograd's graph.
     """
-    from .triton_launch import has_hooks, notes
-
     wants = _wants(tensors)
-    # what this is part of is noted, too, by the launches that a replay does not tell of
-    if (
-        notes.take is not None
-        or notes.compiles_only
-        or has_hooks()
-        or (wants and is_watched())
-        or is_elsewhere(tensors)
-    ):
+    if _must_launch(tensors) or (wants and is_watched()):
         return function(*tensors)
     known = _replays.get(owner)
     if known is None:
@@ -156,9 +147,7 @@ def replayed(function: Callable) -> Callable:
                 return function(*args)
             else:
                 key.append(argument)
-        from .triton_launch import has_hooks, notes
-
-        if notes.take is not None or notes.compiles_only or has_hooks() or is_elsewhere(tensors):
+        if _must_launch(tensors):
             return function(*args)
         # of the operators that a function is made of, autocast may cast some
         key.append(torch.is_autocast_enabled(tensors[0].device.type))
@@ -199,6 +188,14 @@ def _wants(tensors: Sequence[Tensor | None]) -> tuple[bool, ...] | None:
         return None
     wants = tuple([t is not None and t.requires_grad for t in tensors])
     return wants if any(wants) else None
+
+
+def _must_launch(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether kernels must be launched as ever: what this is part of is noted, too, by the launches that a replay does
+    not tell of, kernels are only to be compiled, hooks wait for launches, or the tensors are on another GPU."""
+    from .triton_launch import has_hooks, notes
+
+    return notes.take is not None or notes.compiles_only or has_hooks() or is_elsewhere(tensors)
 
 
 def is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
