@@ -195,16 +195,18 @@ def test_means_deviations_and_what_is_not_finished(tmp_path):
     assert rows[2]["top1_sd"] == pytest.approx(math.sqrt(2)) and rows[1]["top1_sd"] is None
     assert rows[2]["curve"] == [(1, 25.5), (2, 51)]
 
-    for seed in (0, 1):  # of which one is finished
+    # one is finished; the other was cut off an epoch after it had been validated
+    history = [{"epoch": 1, "top1": 33.0}, {"epoch": 2, "top1": None}]
+    for seed in (0, 1):
         run = tmp_path / f"runs/a/epochs2-lr0.001-seed{seed + 1}"
         run.mkdir(parents=True)
         args = dict(epochs=2, lr=1e-3, seed=seed + 1)
-        (run / "metrics.json").write_text(json.dumps(dict(args=args, history=[{"epoch": 1, "top1": 33.0}])))
+        (run / "metrics.json").write_text(json.dumps(dict(args=args, history=history)))
     unfinished = report.unfinished_runs(tmp_path, results)
-    assert [(u["seed"], u["epoch"], u["top1"]) for u in unfinished] == [(2, 1, 33.0)]
+    assert [(u["seed"], u["epoch"], u["validated"], u["top1"]) for u in unfinished] == [(2, 2, 1, 33.0)]
     text = report.report(rows, unfinished, results, SETTINGS)
     assert "| a | 1.00 | 0.500 | 0.001 | 2 | 0, 1 | 51.00 ± 1.41 | 90.00 ± 0.00 | 100 | 1.0 |" in text
-    assert "| a | 0.001 | 2 | 1 of 2 | 33.00 |" in text and "Failed: c, lr 0.001, seed 0" in text
+    assert "| a | 0.001 | 2 | 2 of 2 | 33.00 | 1 |" in text and "Failed: c, lr 0.001, seed 0" in text
     assert "Up to 4 runs shared a device" in text and "a card, today. PyTorch." in text
     alone = [dict(kind="time", label=label, images_per_second=200.0, gib=None) for label in "ab"]
     rows = report.collect(results + alone, SETTINGS)

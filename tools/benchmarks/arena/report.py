@@ -116,17 +116,22 @@ def mean_curve(histories: list[list[dict]]) -> list[tuple[int, float]]:
 
 
 def unfinished_runs(output: Path, results: list[dict]) -> list[dict]:
-    """Runs that were begun and have no line among the results: `label`, `lr`, `seed`, `epoch`, `epochs`, `top1`."""
+    """Runs that were begun and have no line among the results.
+
+    Returns:
+        Dictionaries with `label`, `epochs`, `lr`, `seed`, the last `epoch`, the last that was `validated` (None where
+        none was) and its `top1`, and the `curve`.
+    """
     done = {(r["label"], r["epochs"], r["lr"], r["seed"]) for r in results if r["kind"] == "train"}
     rows = []
     for path in sorted((output / "runs").glob("*/epochs*-seed*/metrics.json")):
         run = json.loads(path.read_text())
         args, last = run["args"], run["history"][-1]
         if (path.parent.parent.name, args["epochs"], args["lr"], args["seed"]) not in done:
+            curve = mean_curve([run["history"]])
+            validated, top1 = curve[-1] if curve else (None, None)
             row = {"label": path.parent.parent.name, **{k: args[k] for k in ("epochs", "lr", "seed")}}
-            rows.append(
-                {**row, "epoch": last["epoch"], "top1": last.get("top1"), "curve": mean_curve([run["history"]])}
-            )
+            rows.append({**row, "epoch": last["epoch"], "validated": validated, "top1": top1, "curve": curve})
     return rows
 
 
@@ -145,10 +150,17 @@ def report(rows: list[dict], unfinished: list[dict], results: list[dict], settin
     if unfinished:
         parts.append("Not finished, and in no figure above:")
         lines = [
-            [u["label"], f"{u['lr']:g}", str(u["seed"]), f"{u['epoch']} of {u['epochs']}", number(u["top1"])]
+            [
+                u["label"],
+                f"{u['lr']:g}",
+                str(u["seed"]),
+                f"{u['epoch']} of {u['epochs']}",
+                number(u["top1"]),
+                ABSENT if u["validated"] is None else str(u["validated"]),
+            ]
             for u in unfinished
         ]
-        parts.append(table(["label", "lr", "seed", "epoch", "top-1 so far"], lines))
+        parts.append(table(["label", "lr", "seed", "epoch", "top-1 so far", "after epoch"], lines))
     parts += [
         f"Failed: {row['label']}, lr {row['lr']:g}, seed {row['seed']}, epochs {row['epochs']}: {row['failed']}"
         for row in results
