@@ -5,8 +5,10 @@ from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +164,42 @@ def test_until_the_time_is_over(tmp_path, monkeypatch):
     rows, left = run_tasks(work, tasks, tmp_path / "results.jsonl", jobs=2, minutes=110, then=then)
     assert names(rows) == ["quick", "slow", "last"]
     assert left == 2  # one that would not have ended in time, one that was cut off
+
+
+def test_what_runs_ends_with_a_command_that_is_killed(tmp_path):
+    script, running = tmp_path / "command.py", tmp_path / "running"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from common.scheduler import run_tasks\n"
+        "def work(task):\n"
+        f"    Path({str(running)!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        f"    run_tasks(work, [dict(key=dict(name='a'))], Path({str(tmp_path / 'results.jsonl')!r}))\n"
+    )
+    tools = Path(sys.modules["common.scheduler"].__file__).parents[1]
+    paths = os.pathsep.join([str(tools), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": paths}) as command:
+        wait_for(lambda: running.exists() and running.read_text())
+        command.kill()
+    wait_for(lambda: not alive(int(running.read_text())))
+
+
+def wait_for(condition):
+    end = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")  # whoever takes it over may be slow to ask for its exit code
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_visible_gpus(monkeypatch):

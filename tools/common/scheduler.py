@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -234,6 +235,7 @@ class _Process:
 
 def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | None) -> None:
     """The life of a process: tasks come in, results or error messages go out."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what several print would be mixed up)
@@ -253,3 +255,12 @@ def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | No
                 traceback.print_exc()
                 answer = None, f"{type(error).__name__}: {error}"
         connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that started it has ended, however that came.
+
+    A task would run on where it was killed: nobody takes its result, and it keeps its folder from who goes on with it.
+    """
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
