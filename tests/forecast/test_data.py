@@ -176,6 +176,14 @@ def test_missing_values_are_repaired_as_asked_and_told(tmp_path):
     assert kept.values[20, 0] == -9999
 
 
+@pytest.mark.parametrize("name, value", [("missing", "ffill"), ("times", "sort"), ("dates", "DMY")])
+def test_another_way_to_repair_is_refused_and_not_taken_for_one(name, value):
+    frame = make_frame(100)
+    frame.loc[5, frame.columns[1]] = np.nan
+    with pytest.raises(UserError, match=f"--{name} must be one of .*, got '{value}'"):
+        read_table(frame, **{name: value})
+
+
 def test_irregular_times_are_repaired_as_asked_and_told(tmp_path):
     frame = make_frame(100)
     shuffled = pd.concat([frame[50:], frame[:50], frame[7:8].assign(north=-1.0)]).drop(index=[20, 21])

@@ -14,7 +14,17 @@ from torch import Tensor
 from ..command.errors import UserError, did_you_mean
 from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
 from .frames import LONG, describe, leave_out_index, read_frame, widen
-from .stamps import find_step, join_time_of_day, parse_times, repair_times, stamp_rows, to_step, usual_gap
+from .stamps import (
+    DATES,
+    TIMES,
+    find_step,
+    join_time_of_day,
+    parse_times,
+    repair_times,
+    stamp_rows,
+    to_step,
+    usual_gap,
+)
 
 __all__ = [
     "Scaler",
@@ -129,6 +139,9 @@ def read_table(
         UserError: Anything in the file that cannot be used as it is.
     """
     source = describe(data)
+    for name, value, known in (("missing", missing, MISSING), ("times", times, TIMES), ("dates", dates, DATES)):
+        if value not in known:
+            raise UserError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
     if start and not freq:
         raise UserError("--start is for rows without time stamps: say with --freq how far apart they are.")
     frame, index, repairs = read_frame(data, untimed=freq is not None)
