@@ -151,8 +151,9 @@ def test_unknown_columns_suggest_the_one_that_was_meant(data):
         read_table(data, targets=["nroth"])
     with pytest.raises(UserError, match="no column promo "):
         read_table(data, future_columns=["promo "])
-    with pytest.raises(UserError, match="named twice"):
-        read_table(data, targets=["north", "promotion"], future_columns=["promotion"])
+    for targets, futures in ((["north", "promotion"], ["promotion"]), (["north"] * 2, []), (["north"], ["promotion"] * 2)):
+        with pytest.raises(UserError, match="named twice"):
+            read_table(data, targets=targets, future_columns=futures)
 
 
 def test_missing_values_are_repaired_as_asked_and_told(tmp_path):

@@ -146,6 +146,8 @@ def read_table(
         raise UserError("--start is for rows without time stamps: say with --freq how far apart they are.")
     frame, index, repairs = read_frame(data, untimed=freq is not None)
     asked = [*(targets or ()), *future_columns]
+    if twice := sorted({str(c) for c in asked if asked.count(c) > 1}):
+        raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
     ids = None
@@ -167,8 +169,6 @@ def read_table(
     for name in (*targets, *future_columns):
         if name not in names:
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
-    if twice := sorted({c for c in targets if targets.count(c) > 1 or c in future_columns}):
-        raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
     stamps, dates, more = parse_times(frame[time_column], source, dates)
