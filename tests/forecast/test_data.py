@@ -151,7 +151,8 @@ def test_unknown_columns_suggest_the_one_that_was_meant(data):
         read_table(data, targets=["nroth"])
     with pytest.raises(UserError, match="no column promo "):
         read_table(data, future_columns=["promo "])
-    for targets, futures in ((["north", "promotion"], ["promotion"]), (["north"] * 2, []), (["north"], ["promotion"] * 2)):
+    twice = [(["north", "promotion"], ["promotion"]), (["north"] * 2, []), (["north"], ["promotion"] * 2)]
+    for targets, futures in twice:
         with pytest.raises(UserError, match="named twice"):
             read_table(data, targets=targets, future_columns=futures)
 
