@@ -102,13 +102,14 @@ def test_only_ordinary_images_of_a_tar_are_read(tmp_path, capsys):
     pipe, link = tarfile.TarInfo("a/pipe.png"), tarfile.TarInfo("a/link.png")
     pipe.type, link.type, link.linkname = tarfile.FIFOTYPE, tarfile.SYMTYPE, "/etc/passwd"
     files = dict.fromkeys(("a/1.png", "a/2.png", "b/1.png", "b/2.png", "a/deep/1.png", "top.png"), image)
-    files |= dict.fromkeys((".git/1.png", ".git/2.png", "a/._1.png", "../a/9.png", "a/note.txt"), image)
+    files |= dict.fromkeys((".git/1.png", ".git/2.png", "a/._1.png", "../a/9.png", "a/note.txt", "a/2.gif"), image)
     path = make_tar(tmp_path / "odd.tar", {**files, "pipe": pipe, "link": link})
     images = open_split("", path, "train")
     assert [images.filename(i) for i in range(len(images))] == [f"{path}/{n}.png" for n in ("a/1", "a/2", "b/1", "b/2")]
     assert images.dataset.reader.left_out == (
         f"Left out of {path}: 1 beside the class folders (top.png); 1 deeper than the class folders (a/deep/1.png); "
-        "3 hidden (.git, a/._1.png, ..); 2 neither file nor folder (a/pipe.png, a/link.png)."
+        "3 hidden (.git, a/._1.png, ..); 2 neither file nor folder (a/pipe.png, a/link.png); "
+        "1 named as other images than .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp (a/2.gif)."
     )
 
 
@@ -202,6 +203,10 @@ def test_prediction_leaves_out_what_training_does(tmp_path, capsys):
     assert find_images([str(tmp_path / "mine")]) == expected
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "2 hidden" in out and "1 neither" in out and "3 linked back" in out
+    (tmp_path / "mine").rename(tmp_path / "mine [1]")
+    in_brackets = [tmp_path / "mine [1]" / name for name in ("0.png", "in/1.png")]
+    assert find_images([str(tmp_path / "mine [1]" / "**" / "*.png")]) == in_brackets
+    (tmp_path / "mine [1]").rename(tmp_path / "mine")
     for pattern in ("mine/**/*.png", "mine/**", "**/*.png", "mi*"):
         assert find_images([str(tmp_path / pattern)]) == expected
     assert find_images([str(tmp_path / "mine" / "in" / "._1.png")])  # which is named

@@ -120,7 +120,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.timeout(30)
 def test_a_folder_of_images(tmp_path):
     root = tmp_path / "above" / "root"
-    for name in ("b/10.png", "b/2.png", "a/x/1.JPG", "a/note.txt", ".hidden/1.png", "a/._1.png", "a/.DS_Store"):
+    images = "b/10.png", "b/2.png", "a/x/1.JPG", ".hidden/1.png", "a/._1.png"
+    for name in (*images, "a/.DS_Store", "a/note.txt", "a/2.HEIC"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     (root.parent / "other").mkdir()
@@ -136,6 +137,7 @@ def test_a_folder_of_images(tmp_path):
         "hidden": [".hidden", "a/.DS_Store", "a/._1.png"],
         "linked back or to nothing": ["0-again", "a/up", "b/broken.png", "b/self", "loop", "up"],
         "neither file nor folder": ["b/pipe.png", "b/zero.png"],
+        "named as other images than .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp": ["a/2.HEIC"],
     }
     line = describe_left_out("root", found.left_out)
     assert "3 hidden (" in line and "and 3 more" in line and "\n" not in line

@@ -151,8 +151,10 @@ def test_unknown_columns_suggest_the_one_that_was_meant(data):
         read_table(data, targets=["nroth"])
     with pytest.raises(UserError, match="no column promo "):
         read_table(data, future_columns=["promo "])
-    with pytest.raises(UserError, match="named twice"):
-        read_table(data, targets=["north", "promotion"], future_columns=["promotion"])
+    twice = [(["north", "promotion"], ["promotion"]), (["north"] * 2, []), (["north"], ["promotion"] * 2)]
+    for targets, futures in twice:
+        with pytest.raises(UserError, match="named twice"):
+            read_table(data, targets=targets, future_columns=futures)
 
 
 def test_missing_values_are_repaired_as_asked_and_told(tmp_path):
@@ -174,6 +176,14 @@ def test_missing_values_are_repaired_as_asked_and_told(tmp_path):
         )
     kept = read_table(path, keep_values=[-9999], missing="previous")
     assert kept.values[20, 0] == -9999
+
+
+@pytest.mark.parametrize("name, value", [("missing", "ffill"), ("times", "sort"), ("dates", "DMY")])
+def test_another_way_to_repair_is_refused_and_not_taken_for_one(name, value):
+    frame = make_frame(100)
+    frame.loc[5, frame.columns[1]] = np.nan
+    with pytest.raises(UserError, match=f"--{name} must be one of .*, got '{value}'"):
+        read_table(frame, **{name: value})
 
 
 def test_irregular_times_are_repaired_as_asked_and_told(tmp_path):

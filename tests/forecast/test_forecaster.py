@@ -82,6 +82,8 @@ def test_a_shorter_forecast_is_the_beginning_of_a_longer_one(trained, tmp_path):
     pd.testing.assert_frame_equal(forecaster.predict(path, horizon=5), forecaster.predict(path)[:5], check_freq=False)
     with pytest.raises(UserError, match="trained for 12 steps and forecasts 1 to 12, not 13"):
         predict(**options, horizon=13)
+    with pytest.raises(UserError, match=r"forecasts 1 to 12, not 2\.5"):
+        forecaster.predict(path, horizon=2.5)
 
 
 def test_known_future_columns_change_the_forecast_and_must_be_there(trained, data, tmp_path):

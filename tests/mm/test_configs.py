@@ -122,7 +122,7 @@ def test_multi_scale_training_is_swins():
     [
         ("_base_ = 'mmyolo::_base_/default_runtime.py'", "mmyolo.*is not installed.*pip install"),
         ("_base_ = 'mmdet::_base_/none.py'", "none.py"),
-        ("_base_ = 'missing.py'", "missing.py"),
+        ("_base_ = 'missing.py'", r"bad\.py needs \S+missing\.py, which is not there: check its _base_\.$"),
         ("model = dict(", "is no config that MMEngine can read"),
         (
             "custom_imports = dict(imports=['vim3'], allow_failed_imports=False)",
@@ -157,14 +157,18 @@ def test_reference_to_no_config(name):
         load_config(f"vim2::{name}")
 
 
+@pytest.mark.parametrize("path", ["missing.py", "missing", "mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py", "."])
+def test_no_config(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = "mask-rcnn_vim2-tiny_fpn_1x_coco.py" if "mask" in path else "NAME.py"
+    problem = r"\. is a folder, and no config" if path == "." else f"There is no config {path}"
+    with pytest.raises(UserError, match=f"^{problem}: give the path of a file, or .* vim2::mmdet/{known}\\.$"):
+        load_config(path)
+
+
 def test_reference_with_one_colon():
     with pytest.raises(UserError, match=r"one colon: .*two, vim2::mmdet/none\.py\.$"):
         load_config("vim2:mmdet/none.py")
-
-
-def test_no_config():
-    with pytest.raises(UserError, match=r"none\.py"):
-        load_config("none.py")
 
 
 def test_modules_that_options_name_are_imported(tmp_path, monkeypatch):

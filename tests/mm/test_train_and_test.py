@@ -104,10 +104,13 @@ class TestOneProcess:
         Image.fromarray(np.linspace(0, 65535, 64 * 96, dtype=np.uint16).reshape(64, 96)).save(
             tmp_path / "in" / "16.png"
         )
-        (tmp_path / "in" / "._16.png").write_bytes(b"no image")
+        for name in ("._16.png", "1.gif", "deeper/1.png"):
+            (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(b"no image")
         argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path / "out"]
         call(demo, tmp_path / "in", *argv, "--score-thr", "1")
-        assert "1 hidden (._16.png)" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "1 in folders of it (deeper/1.png); 1 hidden (._16.png); 1 named as other images" in out
         width, height = Image.open(tmp_path / "out" / "turned.png").size
         assert height > width
         if kind == "mmdet":  # with nothing drawn, the picture is the image

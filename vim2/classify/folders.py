@@ -20,7 +20,17 @@ from timm.data.readers.reader import Reader
 from timm.utils import natural_key
 
 from ..command.errors import UserError, first_line
-from ..command.images import HIDDEN, SPECIAL, SUFFIXES, ImageFolder, describe_left_out, first_names
+from ..command.images import (
+    HIDDEN,
+    OTHER_SUFFIXES,
+    SPECIAL,
+    SUFFIXES,
+    UNKNOWN,
+    ImageFolder,
+    describe_left_out,
+    first_names,
+    is_image,
+)
 from ..command.processes import free_memory
 
 __all__ = ["ClassFolderReader", "TarFolder", "find_split", "is_tar", "open_class_folders", "read_class_map"]
@@ -150,7 +160,7 @@ def open_tar(path: str | os.PathLike) -> TarFolder:
 def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, int] | bytes], dict[str, list[str]]]:
     """The `members` and `left_out` of a `TarFolder`. Size and time of change tell whether the file is the same."""
     members: dict[str, tuple[int, int] | bytes] = {}
-    left_out: dict[str, dict[str, None]] = {HIDDEN: {}, SPECIAL: {}}
+    left_out: dict[str, dict[str, None]] = {HIDDEN: {}, SPECIAL: {}, UNKNOWN: {}}
     held, free = 0, free_memory(torch.device("cpu"))
     try:
         compressed = _is_compressed(path)
@@ -165,7 +175,9 @@ def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, in
                     left_out[HIDDEN]["/".join(parts[: hidden + 1])] = None
                 elif not member.isreg() or member.issparse():
                     left_out[SPECIAL][name] = None
-                elif posixpath.splitext(name)[1].lower() in SUFFIXES:
+                elif is_image(name, OTHER_SUFFIXES):
+                    left_out[UNKNOWN][name] = None
+                elif is_image(name):
                     held += member.size
                     if compressed and free is not None and held > free:
                         raise UserError(

@@ -111,9 +111,12 @@ def find_images(given: Sequence[str]) -> list[Path]:
 
 
 def match(pattern: str) -> list[Path]:
-    """What a glob stands for. Unlike glob's, its `**` enters no links to folders, which may lead in circles."""
+    """What a glob stands for. Unlike glob's, its `**` enters no links to folders, which may lead in circles, and it
+    takes a folder such as `dog [1]` by its name, where there is one."""
     parts = Path(pattern).parts
-    plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    plain = 0
+    while plain < len(parts) and (not glob.has_magic(parts[plain]) or Path(*parts[: plain + 1]).exists()):
+        plain += 1
     if plain == len(parts):
         return []
     start = Path(*parts[:plain])

@@ -16,18 +16,22 @@ from .errors import UserError
 
 __all__ = [
     "HIDDEN",
+    "OTHER_SUFFIXES",
     "SPECIAL",
     "SUFFIXES",
+    "UNKNOWN",
     "ImageFolder",
     "UnreadableImage",
     "describe_left_out",
     "first_names",
+    "is_image",
     "read_image",
     "read_pixels",
     "to_8_bits",
 ]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".pgm", ".ppm")  # of images, too
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 # what is left out of a folder, as it is said after a number
@@ -35,10 +39,16 @@ HIDDEN = "hidden"
 LINKED_BACK = "linked back or to nothing"
 SPECIAL = "neither file nor folder"
 CLOSED = "not allowed to be opened"
+UNKNOWN = f"named as other images than {', '.join(SUFFIXES)}"
 
 
 class UnreadableImage(UserError):
     """A file that is missing, damaged, or no image."""
+
+
+def is_image(name: str, suffixes: Sequence[str] = SUFFIXES) -> bool:
+    """Whether a file is named as an image, of the formats that are read or of others."""
+    return os.path.splitext(name)[1].lower() in suffixes
 
 
 def read_image(file: str | os.PathLike | BinaryIO, upright: bool = False) -> Image.Image:
@@ -115,7 +125,7 @@ class ImageFolder:
     """The images in a folder and the folders in it.
 
     Links are followed, but no folder is entered twice, nor one above. Hidden files and folders, links that lead back or
-    to nothing, pipes and devices are left out.
+    to nothing, pipes, devices and images of other formats are left out.
 
     Attributes:
         path: The folder.
@@ -157,8 +167,10 @@ class ImageFolder:
                     (links if entry.is_symlink() else folders).append(inner)
                 elif kind != "file":
                     self._leave_out(kind, inner)
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                elif is_image(inner):
                     self.images.append(inner)
+                elif is_image(inner, OTHER_SUFFIXES):
+                    self._leave_out(UNKNOWN, inner)
         self.images.sort(key=lambda name: (natural_key(name), name))
 
     def __str__(self) -> str:

@@ -14,7 +14,17 @@ from torch import Tensor
 from ..command.errors import UserError, did_you_mean
 from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
 from .frames import LONG, describe, leave_out_index, read_frame, widen
-from .stamps import find_step, join_time_of_day, parse_times, repair_times, stamp_rows, to_step, usual_gap
+from .stamps import (
+    DATES,
+    TIMES,
+    find_step,
+    join_time_of_day,
+    parse_times,
+    repair_times,
+    stamp_rows,
+    to_step,
+    usual_gap,
+)
 
 __all__ = [
     "Scaler",
@@ -129,10 +139,15 @@ def read_table(
         UserError: Anything in the file that cannot be used as it is.
     """
     source = describe(data)
+    for name, value, known in (("missing", missing, MISSING), ("times", times, TIMES), ("dates", dates, DATES)):
+        if value not in known:
+            raise UserError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
     if start and not freq:
         raise UserError("--start is for rows without time stamps: say with --freq how far apart they are.")
     frame, index, repairs = read_frame(data, untimed=freq is not None)
     asked = [*(targets or ()), *future_columns]
+    if twice := sorted({str(c) for c in asked if asked.count(c) > 1}):
+        raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
     ids = None
@@ -154,8 +169,6 @@ def read_table(
     for name in (*targets, *future_columns):
         if name not in names:
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
-    if twice := sorted({c for c in targets if targets.count(c) > 1 or c in future_columns}):
-        raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
     stamps, dates, more = parse_times(frame[time_column], source, dates)

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,10 +195,10 @@ class Forecaster:
         """
         c = self.model.config
         horizon = c.horizon if horizon is None else horizon
-        if not 1 <= horizon <= c.horizon:
+        if not isinstance(horizon, Integral) or not 1 <= horizon <= c.horizon:
             raise UserError(
-                f"The forecaster was trained for {c.horizon} steps and forecasts 1 to {c.horizon}, not {horizon}: fit "
-                "one with a longer horizon for more."
+                f"The forecaster was trained for {c.horizon} steps and forecasts 1 to {c.horizon}, not {horizon!r}: "
+                "fit one with a longer horizon for more."
             )
         if len(table) < c.lookback:
             raise UserError(f"{len(table)} rows are too few: the model looks back over {c.lookback}.")

@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from ..command.errors import did_you_mean
 
-__all__ = ["config_path", "install"]
+__all__ = ["config_path", "install", "reference_of"]
 
 PREFIX = "vim2::"
 FOLDER = Path(__file__).parents[1] / ".mim" / "configs"  # where MMEngine and mim look for a package's configs
@@ -20,10 +20,20 @@ def config_path(reference: str) -> Path:
     """
     name = reference.removeprefix(PREFIX)
     if not (FOLDER / name).is_file():
-        known = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.glob("*/*.py"))]
+        known = _names()
         close = did_you_mean(name, known) or f" (of {', '.join(known)})"
         raise FileNotFoundError(f"the package has no config {name}{close}")
     return FOLDER / name
+
+
+def reference_of(path: str) -> str:
+    """The reference to the config of this package whose file is named as that of a path, else to any of them."""
+    name = next((name for name in _names() if Path(name).name == Path(path).name), "mmdet/NAME.py")
+    return f"{PREFIX}{name}"
+
+
+def _names() -> list[str]:
+    return [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.glob("*/*.py"))]
 
 
 def install() -> None:

@@ -33,6 +33,7 @@ from ..command.errors import UserError, first_line
 from ..command.processes import require_backend
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
+from .configs import reference_of
 from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
 
 __all__ = [
@@ -101,18 +102,24 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
 
     Raises:
-        UserError: No such file, one that cannot be read, one without a model, a library that is not installed, or a
-            module among `custom_imports` of the options that cannot be imported.
+        UserError: No such file, one that cannot be read or has a base that is not there, one without a model, a library
+            that is not installed, or a module among `custom_imports` of the options that cannot be imported.
     """
     path = str(path)
     library, colon, name = path.partition(":")
     if colon and name.startswith(("mmdet/", "mmseg/")) and library == "vim2":
         raise UserError(f"{path} has one colon: configs of this package are named with two, vim2::{name}.")
+    if "::" not in path and not os.path.isfile(path):
+        problem = f"{path} is a folder, and no config" if os.path.isdir(path) else f"There is no config {path}"
+        remedy = f"give the path of a file, or name one that this package brings, {reference_of(path)}"
+        raise UserError(f"{problem}: {remedy}.")
     if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
         MODULE2PACKAGE["mmseg"] = "mmseg"  # forks of the library have its module under another distribution's name
     try:
         config = Config.fromstring(f"_base_ = {path!r}", ".py") if "::" in path else Config.fromfile(path)
     except FileNotFoundError as error:
+        if error.filename is not None:  # of another file that the config wants, such as one of its bases
+            raise UserError(f"{path} needs {error.filename}, which is not there: check its _base_.") from None
         text = first_line(error)
         raise UserError(text if text.endswith("?") else f"{text}.") from None
     except ModuleNotFoundError as error:

@@ -100,11 +100,8 @@ def replay(
         known = _replays[owner] = {}
     key = settings, wants, tuple([None if t is None else _layout(t) for t in tensors])
     way = known.get(key, 0)
-    if way.__class__ is int:  # so many calls came before
-        if way == 0 and len(known) >= MAX_REPLAYS:
-            known.clear()
-        if way < PATIENCE:
-            known[key] = way + 1
+    if way.__class__ is int:
+        if not _is_due(known, key, way, MAX_REPLAYS):
             return function(*tensors)
         if wants is None:
             known[key], result = note(function, tensors)
@@ -155,15 +152,29 @@ def replayed(function: Callable) -> Callable:
         way = known.get(key, 0)
         if way.__class__ is not int:
             return function(*args) if way is REFUSED else way(*tensors)
-        if way == 0 and len(known) >= MAX_OPERATOR_REPLAYS:
-            known.clear()
-        if way < PATIENCE:
-            known[key] = way + 1
+        if not _is_due(known, key, way, MAX_OPERATOR_REPLAYS):
             return function(*args)
         known[key], result = note(_of_tensors_alone(function, args), tensors)
         return result
 
     return run
+
+
+def _is_due(known: dict[Hashable, Any], key: Hashable, calls: int, most: int) -> bool:
+    """Whether it is time to note what `calls` calls with such tensors came before; if not, counts one more.
+
+    Args:
+        known: The replays, and the calls so far of what is not noted, by key.
+        key: Of such tensors.
+        calls: Known of the key.
+        most: How many keys are remembered.
+    """
+    if calls >= PATIENCE:
+        return True
+    if calls == 0 and len(known) >= most:
+        known.clear()
+    known[key] = calls + 1
+    return False
 
 
 def _of_tensors_alone(function: Callable, args: tuple) -> Callable:

@@ -36,10 +36,12 @@ def find_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             folder = ImageFolder(path)
             inside = [path / name for name in folder.images if "/" not in name]
+            deeper = [name for name in folder.images if "/" in name]
+            left_out = describe_left_out(path, {"in folders of it": deeper, **folder.left_out})
             if not inside:
-                raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}).")
-            if folder.left_out:
-                print(describe_left_out(path, folder.left_out))
+                raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}). {left_out}")
+            if left_out:
+                print(left_out)
             images += inside
         else:
             images.append(path)
