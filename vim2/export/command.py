@@ -44,7 +44,8 @@ def export(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
-    add("--forecaster", metavar="DIR", help="in place of a model, the forecaster of a run of vim2 forecast fit")
+    forecaster = "in place of a model, the forecaster of a run of vim2 forecast fit, or hf-hub:OWNER/NAME"
+    add("--forecaster", metavar="DIR", help=forecaster)
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
     formats = "onnx: a file; pt2: a compiled package for PyTorch in Python and C++ (AOTInductor); timm: a folder for "
     formats += "timm, transformers and the Hugging Face Hub; safetensors: weights in half precision"
