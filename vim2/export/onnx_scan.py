@@ -84,7 +84,7 @@ def _scans(kind):
 
         @graph()
         def double(h: any_shape, decay_h: any_shape, before_i: INT64[...]):
-            # Where there is no chunk so far before one, its decays are zero by now.
+            # Where there is no chunk so far before one, its decays are zero by now. (An infinite state becomes NaN.)
             h_next = decay_h * op.Gather(h, before_i, axis=0) + h
             decay_next = decay_h * op.Gather(decay_h, before_i, axis=0)
             return h_next, decay_next

@@ -127,8 +127,9 @@ def _first_error(said: str) -> str:
 
 
 def _require_shared_runtime(package: str) -> None:
-    """Refuse a package whose library of GCC holds libstdc++ itself: it may end the process that loads it, in which
-    PyTorch has brought another."""
+    """Refuse a package whose library, which never does without C++'s runtime, was linked by GCC and does not name
+    libstdc++.so: it holds one of its own, and may end the process that loads it, in which PyTorch has brought another.
+    The compiler is not asked beforehand, since it does not tell what a script around it adds."""
     with zipfile.ZipFile(package) as archive:
         libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
     # what a library of ELF needs stands in it as text
