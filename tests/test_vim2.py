@@ -465,8 +465,9 @@ def test_traces(model, grad):
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(model, (x,))
         torch.testing.assert_close(traced(x), model(x))
-    with pytest.raises(RuntimeError):  # and does not read beyond the map
-        traced(images(2, 3, 96, 64))
+    for height, width in ((96, 64), (128, 32), (32, 128)):  # of more pixels, and of as many
+        with pytest.raises(RuntimeError, match="traced at one image size works at that size only"):
+            traced(images(2, 3, height, width))
     if grad:
         parameters = [model.stages[0].blocks[0].layers[0].mixer.s6.x_proj_weight, model.patch_embed.proj.weight]
         for a, b in zip(*(torch.autograd.grad(f(x).square().sum(), parameters) for f in (traced, model))):

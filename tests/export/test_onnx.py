@@ -63,13 +63,29 @@ def file(model, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def chunked_file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "chunked.onnx"
+    export_onnx(model, path, scan="chunks")
+    return path
+
+
 @torch.no_grad()
-def test_any_batch_and_size(model, file):
-    run, names = read(file)
+@pytest.mark.parametrize("of_form", ["file", "chunked_file"])
+def test_any_batch_and_size(model, of_form, request):
+    run, names = read(request.getfixturevalue(of_form))
     assert names == ["logits"]
     for shape in SIZES:
         x = torch.randn(shape)
         assert_alike(run(x), [model(x)])
+
+
+def test_channel_scans_are_too_short_for_chunks(file, chunked_file):
+    """Every other one is scanned in chunks, which are joined, and scanned again."""
+    scans, in_chunks = (
+        sum(node.op_type == "Scan" for node in onnx.load(path).graph.node) for path in (file, chunked_file)
+    )
+    assert (scans, in_chunks) == (6, 14)  # of two blocks with two long scans each
 
 
 def test_file_is_of_standard_operators_with_named_axes_and_no_paths(file):
@@ -128,6 +144,7 @@ class Scan(torch.nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("form", ["steps", "chunks"])
 @pytest.mark.parametrize("features", [3, 64])
 @pytest.mark.parametrize(
     ("orders", "shared", "rank", "softplus", "dtype"),
@@ -137,8 +154,8 @@ class Scan(torch.nn.Module):
         (FORWARD, True, 1, False, torch.float16),
     ],
 )
-def test_scan_in_a_users_own_export(orders, shared, rank, softplus, dtype, features, tmp_path):
-    k, n, (batch, height, width) = len(orders), 2, (2, 5, 3)
+def test_scan_in_a_users_own_export(orders, shared, rank, softplus, dtype, features, form, tmp_path):
+    k, n, (batch, height, width) = len(orders), 2, (2, 5, 13)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -159,7 +176,7 @@ def test_scan_in_a_users_own_export(orders, shared, rank, softplus, dtype, featu
         inputs,
         path,
         dynamo=True,
-        custom_translation_table=onnx_translations(),
+        custom_translation_table=onnx_translations(form),
         external_data=False,
         verbose=False,
     )
@@ -195,7 +212,7 @@ def test_last_state_is_refused():
     from vim2.export.onnx_scan import selective_scan as translated
 
     with pytest.raises(NotImplementedError, match="last state"):
-        translated(*[None] * 8, True, [0], 1, 1, False, True, 1, "torch")
+        translated(chunked=False)(*[None] * 8, True, [0], 1, 1, False, True, 1, "torch")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +221,7 @@ def test_last_state_is_refused():
         (dict(opset=17), "must be 18 to"),
         (dict(opset=99), "must be 18 to"),
         (dict(img_size=(31, 64)), "at least 32 x 32, got 31 x 64"),
+        (dict(scan="blocks"), "steps or chunks, got blocks"),
     ],
 )
 def test_what_cannot_be_written(model, options, says, tmp_path):
@@ -229,7 +247,17 @@ def test_command(model, tmp_path, capsys):
     checkpoint, output = tmp_path / "best.pth", tmp_path / "new" / "features.onnx"
     facts = dict(arch="test_vim2", num_classes=7, model_kwargs=TINY)
     save_checkpoint({**facts, "state_dict": model.state_dict()}, checkpoint)
-    command = ["--format", "onnx", "--features-only", "--checkpoint", str(checkpoint), "--output", str(output)]
+    command = [
+        "--format",
+        "onnx",
+        "--scan",
+        "chunks",
+        "--features-only",
+        "--checkpoint",
+        str(checkpoint),
+        "--output",
+        str(output),
+    ]
     assert main(["export", *command, "--compare"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 97 x 131 |")

@@ -5,6 +5,8 @@ Compiling a package takes the smallest model most of a minute: here the compiler
 import shutil
 import subprocess
 import sys
+import zipfile
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -156,13 +158,32 @@ def test_the_program_in_cpp(tmp_path):
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
     def link(program, package_path):
-        error = CppCompileError(["g++"], "/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld")
+        said = "/usr/bin/ld: warning: a stack\n/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld returned 1"
+        error = CppCompileError(["g++"], said)
         raise InductorError(error, None)
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", link)
     with pytest.raises(UserError, match=r"fails, /usr/bin/ld: cannot find -lcuda.*docs/export.md"):
         export_pt2(timm.create_model("test_vim2", **ONE_SCAN), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("library", "refused"),
+    [(b"GCC: (Ubuntu) libc.so.6", True), (b"GCC: (Ubuntu) libc.so.6 libstdc++.so.6", False)],
+)
+def test_a_runtime_of_its_own(library, refused, monkeypatch, tmp_path):
+    def link(program, package_path):
+        with zipfile.ZipFile(package_path, "w") as package:
+            package.writestr("model/data/aotinductor/model/a.wrapper.so", library)
+        return package_path
+
+    monkeypatch.setattr(pt2, "_program", lambda *args: None)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", link)
+    path = tmp_path / "model.pt2"
+    with pytest.raises(UserError, match=r"linked libstdc\+\+\.a into") if refused else nullcontext():
+        export_pt2(torch.nn.Identity(), path)
+    assert path.exists() != refused
 
 
 def test_no_compiler(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from forecast_helpers import TINY, make_frame, write_csv
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -135,6 +136,24 @@ def test_save_and_load_without_pickle(trained, data, tmp_path):
     saved = load_file(tmp_path / "copy" / "model.safetensors")
     for name, value in forecaster.model.state_dict().items():
         assert torch.equal(saved[name], value) and torch.equal(again.model.state_dict()[name], value)
+
+
+def test_from_the_hub(trained, data, monkeypatch):
+    """The network is replaced by a folder."""
+
+    def download(repository, revision, allow_patterns):
+        if (repository, revision) != ("someone/mine", "v1"):
+            raise LocalEntryNotFoundError("Got: ConnectError.\nPlease check.")
+        assert allow_patterns == ["config.json", "model.safetensors"]
+        return str(trained / "best")
+
+    monkeypatch.setattr("vim2.forecast.forecaster.snapshot_download", download)
+    name = "hf-hub:someone/mine@v1"
+    assert Forecaster.from_pretrained(name).to_dict() == Forecaster.from_pretrained(trained / "best").to_dict()
+    with pytest.raises(UserError, match="give --output"):
+        evaluate(data=str(data), checkpoint=name, device="cpu")
+    with pytest.raises(UserError, match=r"nobody/mine cannot be downloaded .Got: ConnectError.: check"):
+        Forecaster.from_pretrained("hf-hub:nobody/mine")
 
 
 def test_damaged_folders(trained, tmp_path):

@@ -2,7 +2,7 @@
 """Run a model's .pt2 package where none of our Python code is, in a C++ program and in a Python process of its own, and
 compare its logits with each other and with the model's.
 
-python tools/comparisons/cpp_package.py --model test_vim2 [--package test_vim2.pt2] [--device cuda]
+python tools/comparisons/cpp_package.py --model test_vim2 [--package test_vim2.pt2] [--img-size 224] [--device cuda]
 
 The program is tools/comparisons/run_package.cpp, built by g++ with the headers and libraries that PyTorch's wheel
 brings. Without --package the model is compiled first, which takes minutes.
@@ -84,21 +84,24 @@ def main(argv: list[str] | None = None) -> None:
         help="with the random weights of vim2 export; default %(default)s",
     )
     add("--package", type=Path, metavar="FILE", help="that vim2 export wrote of it, for the device")
+    add("--img-size", type=int, metavar="PIXELS", help="of a package for one size; default: three sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     args = parser.parse_args(argv)
+    fixed = args.img_size and (args.img_size, args.img_size)
+    sizes = [fixed] if fixed else SIZES
     torch.manual_seed(0)
     model = create_model(args.model).eval()
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
         package = args.package or Path(folder) / "model.pt2"
         if args.package is None:
-            export_pt2(model, package, device=args.device)
+            export_pt2(model, package, img_size=fixed, device=args.device)
         model.to(args.device)
         torch.backends.cudnn.allow_tf32 = False
-        sides = [str(side) for size in SIZES for side in size]
-        alone = run(sys.executable, "-I", "-c", SCRIPT, package, args.device, *sides).chunk(len(SIZES))  # loads it once
+        sides = [str(side) for size in sizes for side in size]
+        alone = run(sys.executable, "-I", "-c", SCRIPT, package, args.device, *sides).chunk(len(sizes))  # loads it once
         print("| size | C++ and Python, largest difference | C++ and the model | largest output |\n|---|---|---|---|")
-        for (height, width), in_python in zip(SIZES, alone):
+        for (height, width), in_python in zip(sizes, alone):
             logits = run(program, package, str(height), str(width))
             images = torch.arange(3 * height * width).float().sin().reshape(1, 3, height, width)
             with torch.no_grad():

@@ -20,7 +20,7 @@ from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution
 from .forecaster import ForecasterModule
 from .hub import export_timm
-from .onnx import DEFAULT_OPSET, MIN_OPSET, export_onnx
+from .onnx import DEFAULT_OPSET, MIN_OPSET, SCANS, export_onnx
 from .pt2 import MIN_DYNAMIC, export_pt2
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def export(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
-    add("--forecaster", metavar="DIR", help="in place of a model, the forecaster of a run of vim2 forecast fit")
+    forecaster = "in place of a model, the forecaster of a run of vim2 forecast fit, or hf-hub:OWNER/NAME"
+    add("--forecaster", metavar="DIR", help=forecaster)
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
     formats = "onnx: a file; pt2: a compiled package for PyTorch in Python and C++ (AOTInductor); timm: a folder for "
     formats += "timm, transformers and the Hugging Face Hub; safetensors: weights in half precision"
@@ -64,7 +65,10 @@ def export(argv: Sequence[str]) -> None:
     device = "on which a package will run, and a comparison does; default cpu"
     add("--device", choices=("cpu", "cuda"), help=device)
     opset = f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}"
-    parser.add_argument_group("onnx").add_argument("--opset", type=int, help=opset)
+    onnx = parser.add_argument_group("onnx")
+    onnx.add_argument("--opset", type=int, help=opset)
+    scan = "form of the scans: steps, one after the other, for CPUs, or chunks, side by side, for GPUs; default steps"
+    onnx.add_argument("--scan", choices=SCANS, help=scan)
     weights = parser.add_argument_group("safetensors")
     weights.add_argument("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
     weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
@@ -76,8 +80,8 @@ def export(argv: Sequence[str]) -> None:
     elif args.model is None and args.checkpoint is None:
         raise UserError("Say what to export: --model NAME, --checkpoint FILE or both, or --forecaster DIR.")
     programs = ("onnx", "pt2")
-    own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), device=programs)
-    own |= dict(batch_size=programs, data_dir=("safetensors",), split=("safetensors",))
+    own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), scan=("onnx",))
+    own |= dict(device=programs, batch_size=programs, data_dir=("safetensors",), split=("safetensors",))
     for name, formats in own.items():
         if getattr(args, name) and args.format not in formats:
             raise UserError(f"--{name.replace('_', '-')} is for --format {' or '.join(formats)}: leave it out.")
@@ -136,7 +140,7 @@ def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
         model = FeatureGetterNet(model, out_indices=tuple(range(len(model.stages))))
     if args.format == "onnx":
         opset = DEFAULT_OPSET if args.opset is None else args.opset
-        export_onnx(model, args.output, img_size=size, opset=opset)
+        export_onnx(model, args.output, img_size=size, opset=opset, scan=args.scan or SCANS[0])
         kind, run = f"ONNX, opset {opset}", ONNX_RUNTIMES.get(args.compare, run_onnxruntime)
     else:
         export_pt2(model, args.output, img_size=size, device=device)

@@ -15,23 +15,27 @@ from ..tsm2 import TSM2
 from .examples import examples
 from .forecaster import ForecasterModule
 
-__all__ = ["DEFAULT_OPSET", "MIN_OPSET", "export_onnx", "onnx_translations"]
+__all__ = ["DEFAULT_OPSET", "MIN_OPSET", "SCANS", "export_onnx", "onnx_translations"]
 
 MIN_OPSET = 18  # the oldest for which PyTorch has translations of its own operators
 DEFAULT_OPSET = 20
+SCANS = ("steps", "chunks")  # forms of a scan, see `vim2.export.onnx_scan`
 _MAX_FOLDED = 1 << 24  # bytes of a constant that is computed
 
 
-def onnx_translations() -> dict[Callable, Callable]:
+def onnx_translations(scan: str = "steps") -> dict[Callable, Callable]:
     """What `torch.onnx.export(model, ..., dynamo=True, custom_translation_table=onnx_translations())` needs to know of
     this package's operators. The model must be on the CPU, where the scan is the only one of them that is called.
+
+    Args:
+        scan: As of `export_onnx`.
 
     Returns:
         From operators of `torch.ops.vim2`, and the stable sort of a TSM2's quantiles, which PyTorch does not translate,
         to functions of onnxscript, for opset 18 or later.
 
     Raises:
-        UserError: onnx or onnxscript are not installed.
+        UserError: onnx or onnxscript are not installed; another form of the scan.
     """
     try:
         from .onnx_scan import selective_scan, sort
@@ -41,7 +45,12 @@ def onnx_translations() -> dict[Callable, Callable]:
         raise UserError(
             'ONNX files are written by the packages onnx and onnxscript: pip install "vim2[export]".'
         ) from None
-    return {torch.ops.vim2.selective_scan.default: selective_scan, torch.ops.aten.sort.stable: sort}
+    if scan not in SCANS:
+        raise UserError(f"The scan is exported in the form {' or '.join(SCANS)}, got {scan}.")
+    return {
+        torch.ops.vim2.selective_scan.default: selective_scan(chunked=scan == "chunks"),
+        torch.ops.aten.sort.stable: sort,
+    }
 
 
 def export_onnx(
@@ -49,6 +58,7 @@ def export_onnx(
     path: str | os.PathLike,
     img_size: tuple[int, int] | None = None,
     opset: int = DEFAULT_OPSET,
+    scan: str = "steps",
 ) -> None:
     """Write a model as an ONNX file of standard operators alone, in the dtype of its parameters.
 
@@ -64,13 +74,14 @@ def export_onnx(
         path: Of the file, which is replaced in one step.
         img_size: Height and width for a runtime that takes no dynamic ones; batches stay dynamic.
         opset: Version of ONNX's operators, 18 or later.
+        scan: The form of its scans: "steps", one after the other, for CPUs, or "chunks", side by side, for GPUs.
 
     Raises:
         UserError: onnx or onnxscript are not installed; an opset that is too old, or too new for PyTorch; an img_size
             below 32 x 32, or one for a TSM2 or forecaster; a VIM2_SCAN_BACKEND that cannot be used on CPUs.
         OSError: The file cannot be written; what was at `path` is untouched.
     """
-    translations = onnx_translations()
+    translations = onnx_translations(scan)
     newest = torch.onnx._constants.ONNX_MAX_OPSET
     if not MIN_OPSET <= opset <= newest:
         raise UserError(

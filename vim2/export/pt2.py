@@ -4,6 +4,7 @@ without this package."""
 import copy
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def export_pt2(
 
     Raises:
         UserError: As of `export_program`; a path of another name; no C++ compiler, or one that fails, as where a GPU's
-            libraries are not found; a device that is not there.
+            libraries are not found, or that finds libstdc++ but as an archive; a device that is not there.
         OSError: The file cannot be written; what was at `path` is untouched.
     """
     path = Path(path)
@@ -112,11 +113,31 @@ def export_pt2(
             failed = getattr(error, "inner_exception", error)
             if not isinstance(failed, CppCompileError):
                 raise
-            lines = [line for line in failed.output.splitlines() if "error" in line or "cannot find" in line]
             raise UserError(
-                f"The C++ compiler fails, {(lines or ['saying nothing'])[0]}: see docs/export.md for what it needs."
+                f"The C++ compiler fails, {_first_error(failed.output)}: see docs/export.md for what it needs."
             ) from None
+        _require_shared_runtime(made)
         write_atomically(path, Path(made).read_bytes())
+
+
+def _first_error(said: str) -> str:
+    """The linker's own line before that with which the compiler ends."""
+    lines = [line for line in said.splitlines() if "error" in line or ("ld: " in line and "warning" not in line)]
+    return next((line for line in lines if not line.startswith("collect2: ")), (lines or ["saying nothing"])[0])
+
+
+def _require_shared_runtime(package: str) -> None:
+    """Refuse a package whose library, which never does without C++'s runtime, was linked by GCC and does not name
+    libstdc++.so: it holds one of its own, and may end the process that loads it, in which PyTorch has brought another.
+    The compiler is not asked beforehand, since it does not tell what a script around it adds."""
+    with zipfile.ZipFile(package) as archive:
+        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+    # what a library of ELF needs stands in it as text
+    if any(b"GCC: (" in library and b"libstdc++.so" not in library for library in libraries):
+        raise UserError(
+            "The C++ compiler linked libstdc++.a into the package, and processes that load it would crash: let it find "
+            "libstdc++.so, see docs/export.md."
+        )
 
 
 def _compiled_scan(device: str | torch.device) -> Callable:

@@ -21,7 +21,7 @@ from ..command.runs import explain_disk_errors
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
 from .data import Table, Windows
-from .forecaster import BEST, Forecaster
+from .forecaster import BEST, Forecaster, is_on_hub
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
 from .refitting import refit
@@ -49,6 +49,8 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         UserError: Anything that the user can put right.
     """
     o, _, data = open_options(EvaluateOptions, argv, options)
+    if is_on_hub(o.checkpoint) and o.output is None:
+        raise UserError(f"Nothing is written to {o.checkpoint}: give --output, a folder.")
     device = choose_device(o.device)
     forecaster = Forecaster.from_pretrained(o.checkpoint, device, refitted=False)
     table = forecaster.read(data, **reading_options(o))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -26,9 +27,10 @@ from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
 
-__all__ = ["BEST", "REFITTED", "Forecaster"]
+__all__ = ["BEST", "REFITTED", "Forecaster", "is_on_hub"]
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+_ON_HUB = ("hf-hub:", "hf_hub:")  # what names of repositories on the Hugging Face Hub begin with, as timm has them
 CONFORMAL = "conformal"  # its name among the weights
 BEST, REFITTED = "best", "refitted"  # folders within a run's
 
@@ -308,16 +310,17 @@ class Forecaster:
         """Read what `save_pretrained` wrote, or the forecaster of a run's folder. No pickle is read.
 
         Args:
-            folder: Of a saved forecaster, or of a run.
+            folder: Of a saved forecaster, or of a run; or "hf-hub:OWNER/NAME" of a saved one on the Hugging Face Hub,
+                or "hf-hub:OWNER/NAME@REVISION".
             device: To put it on.
             refitted: Of a run, read the one that was fitted again to all rows, where there is one, rather than the best
                 epoch, which knows the training rows alone.
 
         Raises:
-            UserError: No such folder; damaged files, in which something cannot be true; weights of another
-                configuration.
+            UserError: No such folder, or none that can be downloaded; damaged files, in which something cannot be true;
+                weights of another configuration.
         """
-        folder = Path(folder)
+        folder = _download(str(folder)) if is_on_hub(folder) else Path(folder)
         if not (folder / CONFIG_NAME).is_file():
             parts = [folder / part for part in ([REFITTED] if refitted else []) + [BEST]]
             folder = next((part for part in parts if (part / CONFIG_NAME).is_file()), folder)
@@ -459,3 +462,25 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model
+
+
+def is_on_hub(folder: str | os.PathLike) -> bool:
+    """Whether it names a repository on the Hugging Face Hub."""
+    return str(folder).startswith(_ON_HUB)
+
+
+def _download(name: str) -> Path:
+    """The folder of a forecaster on the Hub, as it is kept on the disk.
+
+    Raises:
+        UserError: There is none, or no way to it.
+    """
+    repository, _, revision = name.partition(":")[2].partition("@")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+        )
+    except (OSError, ValueError) as error:  # of HTTP, of offline mode, of names
+        raise UserError(
+            f"{name} cannot be downloaded ({first_line(error)}): check the name, and the way to the Hub."
+        ) from None

@@ -190,7 +190,7 @@ class EvaluateOptions(SameReadingOptions, ComputeOptions):
 
     program = "vim2 forecast evaluate"
     data: str = option(REQUIRED, "the file it was trained on", metavar="DATA", positional=True)
-    checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
+    checkpoint: str = option(REQUIRED, "folder of a run, or hf-hub:OWNER/NAME", metavar="DIR")
     part: str = option("test", "of the split", choices=("test", "val"))
     batch_size: Positive = option(256, "windows at once", short="-b", metavar="N")
     refits: Count = option(
@@ -210,7 +210,7 @@ class PredictOptions(SameReadingOptions, DeviceOptions):
     data: str = option(
         REQUIRED, "a file with the same columns, at least a lookback long", metavar="DATA", positional=True
     )
-    checkpoint: str = option(REQUIRED, "folder of a run", metavar="DIR")
+    checkpoint: str = option(REQUIRED, "folder of a run, or hf-hub:OWNER/NAME", metavar="DIR")
     horizon: Positive | None = option(
         None, "steps to forecast; default: all that it was trained for, and no more than these", metavar="STEPS"
     )

@@ -90,6 +90,17 @@ def scan_backward(
     return _selective_scan_backward(grad_y, no_grad_last, starts, *operands, *options, grad_B, grad_C, grad_delta)
 
 
+def flatten_as_traced(field: Tensor, spatial: Sequence[int]) -> Tensor:
+    """(batch, *spatial, ...) -> (batch, L, ...). A graph of torch.jit.trace keeps the map's height and width as
+    numbers, with which the operator alone would walk another map of as many positions in a wrong order: here that one
+    is cut, and becomes too short for the operator."""
+    if len(spatial) == 1:
+        return field
+    if torch.jit.is_tracing():
+        field = field[:, : int(spatial[0]), : int(spatial[1])]
+    return field.flatten(1, 2)
+
+
 def _height_and_width(spatial: Sequence[int]) -> Sequence[int]:
     """Of a map, or of the one row that a sequence is."""
     return spatial if len(spatial) == 2 else (1, *spatial)

@@ -24,7 +24,7 @@ from ..operator import (
 )
 from ..replay import replayed
 from .operands import Operands
-from .operator import scan, scan_backward
+from .operator import flatten_as_traced, scan, scan_backward
 from .orders import ORDERS, check_orders
 
 
@@ -77,7 +77,7 @@ def projected_scan(
     elif trains and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # which knows no such functions
         y = _ProjectedScan.apply(*tensors, options, merge)
     else:
-        projected = project(flat, matrix, A.shape[0])
+        projected = project(flatten_as_traced(u, spatial), matrix, A.shape[0])
         operands = _operands(flat, projected, A, D, delta_bias, delta_weight)
         y, _, _ = scan(operands, **options, merge=merge, keeps=trains)
     return y.unflatten(1, spatial)

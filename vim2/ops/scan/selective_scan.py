@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..operator import needs_backward
 from .operands import Operands
-from .operator import scan
+from .operator import flatten_as_traced, scan
 from .orders import FORWARD, check_orders
 
 
@@ -64,7 +64,8 @@ def selective_scan(
             raise ValueError(f"{name} must be (K, E) = {tuple(A.shape[:2])}, got {tuple(t.shape)}.")
     if delta_weight is None:
         delta_weight = A.new_empty(0)
-    u, delta, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, delta, B, C))
+    delta = flatten_as_traced(delta, spatial)
+    u, B, C = (t if len(spatial) == 1 else t.flatten(1, 2) for t in (u, B, C))
     operands = Operands(u, delta, A, B, C, D, delta_bias, delta_weight)
     keeps = needs_backward(*operands)
     y, _, _ = scan(
