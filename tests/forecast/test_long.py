@@ -47,6 +47,35 @@ def test_other_columns_of_a_long_table_are_left_out_and_that_is_told():
     assert table.repairs == ["Columns beside unique_id, ds, y were left out: promotion."]
 
 
+@pytest.mark.parametrize(
+    "names, how",
+    [
+        (["shop", "date", "sales"], "shop to unique_id, date to ds, sales to y"),
+        (["shop", "day", "y"], "shop to unique_id, day to ds"),
+        (["unique_id", "ds", "sales"], "sales to y"),
+    ],
+)
+def test_a_long_table_of_other_names_is_told_how_to_become_one(names, how, tmp_path, capsys):
+    long = melt(make_frame())[["unique_id", "ds", "y"]].set_axis(names, axis=1)
+    with pytest.raises(UserError, match=r"^DataFrame looks like a long table.*\.rename\(columns=") as raised:
+        fit(data=long)
+    assert f"rename {how}, with" in str(raised.value)
+    numbered = long.assign(**{names[0]: long[names[0]].map({"north": 3, "south": 1, "level": 7}), "price": 1.5})
+    path = write_csv(tmp_path / "a.csv", numbered.sort_values([names[1], names[0]]))
+    assert main(["fit", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"rename {how}" in message and "in its first row" in message
+    renamed = long.set_axis(["unique_id", "ds", "y"], axis=1)
+    assert read_table(renamed).columns == COLUMNS
+
+
+def test_a_wide_table_is_taken_for_no_long_one():
+    frame = make_frame(60).assign(weekday="Monday", count=np.arange(60) % 2)
+    twice = pd.concat([frame, frame.iloc[:20].assign(count=5)]).sort_values("date", ignore_index=True)
+    with pytest.raises(UserError, match=r"--times regular"):
+        read_table(twice, targets=COLUMNS)
+
+
 def test_dates_in_the_order_of_a_country_and_numbers_with_commas(tmp_path):
     frame = make_frame(100, step="D")
     frame[COLUMNS] = frame[COLUMNS].round(3)

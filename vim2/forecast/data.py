@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
-from .frames import LONG, describe, leave_out_index, read_frame, widen
+from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import find_step, join_time_of_day, parse_times, repair_times, stamp_rows, to_step, usual_gap
 
 __all__ = [
@@ -145,9 +145,13 @@ def read_table(
         frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source)
         repairs += more
         time_column = "date"
-    time_column = choose_time_column(frame, time_column or index, source)
+    index = time_column or index
+    time_column = choose_time_column(frame, index, source)
     frame, time_column, more = join_time_of_day(frame, time_column, asked)
     repairs += more
+    if ids is None and not freq and times != "keep":
+        is_known = index is not None or time_column.lower() in TIME_NAMES
+        refuse_renamed_long(frame, time_column if is_known else None, source)
     names = [c for c in frame.columns if c != time_column]
     future_columns = list(future_columns)
     targets = [c for c in names if c not in future_columns] if targets is None else list(targets)

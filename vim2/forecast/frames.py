@@ -22,7 +22,7 @@ from ..command.errors import UserError
 from .cells import is_number, is_text, number_texts
 from .stamps import is_date
 
-__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "require_data", "widen"]
+__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
 LONG = ("unique_id", "ds", "y")  # columns of a long table, as neuralforecast names them
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -285,6 +285,60 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
                 frame = frame.drop(columns=name)
                 notes.append(f"Column {name}, which counts the rows, was left out.")
     return frame, notes
+
+
+def refuse_renamed_long(frame: pd.DataFrame, time: str | None, source: str) -> None:
+    """Raise for a long table whose columns have other names than LONG: with a column of dates, most of which are there
+    more than once, and a column of text or whole numbers which tells the rows of one date apart.
+
+    Args:
+        frame: As read.
+        time: Its column of time stamps, if that is known.
+        source: What messages call it.
+    """
+    rows, identity, stamps = len(frame), None, None
+    for stamps in [time] if time in frame else filter(lambda c: is_of_dates(frame[c]), frame):
+        counts = frame[stamps].value_counts()
+        if 2 * len(counts) <= rows:
+            identity = next((c for c in frame if c != stamps and names_series(frame, c, stamps, counts.max())), None)
+            break
+    if identity is None:
+        return
+    others = [c for c in frame if c not in (identity, stamps)]
+    values = [c for c in others if pd.api.types.is_numeric_dtype(frame[c])] or others
+    if not values:
+        return
+    value = LONG[2] if LONG[2] in values else values[0]
+    renamed = {old: new for old, new in zip((identity, stamps, value), LONG, strict=True) if old != new}
+    how = ", ".join(f"{old} to {new}" for old, new in renamed.items())
+    how += f", or another column than {value} if that is to be forecast" if len(values) > 1 and value in renamed else ""
+    where = f"with .rename(columns={renamed})" if source == "DataFrame" else "in its first row"
+    raise UserError(
+        f"{source} looks like a long table, a row for each series and time step: {identity} tells series apart, and "
+        f"{stamps} holds the same time stamps for each. It is read as one if its columns are called {', '.join(LONG)}: "
+        f"rename {how}, {where}."
+    )
+
+
+def is_of_dates(column: pd.Series) -> bool:
+    """Whether a column holds time stamps, or text that does."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return True
+    cells = column.iloc[:SAMPLE]
+    return is_text(column) and all(isinstance(cell, str) and is_date(cell) for cell in cells)
+
+
+def names_series(frame: pd.DataFrame, column: str, time: str, most: int) -> bool:
+    """Whether a column tells apart the rows of each time stamp, of which there are as many as `most`."""
+    cells = frame[column]
+    number = pd.api.types.is_integer_dtype(cells)
+    if not (number or is_text(cells) or isinstance(cells.dtype, pd.CategoricalDtype)):
+        return False
+    if not number and any(isinstance(cell, str) and is_number(cell) for cell in cells.iloc[:SAMPLE]):
+        return False
+    kinds = cells.nunique()
+    fits = kinds == most if number else most <= kinds <= len(frame) // 2
+    return fits and kinds > 1 and not frame.duplicated([column, time]).any()
 
 
 def widen(frame: pd.DataFrame, future: Sequence[str], name: str) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
