@@ -184,3 +184,51 @@ def test_the_whole_way_by_command_with_a_long_file(tmp_path):
     assert main([str(a) for a in ("evaluate", data, *checkpoint)]) == 0
     assert main([str(a) for a in ("predict", data, *checkpoint, "--output", tmp_path)]) == 0
     assert list(pd.read_csv(tmp_path / "forecast.csv")) == ["unique_id", "ds", "TSM2"]
+
+
+REGIONS, SIZES = {"north": "hills", "south": "coast", "level": "coast"}, {"north": 1, "south": 2, "level": 6}
+
+
+def with_static(long):
+    return long.assign(region=long["unique_id"].map(REGIONS), size=long["unique_id"].map(SIZES))
+
+
+def test_static_columns_reach_the_model_and_are_kept_with_it(tmp_path):
+    long = with_static(melt(make_frame()))
+    options = dict(FAST, data=long.sample(frac=1, random_state=0), output=tmp_path, experiment="run", members=2)
+    run = fit(**options, static_columns=["region", "size"])
+    forecaster = Forecaster.from_pretrained(run["folder"])
+    static, columns = forecaster.model.networks.static, forecaster.columns
+    size = np.array([SIZES[c] for c in columns], dtype=float)
+    expected = [[REGIONS[c] == "coast", REGIONS[c] == "hills"] for c in columns]
+    np.testing.assert_array_equal(static[:, :2], expected)
+    np.testing.assert_allclose(static[:, 2], (size - size.mean()) / size.std(), rtol=1e-6)
+    forecast = forecaster.predict(long)
+    pd.testing.assert_frame_equal(forecaster.predict(long.drop(columns=["region", "size"])), forecast)
+    static.zero_()
+    assert not np.allclose(forecaster.predict(long)["TSM2"], forecast["TSM2"])
+    moved = long.assign(size=long["size"].replace(6, 7))
+    with pytest.raises(UserError, match="is not the data that"):
+        fit(**{**options, "data": moved}, static_columns=["region", "size"], resume=True)
+    assert fit(**options, static_columns=["region", "size"], resume=True)["best"] == run["best"]
+
+
+@pytest.mark.parametrize(
+    "change, name, message",
+    [
+        (dict(), "regoin", "no column regoin; did you mean region"),
+        (dict(region=np.nan), "region", "region of DataFrame holds nothing for series north"),
+        (dict(region="hills"), "region", "region is the same for all series"),
+        (dict(size=np.inf), "size", r"infinite|the same"),
+        (dict(size=np.arange(1200)), "size", "size of DataFrame changes for series north"),
+    ],
+)
+def test_static_columns_that_describe_no_series(change, name, message):
+    long = with_static(melt(make_frame())).assign(**change)
+    with pytest.raises(UserError, match=message):
+        fit(data=long, static_columns=[name], **FAST)
+
+
+def test_static_columns_of_a_wide_table_are_refused():
+    with pytest.raises(UserError, match="describe the series of a long table"):
+        fit(data=make_frame(), static_columns=["promotion"], **FAST)

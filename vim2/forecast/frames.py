@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..command.errors import UserError
+from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
 from .stamps import is_date
 
@@ -341,21 +341,24 @@ def names_series(frame: pd.DataFrame, column: str, time: str, most: int) -> bool
     return fits and kinds > 1 and not frame.duplicated([column, time]).any()
 
 
-def widen(frame: pd.DataFrame, future: Sequence[str], name: str) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
+def widen(
+    frame: pd.DataFrame, future: Sequence[str], name: str, static: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame, list[str]]:
     """A long table, a row for each series and time step, as a wide one.
 
     Args:
         frame: With the columns LONG, in any order of rows.
         future: Further columns that are known beforehand, the same for all series.
         name: What messages call it.
+        static: Further columns that describe a series, whatever the time.
 
     Returns:
         Column ds in order of time, then a column for each series, then the future ones; the series' ids by the name of
-        their column; what was left out, a sentence each.
+        their column; the static columns, a row for each series, by the same names; what was left out, a sentence each.
 
     Raises:
         UserError: A row without id or time stamp, two rows of one series at one time, ids that are no names of
-            columns, future columns that differ between series.
+            columns, future columns that differ between series, static ones that differ within one or are missing.
     """
     identity, time, value = LONG
     for column in (identity, time):
@@ -389,9 +392,20 @@ def widen(frame: pd.DataFrame, future: Sequence[str], name: str) -> tuple[pd.Dat
                 f"Column {column} of {name} differs between series at {at}: what is known beforehand is shared by all."
             )
         columns[column] = known.set_index("row")[column].reindex(range(len(stamps)))
-    left = [column for column in frame.columns if column not in (*LONG, *future)]
+    described = pd.DataFrame(index=names)
+    for column in static:
+        if column not in frame:
+            raise UserError(f"{name} has no column {column}{did_you_mean(column, frame.columns)}")
+        kinds = frame.groupby(series)[column].nunique()
+        if (kinds != 1).any():
+            at, what = names[int(np.argmax(kinds != 1))], "holds nothing" if kinds.min() == 0 else "changes"
+            raise UserError(
+                f"Column {column} of {name} {what} for series {at}: a static column says one thing of each series."
+            )
+        described[column] = frame.groupby(series)[column].first().to_numpy()
+    left = [column for column in frame.columns if column not in (*LONG, *future, *static)]
     notes = [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
-    return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), notes
+    return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), described, notes
 
 
 def order_of_time(stamps: pd.Index) -> np.ndarray:
