@@ -69,6 +69,36 @@ def test_a_long_table_of_other_names_is_told_how_to_become_one(names, how, tmp_p
     assert read_table(renamed).columns == COLUMNS
 
 
+def test_two_columns_that_tell_series_apart_and_numbers_with_a_point():
+    days = pd.date_range("2024-01-01", periods=50)
+    rows = [(shop, item, day, 1.0) for shop in "AB" for item in ("pen", "ink") for day in days]
+    frame = pd.DataFrame(rows, columns=["shop", "item", "date", "sales"])
+    with pytest.raises(UserError, match="join shop and item into one column unique_id, and rename date to ds"):
+        read_table(frame)
+    with pytest.raises(UserError, match="rename shop to unique_id"):
+        read_table(frame[frame["item"] == "pen"].drop(columns="item").replace({"A": 1.0, "B": 2.0}))
+
+
+@pytest.mark.parametrize("part", ["hour", "load_at", "slot"])
+def test_a_part_of_the_time_names_no_series(part):
+    times = pd.date_range("2024-01-01", periods=240, freq="h")
+    hours = [f"P{hour}" for hour in times.hour] if part == "slot" else times.hour
+    frame = pd.DataFrame({"date": times.strftime("%Y-%m-%d"), part: hours, "load": np.arange(240.0)})
+    with pytest.raises(UserError, match=f"is a part of the time, write it into date.* rename {part} to"):
+        read_table(frame)
+
+
+def test_rows_that_are_there_twice_are_left_out_where_that_is_asked_for():
+    frame = make_frame(60)
+    twice = pd.concat([frame.assign(logger=0), frame.assign(logger=1)]).sort_values("date", ignore_index=True)
+    assert len(read_table(twice, times="regular")) == 60
+
+
+def test_static_columns_named_twice_are_refused():
+    with pytest.raises(UserError, match="Static columns are named twice: size"):
+        fit(data=with_static(melt(make_frame())), static_columns=["size", "size"], **FAST)
+
+
 def test_a_wide_table_is_taken_for_no_long_one():
     frame = make_frame(60).assign(weekday="Monday", count=np.arange(60) % 2)
     twice = pd.concat([frame, frame.iloc[:20].assign(count=5)]).sort_values("date", ignore_index=True)

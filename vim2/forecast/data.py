@@ -154,7 +154,7 @@ def read_table(
     time_column = choose_time_column(frame, index, source)
     frame, time_column, more = join_time_of_day(frame, time_column, asked)
     repairs += more
-    if ids is None and not freq and times != "keep":
+    if ids is None and not freq and times == "error":
         is_known = index is not None or time_column.lower() in TIME_NAMES
         refuse_renamed_long(frame, time_column if is_known else None, source)
     if static_columns and static is None:
@@ -167,6 +167,8 @@ def read_table(
     for name in (*targets, *future_columns):
         if name not in names:
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
+    if twice := sorted({c for c in static_columns if list(static_columns).count(c) > 1}):
+        raise UserError(f"Static columns are named twice: {', '.join(twice)}. Name each once.")
     if twice := sorted({c for c in targets if targets.count(c) > 1 or c in future_columns}):
         raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
     if not targets:

@@ -38,6 +38,21 @@ OTHERS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".json", ".jsonl", ".fea
 WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # of Excel and LibreOffice, also where they were named .csv
 SAMPLE = 100  # rows that show separators, and whether there is a header
 SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in numbers
+PARTS_OF_TIME = {
+    "time",
+    "hour",
+    "hours",
+    "hr",
+    "h",
+    "minute",
+    "minutes",
+    "min",
+    "halfhour",
+    "slot",
+    "period",
+    "interval",
+}
+PARTS_OF_TIME |= {"day", "weekday", "dow", "week", "month", "quarter", "season", "shift", "year"}
 NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column without a name
 
 
@@ -296,28 +311,63 @@ def refuse_renamed_long(frame: pd.DataFrame, time: str | None, source: str) -> N
         time: Its column of time stamps, if that is known.
         source: What messages call it.
     """
-    rows, identity, stamps = len(frame), None, None
+    rows, ids, stamps = len(frame), [], None
     for stamps in [time] if time in frame else filter(lambda c: is_of_dates(frame[c]), frame):
         counts = frame[stamps].value_counts()
         if 2 * len(counts) <= rows:
-            identity = next((c for c in frame if c != stamps and names_series(frame, c, stamps, counts.max())), None)
+            ids = find_ids(frame, stamps, counts.max())
             break
-    if identity is None:
+    if not ids:
         return
-    others = [c for c in frame if c not in (identity, stamps)]
+    others = [c for c in frame if c not in (*ids, stamps)]
     values = [c for c in others if pd.api.types.is_numeric_dtype(frame[c])] or others
     if not values:
         return
     value = LONG[2] if LONG[2] in values else values[0]
-    renamed = {old: new for old, new in zip((identity, stamps, value), LONG, strict=True) if old != new}
-    how = ", ".join(f"{old} to {new}" for old, new in renamed.items())
+    if len(ids) == 1:
+        renamed = {old: new for old, new in zip((ids[0], stamps, value), LONG) if old != new}
+        verb, how = "tells", ""
+    else:
+        renamed = {old: new for old, new in zip((stamps, value), LONG[1:]) if old != new}
+        verb, how = "tell", f"join {' and '.join(ids)} into one column {LONG[0]}" + ", and " * bool(renamed)
+    if renamed:
+        how += "rename " + ", ".join(f"{old} to {new}" for old, new in renamed.items())
     how += f", or another column than {value} if that is to be forecast" if len(values) > 1 and value in renamed else ""
-    where = f"with .rename(columns={renamed})" if source == "DataFrame" else "in its first row"
+    if renamed:
+        how += f", with .rename(columns={renamed})" if source == "DataFrame" else ", in its first row"
+    if may_be_time(frame[ids[0]]):
+        raise UserError(
+            f"Rows of {source} share the time stamps of {stamps}, and {ids[0]} tells them apart. If it is a part of "
+            f"the time, write it into {stamps}, as in 2024-01-31 13:00. If it names series, one below the other: {how}."
+        )
     raise UserError(
-        f"{source} looks like a long table, a row for each series and time step: {identity} tells series apart, and "
-        f"{stamps} holds the same time stamps for each. It is read as one if its columns are called {', '.join(LONG)}: "
-        f"rename {how}, {where}."
+        f"{source} looks like a long table, a row for each series and time step: {' and '.join(ids)} {verb} series "
+        f"apart, and {stamps} holds the same time stamps for each. It is read as one if its columns are called "
+        f"{', '.join(LONG)}: {how}."
     )
+
+
+def find_ids(frame: pd.DataFrame, time: str, most: int) -> list[str]:
+    """The column that tells apart the rows of each time stamp, of which there are at most as many as `most`, or two of
+    text that do together."""
+    others = [c for c in frame if c != time]
+    for column in others:
+        if names_series(frame, column, time, most):
+            return [column]
+    words = [c for c in others if is_name(frame[c]) and not may_be_time(frame[c])]
+    pairs = ([a, b] for i, a in enumerate(words) for b in words[i + 1 :])
+    return next((pair for pair in pairs if not frame.duplicated([*pair, time]).any()), [])
+
+
+def may_be_time(column: pd.Series) -> bool:
+    """Whether a column may hold a part of the time, such as the hour, by its name or as it counts from 0 or 1."""
+    if PARTS_OF_TIME & set(re.findall(r"[a-z]+", str(column.name).lower())):
+        return True
+    found = [re.fullmatch(r"[^\d-]{0,2}(\d{1,4})(\.0)?", str(cell)) for cell in column.unique()]
+    if len(found) < 4 or not all(found):
+        return False
+    numbers = sorted(int(match[1]) for match in found)
+    return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def is_of_dates(column: pd.Series) -> bool:
@@ -331,14 +381,19 @@ def is_of_dates(column: pd.Series) -> bool:
 def names_series(frame: pd.DataFrame, column: str, time: str, most: int) -> bool:
     """Whether a column tells apart the rows of each time stamp, of which there are as many as `most`."""
     cells = frame[column]
-    number = pd.api.types.is_integer_dtype(cells)
-    if not (number or is_text(cells) or isinstance(cells.dtype, pd.CategoricalDtype)):
-        return False
-    if not number and any(isinstance(cell, str) and is_number(cell) for cell in cells.iloc[:SAMPLE]):
+    number = pd.api.types.is_any_real_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells)
+    if not (is_name(cells) or (number and cells.notna().all() and (cells % 1 == 0).all())):
         return False
     kinds = cells.nunique()
     fits = kinds == most if number else most <= kinds <= len(frame) // 2
     return fits and kinds > 1 and not frame.duplicated([column, time]).any()
+
+
+def is_name(cells: pd.Series) -> bool:
+    """Whether cells are text, and no numbers."""
+    if isinstance(cells.dtype, pd.CategoricalDtype):
+        return True
+    return is_text(cells) and not any(isinstance(cell, str) and is_number(cell) for cell in cells.iloc[:SAMPLE])
 
 
 def widen(

@@ -170,6 +170,8 @@ class Run:
                 "The rows to train on hold no cycle of the calendar (day, week, year) twice: leave out --calendar."
             )
         static = 0 if self.static is None else self.static.shape[1]
+        if static:
+            self.notes.append(f"Static columns make {static} features of each series: {', '.join(o.static_columns)}.")
         config = model_config(o, len(futures) + 2 * len(cycles), static)
         step = self.table.step
         self.forecaster = Forecaster(
