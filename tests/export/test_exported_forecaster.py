@@ -18,20 +18,25 @@ from vim2.forecast.forecaster import Forecaster
 LOOKBACK, HORIZON = 24, 5
 
 
-def forecaster(quantiles=(), calendar=()):
+def forecaster(quantiles=(), calendar=(), static=()):
     """Of three columns of different scales, with weights that are not those of a start."""
     torch.manual_seed(0)
     mixers = dict(time_mixer="linear", variate_mixer="none") if calendar else {}  # then the future's scans alone
-    changes = dict(d_state=2, quantiles=quantiles, future_features=2 * len(calendar), **mixers)
+    changes = dict(
+        d_state=2, quantiles=quantiles, future_features=2 * len(calendar), static_features=len(static), **mixers
+    )
     config = TSM2Config(LOOKBACK, HORIZON, 4, 2, 8, **changes)
-    model = Committee(config, 2).eval()
+    model = Committee(config, 2, variates=3).eval()
+    if static:
+        model.networks.static.normal_()
     for p in model.parameters():
         p.data.add_(torch.randn_like(p), alpha=0.05)
     for member in model.linear:
         member.weight.normal_(std=0.1)
     scaler = Scaler(np.array([1e4, 2.0, -3.0]), np.array([1.0, 20.0, 0.1]))
     conformal = torch.rand(HORIZON, 3, len(quantiles)) if quantiles else None
-    return Forecaster(model, ["a", "b", "c"], scaler, calendar=list(calendar), step="h", conformal=conformal)
+    known = dict(calendar=list(calendar), static_columns=list(static))
+    return Forecaster(model, ["a", "b", "c"], scaler, step="h", conformal=conformal, **known)
 
 
 def windows(forecaster, count):
@@ -58,7 +63,7 @@ def assert_same(result, expected, forecaster):
 def test_programs_forecast_as_it_does(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    made = forecaster(quantiles=(0.1, 0.5, 0.9), calendar=("day",))
+    made = forecaster(quantiles=(0.1, 0.5, 0.9), calendar=("day",), static=("size", "height"))
     expected, inputs = windows(made, 3)
     module = ForecasterModule(made)
     torch.export.save(export_program(module), tmp_path / "program.pt2")

@@ -47,6 +47,65 @@ def test_other_columns_of_a_long_table_are_left_out_and_that_is_told():
     assert table.repairs == ["Columns beside unique_id, ds, y were left out: promotion."]
 
 
+@pytest.mark.parametrize(
+    "names, how",
+    [
+        (["shop", "date", "sales"], "shop to unique_id, date to ds, sales to y"),
+        (["shop", "day", "y"], "shop to unique_id, day to ds"),
+        (["unique_id", "ds", "sales"], "sales to y"),
+    ],
+)
+def test_a_long_table_of_other_names_is_told_how_to_become_one(names, how, tmp_path, capsys):
+    long = melt(make_frame())[["unique_id", "ds", "y"]].set_axis(names, axis=1)
+    with pytest.raises(UserError, match=r"^DataFrame looks like a long table.*\.rename\(columns=") as raised:
+        fit(data=long)
+    assert f"rename {how}, with" in str(raised.value)
+    numbered = long.assign(**{names[0]: long[names[0]].map({"north": 3, "south": 1, "level": 7}), "price": 1.5})
+    path = write_csv(tmp_path / "a.csv", numbered.sort_values([names[1], names[0]]))
+    assert main(["fit", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"rename {how}" in message and "in its first row" in message
+    renamed = long.set_axis(["unique_id", "ds", "y"], axis=1)
+    assert read_table(renamed).columns == COLUMNS
+
+
+def test_two_columns_that_tell_series_apart_and_numbers_with_a_point():
+    days = pd.date_range("2024-01-01", periods=50)
+    rows = [(shop, item, day, 1.0) for shop in "AB" for item in ("pen", "ink") for day in days]
+    frame = pd.DataFrame(rows, columns=["shop", "item", "date", "sales"])
+    with pytest.raises(UserError, match="join shop and item into one column unique_id, and rename date to ds"):
+        read_table(frame)
+    with pytest.raises(UserError, match="rename shop to unique_id"):
+        read_table(frame[frame["item"] == "pen"].drop(columns="item").replace({"A": 1.0, "B": 2.0}))
+
+
+@pytest.mark.parametrize("part", ["hour", "load_at", "slot"])
+def test_a_part_of_the_time_names_no_series(part):
+    times = pd.date_range("2024-01-01", periods=240, freq="h")
+    hours = [f"P{hour}" for hour in times.hour] if part == "slot" else times.hour
+    frame = pd.DataFrame({"date": times.strftime("%Y-%m-%d"), part: hours, "load": np.arange(240.0)})
+    with pytest.raises(UserError, match=f"is a part of the time, write it into date.* rename {part} to"):
+        read_table(frame)
+
+
+def test_rows_that_are_there_twice_are_left_out_where_that_is_asked_for():
+    frame = make_frame(60)
+    twice = pd.concat([frame.assign(logger=0), frame.assign(logger=1)]).sort_values("date", ignore_index=True)
+    assert len(read_table(twice, times="regular")) == 60
+
+
+def test_static_columns_named_twice_are_refused():
+    with pytest.raises(UserError, match="Static columns are named twice: size"):
+        fit(data=with_static(melt(make_frame())), static_columns=["size", "size"], **FAST)
+
+
+def test_a_wide_table_is_taken_for_no_long_one():
+    frame = make_frame(60).assign(weekday="Monday", count=np.arange(60) % 2)
+    twice = pd.concat([frame, frame.iloc[:20].assign(count=5)]).sort_values("date", ignore_index=True)
+    with pytest.raises(UserError, match=r"--times regular"):
+        read_table(twice, targets=COLUMNS)
+
+
 def test_dates_in_the_order_of_a_country_and_numbers_with_commas(tmp_path):
     frame = make_frame(100, step="D")
     frame[COLUMNS] = frame[COLUMNS].round(3)
@@ -155,3 +214,51 @@ def test_the_whole_way_by_command_with_a_long_file(tmp_path):
     assert main([str(a) for a in ("evaluate", data, *checkpoint)]) == 0
     assert main([str(a) for a in ("predict", data, *checkpoint, "--output", tmp_path)]) == 0
     assert list(pd.read_csv(tmp_path / "forecast.csv")) == ["unique_id", "ds", "TSM2"]
+
+
+REGIONS, SIZES = {"north": "hills", "south": "coast", "level": "coast"}, {"north": 1, "south": 2, "level": 6}
+
+
+def with_static(long):
+    return long.assign(region=long["unique_id"].map(REGIONS), size=long["unique_id"].map(SIZES))
+
+
+def test_static_columns_reach_the_model_and_are_kept_with_it(tmp_path):
+    long = with_static(melt(make_frame()))
+    options = dict(FAST, data=long.sample(frac=1, random_state=0), output=tmp_path, experiment="run", members=2)
+    run = fit(**options, static_columns=["region", "size"])
+    forecaster = Forecaster.from_pretrained(run["folder"])
+    static, columns = forecaster.model.networks.static, forecaster.columns
+    size = np.array([SIZES[c] for c in columns], dtype=float)
+    expected = [[REGIONS[c] == "coast", REGIONS[c] == "hills"] for c in columns]
+    np.testing.assert_array_equal(static[:, :2], expected)
+    np.testing.assert_allclose(static[:, 2], (size - size.mean()) / size.std(), rtol=1e-6)
+    forecast = forecaster.predict(long)
+    pd.testing.assert_frame_equal(forecaster.predict(long.drop(columns=["region", "size"])), forecast)
+    static.zero_()
+    assert not np.allclose(forecaster.predict(long)["TSM2"], forecast["TSM2"])
+    moved = long.assign(size=long["size"].replace(6, 7))
+    with pytest.raises(UserError, match="is not the data that"):
+        fit(**{**options, "data": moved}, static_columns=["region", "size"], resume=True)
+    assert fit(**options, static_columns=["region", "size"], resume=True)["best"] == run["best"]
+
+
+@pytest.mark.parametrize(
+    "change, name, message",
+    [
+        (dict(), "regoin", "no column regoin; did you mean region"),
+        (dict(region=np.nan), "region", "region of DataFrame holds nothing for series north"),
+        (dict(region="hills"), "region", "region is the same for all series"),
+        (dict(size=np.inf), "size", r"infinite|the same"),
+        (dict(size=np.arange(1200)), "size", "size of DataFrame changes for series north"),
+    ],
+)
+def test_static_columns_that_describe_no_series(change, name, message):
+    long = with_static(melt(make_frame())).assign(**change)
+    with pytest.raises(UserError, match=message):
+        fit(data=long, static_columns=[name], **FAST)
+
+
+def test_static_columns_of_a_wide_table_are_refused():
+    with pytest.raises(UserError, match="describe the series of a long table"):
+        fit(data=make_frame(), static_columns=["promotion"], **FAST)

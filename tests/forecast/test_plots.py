@@ -3,11 +3,14 @@ import pytest
 pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
+from types import SimpleNamespace
+
 import matplotlib.figure
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from vim2.forecast.plots import plot_errors, plot_weights
+from vim2.forecast.plots import plot_errors, plot_forecast, plot_weights
 
 
 def scores(variates):
@@ -44,6 +47,45 @@ def test_errors_of_many_variates_stay_legible(tmp_path, variates, monkeypatch):
         assert "30 of 207" in bars.get_xlabel()
     else:
         assert drawn == list(range(variates))
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_forecasts_of_many_variates_are_drawn_from_the_best_to_the_worst(tmp_path, scored, monkeypatch):
+    figures, write = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **o: (figures.append(f), write(f, *a, **o)))
+    forecaster = SimpleNamespace(
+        columns=[f"v{i}" for i in range(15)], model=SimpleNamespace(config=SimpleNamespace(quantiles=()))
+    )
+    values = np.arange(15.0) + np.zeros((5, 15))
+    errors = np.random.default_rng(0).permutation(15) / 10
+    times = pd.date_range("2011-03-01", periods=10, freq="D")
+    given = [errors.tolist()] if scored else []
+    plot_forecast(forecaster, times, values, values, values, tmp_path / "a.png", *given)
+    drawn = [int(axes.get_title().removeprefix("v")) for axes in figures[0].axes]
+    assert [axes.lines[0].get_ydata()[0] for axes in figures[0].axes] == drawn
+    if scored:
+        assert errors[drawn].tolist() == [
+            0.0,
+            0.2,
+            0.4,
+            0.6,
+            0.8,
+            1.0,
+            1.2,
+            1.4,
+        ]  # with best, median and worst or nearly
+        assert "from the best forecast to the worst" in figures[0].get_supxlabel()
+    else:
+        assert drawn == list(range(8)) and "the first 8 of 15" in figures[0].get_supxlabel()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("step", ["15min", "h", "D", "W", "MS", "QS"])
+@pytest.mark.parametrize("rows", [5, 60, 192])
+def test_dates_find_their_ticks(tmp_path, step, rows):
+    forecaster = SimpleNamespace(columns=["a"], model=SimpleNamespace(config=SimpleNamespace(quantiles=())))
+    times, values = pd.date_range("2011-03-01", periods=rows, freq=step), np.ones((rows, 1))
+    plot_forecast(forecaster, times, values[2:], values[:2], values[:2], tmp_path / "a.png")
 
 
 def test_a_committees_weights_are_drawn_as_they_are(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""How long TSM2 takes: epochs of a committee in the shape of ETTh1 and Weather, and one's time and memory over variates
-and lookback.
+"""How long TSM2 takes: epochs of committees in the shape of known data sets, and time and memory of a single one over
+variates and lookback.
 
 Random series; medians. Writes benchmark.json, and benchmark.png of the scaling, to --output, and prints markdown.
 """
@@ -16,23 +16,28 @@ import argparse
 import json
 import platform
 import time
+from dataclasses import replace
+from itertools import product
 
 import torch
-from timm.utils import ModelEmaV3
 
-from vim2 import TSM2Config
+from vim2 import TSM2, TSM2Config
 from vim2.checkpoints import write_atomically
-from vim2.command.graphs import record
 from vim2.command.processes import require_backend
 from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
+from vim2.forecast.options import FitOptions, fill_open, model_config
 from vim2.forecast.scores import model_forecast, score
+from vim2.forecast.trainer import Trainer
 from vim2.ops.backend import DEFAULT_BACKEND
 
-MEMBERS = 3
-EPOCHS = {  # windows to train on and to validate on, variates, batch, model
-    "ETTh1": (8033, 2785, 7, 64, dict(d_model=16, variate_mixer="none")),
-    "Weather": (36280, 5175, 21, 128, dict(d_model=64)),
+# Rows to train and to validate on, variates, horizon: as recipes have them, and as five-minute speeds of 207 sensors,
+# over four months as in METR-LA and over two weeks. Everything else is what `fit` chooses for so many.
+EPOCHS = {
+    "ETTh1": (8640, 2880, 7, 96),
+    "Weather": (36887, 5270, 21, 96),
+    "207 sensors": (23990, 3427, 207, 12),
+    "207 sensors, two weeks": (2822, 404, 207, 12),
 }
 
 
@@ -41,66 +46,63 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_step(config: TSM2Config, members: int, device: torch.device, amp: bool, example: torch.Tensor | None = None):
-    """A training step on a batch, as the training loop makes it; with CUDA graphs for batches like the example."""
-    torch.manual_seed(0)
-    model = Networks(config, members).to(device)
-    ema = ModelEmaV3(model, decay=0.998)
-    graphed = None if example is None else record(model.train(), (example,), torch.bfloat16 if amp else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-
-    def step(x, y):
-        if graphed is not None and x.shape == example.shape:
-            loss = (graphed(x).float() - y).square().mean()
-        else:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = (model(x).float() - y).square().mean()
-        loss.backward()
-        for network in model:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model)
-
-    return ema.module, step
-
-
-def time_epochs(device: torch.device, amp: bool, share: float) -> list[dict]:
+def time_epochs(names: list[str], device: torch.device, amp: bool, share: float) -> list[dict]:
+    """An epoch of a committee's TSM2 as `fit` trains it, and the pass over the validation windows behind it."""
     rows = []
-    cases = [(n, graph) for n in EPOCHS for graph in ((False, True) if device.type == "cuda" else (False,))]
-    for name, graph in cases:
-        train, val, variates, batch, options = EPOCHS[name]
-        config = TSM2Config(lookback=512, horizon=96, patch=64, stride=32, d_state=8, **options)
-        values = torch.randn(train + 607, variates, device=device)
-        windows, validation = (Windows(values, 512, 96, 0, n + 607) for n in (train, val))
-        model, step = make_step(config, MEMBERS, device, amp, windows[:batch][0].contiguous() if graph else None)
-        count = len(windows) if share == 1 else max(int(share * train) // batch, 1) * batch
-        order = torch.randperm(len(windows), device=device)[:count]
-        for size in (batch, batch, batch, len(order) % batch or batch):  # kernels may be compiled for the last batch
-            step(*windows[:size][:2])
-        synchronise(device)
-        start = time.perf_counter()
-        for index in order.split(batch):
-            step(*windows[index][:2])
-        synchronise(device)
-        seconds = (time.perf_counter() - start) * train / len(order)
-        forecast = model_forecast(model.eval(), amp=amp)
-        some = Windows(values, 512, 96, 0, 607 + max(int(share * val), 1))
-        for _ in range(2):  # the first warms up
+    for name, graph in product(names, (False, True) if device.type == "cuda" else (False,)):
+        train, val, variates, horizon = EPOCHS[name]
+        options = FitOptions(data=name, split=[train, val, 0], lookback=512, horizon=horizon)
+        o = fill_open(options, train + val, variates)
+        torch.manual_seed(0)
+        values = torch.randn(train + val, variates, device=device)
+        windows = Windows(values, 512, horizon, 0, train)
+        trainer = Trainer(Networks(model_config(o, 0), o.members).to(device), windows, o, amp)
+        if graph:
+            trainer.capture()
+        trainer.options = replace(o, epoch_steps=3)
+        trainer.epoch(0)  # warms up, and compiles
+        steps = max(int(share * o.epoch_steps), 1)
+        trainer.options = replace(o, epoch_steps=steps)
+        start = time.process_time()
+        seconds = trainer.epoch(0)["seconds"] * o.epoch_steps / steps
+        processor = (time.process_time() - start) * o.epoch_steps / steps
+        forecast = model_forecast(trainer.averages.eval(), amp=amp)
+        validation = Windows(values, 512, horizon, train - 512, train + val)
+        some = validation.stretch(0, max(int(share * len(validation)), 1))
+        for _ in range(2 if device.type == "cuda" else 1):  # the first warms up
             synchronise(device)
             start = time.perf_counter()
-            score(lambda x, _, forecast=forecast: forecast(x, None).mean(0), some)
+            score(lambda x, _, forecast=forecast: forecast(x, None).float().mean(0), some)
             synchronise(device)
         rows.append(
             dict(
                 name=name + (", CUDA graphs" if graph else ""),
-                batch=batch,
+                updates=o.epoch_steps,
+                batch=o.batch_size,
                 train_seconds=round(seconds, 2),
+                processor_seconds=round(processor, 2),
                 validation_seconds=round((time.perf_counter() - start) * len(validation) / len(some), 2),
             )
         )
         print(rows[-1], flush=True)
     return rows
+
+
+def make_step(config: TSM2Config, device: torch.device, amp: bool):
+    """A training step of a TSM2 on a batch."""
+    torch.manual_seed(0)
+    model = TSM2(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+
+    def step(x, y):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = (model(x).float() - y).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def time_scaling(
@@ -111,7 +113,7 @@ def time_scaling(
     for axis, sizes in (("variates", variates), ("lookback", lookbacks)):
         for size in sizes:
             m, lookback = (size, 512) if axis == "variates" else (21, size)
-            _, step = make_step(TSM2Config(lookback=lookback, d_model=64, depth=2), 1, device, amp)
+            step = make_step(TSM2Config(lookback=lookback, d_model=64, depth=2), device, amp)
             x, y = torch.randn(8, lookback, m, device=device), torch.randn(8, 96, m, device=device)
             step(x, y)
             if device.type == "cuda":
@@ -152,6 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-benchmark"))
+    parser.add_argument("--names", nargs="*", choices=tuple(EPOCHS), default=list(EPOCHS), help="whose epochs")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 outside the scan")
     parser.add_argument("--share", type=float, default=1.0, help="of an epoch that is run, and scaled up")
     parser.add_argument("--repeats", type=int, default=30, help="of a step")
     parser.add_argument("--variates", type=int, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
@@ -159,18 +163,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     require_backend(device.type)
-    amp = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if amp else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    amp = args.amp
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     where = f"{name}, PyTorch {torch.__version__}, {'bfloat16 autocast' if amp else 'float32'}"
     where += "" if DEFAULT_BACKEND == "auto" else f", VIM2_SCAN_BACKEND={DEFAULT_BACKEND}"
-    epochs = time_epochs(device, amp, args.share)
+    epochs = time_epochs(args.names, device, amp, args.share)
     scaling = time_scaling(device, amp, args.repeats, args.variates, args.lookbacks)
     result = {"where": where, "share": args.share, "epochs": epochs, "scaling": scaling}
     write_atomically(args.output / "benchmark.json", json.dumps(result, indent=1) + "\n")
     plot(scaling, args.output / "benchmark.png")
-    print(f"\n{where}\n\n| epoch | batch | training, s | validation, s |\n|---|---|---|---|")
+    print(f"\n{where}\n\n| epoch | updates | batch | training, s | of a processor, s | validation, s |")
+    print("|---|---|---|---|---|---|")
     for row in epochs:
-        print(f"| {row['name']} | {row['batch']} | {row['train_seconds']:.2f} | {row['validation_seconds']:.2f} |")
+        print(f"| {' | '.join(str(value) for value in row.values())} |")
     print("\n| training step at batch 8 | size | ms | MiB |\n|---|---|---|---|")
     for row in scaling:
         memory = "" if row["mib"] is None else f"{row['mib']:.0f}"

@@ -5,6 +5,8 @@
     forecast_results.py run     trains and tests, with one recipe for all, a cell for data set, horizon and seed
     forecast_results.py table   prints what was run, beside the paper's and published figures
 
+Flights, Retail, Employment, Tourism and Electricity are made by many_variates.py; they are run where --names has them.
+
 Every finished cell is a line of OUTPUT/results.jsonl; a cell that is there already is not run again. With --no-test,
 cells are trained and validated, and the test splits are not looked at. Trainings stay in OUTPUT/runs: where
 results.jsonl was removed, `run` trains none of them again, but mixes their members by today's rule for weights.
@@ -21,6 +23,7 @@ from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 
 from vim2.benchmark.reporting import is_number
 from vim2.command.errors import UserError
@@ -33,6 +36,15 @@ FILES = {
     "Exchange": "exchange_rate.csv",
     "Weather": "weather.csv",
 }
+# Series with many variates, and one with features that are known ahead, as many_variates.py makes them: file, horizons,
+# options of `fit`.
+MANY = {
+    "Flights": ("flights.csv", (24, 96), {}),
+    "Retail": ("retail.csv", (12, 24), {}),
+    "Employment": ("employment.csv", (12, 24), {}),
+    "Tourism": ("tourism.csv", (4, 8), dict(split=[0.6, 0.2, 0.2])),  # 80 rows in all
+    "Electricity": ("electricity.csv", (48,), dict(targets=["Demand"])),
+}
 HORIZONS = (96, 192, 336, 720)
 PAPER = {  # arXiv 2403.19888, MSE at the four horizons
     "ETTh1": (0.375, 0.398, 0.419, 0.422),
@@ -43,30 +55,46 @@ PAPER = {  # arXiv 2403.19888, MSE at the four horizons
     "Weather": (0.161, 0.208, 0.252, 0.337),
 }
 DUET = {"ETTh1": 0.398, "ETTh2": 0.334, "ETTm1": 0.338, "ETTm2": 0.248, "Exchange": 0.280, "Weather": 0.218}  # averages
-# Comparisons, at the first horizon. What TSM2 does alone, and ridge, is told of every cell.
+STATIC = {"Retail": ["State", "Industry"], "Tourism": ["Region", "State", "Purpose"]}
+# Comparisons. What TSM2 does alone, and ridge, is told of every cell.
 _S6 = dict(variate_mixer="s6")
+ABLATIONS = {
+    "S6 along time and variates": _S6,
+    "no variate mixer": dict(variate_mixer="none"),
+    "Mamba + linear time": dict(_S6, time_mixer="linear"),
+    "linear time, no variate mixer": dict(variate_mixer="none", time_mixer="linear"),
+    "TSM2-MLP": dict(variate_mixer="mlp"),
+    "2-D norm, no instance norm": dict(_S6, norm="2d", instance_norm="none"),
+}
 COMPARISONS = {
-    "ablations": {
-        "S6 along time and variates": _S6,
-        "TSM2-MLP": dict(variate_mixer="mlp"),
-        "Mamba + linear time": dict(_S6, time_mixer="linear"),
-        "no variate mixer": dict(variate_mixer="none"),
-        "linear time, no variate mixer": dict(variate_mixer="none", time_mixer="linear"),
-        "2-D norm, no instance norm": dict(_S6, norm="2d", instance_norm="none"),
-    },
+    "ablations": ABLATIONS,
     "calendar": {
         "history alone": {},
         "with calendar features": dict(calendar=True),
     },
+    "variates": {name: ABLATIONS[name] for name in ("S6 along time and variates", "no variate mixer")},
+    "static": {"S6 along time and variates": _S6},
+    "known": {
+        "history alone": {},
+        "temperature and holidays known": dict(future_columns=["Temperature", "Holiday"]),
+        "temperature, holidays and calendar known": dict(future_columns=["Temperature", "Holiday"], calendar=True),
+    },
 }
-COMPARED = {"ablations": ("ETTh1", "ETTm1", "Exchange"), "calendar": ("ETTh1", "ETTh2", "Weather")}
+COMPARED = {
+    "ablations": ("ETTh1", "Weather", "Exchange", "ETTm1", *MANY),
+    "variates": ("Weather", "Flights", "Retail", "Employment", "Tourism"),
+    "calendar": ("ETTh1", "ETTh2", "Weather"),
+    "static": tuple(STATIC),
+    "known": ("Electricity",),
+}
 
 
 def data_file(folder: Path, name: str) -> Path:
+    file = FILES[name] if name in FILES else MANY[name][0]
     for suffix in ("", ".xz", ".gz"):
-        if (path := folder / (FILES[name] + suffix)).is_file():
+        if (path := folder / (file + suffix)).is_file():
             return path
-    raise UserError(f"there is no {FILES[name]}, .xz or .gz in {folder}: give another --data-dir.")
+    raise UserError(f"there is no {file}, .xz or .gz in {folder}: give another --data-dir.")
 
 
 def run_cell(task: dict) -> dict:
@@ -79,7 +107,7 @@ def run_cell(task: dict) -> dict:
     cell = task["key"]
     experiment = f"{cell['name']}-{cell['horizon']}-{cell['label'].replace(' ', '_')}-{cell['seed']}"
     options = {k: task[k] for k in ("data", "device", "cuda_graph", "output")} | task["settings"]["changes"]
-    options |= dict(recipe=cell["name"], horizon=cell["horizon"], seed=cell["seed"])
+    options |= dict(task["of_set"], horizon=cell["horizon"], seed=cell["seed"])
     run = fit(**options, experiment=experiment, resume=True)
     committee = run["committee"]
     weights = {name: row["weight"] for name, row in committee["members"].items()}
@@ -103,6 +131,8 @@ def run_cell(task: dict) -> dict:
         for name, row in scores["scores"].items():
             prefix = "" if name == first else name.replace(" ", "_") + "_"
             result |= {prefix + error: row[error] for error in ("mse", "mae", "mase")}
+        for part in ("quantiles", "without_conformal"):
+            result |= {f"{part}_{name}": value for name, value in scores.get(part, {}).items()}
     return result
 
 
@@ -116,14 +146,15 @@ def print_ridge(args: argparse.Namespace) -> None:
     from vim2.forecast.scores import score
 
     torch.set_num_threads(args.threads)
-    print(f"| data set | {' | '.join(map(str, args.horizons))} | average | penalties | paper's TSM2 | DUET |")
-    print("|---" * (len(args.horizons) + 5) + "|")
-    for name in args.names:
+    horizons = args.horizons or HORIZONS
+    print(f"| data set | {' | '.join(map(str, horizons))} | average | penalties | paper's TSM2 | DUET |")
+    print("|---" * (len(horizons) + 5) + "|")
+    for name in (name for name in args.names if name in RECIPES):
         recipe = RECIPES[name]
         reading = {k: recipe[k] for k in ("times", "keep_values") if k in recipe}
         table = read_table(data_file(args.data_dir, name), **reading)
         errors, penalties = [], []
-        for horizon in args.horizons:
+        for horizon in horizons:
             lookback = recipe["lookback"]
             split = make_split(len(table), recipe["split"], lookback, horizon)
             values = Scaler.fit(table.values[: split.train]).transform(table.values)
@@ -150,7 +181,7 @@ def run_all(tasks: list[dict], args: argparse.Namespace) -> tuple[list[dict], in
         if row:
             test = f"  test {row['mse']:.4f} (ridge {row['ridge_mse']:.4f})" if "mse" in row else ""
             print(
-                f"{row['name']:<8} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
+                f"{row['name']:<11} {row['horizon']:>3} seed {row['seed']} {row['label']:<20} validation "
                 f"{row['val_mse']:.4f} (ridge {row['ridge_val_mse']:.4f}){test}  TSM2's weight "
                 f"{row['tsm2_weight']:.2f}  epoch {row['epoch']} of {row['epochs']}, {row['seconds']} s",
                 flush=True,
@@ -177,7 +208,7 @@ def tables(rows: list[dict]) -> str:
     for row in rows:
         if "mse" in row:
             by_cell.setdefault((row["label"], row["name"], row["horizon"]), []).append(row)
-    for label in dict.fromkeys(label for label, _, _ in by_cell):
+    for label in dict.fromkeys(label for label, name, _ in by_cell if name in FILES):
         heads = ["data set", "H", "MSE", "MAE", "MASE", "weight", "TSM2, MSE", "linear, MSE"]
         heads += ["ridge, MSE", "ridge, MAE", "last value, MSE", "paper, MSE", "DUET, MSE"]
         lines += [f"\n{label}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -194,9 +225,28 @@ def tables(rows: list[dict]) -> str:
                     averages.append({k: sum(row[k] for row in of_seed) / len(of_seed) for k in COLUMNS})
                 paper = sum(PAPER[name]) / len(HORIZONS)
                 lines.append(line(f"{name} | average", averages, paper, DUET[name], len(seeds)))
+    many = [cell for cell in sorted(by_cell, key=lambda cell: (cell[1], cell[2])) if cell[1] in MANY]
+    if many:
+        heads = ["data set", "H", "", "MSE", "MAE", "MASE", "weight", "TSM2, MSE", "linear, MSE"]
+        heads += ["ridge, MSE", "ridge, MAE", "last value, MSE", "last season, MSE"]
+        lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [
+            f"| {name} | {h} | {label} | {' | '.join(columns(by_cell[label, name, h], (*COLUMNS, SEASON)))} |"
+            for label, name, h in many
+        ]
+    banded = {cell: group for cell, group in by_cell.items() if "quantiles_coverage" in group[0]}
+    if banded:
+        heads = ["data set", "H", "coverage", "CRPS", "coverage without correction", "CRPS without correction"]
+        lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for (_, name, h), group in banded.items():
+            means = (statistics.fmean(row[k] for row in group) for k in BANDS)
+            shown = (f"{m:.1%}" if "coverage" in k else f"{m:.4f}" for k, m in zip(BANDS, means, strict=True))
+            lines.append(f"| {name} | {h} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
+BANDS = ("quantiles_coverage", "quantiles_crps", "without_conformal_coverage", "without_conformal_crps")
+SEASON = "seasonal_naive_mse"
 COLUMNS = ("mse", "mae", "mase", "tsm2_weight", "TSM2_members_alone_mse", "linear_members_alone_mse")
 COLUMNS += ("ridge_mse", "ridge_mae", "last_value_mse")
 KEY_NUMBERS, VALIDATION = ("horizon", "seed"), ("epoch", "val_mse", "ridge_val_mse")  # that every row has
@@ -213,25 +263,36 @@ def fault(row: dict) -> str:
 
 def line(start: str, group: list[dict], paper: float, duet: float | None = None, seeds: int = 0) -> str:
     """A row of the table from the rows of its seeds."""
-    means = {k: statistics.fmean(row[k] for row in group) for k in COLUMNS}
-    cells = [f"{means[k]:.2f}" if k == "tsm2_weight" else f"{means[k]:.4f}" for k in COLUMNS]
-    if len(group) > 1:
-        for i in range(2):
-            cells[i] += f" ± {statistics.stdev(row[COLUMNS[i]] for row in group):.4f}"
-    if round(means["mse"], 4) < round(means["ridge_mse"], 4):
-        cells[0] = f"**{cells[0]}**"
-    marks = [mark for mark, other in (("p", paper), ("d", duet)) if other is not None and means["mse"] < other]
+    cells, mse = columns(group, COLUMNS), statistics.fmean(row["mse"] for row in group)
+    marks = [mark for mark, other in (("p", paper), ("d", duet)) if other is not None and mse < other]
     cells[0] += "".join(f" {mark}" for mark in marks)
     return f"| {start} | {' | '.join(cells)} | {paper:.{4 if seeds else 3}f} | {'' if duet is None else duet} |"
+
+
+def columns(group: list[dict], names: Sequence[str]) -> list[str]:
+    """Cells of a table from the rows of its seeds: means, two with deviations; an MSE below ridge's in bold."""
+    means = {k: statistics.fmean(row[k] for row in group) for k in names}
+    cells = [f"{means[k]:.2f}" if k == "tsm2_weight" else f"{means[k]:.4f}" for k in names]
+    if len(group) > 1:
+        for i in range(2):
+            cells[i] += f" ± {statistics.stdev(row[names[i]] for row in group):.4f}"
+    if round(means["mse"], 4) < round(means["ridge_mse"], 4):
+        cells[0] = f"**{cells[0]}**"
+    return cells
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("ridge", "run", "table"))
-    parser.add_argument("--data-dir", type=Path, help="folder with ETTh1.csv, ..., exchange_rate.csv, weather.csv")
+    parser.add_argument("--data-dir", type=Path, help="folder with ETTh1.csv, ..., weather.csv, flights.csv, ...")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-results"), help="folder of the results")
-    parser.add_argument("--names", nargs="+", choices=tuple(FILES), default=list(FILES))
-    parser.add_argument("--horizons", nargs="+", type=int, choices=HORIZONS, default=list(HORIZONS))
+    parser.add_argument("--names", nargs="+", choices=(*FILES, *MANY), default=list(FILES))
+    parser.add_argument(
+        "--horizons",
+        nargs="+",
+        type=int,
+        help="those that a data set has of these; default: all, of a comparison the first",
+    )
     parser.add_argument(
         "--center", choices=("mean", "last"), default="mean", help="what `ridge` subtracts from a window"
     )
@@ -241,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=tuple(COMPARISONS),
         default=[],
-        help="this, at the first horizon, instead of the recipe at all",
+        help="this instead of the recipe alone",
     )
     parser.add_argument("--no-test", action="store_true", help="validate only")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
@@ -259,7 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "ridge":
         print_ridge(args)
         return 0
-    rows, left = run_all([task for name in args.names for task in plan(name, args)], args)
+    tasks = [task for name in args.names for task in plan(name, args)]
+    if not tasks:
+        raise UserError(f"None of {', '.join(args.names)} has such a comparison or horizon.")
+    rows, left = run_all(tasks, args)
     print(tables(rows))
     return int(left > 0)
 
@@ -270,20 +334,32 @@ def plan(name: str, args: argparse.Namespace) -> list[dict]:
     common = dict(data=str(data_file(args.data_dir, name)), output=str(args.output / "runs"))
     common |= dict(device=args.device, cuda_graph=args.cuda_graph, threads=args.threads)
     common |= dict(group=name, places=1 + (name == "Weather"))  # the largest, with which a GPU is busy
-
-    test = not args.no_test
-
-    def task(horizon: int, label: str, changes: dict, seed: int) -> dict:
-        key = dict(name=name, horizon=horizon, seed=seed, label=label)
-        return dict(common, key=key, settings=dict(changes={**changes, **extra}, test=test), priority=seed)
-
-    if not args.compare:
-        return [task(horizon, "TSM2", {}, seed) for seed in args.seeds for horizon in args.horizons]
-    settings = {}
+    horizons, of_set = HORIZONS, dict(recipe=name)
+    if name in MANY:
+        _, horizons, options = MANY[name]
+        of_set = dict(options, refit=False)
+    settings = {} if args.compare else {"TSM2": {}}
     for comparison in args.compare:
         if name in COMPARED[comparison]:
             settings |= COMPARISONS[comparison]
-    return [task(args.horizons[0], label, c, seed) for seed in args.seeds for label, c in settings.items()]
+        if comparison == "static" and name in STATIC:
+            settings["series described"] = dict(_S6, static_columns=STATIC[name])
+    if args.horizons:
+        horizons = [h for h in args.horizons if h in horizons]
+    elif args.compare:
+        horizons = horizons[:1]
+    return [
+        dict(
+            common,
+            of_set=of_set,
+            key=dict(name=name, horizon=horizon, seed=seed, label=label),
+            settings=dict(changes={**changes, **extra}, test=not args.no_test),
+            priority=seed + i / len(settings),  # of all data sets, what a comparison names first comes first
+        )
+        for seed in args.seeds
+        for horizon in horizons
+        for i, (label, changes) in enumerate(settings.items())
+    ]
 
 
 if __name__ == "__main__":

@@ -49,14 +49,20 @@ class Networks(nn.ModuleList):
     Args:
         config: Of each.
         count: How many, k.
+        variates: M, where they have static features.
+
+    Attributes:
+        static: Those features, (M, C_S), which training sets; None without.
     """
 
-    def __init__(self, config: TSM2Config, count: int, device=None):
+    def __init__(self, config: TSM2Config, count: int, device=None, variates: int = 0):
         super().__init__(TSM2(config, device=device) for _ in range(count))
+        width = config.static_features
+        self.register_buffer("static", torch.zeros(variates, width, device=device) if width else None)
 
     def forward(self, x: Tensor, future: Tensor | None = None) -> Tensor:
         """(n, L, M), and future features as TSM2 takes them -> each one's forecast, (k, n, H, M) or (k, n, H, M, Q)."""
-        return torch.stack([network(x, future=future) for network in self])
+        return torch.stack([network(x, self.static, future) for network in self])
 
 
 class Committee(nn.Module):
@@ -69,17 +75,18 @@ class Committee(nn.Module):
     Args:
         config: Of each TSM2.
         networks: How many TSM2, k.
+        variates: M, where they have static features.
 
     Attributes:
         weights: One for each of `names`, not negative, of sum 1, float32: the prior until they are found.
     """
 
-    def __init__(self, config: TSM2Config, networks: int = 3, device=None):
+    def __init__(self, config: TSM2Config, networks: int = 3, device=None, variates: int = 0):
         super().__init__()
         self.config = config
         linear = LINEAR.values() if networks > 1 else ()
         self.linear = nn.ModuleList(Linear(center, config.lookback, config.horizon, device) for center in linear)
-        self.networks = Networks(config, networks, device)
+        self.networks = Networks(config, networks, device, variates)
         self.register_buffer("weights", self.prior().to(device))
 
     @property
@@ -127,7 +134,7 @@ class Committee(nn.Module):
 
         Args:
             x: History, (n, L, M), standardised.
-            static: None: there are no static features here.
+            static: None: the committee knows those of its variates.
             future: (n, H, C), or None.
             weights: Other weights than the committee's, (K,).
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
-from .frames import LONG, describe, leave_out_index, read_frame, widen
+from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
     TIMES,
@@ -36,6 +36,7 @@ __all__ = [
     "make_split",
     "read_table",
     "split_rows",
+    "static_features",
 ]
 
 TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
@@ -58,6 +59,7 @@ class Table:
         dates: Order in which its dates were read, an option of `read_table`.
         ids: Of a long table, the series' ids by the name of their column; None of a wide one.
         first_row: The first row's number, where rows are counted and their time stamps stand for none.
+        static: Of a long table, the columns that were asked for as static, a row for each target.
     """
 
     times: pd.DatetimeIndex
@@ -70,6 +72,7 @@ class Table:
     dates: str = "detect"
     ids: dict[str, Any] | None = None
     first_row: int | None = None
+    static: pd.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -110,6 +113,7 @@ def read_table(
     dates: str = "detect",
     freq: str | None = None,
     start: str | None = None,
+    static_columns: Sequence[str] = (),
 ) -> Table:
     """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
 
@@ -134,6 +138,7 @@ def read_table(
         freq: Of a table without time stamps, how far apart its rows are, as pandas names it: "h", "15min", "MS". A time
             column then need not be there, or counts the rows.
         start: The time stamp of such a table's first row; by default rows are counted, from 0 or by their time column.
+        static_columns: Of a long table, names of columns that describe a series, such as its region.
 
     Raises:
         UserError: Anything in the file that cannot be used as it is.
@@ -148,11 +153,14 @@ def read_table(
     asked = [*(targets or ()), *future_columns]
     if twice := sorted({str(c) for c in asked if asked.count(c) > 1}):
         raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
+    if twice := sorted({str(c) for c in static_columns if list(static_columns).count(c) > 1}):
+        raise UserError(f"Static columns are named twice: {', '.join(twice)}. Name each once.")
+    asked += static_columns
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
-    ids = None
+    ids = static = None
     if set(LONG) <= set(frame.columns):
-        frame, ids, more = widen(frame, future_columns, source)
+        frame, ids, static, more = widen(frame, future_columns, source, static_columns)
         repairs += more
         index = LONG[1]
     first_row = None
@@ -160,9 +168,17 @@ def read_table(
         frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source)
         repairs += more
         time_column = "date"
-    time_column = choose_time_column(frame, time_column or index, source)
+    index = time_column or index
+    time_column = choose_time_column(frame, index, source)
     frame, time_column, more = join_time_of_day(frame, time_column, asked)
     repairs += more
+    if ids is None and not freq and times == "error":
+        is_known = index is not None or time_column.lower() in TIME_NAMES
+        refuse_renamed_long(frame, time_column if is_known else None, source)
+    if static_columns and static is None:
+        raise UserError(
+            f"Static columns describe the series of a long table, with columns {', '.join(LONG)}, and {source} is none."
+        )
     names = [c for c in frame.columns if c != time_column]
     future_columns = list(future_columns)
     targets = [c for c in names if c not in future_columns] if targets is None else list(targets)
@@ -197,7 +213,8 @@ def read_table(
     repairs += more
     future, more = repair_missing(numbers[future_columns], missing, source)
     repairs += more
-    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row)
+    static = static.loc[targets] if static_columns else None
+    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static)
 
 
 def stamp_frame(
@@ -266,6 +283,32 @@ def repair_missing(numbers: pd.DataFrame, how: str, source: str) -> tuple[np.nda
     filled = numbers.interpolate(limit_direction="both") if how == "interpolate" else numbers.ffill().bfill()
     verb = "interpolated" if how == "interpolate" else "filled with the value before"
     return filled.to_numpy(dtype=np.float64), [f"{int(counts.sum())} missing values were {verb}: {listed}."]
+
+
+def static_features(static: pd.DataFrame) -> np.ndarray:
+    """Features of series, (M, C), float32: numbers, standardised over the series, and for text a column of 0 and 1 for
+    each of its values.
+
+    Args:
+        static: As `Table` has it.
+
+    Raises:
+        UserError: The same of all series, or infinite numbers.
+    """
+    parts = []
+    for name, column in static.items():
+        if column.nunique() < 2:
+            raise UserError(
+                f"Static column {name} is the same for all series, and tells nothing of them: leave it out."
+            )
+        if pd.api.types.is_any_real_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            numbers = column.to_numpy(np.float64)[:, None]
+            if not np.isfinite(numbers).all():
+                raise UserError(f"Static column {name} holds infinite numbers: correct them, or leave it out.")
+            parts.append(Scaler.fit(numbers).transform(numbers))
+        else:
+            parts.append(pd.get_dummies(column.astype(str)).to_numpy(np.float64))
+    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 CYCLES = {"day": pd.Timedelta(days=1), "week": pd.Timedelta(days=7), "year": pd.Timedelta(days=365)}

@@ -189,7 +189,9 @@ def draw(
     model = forecaster.model
     with figures_if_possible("forecast.png, errors.png and weights.png"):
         history, truth = table.values[first:now], table.values[now:end]
-        plot_forecast(forecaster, table.labels(first, end), history, truth, forecast, folder / "forecast.png")
+        errors = scores[forecaster.called]["mse_by_variate"]
+        times = table.labels(first, end)
+        plot_forecast(forecaster, times, history, truth, forecast, folder / "forecast.png", errors)
         plot_errors(forecaster.columns, scores, folder / "errors.png")
         if model.linear:
             plot_weights(model.names, model.weights.tolist(), folder / "weights.png")

@@ -58,6 +58,7 @@ class Forecaster:
             alone.
         conformal: Correction of the quantiles that the validation windows taught, (H, M or 1, Q), float32 on the
             model's device, see `conformal.Conformity`; None without quantiles, and for forecasters from before.
+        static_columns: Names of the columns that its static features were made of; these are among the weights.
     """
 
     model: Committee
@@ -75,6 +76,7 @@ class Forecaster:
     penalties: dict[str, float] = field(default_factory=dict)
     refitted: int | None = None
     conformal: Tensor | None = None
+    static_columns: list[str] = field(default_factory=list)
 
     def read(self, data: str | Path | pd.DataFrame, **changes) -> Table:
         """Read a file or a DataFrame with this forecaster's columns, in its order.
@@ -292,6 +294,7 @@ class Forecaster:
             "future_columns": self.future_columns,
             "future_mean": self.future_scaler.mean.tolist() if self.future_scaler else [],
             "future_std": self.future_scaler.std.tolist() if self.future_scaler else [],
+            "static_columns": self.static_columns,
             "calendar": self.calendar,
             "step": self.step,
             "season": self.season,
@@ -342,7 +345,8 @@ class Forecaster:
         try:
             # without memory until it is known to fit, and no deeper than there are weights for
             limit = len(weights) + 1
-            model = Committee(replace(config, depth=min(config.depth, limit)), min(saved.members, limit), device="meta")
+            of_model = replace(config, depth=min(config.depth, limit)), min(saved.members, limit)
+            model = Committee(*of_model, device="meta", variates=len(saved.columns))
             wanted = {**model.state_dict(), CONFORMAL: torch.zeros(0)}
             check_weights(weights, wanted, folder / WEIGHTS_NAME)
             weights = {n: v.to(wanted.get(n, v).dtype, copy=True) for n, v in weights.items()}
@@ -371,6 +375,7 @@ class Forecaster:
             saved.penalties,
             saved.refitted,
             None if conformal is None else conformal.float().to(device),
+            saved.static_columns,
         )
         model.to(device).eval()
         return forecaster
@@ -404,6 +409,7 @@ class SavedConfig(Options):
     future_columns: list[str] = option(REQUIRED, "names of known-future features", nargs="*")
     future_mean: list[float] = option(REQUIRED, "of those", nargs="*")
     future_std: list[PositiveFloat] = option(REQUIRED, "of those", nargs="*")
+    static_columns: list[str] = option([], "that static features were made of", nargs="*")
     calendar: list[str] = option(REQUIRED, "cycles", nargs="*", choices=tuple(CYCLES))
     step: str | None = option(REQUIRED, "time step")
     season: Positive = option(REQUIRED, "steps of a season")
@@ -447,8 +453,13 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     if len(set(names)) < len(names) or len(set(config.calendar)) < len(config.calendar):
         raise UserError("it names a column or cycle twice")
     features = len(config.future_columns) + 2 * len(config.calendar)
-    if (model.future_features, model.static_features) != (features, 0):
+    if model.future_features != features:
         raise UserError(f"its columns make {features} future features, its model takes {model.future_features}")
+    if not len(config.static_columns) <= model.static_features <= len(config.static_columns) * len(config.columns):
+        raise UserError(
+            f"its {len(config.static_columns)} static columns cannot make {model.static_features} features of "
+            f"{len(config.columns)} series"
+        )
     if features and model.future_steps != model.horizon:
         raise UserError(f"its model takes future features of {model.future_steps} steps, and forecasts {model.horizon}")
     if config.split is not None:

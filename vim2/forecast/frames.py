@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..command.errors import UserError
+from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
 from .stamps import is_date
 
-__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "require_data", "widen"]
+__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
 LONG = ("unique_id", "ds", "y")  # columns of a long table, as neuralforecast names them
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -38,6 +38,21 @@ OTHERS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".json", ".jsonl", ".fea
 WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # of Excel and LibreOffice, also where they were named .csv
 SAMPLE = 100  # rows that show separators, and whether there is a header
 SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in numbers
+PARTS_OF_TIME = {
+    "time",
+    "hour",
+    "hours",
+    "hr",
+    "h",
+    "minute",
+    "minutes",
+    "min",
+    "halfhour",
+    "slot",
+    "period",
+    "interval",
+}
+PARTS_OF_TIME |= {"day", "weekday", "dow", "week", "month", "quarter", "season", "shift", "year"}
 NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column without a name
 
 
@@ -287,21 +302,118 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
     return frame, notes
 
 
-def widen(frame: pd.DataFrame, future: Sequence[str], name: str) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
+def refuse_renamed_long(frame: pd.DataFrame, time: str | None, source: str) -> None:
+    """Raise for a long table whose columns have other names than LONG: with a column of dates, most of which are there
+    more than once, and a column of text or whole numbers which tells the rows of one date apart.
+
+    Args:
+        frame: As read.
+        time: Its column of time stamps, if that is known.
+        source: What messages call it.
+    """
+    rows, ids, stamps = len(frame), [], None
+    for stamps in [time] if time in frame else filter(lambda c: is_of_dates(frame[c]), frame):
+        counts = frame[stamps].value_counts()
+        if 2 * len(counts) <= rows:
+            ids = find_ids(frame, stamps, counts.max())
+            break
+    if not ids:
+        return
+    others = [c for c in frame if c not in (*ids, stamps)]
+    values = [c for c in others if pd.api.types.is_numeric_dtype(frame[c])] or others
+    if not values:
+        return
+    value = LONG[2] if LONG[2] in values else values[0]
+    if len(ids) == 1:
+        renamed = {old: new for old, new in zip((ids[0], stamps, value), LONG) if old != new}
+        verb, how = "tells", ""
+    else:
+        renamed = {old: new for old, new in zip((stamps, value), LONG[1:]) if old != new}
+        verb, how = "tell", f"join {' and '.join(ids)} into one column {LONG[0]}" + ", and " * bool(renamed)
+    if renamed:
+        how += "rename " + ", ".join(f"{old} to {new}" for old, new in renamed.items())
+    how += f", or another column than {value} if that is to be forecast" if len(values) > 1 and value in renamed else ""
+    if renamed:
+        how += f", with .rename(columns={renamed})" if source == "DataFrame" else ", in its first row"
+    if may_be_time(frame[ids[0]]):
+        raise UserError(
+            f"Rows of {source} share the time stamps of {stamps}, and {ids[0]} tells them apart. If it is a part of "
+            f"the time, write it into {stamps}, as in 2024-01-31 13:00. If it names series, one below the other: {how}."
+        )
+    raise UserError(
+        f"{source} looks like a long table, a row for each series and time step: {' and '.join(ids)} {verb} series "
+        f"apart, and {stamps} holds the same time stamps for each. It is read as one if its columns are called "
+        f"{', '.join(LONG)}: {how}."
+    )
+
+
+def find_ids(frame: pd.DataFrame, time: str, most: int) -> list[str]:
+    """The column that tells apart the rows of each time stamp, of which there are at most as many as `most`, or two of
+    text that do together."""
+    others = [c for c in frame if c != time]
+    for column in others:
+        if names_series(frame, column, time, most):
+            return [column]
+    words = [c for c in others if is_name(frame[c]) and not may_be_time(frame[c])]
+    pairs = ([a, b] for i, a in enumerate(words) for b in words[i + 1 :])
+    return next((pair for pair in pairs if not frame.duplicated([*pair, time]).any()), [])
+
+
+def may_be_time(column: pd.Series) -> bool:
+    """Whether a column may hold a part of the time, such as the hour, by its name or as it counts from 0 or 1."""
+    if PARTS_OF_TIME & set(re.findall(r"[a-z]+", str(column.name).lower())):
+        return True
+    found = [re.fullmatch(r"[^\d-]{0,2}(\d{1,4})(\.0)?", str(cell)) for cell in column.unique()]
+    if len(found) < 4 or not all(found):
+        return False
+    numbers = sorted(int(match[1]) for match in found)
+    return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def is_of_dates(column: pd.Series) -> bool:
+    """Whether a column holds time stamps, or text that does."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return True
+    cells = column.iloc[:SAMPLE]
+    return is_text(column) and all(isinstance(cell, str) and is_date(cell) for cell in cells)
+
+
+def names_series(frame: pd.DataFrame, column: str, time: str, most: int) -> bool:
+    """Whether a column tells apart the rows of each time stamp, of which there are as many as `most`."""
+    cells = frame[column]
+    number = pd.api.types.is_any_real_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells)
+    if not (is_name(cells) or (number and cells.notna().all() and (cells % 1 == 0).all())):
+        return False
+    kinds = cells.nunique()
+    fits = kinds == most if number else most <= kinds <= len(frame) // 2
+    return fits and kinds > 1 and not frame.duplicated([column, time]).any()
+
+
+def is_name(cells: pd.Series) -> bool:
+    """Whether cells are text, and no numbers."""
+    if isinstance(cells.dtype, pd.CategoricalDtype):
+        return True
+    return is_text(cells) and not any(isinstance(cell, str) and is_number(cell) for cell in cells.iloc[:SAMPLE])
+
+
+def widen(
+    frame: pd.DataFrame, future: Sequence[str], name: str, static: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame, list[str]]:
     """A long table, a row for each series and time step, as a wide one.
 
     Args:
         frame: With the columns LONG, in any order of rows.
         future: Further columns that are known beforehand, the same for all series.
         name: What messages call it.
+        static: Further columns that describe a series, whatever the time.
 
     Returns:
         Column ds in order of time, then a column for each series, then the future ones; the series' ids by the name of
-        their column; what was left out, a sentence each.
+        their column; the static columns, a row for each series, by the same names; what was left out, a sentence each.
 
     Raises:
         UserError: A row without id or time stamp, two rows of one series at one time, ids that are no names of
-            columns, future columns that differ between series.
+            columns, future columns that differ between series, static ones that differ within one or are missing.
     """
     identity, time, value = LONG
     for column in (identity, time):
@@ -335,9 +447,20 @@ def widen(frame: pd.DataFrame, future: Sequence[str], name: str) -> tuple[pd.Dat
                 f"Column {column} of {name} differs between series at {at}: what is known beforehand is shared by all."
             )
         columns[column] = known.set_index("row")[column].reindex(range(len(stamps)))
-    left = [column for column in frame.columns if column not in (*LONG, *future)]
+    described = pd.DataFrame(index=names)
+    for column in static:
+        if column not in frame:
+            raise UserError(f"{name} has no column {column}{did_you_mean(column, frame.columns)}")
+        kinds = frame.groupby(series)[column].nunique()
+        if (kinds != 1).any():
+            at, what = names[int(np.argmax(kinds != 1))], "holds nothing" if kinds.min() == 0 else "changes"
+            raise UserError(
+                f"Column {column} of {name} {what} for series {at}: a static column says one thing of each series."
+            )
+        described[column] = frame.groupby(series)[column].first().to_numpy()
+    left = [column for column in frame.columns if column not in (*LONG, *future, *static)]
     notes = [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
-    return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), notes
+    return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), described, notes
 
 
 def order_of_time(stamps: pd.Index) -> np.ndarray:

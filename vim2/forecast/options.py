@@ -65,6 +65,9 @@ MIN_BATCH, MAX_BATCH, MAX_SERIES = 16, 128, 2700
 class SeriesOptions(Options, group="series"):
     targets: list[str] | None = option(None, "columns to forecast; default: all", metavar="NAME")
     future_columns: list[str] = option([], "columns known for the time to forecast", metavar="NAME")
+    static_columns: list[str] = option(
+        [], "of a long table, columns that describe its series, such as a region", metavar="NAME"
+    )
     calendar: bool = option(
         False, "time of day, week and year as known features, where the training rows hold two of them", negatable=True
     )
@@ -279,7 +282,7 @@ def fill_open(options: FitOptions, rows: int, variates: int) -> FitOptions:
     )
 
 
-def model_config(options: ModelOptions, future_features: int) -> TSM2Config:
+def model_config(options: ModelOptions, future_features: int, static_features: int = 0) -> TSM2Config:
     """The model that options with nothing left open ask for; with `AUTO`, instance normalised about the mean, until
     ridge has told.
 
@@ -290,6 +293,6 @@ def model_config(options: ModelOptions, future_features: int) -> TSM2Config:
     if chosen["instance_norm"] == AUTO:
         chosen["instance_norm"] = "mean"
     try:
-        return TSM2Config(future_features=future_features, **chosen)
+        return TSM2Config(future_features=future_features, static_features=static_features, **chosen)
     except ValueError as error:
         raise UserError(str(error)) from None

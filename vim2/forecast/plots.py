@@ -20,8 +20,22 @@ MAX_PANELS = 8
 MAX_BARS = 30  # variates
 
 
+def from_best_to_worst(errors: Sequence[float], most: int) -> np.ndarray:
+    """Places of variates to draw, in the order of their errors and evenly among them; all, as they stand, of no more
+    than may be drawn."""
+    if len(errors) <= most:
+        return np.arange(len(errors))
+    return np.argsort(errors, kind="stable")[np.linspace(0, len(errors) - 1, most).round().astype(int)]
+
+
 def plot_forecast(
-    forecaster: Forecaster, times: Sequence, history: np.ndarray, truth: np.ndarray | None, forecast: np.ndarray, path
+    forecaster: Forecaster,
+    times: Sequence,
+    history: np.ndarray,
+    truth: np.ndarray | None,
+    forecast: np.ndarray,
+    path: str | os.PathLike,
+    errors: Sequence[float] | None = None,
 ) -> None:
     """History, truth and forecast of up to eight variates, with a band between outer quantiles.
 
@@ -32,18 +46,21 @@ def plot_forecast(
         truth: (H, M), None where it is still to come.
         forecast: (H, M), with quantiles (H, M, Q).
         path: PNG to write.
+        errors: Of the variates: where there are more, the eight are drawn evenly from the best to the worst, otherwise
+            the first.
     """
     names, levels = forecaster.columns, forecaster.model.config.quantiles
     fig = figure()  # says so if matplotlib is missing
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
     panels = min(len(names), MAX_PANELS)
+    shown = range(panels) if errors is None else from_best_to_worst(errors, MAX_PANELS)
     columns = 1 if panels == 1 else 2
     lines = math.ceil(panels / columns)
     fig.set_size_inches(6.5 * columns, 2.6 * lines + 0.4)
     grid = fig.subplots(lines, columns, squeeze=False).flatten()
     past, ahead = times[: len(history)], times[len(history) :]
-    for i, axes in enumerate(grid[:panels]):
+    for i, axes in zip(shown, grid):
         axes.plot(past, history[:, i], color=HISTORY, linewidth=1, label="history")
         if truth is not None:
             axes.plot(ahead, truth[:, i], color=TRUTH, linewidth=1, label="truth")
@@ -58,7 +75,7 @@ def plot_forecast(
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
         if isinstance(times[0], pd.Timestamp):  # and no row's number
-            locator = AutoDateLocator(maxticks=8)
+            locator = AutoDateLocator(minticks=3, maxticks=8)  # with five at least, it finds none for some spans
             axes.xaxis.set_major_locator(locator)
             axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         axes.tick_params(labelsize=8)
@@ -67,7 +84,10 @@ def plot_forecast(
     handles, labels = grid[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
     if len(names) > panels:
-        fig.supxlabel(f"the first {panels} of {len(names)} variates", fontsize=8)
+        which = f"the first {panels} of {len(names)} variates"
+        if errors is not None:
+            which = f"{panels} of {len(names)} variates, evenly from the best forecast to the worst"
+        fig.supxlabel(which, fontsize=8)
     save(fig, path)
 
 
@@ -90,10 +110,7 @@ def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.Pa
         path: PNG to write.
     """
     by_variate = {name: np.array(row["mse_by_variate"]) for name, row in scores.items()}
-    shown = np.arange(len(names))
-    if len(names) > MAX_BARS:
-        order = np.argsort(next(iter(by_variate.values())), kind="stable")
-        shown = order[np.linspace(0, len(names) - 1, MAX_BARS).round().astype(int)]
+    shown = from_best_to_worst(next(iter(by_variate.values())), MAX_BARS)
     fig = figure(figsize=(12, max(3.5, 0.3 * len(shown) + 1)))
     bars, curve = fig.subplots(1, 2)
     height = 0.8 / len(scores)

@@ -43,7 +43,16 @@ from ..command.runs import (
 from .baselines import Ridge, cautious, lowest
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity
-from .data import Scaler, Table, Windows, calendar_cycles, is_constant, make_split, read_table
+from .data import (
+    Scaler,
+    Table,
+    Windows,
+    calendar_cycles,
+    is_constant,
+    make_split,
+    read_table,
+    static_features,
+)
 from .forecaster import BEST, REFITTED, Forecaster
 from .options import (
     AUTO,
@@ -132,7 +141,9 @@ class Run:
 
     def open_data(self) -> None:
         o, futures = self.options, self.options.future_columns
-        self.table = read_table(self.data, targets=o.targets, future_columns=futures, **reading_options(o))
+        columns = dict(targets=o.targets, future_columns=futures, static_columns=o.static_columns)
+        self.table = read_table(self.data, **columns, **reading_options(o))
+        self.static = None if self.table.static is None else torch.tensor(static_features(self.table.static))
         given, o = o, fill_open(o, len(self.table), len(self.table.columns))
         self.options = o
         split = make_split(len(self.table), o.split, o.lookback, o.horizon)
@@ -158,10 +169,13 @@ class Run:
             raise UserError(
                 "The rows to train on hold no cycle of the calendar (day, week, year) twice: leave out --calendar."
             )
-        config = model_config(o, len(futures) + 2 * len(cycles))
+        static = 0 if self.static is None else self.static.shape[1]
+        if static:
+            self.notes.append(f"Static columns make {static} features of each series: {', '.join(o.static_columns)}.")
+        config = model_config(o, len(futures) + 2 * len(cycles), static)
         step = self.table.step
         self.forecaster = Forecaster(
-            Committee(config, o.members, device="meta"),
+            Committee(config, o.members, device="meta", variates=len(self.table.columns)),
             self.table.columns,
             scaler,
             self.table.future_columns,
@@ -172,6 +186,7 @@ class Run:
             split,
             {**reading_options(o), "dates": self.table.dates},
             training={name: getattr(o, name) for name in TrainingOptions.__dataclass_fields__},
+            static_columns=o.static_columns,
         )
         trained, validated = (rows - o.horizon + 1 for rows in (split.train - o.lookback, split.val))
         if trained < LEAST_WINDOWS:
@@ -211,14 +226,18 @@ class Run:
                 "last value."
             )
         # made on the CPU, so that a seed means the same weights everywhere
-        self.model = self.forecaster.model = Committee(config, o.members).to(self.device)
+        committee = Committee(config, o.members, variates=len(self.table.columns))
+        if self.static is not None:
+            committee.networks.static.copy_(self.static)
+        self.model = self.forecaster.model = committee.to(self.device)
         self.model.set_linear(ridges, self.forecaster.season)
         self.trainer = Trainer(self.model.networks, self.windows["train"], o, self.amp)
         self.model.networks = self.trainer.averages  # they forecast, the others are trained
 
     def restore(self, saved: dict[str, Any]) -> None:
         same = saved.get("table", self.fingerprint) == self.fingerprint
-        if not same or plain(saved["forecaster"]) != plain(described(self.forecaster)):
+        before = {"static_columns": [], **plain(saved["forecaster"])}  # which runs of before had not
+        if not same or before != plain(described(self.forecaster)):
             raise UserError(
                 f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
                 "rows or values differ. Give the run its old file, or start another --experiment."
@@ -429,6 +448,8 @@ def fingerprint(table: Table, rows: int) -> str:
     digest = hashlib.sha256(str(table.times[0]).encode())
     for values in (table.values, table.future):
         digest.update(np.ascontiguousarray(values[:rows]).tobytes())
+    if table.static is not None:
+        digest.update(static_features(table.static).tobytes())
     return digest.hexdigest()
 
 

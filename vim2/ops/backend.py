@@ -1,4 +1,4 @@
-"""Which implementation runs an operator: Triton kernels on CUDA, Numba's scan on CPUs, plain PyTorch everywhere, and on
+"""Which implementation runs an operator: Triton kernels on CUDA, Numba's on CPUs, plain PyTorch everywhere, and on
 request the kernels of Mamba's authors, mamba-ssm's scan and causal-conv1d's convolutions."""
 
 import importlib.util
@@ -95,8 +95,8 @@ def check_backend(backend: str | None, device: str, scan: bool = True) -> str:
 
 
 def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, causal_taps: int = 0) -> str:
-    """The backend that runs an operator on these tensors: "triton", "numba" (of which only the scan has a form; other
-    operators then run in PyTorch) or "torch"; for the scan and causal convolutions, also "mamba_ssm".
+    """The backend that runs an operator on these tensors: "triton", "numba" (in which the scan and convolutions along
+    sequences have a form; other operators then run in PyTorch) or "torch"; for both of these, also "mamba_ssm".
 
     Args:
         backend: One of BACKENDS; None is the environment's VIM2_SCAN_BACKEND, else "auto". "auto" is Triton for CUDA

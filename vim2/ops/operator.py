@@ -73,6 +73,17 @@ def is_compiled_to_run() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
 
 
+def is_looked_into() -> bool:
+    """Whether somebody wants an operator's plain form: torch.export, whose programs shall not need this package, a
+    tracer, a transform or forward-mode derivatives."""
+    return (
+        (torch.compiler.is_compiling() and torch.compiler._is_exporting_flag)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 class _Own(threading.local):
     """Dispatch modes of this package that are on in a thread."""
 

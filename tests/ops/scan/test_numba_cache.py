@@ -17,10 +17,10 @@ import sys
 import numba
 import numpy as np
 
-from vim2.ops.scan.numba_scan import _kernel
+from vim2.ops.numba_math import kernel
 
 
-@_kernel
+@kernel
 def add(a, b, out):
     for i in numba.prange(len(out)):
         out[i] = a[i] + b[i]

@@ -3,10 +3,12 @@ kernels, `torch.ops.vim2.causal_conv_silu`, with fake, autograd and FLOP rules."
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import resolve_backend
+from ..backend import compute_dtype, resolve_backend
+from ..operator import is_looked_into
 from .operator import register_conv
 
 
@@ -14,14 +16,14 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | Non
     """SiLU of a depth-wise causal convolution: with w taps, the output at step s looks at steps s - w + 1 ... s, its
     last tap at s itself. Steps before the sequence are zero.
 
-    PyTorch convolves in x's dtype, or in autocast's where that is on; causal-conv1d in float32.
+    PyTorch convolves in x's dtype, or in autocast's where that is on; causal-conv1d and Numba in float32.
 
     Args:
         x: Sequences, (n, steps, P), with any strides. Any floating dtype; weight and bias may have another.
         weight: (P, 1, w), as nn.Conv1d(P, P, w, groups=P) has it.
         bias: (P,).
-        backend: "mamba_ssm" is causal-conv1d, see `vim2.ops.backend.resolve_backend`; PyTorch's form is that of all
-            others.
+        backend: "mamba_ssm" is causal-conv1d, see `vim2.ops.backend.resolve_backend`; "numba", for CPUs, has a form of
+            its own, and PyTorch's is that of all others.
 
     Returns:
         (n, steps, P), contiguous, in x's dtype, also under autocast.
@@ -39,18 +41,33 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | Non
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
     taps = weight.shape[-1]
-    if resolve_backend(backend, x, weight, bias, causal_taps=taps) == "mamba_ssm":
+    backend = resolve_backend(backend, x, weight, bias, causal_taps=taps)
+    if backend == "mamba_ssm":
         return convolve(x, weight, bias)
+    if runs_in_numba(backend, x, weight, bias):
+        return _convolve_numba(x, weight, bias)
     # 2-D and channels-last, as memory has them: PyTorch's 1-D form is slower on CPUs
     steps = F.pad(x, (0, 0, taps - 1, 0)).transpose(1, 2).unsqueeze(2)
     y = F.conv2d(steps, weight.to(x.dtype).unsqueeze(2), bias.to(x.dtype), groups=features)
     return F.silu(y.squeeze(2)).transpose(1, 2).to(x.dtype).contiguous()
 
 
+def runs_in_numba(backend: str, *tensors: Tensor) -> bool:
+    """Whether Numba's form is to convolve tensors: not float64 ones, which it does not know, nor where somebody looks
+    for PyTorch's operators."""
+    return backend == "numba" and compute_dtype(*tensors) == torch.float32 and not is_looked_into()
+
+
 def _kernels():
     from . import causal_conv1d
 
     return causal_conv1d
+
+
+def numba_kernels():
+    from . import numba_conv
+
+    return numba_conv
 
 
 def _flops(x_shape, weight_shape) -> int:
@@ -64,3 +81,4 @@ def _weight_fits(x_shape, weight_shape) -> bool:
 
 
 convolve = register_conv("causal_conv_silu", _kernels, tuple, _weight_fits, _flops)
+_convolve_numba = register_conv("causal_conv_silu_numba", numba_kernels, tuple, _weight_fits, _flops)

@@ -11,6 +11,7 @@ from ..backend import autocast_off, compute_dtype, resolve_backend
 from ..operator import opaque_on_cpus
 from ..replay import replayed
 from .causal import convolve as convolve_causally
+from .causal import numba_kernels, runs_in_numba
 from .operator import register_conv
 
 
@@ -25,7 +26,7 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
             floating dtype; weight and bias may have another.
         weight: (2P, 1, w), as nn.Conv1d(P, 2P, w, groups=P) has it: output channel 2p + k is direction k of feature p.
         bias: (2P,).
-        backend: "triton", "torch", "mamba_ssm", which is causal-conv1d, or "auto", see
+        backend: "triton", "numba", "torch", "mamba_ssm", which is causal-conv1d, or "auto", see
             `vim2.ops.backend.resolve_backend`.
 
     Returns:
@@ -48,6 +49,8 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
         return _convolve(x, weight, bias)
     if backend == "mamba_ssm":
         return _directional_conv_silu_causal(x, weight, bias)
+    if runs_in_numba(backend, x, weight, bias):
+        return _convolve_numba(x, weight, bias)
     return _directional_conv_silu_torch(x, weight, bias)
 
 
@@ -96,3 +99,4 @@ def _weight_fits(x_shape, weight_shape) -> bool:
 
 
 _convolve = register_conv("directional_conv_silu", _kernels, _output_shape, _weight_fits, _flops, decorate=replayed)
+_convolve_numba = register_conv("directional_conv_silu_numba", numba_kernels, _output_shape, _weight_fits, _flops)

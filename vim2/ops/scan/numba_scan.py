@@ -2,102 +2,40 @@
 
 Channels are the vector lanes: the inner loops run over a block of channels, with states, decays and adjoints of the
 block in the cache. They index rows that begin at the block, never `first + e`: Numba cannot tell that such an index is
-not negative, looks at its sign, and reads element by element. Exponentials and logarithms are polynomials here, since
-calls into libm would not be vectorised; they are as accurate as float32. The first call ever compiles for some seconds;
-Numba keeps the result on disk, if it can.
+not negative, looks at its sign, and reads element by element. The first call ever compiles for some seconds; Numba
+keeps the result on disk, if it can.
 """
 
 import math
-import pickle
 
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.extending import intrinsic
 
-from ..backend import note_numba
+from ..numba_math import FAST, LOG2E, exp2, fma, jit, kernel, threads_to_use
 from .orders import ORDERS
 
 CHANNELS = 64  # of a block: its states (x 16) fill a quarter of a 32 KiB cache
 CHUNK = 32  # steps whose states the backward pass holds at once
 
 _LN2 = np.float32(math.log(2))
-_LOG2E = np.float32(1 / math.log(2))
-# 2^f for |f| <= 1/2, 1 at 0, with the least maximal relative error (2e-9, by Lawson's iteration)
-_EXP2 = (1.0, 0.6931472028551514, 0.24022647913622175, 0.05550332470912951)
-_EXP2 += (0.009618437357889663, 0.0013398874505576273, 0.00015353362043456914)
-_EXP2 = tuple(map(np.float32, _EXP2))
-_WHOLE = np.float32(1.5 * 2**23 + 127)  # added to a number, leaves its nearest integer + 127 in the last bits
-
-# Loops are compiled in two forms, by vectors and not, and addresses decide between them. To round alike in both, sums
-# of products are fused where `_fma` says so; the compiler may neither fuse others ("contract") nor reorder ("reassoc").
-_FAST = {"nsz"}
-_jit = numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
 
 
-def _kernel(function):
-    """A function that is compiled when it is first called, and kept on disk for other processes where that works."""
-    options = dict(fastmath=_FAST, error_model="numpy", parallel=True)
-    try:
-        compiled = numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # there is no folder that can be written to
-        return numba.njit(**options)(function)
-
-    def call(*args):
-        nonlocal compiled
-        known = len(compiled.signatures)
-        try:
-            return compiled(*args)
-        except (OSError, EOFError, pickle.PickleError):
-            if len(compiled.signatures) == known:  # what is kept is damaged; else there is no room, and it is compiled
-                compiled = numba.njit(**options)(function)
-            return compiled(*args)
-
-    return call
-
-
-@intrinsic
-def _fma(context, a, b, c):
-    """a b + c, rounded once; by software, and slow, on an x86 processor from before 2013."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), generate
-
-
-@_jit
-def _exp2(x):
-    """2^x, to one unit in the last place; 0 from x = -127 down, infinite from x = 127.5 up."""
-    x = min(max(x, np.float32(-127.0)), np.float32(128.0))
-    whole = x + _WHOLE
-    f = x - (whole - _WHOLE)
-    p = _EXP2[6]
-    p = _fma(p, f, _EXP2[5])
-    p = _fma(p, f, _EXP2[4])
-    p = _fma(p, f, _EXP2[3])
-    p = _fma(p, f, _EXP2[2])
-    p = _fma(p, f, _EXP2[1])
-    p = _fma(p, f, _EXP2[0])
-    return p * np.int32(np.float32(whole).view(np.int32) << np.int32(23)).view(np.float32)
-
-
-@_jit
+@jit
 def _softplus(x):
-    e = _exp2(-abs(x) * _LOG2E)
+    e = exp2(-abs(x) * LOG2E)
     z = e / (np.float32(2) + e)  # log(1 + e) = 2 artanh(z), z <= 1/3
     s = z * z
     p = np.float32(1 / 13)
-    p = _fma(p, s, np.float32(1 / 11))
-    p = _fma(p, s, np.float32(1 / 9))
-    p = _fma(p, s, np.float32(1 / 7))
-    p = _fma(p, s, np.float32(1 / 5))
-    p = _fma(p, s, np.float32(1 / 3))
-    return _fma(np.float32(2) * z, _fma(p, s, np.float32(1)), max(x, np.float32(0)))
+    p = fma(p, s, np.float32(1 / 11))
+    p = fma(p, s, np.float32(1 / 9))
+    p = fma(p, s, np.float32(1 / 7))
+    p = fma(p, s, np.float32(1 / 5))
+    p = fma(p, s, np.float32(1 / 3))
+    return fma(np.float32(2) * z, fma(p, s, np.float32(1)), max(x, np.float32(0)))
 
 
-@numba.njit(fastmath={*_FAST, "reassoc"}, error_model="numpy")
+@numba.njit(fastmath={*FAST, "reassoc"}, error_model="numpy")
 def _sums(a, b, size):
     """Of two arrays, by vectors: a loop that writes nothing has one form only."""
     sum_a = np.float32(0)
@@ -108,7 +46,7 @@ def _sums(a, b, size):
     return sum_a, sum_b
 
 
-@_jit
+@jit
 def _position(t, order, height, width):
     """Flat position of step t: order 0 rows, 1 columns; 2 and 3 the same from their ends."""
     if order >= 2:
@@ -116,7 +54,7 @@ def _position(t, order, height, width):
     return (t % height) * width + t // height if order % 2 == 1 else t
 
 
-@_jit
+@jit
 def _load(block, rows, first, size):
     """Copies the block's columns of rows (n, E)."""
     for i in range(rows.shape[0]):
@@ -125,7 +63,7 @@ def _load(block, rows, first, size):
             to[e] = row[e]
 
 
-@_jit
+@jit
 def _step_sizes(dt, delta, bias, softplus):
     if softplus:
         for e in range(delta.shape[0]):
@@ -135,13 +73,13 @@ def _step_sizes(dt, delta, bias, softplus):
             dt[e] = delta[e] + bias[e]
 
 
-@_jit
+@jit
 def _next(a, dt, h, du, b):
     """The state after h, in a step of size dt whose input, times dt, is du."""
-    return _fma(_exp2(dt * a), h, du * b)
+    return fma(exp2(dt * a), h, du * b)
 
 
-@_kernel
+@kernel
 def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplus, threads):
     """u (batch, L, 1 or K, E), delta and y (K, batch, L, E), A (K, N, E) times log2(e), B and C (K, batch, L, N)."""
     directions, batch, length, features = delta.shape
@@ -180,12 +118,12 @@ def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplu
                             h2 = _next(a[i + 2, e], d, h[i + 2, e], v, b2)
                             h3 = _next(a[i + 3, e], d, h[i + 3, e], v, b3)
                             h[i, e], h[i + 1, e], h[i + 2, e], h[i + 3, e] = h0, h1, h2, h3
-                            out[e] = _fma(h3, c3, _fma(h2, c2, _fma(h1, c1, _fma(h0, c0, o))))
+                            out[e] = fma(h3, c3, fma(h2, c2, fma(h1, c1, fma(h0, c0, o))))
                     for i in range(whole, n):
                         bi, ci = b_row[i], c_row[i]
                         for e in range(size):
                             h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
-                            out[e] = _fma(h[i, e], ci, out[e])
+                            out[e] = fma(h[i, e], ci, out[e])
                     y_row = y[k, b, p, first:end]
                     for e in range(size):
                         y_row[e] = out[e]
@@ -195,7 +133,7 @@ def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplu
                             last[b, k, first + e, i] = h[i, e]
 
 
-@_kernel
+@kernel
 def _backward(
     gy, glast, u, delta, A, B, C, D, bias, gu, gdelta, gA, gB, gC, gD, gbias, orders, height, width, softplus, threads
 ):
@@ -267,8 +205,8 @@ def _backward(
                         for i in range(n):
                             bi = b_row[i]
                             for e in range(size):
-                                decay[i, e] = _exp2(dt[e] * a[i, e])
-                                after[i, e] = _fma(decay[i, e], h[i, e], du[e] * bi)
+                                decay[i, e] = exp2(dt[e] * a[i, e])
+                                after[i, e] = fma(decay[i, e], h[i, e], du[e] * bi)
                     for r in range(steps - 1, -1, -1):
                         p = _position(begin + r, order, height, width)
                         h, after, decay, dt = states[r], states[r + 1], decays[r], dts[r]
@@ -281,27 +219,27 @@ def _backward(
                         for i in range(n):
                             bi, ci = b_row[i], c_row[i]
                             for e in range(size):
-                                gafter = _fma(ci, y_row[e], g[i, e])  # the adjoint of the state after this step
+                                gafter = fma(ci, y_row[e], g[i, e])  # the adjoint of the state after this step
                                 products_c[e] = y_row[e] * after[i, e]
                                 products_b[e] = gafter * du[e]
-                                ginput[e] = _fma(gafter, bi, ginput[e])
+                                ginput[e] = fma(gafter, bi, ginput[e])
                                 gbefore = gafter * decay[i, e]  # and of the state before it
                                 exponent = gbefore * h[i, e]
-                                gdt[e] = _fma(exponent, a[i, e], gdt[e])
-                                ga[i, e] = _fma(exponent, dt[e], ga[i, e])
+                                gdt[e] = fma(exponent, a[i, e], gdt[e])
+                                ga[i, e] = fma(exponent, dt[e], ga[i, e])
                                 g[i, e] = gbefore
                             sum_b, sum_c = _sums(products_b, products_c, size)
                             gB_row[i] += sum_b
                             gC_row[i] += sum_c
                         gu_row, gdelta_row = gu[k, b, p, first:end], gdelta[k, b, p, first:end]
                         for e in range(size):
-                            gu_row[e] = _fma(dt[e], ginput[e], D_row[e] * y_row[e])
-                            gd[e] = _fma(y_row[e], u_row[e], gd[e])
-                            x = _fma(u_row[e], ginput[e], _LN2 * gdt[e])
+                            gu_row[e] = fma(dt[e], ginput[e], D_row[e] * y_row[e])
+                            gd[e] = fma(y_row[e], u_row[e], gd[e])
+                            x = fma(u_row[e], ginput[e], _LN2 * gdt[e])
                             if softplus:
                                 d = dt[e]  # sigmoid = 1 - exp(-softplus), by its series where that would cancel
-                                small = d * _fma(-d, _fma(-d, np.float32(1 / 6), np.float32(0.5)), np.float32(1))
-                                x *= small if d < np.float32(0.01) else np.float32(1) - _exp2(-d * _LOG2E)
+                                small = d * fma(-d, fma(-d, np.float32(1 / 6), np.float32(0.5)), np.float32(1))
+                                x *= small if d < np.float32(0.01) else np.float32(1) - exp2(-d * LOG2E)
                             gdelta_row[e] = x
                             gb[e] += x
                     for e in range(size):
@@ -334,20 +272,9 @@ def _by_step(t: torch.Tensor) -> torch.Tensor:
 def _common(u, delta, A, B, C, D, delta_bias, orders):
     u = u.unsqueeze(2) if u.dim() == 3 else u
     delta, B, C = map(_by_direction, (delta, B, C))
-    rates = A.detach().float().transpose(1, 2) * float(_LOG2E)
+    rates = A.detach().float().transpose(1, 2) * float(LOG2E)
     tensors = _arrays(u, delta, rates, B, C, *_copies(D, delta_bias))
     return tensors, np.array([ORDERS.index(order) for order in orders])
-
-
-def _threads() -> int:
-    """PyTorch's number of threads, as far as Numba has as many."""
-    note_numba()
-    wanted = torch.get_num_threads()
-    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    if torch.get_num_threads() != wanted:  # Numba started its threads by the OpenMP that PyTorch uses, all that it may
-        torch.set_num_threads(wanted)
-    return threads
 
 
 def selective_scan_numba(u, delta, A, B, C, D, delta_bias, *, delta_softplus, orders, height, width, with_last):
@@ -356,7 +283,7 @@ def selective_scan_numba(u, delta, A, B, C, D, delta_bias, *, delta_softplus, or
     arrays, order_ids = _common(u, delta, A, B, C, D, delta_bias, orders)
     y = torch.empty(directions, batch, length, features)
     last = torch.empty((batch, directions, features, A.shape[-1]) if with_last else (0, 0, 0, 0))
-    _forward(*arrays, y.numpy(), last.numpy(), order_ids, height, width, delta_softplus, _threads())
+    _forward(*arrays, y.numpy(), last.numpy(), order_ids, height, width, delta_softplus, threads_to_use())
     return _by_step(y), last if with_last else last.flatten()
 
 
@@ -377,7 +304,7 @@ def selective_scan_numba_backward(
     gB, gC = (torch.zeros(directions, batch, length, n) for _ in range(2))
     gD, gbias = (torch.zeros(batch, directions, features, dtype=torch.float64) for _ in range(2))
     outputs = [t.numpy() for t in (gu, gdelta, gA, gB, gC, gD, gbias)]
-    _backward(gy, glast, *arrays, *outputs, order_ids, height, width, delta_softplus, _threads())
+    _backward(gy, glast, *arrays, *outputs, order_ids, height, width, delta_softplus, threads_to_use())
     return (
         (_by_step(gu) if u.dim() == 4 else gu.sum(0)).to(u.dtype),
         _by_step(gdelta).to(delta.dtype),
