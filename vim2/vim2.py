@@ -71,6 +71,11 @@ class Stem(PatchEmbed):
         return self.norm(project_patches(x, proj.weight, proj.bias))
 
 
+def extend(block: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The features and those that a block adds, see `MambaMixerBlock.extend`; what is in a block's place is called."""
+    return block.extend(features) if isinstance(block, MambaMixerBlock) else (*features, *block(*features))
+
+
 class ViM2Stage(nn.Module):
     """Patch merging (but in the first stage), MambaMixer blocks, and the weighted average that ends the stage.
 
@@ -114,7 +119,7 @@ class ViM2Stage(nn.Module):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 features += checkpoint(block, *features)
             else:
-                features += block(*features)
+                features = extend(block, features)
         return self.average(features)
 
 

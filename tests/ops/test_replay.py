@@ -357,6 +357,43 @@ def test_a_graph_that_is_kept_may_be_walked_again():
     assert torch.equal(only, first[1])
 
 
+class HandedOn(torch.autograd.Function):
+    """Twice its input, and the input for those who come later."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return 2 * x, x
+
+    @staticmethod
+    def backward(ctx, grad, other):
+        own = None if grad is None else 2 * grad
+        return own if other is None else other if own is None else own + other
+
+
+def test_what_is_handed_on_brings_its_later_gradients():
+    """To one node, whether both results are used, or one."""
+    calls = []
+
+    def function(x, y):
+        calls.append(1)
+        x, passed = HandedOn.apply(x)
+        return torch.mm(x, y), passed
+
+    owner = Trainee(None)
+    for uses in ("both", "both", "result", "handed on", "both"):
+        x, y = (torch.randn(4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
+        result, passed = replay(owner, None, function, (x, y), 1)
+        assert torch.equal(passed, x)
+        used = {"both": (result.t(), passed.square()), "result": (result.t(),), "handed on": (passed.square(),)}[uses]
+        grads = torch.autograd.grad(sum(each.sum() for each in used), (x, y), allow_unused=True)
+        plain = {"both": (2 * x @ y, x.square()), "result": (2 * x @ y,), "handed on": (x.square(),)}[uses]
+        expected = torch.autograd.grad(sum(each.sum() for each in plain), (x, y), allow_unused=True)
+        for actual, other in zip(grads, expected, strict=True):
+            assert (actual is None and other is None) or torch.allclose(actual, other)
+    assert len(calls) == 2  # as it is, and noted
+
+
 class Ignored(torch.autograd.Function):
     """Uses its input for nothing."""
 
