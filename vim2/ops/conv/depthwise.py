@@ -43,7 +43,7 @@ def depthwise_conv_silu_of_half(
     value, gate = projected.chunk(2, dim=-1)
     if resolve_backend(backend, projected, weight, bias) == "triton" and takes_halves(projected, weight, bias):
         _check_arguments(value, weight, bias)
-        return ConvolvedHalf.apply(_kernels(), _as_it_is, projected, weight, bias)
+        return ConvolvedHalf.apply(_convolve.name, _kernels(), _as_it_is, projected, weight, bias)
     return depthwise_conv_silu(value, weight, bias, backend), gate
 
 

@@ -57,7 +57,7 @@ def directional_conv_silu_of_half(
     fast = resolve_backend(backend, projected, weight, bias, causal_taps=weight.shape[-1]) == "triton"
     if fast and takes_halves(projected, weight, bias):
         _check_arguments(x, weight, bias)
-        return ConvolvedHalf.apply(_kernels(), as_sequences, projected, weight, bias)
+        return ConvolvedHalf.apply(_convolve.name, _kernels(), as_sequences, projected, weight, bias)
     return directional_conv_silu(x, weight, bias, backend), gate
 
 

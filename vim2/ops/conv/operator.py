@@ -94,15 +94,16 @@ class ConvolvedHalf(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernels, as_input, projected, weight, bias):
+    def forward(ctx, operator, kernels, as_input, projected, weight, bias):
         """
         Args:
+            operator: The name of the one that it stands for.
             kernels: As those of `register_conv`, imported; the backward pass also takes where to write x's gradient.
             as_input: From the first half of rows to a view of it that kernels take.
             projected: (..., 2 E).
         """
         ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.as_input, ctx.room = kernels, as_input, Room()
+        ctx.kernels, ctx.as_input, ctx.room, ctx.operator = kernels, as_input, Room(), operator
         ctx.save_for_backward(projected, weight, bias)
         width = projected.shape[-1] // 2
         return kernels.convolve(as_input(projected[..., :width]), weight, bias), projected[..., width:]
@@ -118,7 +119,7 @@ class ConvolvedHalf(torch.autograd.Function):
             whole[..., width:] = 0 if grad_gate is None else grad_gate
         if grad_y is None:
             whole[..., :width] = 0
-            return None, None, whole, None, None
+            return None, None, None, whole, None, None
         x, grad_x = (ctx.as_input(t[..., :width]) for t in (projected, whole))
         _, grad_weight, grad_bias = ctx.kernels.convolve_backward(grad_y, x, weight, bias, grad_x)
-        return None, None, whole, grad_weight, grad_bias
+        return None, None, None, whole, grad_weight, grad_bias

@@ -111,6 +111,7 @@ class _Passing(torch.autograd.Function):
     def forward(ctx, eps, dtype, weight, norm_weight, norm_bias, *features):
         y, statistics = _weighted_average.function(features, weight, norm_weight, norm_bias, eps, dtype, True)
         ctx.set_materialize_grads(False)
+        ctx.operator = "vim2::weighted_average"
         ctx.save_for_backward(statistics, weight, norm_weight, norm_bias, *features)
         return y, *features
 
