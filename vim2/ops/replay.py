@@ -90,8 +90,8 @@ def replay(
         settings: All that the function reads besides the tensors, and besides what was settled on import.
         function: It returns one tensor, or a tuple of them where no gradient is wanted, changes none that it is given,
             and allocates, computes and launches the same for all tensors that lie alike.
-        tensors: No two of which share memory. Those of which the function knows without being given them, as of a
-            module's parameters, are leaves of autograd's graph.
+        tensors: Nothing is noted while two of them share memory. Those of which the function knows without being given
+            them, as of a module's parameters, are leaves of autograd's graph.
         passes: So many of the first tensors are handed on: the function returns them, or others of the same values in
             their place, in a tuple behind its one result. Gradients of what is done with those come to this backward
             pass.
@@ -220,6 +220,8 @@ def _layout(t: Tensor) -> tuple:
 
 def note(function: Callable, tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
     """The replay of a function, or REFUSED, or PATIENCE if it can be tried again; and its result for these tensors."""
+    if _share_memory(tensors):
+        return PATIENCE, function(*tensors)
     notebook = Notebook(tensors)
     way = REFUSED
     try:
@@ -260,7 +262,7 @@ def note_both(function: Callable, tensors: Sequence[Tensor | None], passes: int)
     on_gpu = [t.get_device() for t in tensors if t is not None and t.is_cuda][:1]
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return PATIENCE  # all that is done would become part of the graph
-    if any(t is not None and t._backward_hooks for t in tensors):
+    if _share_memory(tensors) or any(t is not None and t._backward_hooks for t in tensors):
         return PATIENCE  # hooks would see gradients of ours
     leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
@@ -354,7 +356,6 @@ class Notebook(TorchDispatchMode):
         self.grads: list[str] = []  # that come to the backward pass
         for name, t in zip(self.given, tensors):
             if t is not None:
-                self.problem = self.problem or ("tensors share memory" if _memory(t) in self.whole else "")
                 self.whole[_memory(t)] = name, t.dtype, _extent(t)
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -575,6 +576,12 @@ def _has_parts_to_cast(function, device: str) -> bool:
 def _memory(t: Tensor) -> StorageWeakRef:
     """Of whatever age: what is freed is known as such, and no other's."""
     return StorageWeakRef(t.untyped_storage())
+
+
+def _share_memory(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether some do, so that a notebook could not tell them apart. Others that lie alike may not."""
+    memory = [_memory(t) for t in tensors if t is not None]
+    return len(set(memory)) < len(memory)
 
 
 def _extent(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:

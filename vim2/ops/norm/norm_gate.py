@@ -25,6 +25,7 @@ from .affine import (
     fake_statistics,
     has_statistics,
     is_affine,
+    norm_dtypes,
     split_norm_gradient,
 )
 
@@ -172,7 +173,7 @@ def _backward(ctx, grad, *_):
     if ctx.summed:  # one gradient for all directions
         groups, directions, patch = ctx.summed
         grad_y = grad_y.unflatten(-1, (groups, 1, patch)).expand(*grad_y.shape[:-1], groups, directions, patch)
-    return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None, None
+    return grad_y, grad_gate, *split_norm_gradient(grad_norm, norm_dtypes(*norm)), None, None, None
 
 
 _norm_gate.register_autograd(_backward, _setup_context)

@@ -20,6 +20,7 @@ from .affine import (
     fake_statistics,
     has_statistics,
     is_affine,
+    norm_dtypes,
     split_norm_gradient,
 )
 
@@ -112,7 +113,8 @@ class _Passing(torch.autograd.Function):
         y, statistics = _weighted_average.function(features, weight, norm_weight, norm_bias, eps, dtype, True)
         ctx.set_materialize_grads(False)
         ctx.operator = "vim2::weighted_average"
-        ctx.save_for_backward(statistics, weight, norm_weight, norm_bias, *features)
+        ctx.dtypes = norm_dtypes(norm_weight, norm_bias)
+        ctx.save_for_backward(statistics, weight, norm_weight, *features)
         return y, *features
 
     @staticmethod
@@ -122,22 +124,21 @@ class _Passing(torch.autograd.Function):
 
         if grad is None:  # of the result nobody made anything
             return *(None,) * 5, *others
-        statistics, weight, *norm_and_features = ctx.saved_tensors
-        norm, features = norm_and_features[:2], norm_and_features[2:]
+        statistics, weight, norm_weight, *features = ctx.saved_tensors
         if any(other is not None for other in others):
             others = [torch.zeros_like(f) if other is None else other for other, f in zip(others, features)]
         else:
             others = ()
-        gradients = weighted_average_triton_backward(grad, features, weight, norm[0], statistics, others)
-        return None, None, *_split(gradients, weight, norm)
+        gradients = weighted_average_triton_backward(grad, features, weight, norm_weight, statistics, others)
+        return None, None, *_split(gradients, weight, ctx.dtypes)
 
 
-def _split(gradients: Sequence[Tensor], weight: Tensor, norm: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _split(gradients: Sequence[Tensor], weight: Tensor, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
     """Gradients of weight, the norm's, and all features, from what `_weighted_average_backward` returns."""
     *grads, sums = gradients
-    width = 0 if norm[0] is None else norm[0].shape[0]
+    width = 0 if dtypes[0] is None else grads[0].shape[-1]
     grad_weight, *grad_norm = sums.split((len(grads), width, width))
-    return [grad_weight.to(weight.dtype), *split_norm_gradient(grad_norm, *norm), *grads]
+    return [grad_weight.to(weight.dtype), *split_norm_gradient(grad_norm, dtypes), *grads]
 
 
 def _fake_weighted_average_norm_torch(features, weight, norm_weight, norm_bias, eps, dtype):
@@ -248,17 +249,17 @@ def _(grad, features, weight, norm_weight, statistics):
 
 
 def _setup_context(ctx, inputs, output):
-    features, *parameters = inputs[:4]
-    ctx.n = len(features)
-    ctx.save_for_backward(*features, *parameters, output[1])
+    features, weight, *norm = inputs[:4]
+    ctx.n, ctx.dtypes = len(features), norm_dtypes(*norm)
+    ctx.save_for_backward(*features, weight, norm[0], output[1])
 
 
 def _backward(ctx, grad, _):
     refuse_second_derivatives()
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
-    features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
-    gradients = _weighted_average_backward(grad, features, weight, norm[0], statistics)
-    gradients = _split(gradients, weight, norm)
+    features, (weight, norm_weight, statistics) = saved[: ctx.n], saved[ctx.n :]
+    gradients = _weighted_average_backward(grad, features, weight, norm_weight, statistics)
+    gradients = _split(gradients, weight, ctx.dtypes)
     return gradients[3:], *gradients[:3], None, None, None
 
 
