@@ -275,6 +275,37 @@ class FewOperators(nn.Module):
 
 
 @needs_triton
+@pytest.mark.parametrize("held", ["nothing", "a layer", "a mixer", "the block"])
+def test_features_that_layers_hand_on_have_the_gradients_that_autograd_adds_up(held, calls, monkeypatch):
+    """With the same bits, replayed or not; who holds on to a module sees it called."""
+    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    block = MambaMixerBlock(8, 2, token_mixers=3, channel_mixer="none", d_state=1)
+    for layer in block.layers:
+        layer.mixer = FewOperators()
+    block = randomise(block).float().to(DEVICE)
+    average = randomise(WeightedAverage(5)).float().to(DEVICE)
+    module = {"a layer": block.layers[1], "a mixer": block.layers[1].mixer, "the block": block}.get(held)
+    seen = []
+    if module is not None:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def step(extend, seed):
+        features = [f.requires_grad_() for f in two_features(seed)]
+        block.zero_grad()
+        average(extend([2 * f for f in features])).square().sum().backward()
+        return [t.grad for t in (*features, *block.parameters())]
+
+    for seed in range(4):
+        actual, expected = (step(f, seed) for f in (block.extend, lambda features: (*features, *block(*features))))
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+    assert len(seen) == (8 if module is not None else 0)
+    actual = step(lambda features: (*features[:1], *block.extend(features)[1:]), 3)  # the first, used elsewhere, too
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_triton
 def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeypatch):
     monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
     layer = randomise(MixerLayer(8, FewOperators(), 2, drop_path=0.5)).float().to(DEVICE)
