@@ -162,10 +162,10 @@ def norm_gate_triton_backward(
         grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     norm = weight is not None
     programs, launch = _backward(y.device, rows, width, gate_rows.stride(0), as_rows(grad_gate).stride(0), norm)
-    parts = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=y.device)
+    parts = torch.empty(programs, 2, width, dtype=torch.float32, device=y.device) if norm else None
     if rows:
-        launch(grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts)
-    return grad_y, grad_gate, parts.sum(0)
+        launch(grad, y, gate_rows, weight, bias, statistics if norm else None, grad_y, grad_gate, parts)
+    return grad_y, grad_gate, parts.sum(0) if norm else statistics.new_empty(2, 0)
 
 
 @functools.lru_cache(MAX_LAUNCHES)
