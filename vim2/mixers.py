@@ -4,7 +4,7 @@ Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/archit
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -333,13 +333,12 @@ class MixerLayer(nn.Module):
         return self._replay(self._mix, features, 0)
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The features, to be used from here on in place of those that were given, and this layer's output.
+        """The features, to be used from here on in place of those that were given, and this layer's output: where
+        `hands_on` says so.
 
         In training their later uses' gradients then come to this layer, whose kernel adds its own, where autograd would
-        add up those of all uses one by one. Whoever looks at the layer sees it called, with the features as they are.
+        add up those of all uses one by one.
         """
-        if not hands_on(self, MixerLayer, features):
-            return (*features, self(features))
         new, *passed = self._replay(self._mix_passing, features, len(features))
         return (*passed, new)
 
@@ -366,14 +365,6 @@ class MixerLayer(nn.Module):
         else:
             x, passed = average_and_normalise(features, average, norm), features
         return (self.drop_path(self.mixer(x)), *passed)
-
-
-def hands_on(module: nn.Module, kind: type[nn.Module], features: Sequence[Tensor]) -> bool:
-    """Whether a module of features may hand them on, with its gradients added to theirs: all of them want one, nobody
-    holds on to the module, and nobody wants to see operators called."""
-    wanted = torch.is_grad_enabled() and all(f.__class__ is Tensor and f.requires_grad for f in features)
-    called = _is_hooked(module) or module._compiled_call_impl is not None
-    return wanted and type(module) is kind and not called and not is_observed()
 
 
 # What the forward passes of modules read besides tensors, of those that a `MixerLayer` may be made of to be replayed.
@@ -476,8 +467,23 @@ class MambaMixerBlock(nn.Module):
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         """As `MixerLayer.extend`, with the outputs of all its layers."""
-        if not hands_on(self, MambaMixerBlock, features):
-            return (*features, *self(*features))
         for layer in self.layers:
             features = layer.extend(features)
         return features
+
+
+def hands_on(blocks: Iterable[nn.Module], average: nn.Module, x: Tensor) -> bool:
+    """Whether a stage's blocks and their layers may hand features on, by `extend`, to the average at its end: x, the
+    first of them, wants a gradient, nobody wants to see operators called, and nobody holds on to a module that is given
+    features: they would not be those that others are given, and gradients for them not those of all uses."""
+    if not (torch.is_grad_enabled() and x.__class__ is Tensor and x.requires_grad) or is_observed():
+        return False
+    return _is_itself(average, WeightedAverage) and all(
+        _is_itself(block, MambaMixerBlock) and all(_is_itself(layer, MixerLayer) for layer in block.layers)
+        for block in blocks
+    )
+
+
+def _is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module is one of the `forward` of this class, and no more."""
+    return type(module) is kind and module._compiled_call_impl is None and not _is_hooked(module)

@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels, is_plain
+from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels, hands_on, is_plain
 from .ops.backend import autocast_dtype
 
 __all__ = ["ViM2"]  # register_model adds the models
@@ -71,11 +71,6 @@ class Stem(PatchEmbed):
         return self.norm(project_patches(x, proj.weight, proj.bias))
 
 
-def extend(block: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The features and those that a block adds, see `MambaMixerBlock.extend`; what is in a block's place is called."""
-    return block.extend(features) if isinstance(block, MambaMixerBlock) else (*features, *block(*features))
-
-
 class ViM2Stage(nn.Module):
     """Patch merging (but in the first stage), MambaMixer blocks, and the weighted average that ends the stage.
 
@@ -115,11 +110,14 @@ class ViM2Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, in_dim) -> (batch, H, W, dim), where downsampling halves H and W, rounding up."""
         features = (self.downsample(x),)
+        hand_on = not self.grad_checkpointing and hands_on(self.blocks, self.average, features[0])
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 features += checkpoint(block, *features)
+            elif hand_on:
+                features = block.extend(features)
             else:
-                features = extend(block, features)
+                features += block(*features)
         return self.average(features)
 
 

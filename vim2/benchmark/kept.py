@@ -30,10 +30,12 @@ def kept_for(loss: Tensor, given: Sequence[Tensor]) -> list[dict]:
     are there without a backward pass; their copies in another dtype do.
     """
     known = set(map(_memory, given))
+    alive = []  # until all are counted: what is unpacked for a look may come to lie where another has lain
     families: dict[str, dict] = defaultdict(lambda: {"tensors": 0, "bytes": 0})
     for node in sorted(_nodes(loss.grad_fn), key=lambda node: node._sequence_nr()):
         row = families[operator_family(_operator(node))]
         for t in _kept_by(node):
+            alive.append(t)
             if _memory(t) not in known:
                 known.add(_memory(t))
                 row["tensors"] += 1

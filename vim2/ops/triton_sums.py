@@ -43,7 +43,7 @@ def sum_parts(parts: Tensor, matrix: Tensor, *vectors: Tensor, transposed: bool 
     """Sums over parts, each written to its tensor, in that one's dtype.
 
     Args:
-        parts: (parts, directions, rows + vectors, E), contiguous, float32. Any of its first two axes may be missing.
+        parts: (parts, directions, rows + vectors, E), contiguous, float32; without the second axis for one direction.
         matrix: Contiguous, for the sums of the first rows: (directions, rows, E), or transposed (directions, E, rows).
         vectors: Contiguous, each for the sums of one of the other rows: (directions, E).
     """

@@ -104,22 +104,24 @@ class ConvolvedHalf(torch.autograd.Function):
         """
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.as_input, ctx.room, ctx.operator = kernels, as_input, Room(), operator
-        ctx.save_for_backward(projected, weight, bias)
+        ctx.shape = projected.shape
         width = projected.shape[-1] // 2
-        return kernels.convolve(as_input(projected[..., :width]), weight, bias), projected[..., width:]
+        x = as_input(projected[..., :width])
+        ctx.save_for_backward(x, weight, bias)  # what the operator saves: a checkpoint's second pass may go either way
+        return kernels.convolve(x, weight, bias), projected[..., width:]
 
     @staticmethod
     def backward(ctx, grad_y, grad_gate):
         refuse_second_derivatives()
-        projected, weight, bias = ctx.saved_tensors
-        width = projected.shape[-1] // 2
+        x, weight, bias = ctx.saved_tensors
+        width = ctx.shape[-1] // 2
         whole = ctx.room.take(grad_gate)
         if whole is None:
-            whole = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
+            whole = torch.empty(ctx.shape, dtype=x.dtype, device=x.device)
             whole[..., width:] = 0 if grad_gate is None else grad_gate
         if grad_y is None:
             whole[..., :width] = 0
             return None, None, None, whole, None, None
-        x, grad_x = (ctx.as_input(t[..., :width]) for t in (projected, whole))
+        grad_x = ctx.as_input(whole[..., :width])
         _, grad_weight, grad_bias = ctx.kernels.convolve_backward(grad_y, x, weight, bias, grad_x)
         return None, None, None, whole, grad_weight, grad_bias

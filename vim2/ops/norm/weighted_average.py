@@ -114,7 +114,9 @@ class _Passing(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.operator = "vim2::weighted_average"
         ctx.dtypes = norm_dtypes(norm_weight, norm_bias)
-        ctx.save_for_backward(statistics, weight, norm_weight, *features)
+        ctx.save_for_backward(
+            *features, weight, norm_weight, statistics
+        )  # in the operator's order, see `ConvolvedHalf`
         return y, *features
 
     @staticmethod
@@ -124,7 +126,7 @@ class _Passing(torch.autograd.Function):
 
         if grad is None:  # of the result nobody made anything
             return *(None,) * 5, *others
-        statistics, weight, norm_weight, *features = ctx.saved_tensors
+        *features, weight, norm_weight, statistics = ctx.saved_tensors
         if any(other is not None for other in others):
             others = [torch.zeros_like(f) if other is None else other for other, f in zip(others, features)]
         else:
