@@ -1,12 +1,15 @@
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICE, needs_triton
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vim2 import mixers
@@ -20,6 +23,7 @@ from vim2.mixers import (
 )
 from vim2.ops import backend, replay, selective_scan_fn
 from vim2.tsm2 import TimeMixer, VariateMixer
+from vim2.vim2 import ViM2Stage
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -272,6 +276,113 @@ class FewOperators(nn.Module):
 
     def forward(self, x):
         return torch.tanh(self.in_proj(x))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+
+def hold(stage: ViM2Stage, how: str) -> list:
+    """Has somebody hold on to a module of a stage. Returns what is appended to whenever it is called."""
+    seen = []
+    layers = stage.blocks[0].layers
+    module = {"the block": stage.blocks[0], "the average": stage.average, "a mixer": layers[1].mixer}.get(
+        how, layers[1]
+    )
+    if how != "nothing":
+        module.register_forward_hook(lambda *_: seen.append(how))
+    if how == "a wrapped layer":
+        layers[1] = Wrapped(module)
+    elif how == "a wrapped block":
+        stage.blocks[0] = Wrapped(stage.blocks[0])
+    elif how == "a checkpointed layer":
+        layers[1] = checkpoint_wrapper(module)
+    return seen
+
+
+HELD = "a layer", "a mixer", "the block", "the average", "a wrapped layer", "a wrapped block", "a checkpointed layer"
+
+
+@needs_triton
+@pytest.mark.parametrize("how", ["nothing", *HELD])
+def test_features_that_are_handed_on_have_the_gradients_that_autograd_adds_up(how, calls, monkeypatch):
+    """With the same bits, replayed or not; and who holds on to a module sees it called."""
+    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    options = dict(token_mixers=2, channel_mixer="none", d_state=1)
+    stage = ViM2Stage(8, 8, 2, False, [[0.0] * 2] * 2, **options)
+    for block in stage.blocks:
+        for layer in block.layers:
+            layer.mixer = FewOperators()
+    stage = randomise(stage).float().to(DEVICE)
+    seen = hold(stage, how)
+
+    def plain(x):
+        features = (x,)
+        for block in stage.blocks:
+            features += block(*features)
+        return stage.average(features)
+
+    def step(forward, seed):
+        x = two_features(seed)[0].requires_grad_()
+        stage.zero_grad()
+        forward(2 * x).square().sum().backward()
+        return [t.grad for t in (x, *stage.parameters())]
+
+    for seed in range(4):
+        before = len(seen)
+        calls.clear()
+        actual = step(stage, seed)
+        called, before = len(seen) - before, len(seen)
+        if how == "a checkpointed layer":
+            assert calls.count(stage.blocks[0].layers[1]._checkpoint_wrapped_module) == 2
+        expected = step(plain, seed)
+        assert called == len(seen) - before == (how != "nothing")
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_triton
+def test_gradients_for_what_a_hooked_layer_is_given_are_those_of_all_uses(calls, monkeypatch):
+    stage = randomise(ViM2Stage(8, 8, 1, False, [[0.0] * 2], token_mixers=2, channel_mixer="none", d_state=1))
+    for layer in stage.blocks[0].layers:
+        layer.mixer = FewOperators()
+    stage = stage.float().to(DEVICE)
+    given = []
+    stage.blocks[0].layers[1].register_forward_pre_hook(lambda module, inputs: given.append(inputs[0][0]))
+    x = two_features(0)[0].requires_grad_()
+    loss = stage(x * 1).square().sum()
+    (all_uses,) = torch.autograd.grad(loss, given, retain_graph=True)
+    assert torch.equal(all_uses, torch.autograd.grad(loss, x)[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("observed", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["token mixer", "channel mixer", "stage"])
+def test_a_checkpoint_of_which_one_pass_is_observed(kind, observed, monkeypatch):
+    """It compares what is saved in both, which go different ways then."""
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", "triton")
+    if kind == "stage":
+        module = ViM2Stage(8, 8, 1, False, [[0.0]], token_mixers=1, channel_mixer="none", d_state=1, token_expand=1.0)
+    elif kind == "token mixer":
+        module = SelectiveTokenMixer(8, d_state=1, expand=1.0)
+    else:
+        module = SelectiveChannelMixer(8, d_state=1, expand=1.0, channel_patch=4)
+    module = randomise(module).float().to(DEVICE)
+    x = two_features(0)[0].requires_grad_()
+    expected = torch.autograd.grad(module(x).square().sum(), x)[0]
+    first, second = (
+        torch.profiler.profile() if observed == each else nullcontext() for each in ("forward", "backward")
+    )
+    with first:
+        y = checkpoint(module, x, use_reentrant=False).square().sum()
+    with second:
+        y.backward()
+    torch.testing.assert_close(x.grad, expected)
 
 
 @needs_triton

@@ -4,7 +4,7 @@ Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/archit
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .ops import (
     BIDIRECTIONAL,
     CROSS_SCAN,
-    depthwise_conv_silu,
     directional_conv_silu,
     layer_norm,
     norm_gate,
@@ -29,14 +28,18 @@ from .ops import (
 )
 from .ops.ahead import compile_ahead
 from .ops.backend import autocast_dtype, resolve_backend
+from .ops.conv.depthwise import depthwise_conv_silu_of_half
+from .ops.conv.directional import directional_conv_silu_of_half
+from .ops.norm.weighted_average import weighted_average_norm_passing
 from .ops.operator import is_observed
 from .ops.replay import replay
 
 __all__ = ["S6", "MambaMixerBlock", "MixerLayer", "SelectiveChannelMixer", "SelectiveTokenMixer", "WeightedAverage"]
 
 # Leaves of torch.fx graphs: their argument checks look at shapes, which a symbolic trace does not have.
-torch.fx.wrap("depthwise_conv_silu")
+torch.fx.wrap("depthwise_conv_silu_of_half")
 torch.fx.wrap("directional_conv_silu")
+torch.fx.wrap("directional_conv_silu_of_half")
 torch.fx.wrap("layer_norm")
 torch.fx.wrap("norm_gate")
 torch.fx.wrap("patch_merging_norm")
@@ -206,10 +209,11 @@ class SelectiveTokenMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         conv, norm = self.conv, self.out_norm
-        value, gate = self.in_proj(x).chunk(2, dim=-1)
+        projected = self.in_proj(x)
         if is_plain(conv, nn.Conv2d):
-            value = depthwise_conv_silu(value, conv.weight, conv.bias)
+            value, gate = depthwise_conv_silu_of_half(projected, conv.weight, conv.bias)
         else:
+            value, gate = projected.chunk(2, dim=-1)
             value = F.silu(conv(value.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         if is_plain(norm, nn.LayerNorm):
             y = self.s6(value, merge=False).unsqueeze(-3)
@@ -265,9 +269,13 @@ class SelectiveChannelMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
-        value, gate = self.in_proj(x).chunk(2, dim=-1)
-        steps = value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2)
-        y = self.s6(convolve_both_ways(steps, self.conv), merge=False)
+        projected, conv = self.in_proj(x), self.conv
+        if is_plain(conv, nn.Conv1d):
+            steps, gate = directional_conv_silu_of_half(projected, conv.weight, conv.bias)
+        else:
+            value, gate = projected.chunk(2, dim=-1)
+            steps = convolve_both_ways(value.unflatten(-1, (-1, self.channel_patch)).flatten(0, 2), conv)
+        y = self.s6(steps, merge=False)
         return self.out_proj(norm_gate(y.unflatten(0, gate.shape[:-1]), gate))
 
 
@@ -322,17 +330,41 @@ class MixerLayer(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         if is_observed():
             return self._mix(*features)
+        return self._replay(self._mix, features, 0)
+
+    def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The features, to be used from here on in place of those that were given, and this layer's output: where
+        `hands_on` says so.
+
+        In training their later uses' gradients then come to this layer, whose kernel adds its own, where autograd would
+        add up those of all uses one by one.
+        """
+        new, *passed = self._replay(self._mix_passing, features, len(features))
+        return (*passed, new)
+
+    def _replay(self, function: Callable, features: Sequence[Tensor], passes: int) -> Tensor | Sequence[Tensor]:
+        """`function` of the features, replayed where that can be, see `vim2.ops.replay.replay`."""
         settings, parameters = [], []
         if not _is_replayable(features) or not _read(self, settings, parameters):
-            return self._mix(*features)
-        settings += (len(features), torch.is_inference_mode_enabled(), autocast_dtype(features[0]))
+            return function(*features)
+        settings += (len(features), passes, torch.is_inference_mode_enabled(), autocast_dtype(features[0]))
         # parameters are read from the modules, too; given here, they are known by where they lie
         given = len(features)
-        mix = lambda *tensors: self._mix(*tensors[:given])  # noqa: E731
-        return replay(self, tuple(settings), mix, (*features, *parameters))
+        mix = lambda *tensors: function(*tensors[:given])  # noqa: E731
+        return replay(self, tuple(settings), mix, (*features, *parameters), passes)
 
     def _mix(self, *features: Tensor) -> Tensor:
         return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
+
+    def _mix_passing(self, *features: Tensor) -> Sequence[Tensor]:
+        """Also the features that are handed on."""
+        average, norm = self.average, self.norm
+        if is_plain(average, WeightedAverage) and is_plain(norm, nn.LayerNorm):
+            parameters = (average.weight, norm.weight, norm.bias)
+            x, *passed = weighted_average_norm_passing(features, *parameters, norm.eps)
+        else:
+            x, passed = average_and_normalise(features, average, norm), features
+        return (self.drop_path(self.mixer(x)), *passed)
 
 
 # What the forward passes of modules read besides tensors, of those that a `MixerLayer` may be made of to be replayed.
@@ -432,3 +464,26 @@ class MambaMixerBlock(nn.Module):
         for layer in self.layers:
             features = (*features, layer(features))
         return features[given:]
+
+    def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """As `MixerLayer.extend`, with the outputs of all its layers."""
+        for layer in self.layers:
+            features = layer.extend(features)
+        return features
+
+
+def hands_on(blocks: Iterable[nn.Module], average: nn.Module, x: Tensor) -> bool:
+    """Whether a stage's blocks and their layers may hand features on, by `extend`, to the average at its end: x, the
+    first of them, wants a gradient, nobody wants to see operators called, and nobody holds on to a module that is given
+    features: they would not be those that others are given, and gradients for them not those of all uses."""
+    if not (torch.is_grad_enabled() and x.__class__ is Tensor and x.requires_grad) or is_observed():
+        return False
+    return _is_itself(average, WeightedAverage) and all(
+        _is_itself(block, MambaMixerBlock) and all(_is_itself(layer, MixerLayer) for layer in block.layers)
+        for block in blocks
+    )
+
+
+def _is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module is one of the `forward` of this class, and no more."""
+    return type(module) is kind and module._compiled_call_impl is None and not _is_hooked(module)

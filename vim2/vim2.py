@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels, is_plain
+from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels, hands_on, is_plain
 from .ops.backend import autocast_dtype
 
 __all__ = ["ViM2"]  # register_model adds the models
@@ -110,9 +110,12 @@ class ViM2Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, in_dim) -> (batch, H, W, dim), where downsampling halves H and W, rounding up."""
         features = (self.downsample(x),)
+        hand_on = not self.grad_checkpointing and hands_on(self.blocks, self.average, features[0])
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 features += checkpoint(block, *features)
+            elif hand_on:
+                features = block.extend(features)
             else:
                 features += block(*features)
         return self.average(features)

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import forecast
-from vim2.benchmark import command, compilations, launches, models, profiles, scans
+from vim2.benchmark import command, compilations, kept, launches, models, profiles, scans
 from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.ops import backend
@@ -163,6 +163,35 @@ def test_profile(tmp_path, capsys):
         assert result["profile"] == sorted(result["profile"], key=lambda row: -row["ms"])
     assert f"{train['step_ms']:.2f} ms a step" in out
     assert "floor" not in out  # which only GPUs have
+    kept = {row["operators"]: row["bytes"] for row in train["kept"]}
+    assert "kept" not in infer and kept["projected_scan"] > 0 and kept["products"] > 0
+    assert (
+        f"| all | {sum(row['tensors'] for row in train['kept'])} | {sum(kept.values()) / 2**20:.1f} | 100.0% |" in out
+    )
+
+
+class Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.operator = "vim2::an_operator"
+        ctx.save_for_backward(x, x + 1, x.bfloat16())
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_what_is_kept_counts_once_with_the_first_that_keeps_it():
+    x, weight = torch.ones(3, 4), torch.ones(4, 5, requires_grad=True)
+    y = (x @ weight).exp()  # which keeps its result, as do the sine and the product that follow
+    z = Kept.apply(y.sin() * y)
+    rows = kept.kept_for(z[:, :2].tanh().sum(), [x, weight])
+    assert {row["operators"]: (row["tensors"], row["bytes"]) for row in rows} == {
+        "element-wise": (3, 2 * 4 * 15 + 4 * 6),  # of the exponential, the sine and the hyperbolic tangent
+        "an_operator": (3, (4 + 4 + 2) * 15),
+    }
+    assert rows[0]["operators"] == "an_operator"
 
 
 def test_kernels_belong_to_the_outermost_operator(monkeypatch):

@@ -14,13 +14,14 @@ from vim2.ops.triton_launch import Launch
 
 
 def launched_kernels() -> set[tuple[str, str]]:
-    """By their module and name: functions of the source that are named as kernels are."""
-    files = Path(vim2.ops.__file__).parent.rglob("triton/*.py")
+    """By their module and name: functions of Triton's that are named as kernels are."""
+    files = Path(vim2.ops.__file__).parent.rglob("*.py")
     return {
         (file.stem, node.name)
         for file in files
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
     }
 
 

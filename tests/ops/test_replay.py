@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from vim2.ops import norm_gate
+from vim2.ops import layer_norm, norm_gate, weighted_average_norm
 from vim2.ops import replay as module
 from vim2.ops.conv.depthwise import _convolve
 from vim2.ops.conv.directional import _convolve as _convolve_both_ways
@@ -167,6 +167,20 @@ def test_tensors_that_share_memory_are_not_told_apart():
         x = torch.arange(6.0, device=DEVICE) + i
         assert torch.equal(owner(x[:3], x[3:]), x[:3] + x[3])
     assert owner.calls == 4
+
+
+@pytest.mark.parametrize("kind", [Owner, Trainee])
+def test_tensors_that_shared_memory_at_first_are_noted_when_they_do_not(kind):
+    owner = kind(lambda x, y: x * y)
+    apart = [torch.arange(4.0, device=DEVICE) + i for i in range(2)]
+    for together in (True, True, True, False, False, False):
+        x, y = (torch.arange(8.0, device=DEVICE).view(2, 4) if together else apart)[:2]
+        x, y = x.requires_grad_(kind is Trainee), y.requires_grad_(kind is Trainee)
+        result = owner(x, y)
+        assert torch.equal(result, x * y)
+        if kind is Trainee:
+            assert torch.equal(torch.autograd.grad(result.sum(), x)[0], y)
+    assert owner.calls <= 5
 
 
 def test_what_is_not_needed_any_more_is_freed(monkeypatch):
@@ -355,6 +369,73 @@ def test_a_graph_that_is_kept_may_be_walked_again():
     assert_same_bits(first, second)
     (only,) = torch.autograd.grad(y, inputs[1], torch.ones_like(y))
     assert torch.equal(only, first[1])
+
+
+@pytest.mark.parametrize("kind", ["average", "norm"])
+def test_a_bias_that_no_gradient_depends_on_may_be_changed_between_the_passes(kind):
+    """Whether the pass is replayed or not. Of what is read, a change is an error."""
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    weight, bias = (torch.randn(8, device=DEVICE, requires_grad=True) for _ in range(2))
+    scale = torch.ones(1, device=DEVICE)
+
+    def function(x, weight, bias):
+        if kind == "norm":
+            return layer_norm(x, weight, bias, backend="triton")
+        return weighted_average_norm([x], scale, weight, bias, backend="triton")
+
+    inputs = (x, weight, bias)
+    owner = Trainee(lambda *tensors: function(*tensors[:3]))
+    expected = torch.autograd.grad(function(*inputs).sum(), inputs)
+    for _ in range(4):
+        y = owner(*inputs, scale)
+        with torch.no_grad():
+            bias.add_(1)
+        for actual, other in zip(torch.autograd.grad(y.sum(), inputs), expected, strict=True):
+            assert torch.equal(actual, other)
+    assert owner.calls == 2
+    for _ in range(2):
+        y = owner(*inputs, scale)
+        with torch.no_grad():
+            weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+class HandedOn(torch.autograd.Function):
+    """Twice its input, and the input for those who come later."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return 2 * x, x
+
+    @staticmethod
+    def backward(ctx, grad, other):
+        own = None if grad is None else 2 * grad
+        return own if other is None else other if own is None else own + other
+
+
+def test_what_is_handed_on_brings_its_later_gradients():
+    """To one node, whether both results are used, or one."""
+    calls = []
+
+    def function(x, y):
+        calls.append(1)
+        x, passed = HandedOn.apply(x)
+        return torch.mm(x, y), passed
+
+    owner = Trainee(None)
+    for uses in ("both", "both", "result", "handed on", "both"):
+        x, y = (torch.randn(4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
+        result, passed = replay(owner, None, function, (x, y), 1)
+        assert torch.equal(passed, x)
+        used = {"both": (result.t(), passed.square()), "result": (result.t(),), "handed on": (passed.square(),)}[uses]
+        grads = torch.autograd.grad(sum(each.sum() for each in used), (x, y), allow_unused=True)
+        plain = {"both": (2 * x @ y, x.square()), "result": (2 * x @ y,), "handed on": (x.square(),)}[uses]
+        expected = torch.autograd.grad(sum(each.sum() for each in plain), (x, y), allow_unused=True)
+        for actual, other in zip(grads, expected, strict=True):
+            assert (actual is None and other is None) or torch.allclose(actual, other)
+    assert len(calls) == 2  # as it is, and noted
 
 
 class Ignored(torch.autograd.Function):

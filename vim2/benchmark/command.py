@@ -15,7 +15,9 @@ and averages count nothing.
 
 A profile has the time of the device in every kind of operator, and on a GPU the floor under it: the time that this card
 takes to move the operators' inputs and outputs once (at the rate of a copy, measured in the same run), to multiply (at
-the rate of a large product, likewise), or to compute the scans' exponentials (16 a clock and multiprocessor).
+the rate of a large product, likewise), or to compute the scans' exponentials (16 a clock and multiprocessor). One of
+training also has what operators keep for the backward pass, besides parameters and images: memory that several keep
+stands with the first of them.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from ..command.processes import require_backend
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .first_steps import measure_first_steps
+from .kept import measure_kept
 from .launches import measure_launches
 from .measuring import AMP, machine, positive
 from .models import measure_model
@@ -52,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", nargs="+", default=[], metavar="timm:NAME", help="others to measure in the same run")
     scans = "only the selective scan, at vim2_tiny's stages, 4 directions, N = 16; default: what is fast here"
     add("--ops", nargs="*", choices=BACKENDS[1:], metavar="BACKEND", help=scans)
-    add("--profile", action="store_true", help="only where the models' time goes")
+    add("--profile", action="store_true", help="only where the models' time goes, and memory in training")
     add("--compilations", action="store_true", help="only what is compiled at every size, by default of ten sizes")
     add("--launches", action="store_true", help="only what launching kernels costs the host (on a GPU)")
     add("--first-step", action="store_true", help="only how long the first steps take where nothing is compiled yet")
@@ -145,7 +148,10 @@ def measure_all(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
             if not args.profile:
                 yield "models", measure_model(name, size, batch, args)
             for mode in args.modes * args.profile:
-                yield "profiles", profile_model(name, size, batch, mode, rates, args)
+                row = profile_model(name, size, batch, mode, rates, args)
+                if mode == "train":
+                    row["kept"] = measure_kept(name, size, batch, args)
+                yield "profiles", row
     for name in args.ops:
         for features, side in SCAN_SHAPES:
             for batch in args.batch_size:

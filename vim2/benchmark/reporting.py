@@ -72,7 +72,19 @@ def profile_table(result: dict) -> str:
     header = ["operators", "calls", "ms", "share", "GB", "GFLOP", "G exponentials", "floor, ms", "time / floor"]
     title = f"{result['model']}, {result['size']} x {result['size']}, batch {result['batch']}, {result['mode']}: "
     title += f"{result['step_ms']:.2f} ms a step; by operators, {total:.2f} ms:"
-    return f"{title}\n\n{table(header, lines)}"
+    tables = [title, table(header, lines)]
+    if "kept" in result:
+        tables.append(kept_table(result["kept"]))
+    return "\n\n".join(tables)
+
+
+def kept_table(rows: list[dict]) -> str:
+    total = {key: sum(row[key] for row in rows) for key in ("tensors", "bytes")}
+    lines = [
+        [row["operators"], str(row["tensors"]), f"{row['bytes'] / 2**20:.1f}", f"{row['bytes'] / total['bytes']:.1%}"]
+        for row in [*rows, {"operators": "all"} | total]
+    ]
+    return f"Kept for the backward pass:\n\n{table(['operators', 'tensors', 'MiB', 'share'], lines)}"
 
 
 def compilation_table(rows: list[dict]) -> str:

@@ -189,7 +189,7 @@ class Operator:
             return backward(ctx, *grads)
 
         torch.library.register_autograd(self.name, differentiate, setup_context=set_up)
-        function = self.function
+        function, name = self.function, self.name
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
@@ -200,7 +200,7 @@ class Operator:
                 # the other.
                 output = _all_tensors(function(*args))
                 set_up(ctx, args, output)
-                ctx.length = length
+                ctx.length, ctx.operator = length, name
                 return output
 
             @staticmethod

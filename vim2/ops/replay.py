@@ -32,7 +32,7 @@ MAX_OPERATOR_REPLAYS = 1024  # of an operator, which all layers of all models sh
 PATIENCE = 3
 REFUSED = object()  # in place of the replay of what cannot be noted
 
-NAMES = re.compile(r"\b(?:given|made|part)\d+\b|\bgrad\b")  # of tensors, in lines
+NAMES = re.compile(r"\b(?:given|made|part|other)\d+\b|\bgrad\b")  # of tensors, in lines
 
 _replays: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
@@ -77,6 +77,7 @@ def replay(
     settings: Hashable,
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
+    passes: int = 0,
 ) -> Tensor | tuple[Tensor, ...]:
     """function(*tensors), noted the fourth time that such tensors come, and replayed from then on.
 
@@ -89,8 +90,11 @@ def replay(
         settings: All that the function reads besides the tensors, and besides what was settled on import.
         function: It returns one tensor, or a tuple of them where no gradient is wanted, changes none that it is given,
             and allocates, computes and launches the same for all tensors that lie alike.
-        tensors: No two of which share memory. Those of which the function knows without being given them, as of a
-            module's parameters, are leaves of autograd's graph.
+        tensors: Nothing is noted while two of them share memory. Those of which the function knows without being given
+            them, as of a module's parameters, are leaves of autograd's graph.
+        passes: So many of the first tensors are handed on: the function returns them, or others of the same values in
+            their place, in a tuple behind its one result. Gradients of what is done with those come to this backward
+            pass.
     """
     wants = _wants(tensors)
     if _must_launch(tensors) or (wants and is_watched()):
@@ -106,7 +110,7 @@ def replay(
         if wants is None:
             known[key], result = note(function, tensors)
             return result
-        way = known[key] = note_both(function, tensors)
+        way = known[key] = note_both(function, tensors, passes)
     if way is REFUSED or way.__class__ is int:
         return function(*tensors)
     return way(*tensors) if wants is None else _Replayed.apply(way, *tensors)
@@ -227,6 +231,8 @@ def _layout(t: Tensor) -> tuple:
 
 def note(function: Callable, tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
     """The replay of a function, or REFUSED, or PATIENCE if it can be tried again; and its result for these tensors."""
+    if _share_memory(tensors):
+        return PATIENCE, function(*tensors)
     notebook = Notebook(tensors)
     way = REFUSED
     try:
@@ -251,22 +257,23 @@ class BothPasses:
     Attributes:
         forward: Takes the function's tensors. Returns its result, and what else `backward` wants.
         given: Which of the function's tensors `backward` wants first.
-        layout: Of the gradient of the result.
-        backward: Takes that gradient, and what it wants. Returns a gradient or None for each of the function's tensors.
+        layouts: Of the gradients of the result, and of the tensors that are handed on behind it.
+        backward: Takes these gradients, and what it wants. Returns one or None for each of the function's tensors.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     given: tuple[int, ...]
-    layout: tuple
+    layouts: tuple[tuple, ...]
     backward: Callable[..., tuple[Tensor | None, ...]]
 
 
-def note_both(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Any:
-    """A function's `BothPasses`, REFUSED, or PATIENCE where this is no time to note."""
+def note_both(function: Callable, tensors: Sequence[Tensor | None], passes: int) -> Any:
+    """A function's `BothPasses`, REFUSED, or PATIENCE where this is no time to note. It `passes` on the first tensors
+    as that of `replay` does."""
     on_gpu = [t.get_device() for t in tensors if t is not None and t.is_cuda][:1]
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return PATIENCE  # all that is done would become part of the graph
-    if any(t is not None and t._backward_hooks for t in tensors):
+    if _share_memory(tensors) or any(t is not None and t._backward_hooks for t in tensors):
         return PATIENCE  # hooks would see gradients of ours
     leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
@@ -274,13 +281,13 @@ def note_both(function: Callable[..., Tensor], tensors: Sequence[Tensor | None])
     try:
         with torch.random.fork_rng(on_gpu), torch.autograd.set_multithreading_enabled(False):
             with noting(notebook):
-                result = function(*leaves)
-            grad = torch.empty_like(result)
-            notebook.turn(result.detach(), grad)
+                results = function(*leaves) if passes else (function(*leaves),)
+            given = [torch.empty_like(t) for t in results]
+            notebook.turn(results[0].detach(), given)
             with torch.autocast(notebook.device, enabled=False), noting(notebook):
-                grads = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
+                grads = iter(torch.autograd.grad(results, wanted, given, allow_unused=True))
         grads = [next(grads) if t is not None and t.requires_grad else None for t in leaves]
-        return notebook.both_passes(grads, _layout(grad))
+        return notebook.both_passes(grads, tuple(map(_layout, given)))
     except torch.OutOfMemoryError:
         return PATIENCE
     except Exception:
@@ -296,18 +303,27 @@ class _Replayed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.way = way
         ctx.save_for_backward(*[tensors[i] for i in way.given], *saved)
-        return result
+        passes = len(way.layouts) - 1
+        return (result, *tensors[:passes]) if passes else result
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *others):
         refuse_second_derivatives()
         way = ctx.way
         if grad is None:  # nobody used the result
-            return (None,) * len(ctx.needs_input_grad)
-        if _layout(grad) != way.layout:
-            shape, stride, dtype, *_ = way.layout
-            grad = torch.empty_strided(shape, stride, dtype=dtype, device=grad.device).copy_(grad)
-        return None, *way.backward(grad, *ctx.saved_tensors)
+            return None, *others, *(None,) * (len(ctx.needs_input_grad) - 1 - len(others))
+        saved = ctx.saved_tensors
+        grads = [_laid_out(t, layout, grad) for t, layout in zip((grad, *others), way.layouts)]
+        return None, *way.backward(*grads, *saved)
+
+
+def _laid_out(grad: Tensor | None, layout: tuple, other: Tensor) -> Tensor:
+    """A gradient as the noted one lay, on another's device; zero if there is none."""
+    if grad is not None and _layout(grad) == layout:
+        return grad
+    shape, stride, dtype, *_ = layout
+    copy = torch.empty_strided(shape, stride, dtype=dtype, device=other.device)
+    return copy.zero_() if grad is None else copy.copy_(grad)
 
 
 @contextmanager
@@ -348,9 +364,9 @@ class Notebook(TorchDispatchMode):
         self.device, self.index = first.device.type, first.get_device()
         self.autocast = torch.is_autocast_enabled(self.device)
         self.given = [f"given{i}" for i in range(len(tensors))]
+        self.grads: list[str] = []  # that come to the backward pass
         for name, t in zip(self.given, tensors):
             if t is not None:
-                self.problem = self.problem or ("tensors share memory" if _memory(t) in self.whole else "")
                 self.whole[_memory(t)] = name, t.dtype, _extent(t)
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -470,7 +486,7 @@ class Notebook(TorchDispatchMode):
         if (name, extent) not in self.parts:
             offset -= whole[2]
             # what comes from elsewhere may start anywhere in its memory
-            at = f"{name}.storage_offset() + {offset}" if name in (*self.given, "grad") else f"{offset}"
+            at = f"{name}.storage_offset() + {offset}" if name in self.given + self.grads else f"{offset}"
             self.parts[name, extent] = f"part{next(self.numbers)}"
             self.lines.append((self.parts[name, extent], f"{name}.as_strided({shape}, {stride}, {at})"))
         return self.parts[name, extent]
@@ -481,11 +497,13 @@ class Notebook(TorchDispatchMode):
         name = self.part(t)
         return f"{name}.detach()" if name.startswith("part") else name
 
-    def turn(self, result: Tensor, grad: Tensor) -> None:
-        """From the forward pass to the backward pass, which is given the gradient of the result."""
+    def turn(self, result: Tensor, grads: Sequence[Tensor]) -> None:
+        """From the forward pass to the backward pass, which is given the gradient of the result, and others."""
         self.forward = (self.result(result), self.lines)  # in this order: a part of what was made is a line, too
         self.lines, self.parts = [], {}
-        self.whole[_memory(grad)] = "grad", grad.dtype, _extent(grad)
+        self.grads = ["grad", *(f"other{i}" for i in range(len(grads) - 1))]
+        for name, grad in zip(self.grads, grads):
+            self.whole[_memory(grad)] = name, grad.dtype, _extent(grad)
 
     def replay(self, result: Tensor | tuple[Tensor, ...]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         """The function that was noted.
@@ -500,7 +518,7 @@ class Notebook(TorchDispatchMode):
         replay = self.function(self.given, returned, self.lines)
         return _without_autocast(replay, self.device) if self.autocast else replay
 
-    def both_passes(self, grads: Sequence[Tensor | None], layout: tuple) -> BothPasses:
+    def both_passes(self, grads: Sequence[Tensor | None], layouts: tuple[tuple, ...]) -> BothPasses:
         """The function that was noted, and its gradients.
 
         Raises:
@@ -510,14 +528,14 @@ class Notebook(TorchDispatchMode):
         made = {name for name, _ in self.lines}
         names = dict.fromkeys(NAMES.findall(f"{returned} {' '.join(text for _, text in self.lines)}"))
         given = [name for name in self.given if name in names]
-        saved = [name for name in names if name not in made and name not in self.given and name != "grad"]
+        saved = [name for name in names if name not in made and name not in self.given + self.grads]
         result, lines = self.forward
         forward = self.function(self.given, f"({', '.join([result, *saved])},)", lines)
-        backward = self.function(["grad", *given, *saved], returned, self.lines)
+        backward = self.function([*self.grads, *given, *saved], returned, self.lines)
         return BothPasses(
             forward=_without_autocast(forward, self.device) if self.autocast else forward,
             given=tuple(self.given.index(name) for name in given),
-            layout=layout,
+            layouts=layouts,
             backward=_without_autocast(backward, self.device),  # whether it is on when that pass comes, nobody knows
         )
 
@@ -569,6 +587,12 @@ def _has_parts_to_cast(function, device: str) -> bool:
 def _memory(t: Tensor) -> StorageWeakRef:
     """Of whatever age: what is freed is known as such, and no other's."""
     return StorageWeakRef(t.untyped_storage())
+
+
+def _share_memory(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether some do, so that a notebook could not tell them apart. Others that lie alike may not."""
+    memory = [_memory(t) for t in tensors if t is not None]
+    return len(set(memory)) < len(memory)
 
 
 def _extent(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:

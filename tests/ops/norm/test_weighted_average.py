@@ -5,6 +5,7 @@ from devices import DEVICE, both_backends, needs_triton
 from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import weighted_average, weighted_average_norm
+from vim2.ops.norm.weighted_average import weighted_average_norm_passing
 
 
 def make(n, dtype=torch.float64):
@@ -229,3 +230,29 @@ class TestNorm:
         )
         with pytest.raises(ValueError, match=message):
             weighted_average_norm(**{**arguments, **change})
+
+
+@both_backends
+@pytest.mark.parametrize(("n", "dtype"), [(3, torch.float32), (2, torch.bfloat16), (18, torch.float32)])
+def test_gradients_of_features_that_are_handed_on_have_the_same_bits(n, dtype, backend):
+    """As those that autograd adds up, of which each is rounded; a feature may be used no more."""
+    features, weight = make(n, dtype)
+    features = [f.detach().to(DEVICE).requires_grad_() for f in features]
+    parameters = [t.detach().to(DEVICE, torch.float32).requires_grad_() for t in (weight, torch.ones(4), torch.ones(4))]
+
+    def gradients_of(passes, unused):
+        given, total = features, 0
+        for scale in (1, 3):
+            if passes:
+                y, *given = weighted_average_norm_passing(given, *parameters, backend=backend)
+            else:
+                y = weighted_average_norm(given, *parameters, backend=backend)
+            total = total + scale * y.float().square().sum()
+        if unused < n:
+            total = total + weighted_average(given[unused:], parameters[0][unused:], backend).sum()
+        return torch.autograd.grad(total, [*features, *parameters])
+
+    tolerance = 0.0 if DEVICE == "cuda" or dtype == torch.float32 else 0.02  # Triton's interpreter rounds otherwise
+    for unused in (0, 1, n):
+        for actual, expected in zip(gradients_of(True, unused), gradients_of(False, unused), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backend import autocast_off, compute_dtype, resolve_backend
 from ..operator import opaque_on_cpus
 from ..replay import replayed
-from .operator import register_conv
+from .operator import ConvolvedHalf, register_conv, takes_halves
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
@@ -29,6 +29,29 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
         ValueError: Shapes that do not fit together, an empty map, or an unknown backend.
         RuntimeError: A backend that is not there.
     """
+    _check_arguments(x, weight, bias)
+    if resolve_backend(backend, x, weight, bias) == "triton":
+        return _convolve(x, weight, bias)
+    return _depthwise_conv_silu_torch(x, weight, bias)
+
+
+def depthwise_conv_silu_of_half(
+    projected: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of the halves of a projection's rows, (batch, H, W, 2 E), the `depthwise_conv_silu` of the first, and the second:
+    two tensors (batch, H, W, E). In eager training the gradients of both are written side by side."""
+    value, gate = projected.chunk(2, dim=-1)
+    if resolve_backend(backend, projected, weight, bias) == "triton" and takes_halves(projected, weight, bias):
+        _check_arguments(value, weight, bias)
+        return ConvolvedHalf.apply(_convolve.name, _kernels(), _as_it_is, projected, weight, bias)
+    return depthwise_conv_silu(value, weight, bias, backend), gate
+
+
+def _as_it_is(half: Tensor) -> Tensor:
+    return half
+
+
+def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x must be (batch, H, W, E) and not empty, got {tuple(x.shape)}.")
     channels = x.shape[-1]
@@ -37,9 +60,6 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
             f"weight and bias must be {(channels, 1, 3, 3)} and {(channels,)} for {channels} channels, "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
-    if resolve_backend(backend, x, weight, bias) == "triton":
-        return _convolve(x, weight, bias)
-    return _depthwise_conv_silu_torch(x, weight, bias)
 
 
 @opaque_on_cpus("vim2::depthwise_conv_silu_torch", lambda x, *_: x.new_empty(x.shape))

@@ -1,6 +1,7 @@
 """Convolutions along sequences in both directions, and SiLU: the public function and the registered operator behind
 its kernels, `torch.ops.vim2.directional_conv_silu`, with fake, autograd and FLOP rules."""
 
+import functools
 import math
 
 import torch
@@ -12,7 +13,7 @@ from ..operator import opaque_on_cpus
 from ..replay import replayed
 from .causal import convolve as convolve_causally
 from .causal import numba_kernels, runs_in_numba
-from .operator import register_conv
+from .operator import ConvolvedHalf, register_conv, takes_halves
 
 
 def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
@@ -36,14 +37,7 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
         ValueError: Shapes that do not fit together, no sequence at all, or an unknown backend.
         RuntimeError: A backend that is not there.
     """
-    if x.dim() != 3 or x.numel() == 0:
-        raise ValueError(f"x must be (n, steps, P) and not empty, got {tuple(x.shape)}.")
-    outputs = 2 * x.shape[-1]
-    if not _weight_fits(x.shape, weight.shape) or bias.shape != (outputs,):
-        raise ValueError(
-            f"weight and bias must be {(outputs, 1)} with any number of taps and {(outputs,)} for P = {outputs // 2}, "
-            f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
-        )
+    _check_arguments(x, weight, bias)
     backend = resolve_backend(backend, x, weight, bias, causal_taps=weight.shape[-1])
     if backend == "triton":
         return _convolve(x, weight, bias)
@@ -52,6 +46,38 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
     if runs_in_numba(backend, x, weight, bias):
         return _convolve_numba(x, weight, bias)
     return _directional_conv_silu_torch(x, weight, bias)
+
+
+def directional_conv_silu_of_half(
+    projected: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of the halves of a projection's rows, (..., 2 E), the second, (..., E), behind the `directional_conv_silu` of the
+    first, each of whose rows is a sequence of E / P steps: (rows, E / P, 2, P). In eager training the gradients of both
+    are written side by side."""
+    value, gate = projected.chunk(2, dim=-1)
+    as_sequences = functools.partial(_as_sequences, features=weight.shape[0] // 2)
+    x = as_sequences(value)
+    fast = resolve_backend(backend, projected, weight, bias, causal_taps=weight.shape[-1]) == "triton"
+    if fast and takes_halves(projected, weight, bias):
+        _check_arguments(x, weight, bias)
+        return ConvolvedHalf.apply(_convolve.name, _kernels(), as_sequences, projected, weight, bias)
+    return directional_conv_silu(x, weight, bias, backend), gate
+
+
+def _as_sequences(half: Tensor, features: int) -> Tensor:
+    """(..., E) -> (rows, E / P, P)."""
+    return half.unflatten(-1, (-1, features)).flatten(0, -3)
+
+
+def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"x must be (n, steps, P) and not empty, got {tuple(x.shape)}.")
+    outputs = 2 * x.shape[-1]
+    if not _weight_fits(x.shape, weight.shape) or bias.shape != (outputs,):
+        raise ValueError(
+            f"weight and bias must be {(outputs, 1)} with any number of taps and {(outputs,)} for P = {outputs // 2}, "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
+        )
 
 
 def _directional_conv_silu_causal(x, weight, bias):

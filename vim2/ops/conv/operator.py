@@ -6,9 +6,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from ..operator import Operator, refuse_second_derivatives, register_operator, require_fit
+from ..halves import Room
+from ..operator import Operator, is_observed, needs_backward, refuse_second_derivatives, register_operator, require_fit
 
 
 def register_conv(
@@ -75,3 +77,51 @@ def register_conv(
         return 2 * flops(x_shape, weight_shape)
 
     return run
+
+
+def takes_halves(projected: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether `ConvolvedHalf` may stand for a convolution of Triton's: a backward pass will follow, and nobody wants to
+    see operators called."""
+    tensors = projected, weight, bias
+    plain = all(t.__class__ in (Tensor, Parameter) and not t.is_meta for t in tensors)
+    return plain and needs_backward(*tensors) and not is_observed()
+
+
+class ConvolvedHalf(torch.autograd.Function):
+    """Of the halves of a projection's rows the first convolved, and the second as it is.
+
+    The gradients of both are written to the memory of the projection's own, if a `norm_gate` has made the second's.
+    """
+
+    @staticmethod
+    def forward(ctx, operator, kernels, as_input, projected, weight, bias):
+        """
+        Args:
+            operator: The name of the one that it stands for.
+            kernels: As those of `register_conv`, imported; the backward pass also takes where to write x's gradient.
+            as_input: From the first half of rows to a view of it that kernels take.
+            projected: (..., 2 E).
+        """
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.as_input, ctx.room, ctx.operator = kernels, as_input, Room(), operator
+        ctx.shape = projected.shape
+        width = projected.shape[-1] // 2
+        x = as_input(projected[..., :width])
+        ctx.save_for_backward(x, weight, bias)  # what the operator saves: a checkpoint's second pass may go either way
+        return kernels.convolve(x, weight, bias), projected[..., width:]
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_gate):
+        refuse_second_derivatives()
+        x, weight, bias = ctx.saved_tensors
+        width = ctx.shape[-1] // 2
+        whole = ctx.room.take(grad_gate)
+        if whole is None:
+            whole = torch.empty(ctx.shape, dtype=x.dtype, device=x.device)
+            whole[..., width:] = 0 if grad_gate is None else grad_gate
+        if grad_y is None:
+            whole[..., :width] = 0
+            return None, None, None, whole, None, None
+        grad_x = ctx.as_input(whole[..., :width])
+        _, grad_weight, grad_bias = ctx.kernels.convolve_backward(grad_y, x, weight, bias, grad_x)
+        return None, None, None, whole, grad_weight, grad_bias

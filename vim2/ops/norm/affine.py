@@ -36,8 +36,12 @@ def fake_norm_gradient(statistics: Tensor, norm_weight: Tensor | None) -> Tensor
     return statistics.new_empty(2, 0 if norm_weight is None else norm_weight.shape[0])
 
 
-def split_norm_gradient(
-    grad: Tensor | Sequence[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> list[Tensor | None]:
+def split_norm_gradient(grad: Tensor | Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
     """These gradients, each in its parameter's dtype, None where there is no norm."""
-    return [None if t is None else g.to(t.dtype) for g, t in zip(grad, (norm_weight, norm_bias))]
+    return [None if dtype is None else g.to(dtype) for g, dtype in zip(grad, dtypes)]
+
+
+def norm_dtypes(*norm: Tensor | None) -> list[torch.dtype | None]:
+    """Of a norm's weight and bias, or None where there is no norm: what is kept of a bias that a backward pass does not
+    read, so that it may be changed before that."""
+    return [None if t is None else t.dtype for t in norm]

@@ -17,6 +17,7 @@ from .affine import (
     fake_statistics,
     has_statistics,
     is_affine,
+    norm_dtypes,
     split_norm_gradient,
 )
 
@@ -146,14 +147,15 @@ def _(grad, x, weight, statistics, patch):
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, _, _, ctx.patch, _ = inputs
-    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.dtypes = norm_dtypes(weight, bias)
+    ctx.save_for_backward(x, weight, output[1])
 
 
 def _backward(ctx, grad, _):
     refuse_second_derivatives()
-    x, *norm, statistics = ctx.saved_tensors
-    grad_x, grad_norm = _layer_norm_backward(grad, x, norm[0], statistics, ctx.patch)
-    return grad_x, *split_norm_gradient(grad_norm, *norm), None, None, None, None
+    x, weight, statistics = ctx.saved_tensors
+    grad_x, grad_norm = _layer_norm_backward(grad, x, weight, statistics, ctx.patch)
+    return grad_x, *split_norm_gradient(grad_norm, ctx.dtypes), None, None, None, None
 
 
 _layer_norm.register_autograd(_backward, _setup_context)

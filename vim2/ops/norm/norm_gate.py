@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
-from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
+from ..halves import room_of
+from ..operator import (
+    is_observed,
+    needs_backward,
+    opaque_on_cpus,
+    refuse_second_derivatives,
+    register_operator,
+    require_fit,
+)
 from ..replay import replayed
 from .affine import (
     check_norm,
@@ -17,6 +25,7 @@ from .affine import (
     fake_statistics,
     has_statistics,
     is_affine,
+    norm_dtypes,
     split_norm_gradient,
 )
 
@@ -147,17 +156,24 @@ def _setup_context(ctx, inputs, output):
     y, gate, *norm, _, _, _ = inputs
     _, statistics, total = output
     ctx.summed = y.shape[-3:] if y.dim() > gate.dim() else None
+    ctx.room = None if is_observed() else room_of(gate)
     ctx.save_for_backward(total if ctx.summed else y, gate, *norm, statistics)
 
 
 def _backward(ctx, grad, *_):
     refuse_second_derivatives()
     y, gate, *norm, statistics = ctx.saved_tensors
-    grad_y, grad_gate, grad_norm = _norm_gate_backward(grad, y, gate, *norm, statistics)
+    tensors = (grad, y, gate, *norm, statistics)
+    if ctx.room is None or is_observed():
+        grad_y, grad_gate, grad_norm = _norm_gate_backward(*tensors)
+    else:
+        from .triton.norm_gate import norm_gate_triton_backward
+
+        grad_y, grad_gate, grad_norm = norm_gate_triton_backward(*tensors, ctx.room.second_half(gate))
     if ctx.summed:  # one gradient for all directions
         groups, directions, patch = ctx.summed
         grad_y = grad_y.unflatten(-1, (groups, 1, patch)).expand(*grad_y.shape[:-1], groups, directions, patch)
-    return grad_y, grad_gate, *split_norm_gradient(grad_norm, *norm), None, None, None
+    return grad_y, grad_gate, *split_norm_gradient(grad_norm, norm_dtypes(*norm)), None, None, None
 
 
 _norm_gate.register_autograd(_backward, _setup_context)

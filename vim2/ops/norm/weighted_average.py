@@ -20,6 +20,7 @@ from .affine import (
     fake_statistics,
     has_statistics,
     is_affine,
+    norm_dtypes,
     split_norm_gradient,
 )
 
@@ -82,6 +83,64 @@ def weighted_average_norm(
         keeps = needs_backward(*tensors)
         return _weighted_average(features, weight, norm_weight, norm_bias, float(eps), dtype, keeps)[0]
     return _weighted_average_norm_torch(list(features), weight, norm_weight, norm_bias, float(eps), dtype)
+
+
+def weighted_average_norm_passing(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """`weighted_average_norm`, and the features, all of which want a gradient, to be used from there on in place of
+    those that were given: in Triton the backward kernel adds the gradients of their later uses to its own, where
+    autograd would take a launch for each, and read and write them once more."""
+    tensors = (*features, weight, norm_weight, norm_bias)
+    if resolve_backend(backend, *tensors) != "triton":
+        return weighted_average_norm(features, weight, norm_weight, norm_bias, eps, backend), *features
+    _check_features(features, weight)
+    check_norm(norm_weight, norm_bias, features[0].shape[-1])
+    dtype = autocast_dtype(weight) or _promoted(features, weight)
+    return _Passing.apply(float(eps), dtype, weight, norm_weight, norm_bias, *features)
+
+
+class _Passing(torch.autograd.Function):
+    """`_weighted_average` with a norm, which hands its features on."""
+
+    @staticmethod
+    def forward(ctx, eps, dtype, weight, norm_weight, norm_bias, *features):
+        y, statistics = _weighted_average.function(features, weight, norm_weight, norm_bias, eps, dtype, True)
+        ctx.set_materialize_grads(False)
+        ctx.operator = "vim2::weighted_average"
+        ctx.dtypes = norm_dtypes(norm_weight, norm_bias)
+        ctx.save_for_backward(
+            *features, weight, norm_weight, statistics
+        )  # in the operator's order, see `ConvolvedHalf`
+        return y, *features
+
+    @staticmethod
+    def backward(ctx, grad, *others):
+        refuse_second_derivatives()
+        from .triton.weighted_average import weighted_average_triton_backward
+
+        if grad is None:  # of the result nobody made anything
+            return *(None,) * 5, *others
+        *features, weight, norm_weight, statistics = ctx.saved_tensors
+        if any(other is not None for other in others):
+            others = [torch.zeros_like(f) if other is None else other for other, f in zip(others, features)]
+        else:
+            others = ()
+        gradients = weighted_average_triton_backward(grad, features, weight, norm_weight, statistics, others)
+        return None, None, *_split(gradients, weight, ctx.dtypes)
+
+
+def _split(gradients: Sequence[Tensor], weight: Tensor, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    """Gradients of weight, the norm's, and all features, from what `_weighted_average_backward` returns."""
+    *grads, sums = gradients
+    width = 0 if dtypes[0] is None else grads[0].shape[-1]
+    grad_weight, *grad_norm = sums.split((len(grads), width, width))
+    return [grad_weight.to(weight.dtype), *split_norm_gradient(grad_norm, dtypes), *grads]
 
 
 def _fake_weighted_average_norm_torch(features, weight, norm_weight, norm_bias, eps, dtype):
@@ -192,19 +251,18 @@ def _(grad, features, weight, norm_weight, statistics):
 
 
 def _setup_context(ctx, inputs, output):
-    features, *parameters = inputs[:4]
-    ctx.n = len(features)
-    ctx.save_for_backward(*features, *parameters, output[1])
+    features, weight, *norm = inputs[:4]
+    ctx.n, ctx.dtypes = len(features), norm_dtypes(*norm)
+    ctx.save_for_backward(*features, weight, norm[0], output[1])
 
 
 def _backward(ctx, grad, _):
     refuse_second_derivatives()
     saved = ctx.saved_tensors  # once: checkpointing lets them be unpacked but once
-    features, (weight, *norm, statistics) = saved[: ctx.n], saved[ctx.n :]
-    *grads, sums = _weighted_average_backward(grad, features, weight, norm[0], statistics)
-    width = 0 if norm[0] is None else grad.shape[-1]
-    grad_weight, *grad_norm = sums.split((ctx.n, width, width))
-    return grads, grad_weight.to(weight.dtype), *split_norm_gradient(grad_norm, *norm), None, None, None
+    features, (weight, norm_weight, statistics) = saved[: ctx.n], saved[ctx.n :]
+    gradients = _weighted_average_backward(grad, features, weight, norm_weight, statistics)
+    gradients = _split(gradients, weight, ctx.dtypes)
+    return gradients[3:], *gradients[:3], None, None, None
 
 
 _weighted_average.register_autograd(_backward, _setup_context)

@@ -217,7 +217,7 @@ class _ProjectedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, options, merge):
         ctx.autocast = autocast_dtype(u)
-        ctx.options = options
+        ctx.options, ctx.operator = options, "vim2::projected_scan"
         tensors = (u, weight, A, D, delta_bias, delta_weight)
         y, starts = _scan_projected(tensors, ctx.autocast, options, merge)
         ctx.save_for_backward(*tensors, starts)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
+from ...triton_sums import sum_parts
 
 MIN_ROWS, MAX_ROWS = 10, 42  # of a strip
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more images than that, a program goes on to the next
@@ -87,6 +88,7 @@ def _conv_kernel(
     batch, H, W, E,  # sizes of the maps
     rows, strips, images,  # rows of a strip, strips of a map, images that a program takes
     x_b, x_h, x_w,  # strides of x
+    y_w,  # stride of y between columns, which lie row by row and map by map
     ACTIVATE: tl.constexpr, FAST: tl.constexpr,  # with SiLU; NVIDIA's approximate instructions
     P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,  # groups of columns, columns of a group, channels of a tile
 ):  # fmt: skip
@@ -104,8 +106,8 @@ def _conv_kernel(
     first = strip * rows
     last = tl.minimum(first + rows, H)
     x_offset = (w * x_w + e).to(tl.uint32)
-    y_offset = (w * E + e).to(tl.uint32)
-    y_h = tl.cast(W, tl.int64) * E
+    y_offset = (w * y_w + e).to(tl.uint32)
+    y_h = tl.cast(W, tl.int64) * y_w
     for image in range(group * images, tl.minimum((group + 1) * images, batch)):
         x_row = x_ptr + tl.cast(image, tl.int64) * x_b + tl.cast(first - 1, tl.int64) * x_h
         y_row = y_ptr + (tl.cast(image, tl.int64) * H + first - 2) * y_h
@@ -130,7 +132,7 @@ def _conv_kernel(
                     if ACTIVATE:
                         y *= sigmoid(y, FAST)
                     mask = (w + t < width) & channel_in
-                    tl.store(y_row + t * E + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+                    tl.store(y_row + t * y_w + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
                 y_row += y_h
 
 
@@ -224,38 +226,46 @@ def _rows_addressable(x: Tensor) -> Tensor:
     return x if contiguous and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, activate: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _forward(x.shape, x.stride(), x.itemsize == 2, activate)(x, weight, bias, y)
-    return y
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, activate: bool) -> None:
+    _forward(x.shape, x.stride(), y.stride(2), x.itemsize == 2, activate)(x, weight, bias, y)
 
 
 @functools.lru_cache(MAX_LAUNCHES)
-def _forward(shape: tuple[int, ...], stride: tuple[int, ...], half: bool, activate: bool) -> Launch:
+def _forward(shape: tuple[int, ...], stride: tuple[int, ...], y_w: int, half: bool, activate: bool) -> Launch:
     programs, rows, strips, images, tile = _launch_shape(shape, 2, FORWARD_PROGRAMS)
-    numbers = (*shape, rows, strips, images, *stride[:3])
+    numbers = (*shape, rows, strips, images, *stride[:3], y_w)
     options = dict(ACTIVATE=activate, FAST=not INTERPRETED, **tile, maxnreg=FORWARD_REGISTERS if half else None)
     return Launch(_conv_kernel, (programs,), numbers, **options)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `depthwise_conv_silu`, in Triton."""
-    return _convolve(_rows_addressable(x), weight.contiguous(), bias.contiguous(), activate=True)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _convolve(_rows_addressable(x), weight.contiguous(), bias.contiguous(), y, activate=True)
+    return y
 
 
-def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, weight and bias."""
+def convolve_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, grad_x: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias.
+
+    Args:
+        grad_x: Where the first of them is written: in a new tensor, or in this one of x's shape and dtype, which may
+            have room between its columns, all as wide.
+    """
     x, grad_y, weight, bias = _rows_addressable(x), grad_y.contiguous(), weight.contiguous(), bias.contiguous()
     channels = x.shape[3]
     programs, launch = _backward(x.shape, x.stride(), x.itemsize == 2)
     grad_pre = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(programs // -(-channels // 64), 10, channels, dtype=torch.float32, device=x.device)
     launch(x, weight, bias, grad_y, grad_pre, sums)
-    grad_x = _convolve(grad_pre, weight, bias, activate=False)
-    total = sums.sum(0)
-    # copied, as compilers have been told: contiguous, and no part of the other
-    grad_weight = total[:9].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format).view(weight.shape)
-    return grad_x, grad_weight, total[9].to(bias.dtype)
+    if grad_x is None:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _convolve(grad_pre, weight, bias, grad_x, activate=False)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    sum_parts(sums, grad_weight, grad_bias, transposed=True)
+    return grad_x, grad_weight, grad_bias
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
+from ...triton_sums import sum_parts
 
 FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048
@@ -141,8 +142,10 @@ def _silu_gradient(grad, x, FAST: tl.constexpr):
 def _backward_kernel(
     x_ptr, weight_ptr, bias_ptr, gy_ptr,
     gx_ptr, sums_ptr,  # the gradient of x, and parts of those of weight and bias
-    sequences, L, blocks, x_n, STRIDE: tl.constexpr,  # these and the others as above
-    P: tl.constexpr, TAPS: tl.constexpr, FAST: tl.constexpr, N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
+    sequences, L, blocks, x_n,  # these and the others as above
+    gx_n,  # stride of gx between sequences, whose steps lie one behind another
+    STRIDE: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr, FAST: tl.constexpr,
+    N_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, and the program's sums for the weight, (2 P, TAPS), and behind them for the bias, (2 P,)."""
     part, n, p = _tile(P, P_BLOCK, N_BLOCK)
@@ -157,13 +160,13 @@ def _backward_kernel(
     gbias1 = zero
     x_offset = (n * x_n + p).to(tl.uint32)
     y_offset = (n * (L * 2 * P) + p).to(tl.uint32)
-    gx_offset = (n * (L * P) + p).to(tl.uint32)
+    gx_offset = (n * gx_n + p).to(tl.uint32)
     for block in range(part * blocks, tl.minimum((part + 1) * blocks, tl.cdiv(sequences, N_BLOCK))):
         first = tl.cast(block, tl.int64) * N_BLOCK
         count = tl.minimum(sequences - block * N_BLOCK, N_BLOCK)
         x_block = x_ptr + first * x_n
         gy_block = gy_ptr + first * (L * 2 * P)
-        gx_block = gx_ptr + first * (L * P)
+        gx_block = gx_ptr + first * gx_n
         window = _zeros(TAPS, N_BLOCK, P_BLOCK)
         gwindow = _zeros(TAPS, N_BLOCK, P_BLOCK)
         for step in range(0, L + (TAPS - 1), STEPS):
@@ -237,27 +240,36 @@ def _forward(shape: tuple[int, ...], stride: tuple[int, ...], taps: int) -> Laun
     return Launch(_forward_kernel, (programs,), (sequences, length, blocks, stride[0]), **options)
 
 
-def convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, weight and bias."""
+def convolve_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, grad_x: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias.
+
+    Args:
+        grad_x: Where the first of them is written: in a new tensor, or in this one of x's shape and dtype, which may
+            have room between its sequences, less than a block of them would need 64-bit offsets for.
+    """
     x, grad_y, weight, bias = (
         _sequences_addressable(x),
         grad_y.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
     )
-    parts, launch = _backward(x.shape, x.stride(), weight.shape[-1])
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(parts, weight.numel() + bias.numel(), dtype=torch.float32, device=x.device)
+    if grad_x is None:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts, launch = _backward(x.shape, x.stride(), grad_x.stride(0), weight.shape[-1])
+    # rows as wide as the bias, of which one for each tap
+    sums = torch.empty(parts, weight.shape[-1] + 1, bias.numel(), dtype=torch.float32, device=x.device)
     launch(x, weight, bias, grad_y, grad_x, sums)
-    grad_weight, grad_bias = sums.sum(0).split((weight.numel(), bias.numel()))
-    # one is copied: neither is a part of the other, as compilers have been told
-    return grad_x, grad_weight.to(weight.dtype).view(weight.shape), grad_bias.to(bias.dtype, copy=True)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    sum_parts(sums, grad_weight, grad_bias)
+    return grad_x, grad_weight, grad_bias
 
 
 @functools.lru_cache(MAX_LAUNCHES)
-def _backward(shape: tuple[int, ...], stride: tuple[int, ...], taps: int) -> tuple[int, Launch]:
+def _backward(shape: tuple[int, ...], stride: tuple[int, ...], gx_n: int, taps: int) -> tuple[int, Launch]:
     """Also the parts that the sequences are cut into."""
     sequences, length, features = shape
     programs, parts, blocks, tile = _launch_shape(sequences, features, BACKWARD_PROGRAMS)
     options = dict(STRIDE=stride[1], P=features, TAPS=taps, FAST=not INTERPRETED, **tile)
-    return parts, Launch(_backward_kernel, (programs,), (sequences, length, blocks, stride[0]), **options)
+    return parts, Launch(_backward_kernel, (programs,), (sequences, length, blocks, stride[0], gx_n), **options)

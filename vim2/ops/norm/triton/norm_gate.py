@@ -69,7 +69,7 @@ def _norm_gate_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_backward_kernel(
     grad_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, statistics_ptr, gy_ptr, ggate_ptr, gnorm_ptr,
-    rows, E, gate_stride,
+    rows, E, gate_stride, ggate_stride,
     NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """gnorm: (programs, 2, E), parts of the gradients of the norm's weight and bias."""
@@ -102,7 +102,8 @@ def _norm_gate_backward_kernel(
             gy = norm_gradient(gy, x_hat, rstd, weight, E)
         ggate = grad * y * (opening * (1.0 + gate * (1.0 - opening)))
         tl.store(gy_ptr + first * E + in_tile, gy.to(gy_ptr.dtype.element_ty), mask=tile_in)
-        tl.store(ggate_ptr + first * E + in_tile, ggate.to(ggate_ptr.dtype.element_ty), mask=tile_in)
+        ggate_at = ggate_ptr + first * ggate_stride + (r[:, None] * ggate_stride + e)
+        tl.store(ggate_at, ggate.to(ggate_ptr.dtype.element_ty), mask=tile_in)
     if NORM:
         store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E)
 
@@ -139,24 +140,40 @@ def _forward(
 
 
 def norm_gate_triton_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor
+    grad: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    grad_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for y, gate, and weight and bias together, (2, E) in float32, (2, 0) without a norm."""
+    """Gradients for y, gate, and weight and bias together, (2, E) in float32, (2, 0) without a norm.
+
+    Args:
+        grad_gate: Where the second of them is written: in a new tensor, or in this one of gate's shape and dtype, which
+            may have room between its rows, all as wide.
+    """
     grad, y, gate_rows = grad.contiguous(), y.contiguous(), as_rows(gate)
     weight, bias = contiguous(weight, bias)
     rows, width = gate_rows.shape
-    grad_y, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=y.device) for t in (y, gate))
+    grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if grad_gate is None:
+        grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=y.device)
     norm = weight is not None
-    programs, launch = _backward(y.device, rows, width, gate_rows.stride(0), norm)
-    parts = torch.empty(programs, 2, width if norm else 0, dtype=torch.float32, device=y.device)
+    programs, launch = _backward(y.device, rows, width, gate_rows.stride(0), as_rows(grad_gate).stride(0), norm)
+    parts = torch.empty(programs, 2, width, dtype=torch.float32, device=y.device) if norm else None
     if rows:
-        launch(grad, y, gate_rows, weight, bias, statistics, grad_y, grad_gate, parts)
-    return grad_y, grad_gate, parts.sum(0)
+        launch(grad, y, gate_rows, weight, bias, statistics if norm else None, grad_y, grad_gate, parts)
+    return grad_y, grad_gate, parts.sum(0) if norm else statistics.new_empty(2, 0)
 
 
 @functools.lru_cache(MAX_LAUNCHES)
-def _backward(device: torch.device, rows: int, width: int, gate_stride: int, norm: bool) -> tuple[int, Launch]:
+def _backward(
+    device: torch.device, rows: int, width: int, gate_stride: int, ggate_stride: int, norm: bool
+) -> tuple[int, Launch]:
     """Also the number of programs."""
     tile = row_tile(width, BACKWARD_ELEMENTS)
     programs = backward_programs(rows, tile, device, BACKWARD_PROGRAMS[norm])
-    return programs, Launch(_norm_gate_backward_kernel, (programs,), (rows, width, gate_stride), NORM=norm, **tile)
+    numbers = (rows, width, gate_stride, ggate_stride)
+    return programs, Launch(_norm_gate_backward_kernel, (programs,), numbers, NORM=norm, **tile)

@@ -2,6 +2,7 @@
 computes."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -61,6 +62,7 @@ def _average_kernel(
 def _average_backward_kernel(
     grad_ptr, features, scale_ptr, weight_ptr, statistics_ptr,
     gfeatures, parts_ptr, gtotal_ptr,  # gradients, or parts of them
+    others,  # of the features, to which these are added, or None
     rows, n, E,  # rows of a feature, features, width of a row
     NORM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +110,9 @@ def _average_backward_kernel(
                 sums = sums + (gscales[i] + tl.sum(products, 2),)  # noqa: RUF005
                 scale = tl.load(scale_ptr + tl.minimum(i, n - 1)).to(tl.float32)
                 gx = (scale * grad).to(gfeatures[i].dtype.element_ty)
+                if others is not None:  # in the same steps as autograd, which rounds in between
+                    other = tl.load(others[i] + at, mask=tile_in & (i < present), other=0.0)
+                    gx = (gx.to(tl.float32) + other.to(tl.float32)).to(gfeatures[i].dtype.element_ty)
                 tl.store(gfeatures[i] + at, gx, mask=tile_in & (i < present))
             gscales = sums
     part = parts_ptr + tl.program_id(0) * n
@@ -157,10 +162,20 @@ def _forward(device: torch.device, rows: int, features: int, width: int, eps: fl
 
 
 def weighted_average_triton_backward(
-    grad: Tensor, features: list[Tensor], scale: Tensor, weight: Tensor | None, statistics: Tensor
+    grad: Tensor,
+    features: list[Tensor],
+    scale: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    others: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Gradients for every feature, and for scale, weight and bias together, (n + 2 E,) in float32, (n,) without."""
+    """Gradients for every feature, and for scale, weight and bias together, (n + 2 E,) in float32, (n,) without.
+
+    Args:
+        others: One for every feature, to which its gradient is added; or none.
+    """
     grad, *features = contiguous(grad, *features)
+    others = contiguous(*others)
     scale, weight = contiguous(scale, weight)
     n, width = len(features), grad.shape[-1]
     rows = grad.numel() // max(width, 1)
@@ -173,7 +188,8 @@ def weighted_average_triton_backward(
         programs, launch = _backward(grad.device, rows, count, width, norm, grad_total is not None, vector)
         parts = torch.empty(programs, count + 2 * width * norm, dtype=torch.float32, device=grad.device)
         if rows:
-            gradients = (_padded(grad_features[part]), parts, grad_total)
+            added = _padded(others[part]) if others and grad_total is None else None
+            gradients = (_padded(grad_features[part]), parts, grad_total, added)
             launch(grad, pointers, scale[part], weight, statistics, *gradients)
         return parts.sum(0)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, last_axis_contiguous, layout
 from ...triton_math import LANES, LN2, LOG2E, exp2
+from ...triton_sums import sum_parts
 from ..chunks import TRITON_CHUNK
 from ..operands import Operands
 from . import schedule
@@ -836,21 +837,12 @@ def scan_backward(
         combine(ends, decay, end)
     plan.scan_all(*tensors)
     if plan.blocks > 1:
-        sum_blocks(part_B, grad_B)
-        sum_blocks(part_C, grad_C)
-    grad_A, grad_D, grad_bias = sums.sum(0).split((n, 1, 1), dim=1)
-    return (
-        grad_u if u.dim() == 4 else sum_directions(grad_u),
-        grad_delta,
-        _copy(grad_A.transpose(1, 2), operands.A.dtype),
-        _copy(grad_D.squeeze(1), operands.D.dtype),
-        _copy(grad_bias.squeeze(1), operands.delta_bias.dtype),
+        sum_blocks((part_B, part_C), (grad_B, grad_C))
+    grad_A, grad_D, grad_bias = (
+        torch.empty(t.shape, dtype=t.dtype, device=u.device) for t in (operands.A, operands.D, operands.delta_bias)
     )
-
-
-def _copy(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """A part of the sums, contiguous and apart from the others, as compilers have been told."""
-    return sums.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    sum_parts(sums, grad_A, grad_D, grad_bias, transposed=True)
+    return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_delta, grad_A, grad_D, grad_bias
 
 
 class _Plan(NamedTuple):

@@ -69,6 +69,15 @@ def _load_group(
     return (p, dt, u, b, c), advance_walk(walk, advance)
 
 
+@triton.jit
+def _of_lane(values, index, COUNT: tl.constexpr, NL: tl.constexpr):
+    """As `gather`, among the lanes that share a group's steps: where it has one step, each lane has loaded its own."""
+    if NL == 1:
+        return values
+    else:
+        return gather(values, index, COUNT)
+
+
 # Triton would compile the kernel again for numbers that are 1 or that 16 divides, which would be no faster.
 @triton.jit(
     do_not_specialize=["orders", "batch", "repeats", "L", "H", "W", "E", "N_STATES", "K", "chunk", "chunks"]
@@ -187,15 +196,15 @@ def _forward_kernel(
                     for r in tl.static_range(NL):
                         dt_lane = lane % STATES_STRIDE + (lane % NL ^ r) * STATES_STRIDE
                         bc_lane = lane // NL * NL + (lane // STATES_STRIDE ^ r)
-                        decay = decays(gather(dt, dt_lane, CR), A, NR, CR, FAST)
+                        step_dt = _of_lane(dt, dt_lane, CR, NL)
+                        step_dtu = _of_lane(dtu, dt_lane, CR, NL)
+                        decay = decays(step_dt, A, NR, CR, FAST)
                         inputs = multiply(
-                            of_states(gather(b, bc_lane, NR), NR, CR),
-                            of_channels(gather(dtu, dt_lane, CR), NR, CR),
-                            TILE,
+                            of_states(_of_lane(b, bc_lane, NR, NL), NR, CR), of_channels(step_dtu, NR, CR), TILE
                         )
                         h = multiply_add(decay, h, inputs, TILE)
                         if not LOCAL:
-                            weights = of_states(gather(c, bc_lane, NR), NR, CR)
+                            weights = of_states(_of_lane(c, bc_lane, NR, NL), NR, CR)
                             ys = ys + sum_states(multiply(h, weights, TILE), NR, CR)
                     if LOCAL:
                         total = add(total, dt, CR)

@@ -215,7 +215,7 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     plan.launch(grad, weight, factor, part_factor, grad_weight)
     if plan.groups > 1:
         torch.sum(part_factor, 0, out=grad_factor)
-    return grad_weight.sum(0)
+    return grad_weight.sum(0) if plan.parts > 1 else grad_weight.squeeze(0)
 
 
 class _Backward(NamedTuple):

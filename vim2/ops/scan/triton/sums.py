@@ -12,28 +12,30 @@ from ...triton_launch import MAX_LAUNCHES, Launch, column_block
 
 @triton.jit(do_not_specialize=["parts", "rows"])
 def _sum_kernel(
-    x_ptr, out_ptr,
-    parts, rows, E,  # of x, whose parts are summed
+    inputs, outputs,  # tuples of pointers
+    parts, rows, E,  # of each input x, whose parts are summed
     part_stride, row_stride, out_row,  # of x between parts and between rows, of the result between rows
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, E) = the sum over x's parts (rows, E), in float32."""
+    """out (rows, E) = the sum over x's parts (rows, E), in float32, for each input and its output."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (e < E)
-    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    at = x_ptr + row * row_stride + e
-    for _ in range(parts):
-        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        at += part_stride
-    tl.store(out_ptr + row * out_row + e, total.to(out_ptr.dtype.element_ty), mask=inside)
+    for i in tl.static_range(len(inputs)):
+        if tl.program_id(2) == i:
+            total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+            at = inputs[i] + row * row_stride + e
+            for _ in range(parts):
+                total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                at += part_stride
+            tl.store(outputs[i] + row * out_row + e, total.to(outputs[i].dtype.element_ty), mask=inside)
 
 
 @functools.lru_cache(MAX_LAUNCHES)
-def _sum(parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int) -> Launch:
+def _sum(inputs: int, parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int) -> Launch:
     block = column_block(E)
     rows_a_program = 2048 // block
-    grid = (-(-rows // rows_a_program), -(-E // block))
+    grid = (-(-rows // rows_a_program), -(-E // block), inputs)
     numbers = (parts, rows, E, part_stride, row_stride, out_row)
     return Launch(_sum_kernel, grid, numbers, ROWS=rows_a_program, BLOCK=block, num_warps=4)
 
@@ -44,11 +46,13 @@ def sum_directions(x: Tensor) -> Tensor:
     if directions == 1:
         return x.squeeze(2)
     out = torch.empty(batch, length, features, dtype=x.dtype, device=x.device)
-    _sum(directions, batch * length, features, features, directions * features, features)(x, out)
+    _sum(1, directions, batch * length, features, features, directions * features, features)((x,), (out,))
     return out
 
 
-def sum_blocks(x: Tensor, out: Tensor) -> None:
-    """(blocks, batch, L, K, N), contiguous, summed into out (batch, L, K, N), which may have room between its rows."""
+def sum_blocks(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Each input (blocks, batch, L, K, N), contiguous, summed into its output (batch, L, K, N), which may have room
+    between its rows. Inputs are alike, and so are outputs."""
+    x, out = inputs[0], outputs[0]
     rows, n = x[0].numel() // x.shape[-1], x.shape[-1]
-    _sum(x.shape[0], rows, n, rows * n, n, out.stride(-2))(x, out)
+    _sum(len(inputs), x.shape[0], rows, n, rows * n, n, out.stride(-2))(inputs, outputs)
