@@ -17,6 +17,7 @@ from benchmarks import forecast
 from vim2.benchmark import command, compilations, kept, launches, models, profiles, scans
 from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
+from vim2.command.errors import UserError
 from vim2.ops import backend
 
 
@@ -334,10 +335,16 @@ def test_triton_kernels_are_counted():
     assert len(command.parse(["--compilations", "--torchcompile", "--device", "cpu"]).shapes) == 10
 
 
-def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
-    options = "--device cpu --model test_vim2 nope --img-size 32 --infer --warmup 1 --repeats 1"
+def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch):
+    def measure_model(name, size, batch, args):
+        if size == 64:
+            raise UserError("no more")
+        return models.measure_model(name, size, batch, args)
+
+    monkeypatch.setattr(command, "measure_model", measure_model)
+    options = "--device cpu --model test_vim2 --img-size 32 64 --infer --warmup 1 --repeats 1"
     assert main(["benchmark", *options.split(), "--output", str(tmp_path)]) == 2
-    assert "no model 'nope'" in capsys.readouterr().err
+    assert "no more" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "benchmark.json").read_text())["models"]
     assert row["model"] == "test_vim2"
 
@@ -346,6 +353,10 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys):
     ("options", "message"),
     [
         ("--model nope", "no model 'nope'"),
+        (
+            "--device cpu --model test_vim2 --img-size 64 16 --infer",
+            "test_vim2 does not run on images of 16 x 16 pixels",
+        ),
         ("--device tpu", "cpu or cuda"),
         ("--plot", "--output"),
         ("--count --ops", "--count measures no times"),

@@ -41,6 +41,21 @@ def count_flops(model: nn.Module, size: int) -> float:
     return multiply_adds(counter)
 
 
+def require_size(name: str, size: int) -> None:
+    """That a model takes square images of `size` pixels, which a pass on the meta device tells at once.
+
+    Raises:
+        UserError: It does not, or there is no such model.
+    """
+    try:
+        count_flops(create_model(name, size, "meta"), size)
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name} does not run on images of {size} x {size} pixels: {reason}") from None
+
+
 class FlopCounter(FlopCounterMode):
     """PyTorch's counter, but for its counts by module: these take hooks on every module, which make ViM2's mixers call
     each of theirs, as hooks ask for, in place of the operators that run in fact."""
