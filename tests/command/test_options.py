@@ -220,6 +220,8 @@ def test_a_run_goes_on_with_the_options_it_was_started_with():
     assert resumed(saved, Path("runs/x/last.pth"), epochs=9).epochs == 9
     with pytest.raises(UserError, match=r"a run with --lr 0.001, not 1.0: leave --lr out .* or start another\."):
         resumed(saved, Path("runs/x/last.pth"), lr=1.0)
+    with pytest.raises(UserError, match=r"a run without --lr, not with 1.0: leave --lr out"):
+        resumed({**saved, "lr": None}, Path("runs/x/last.pth"), lr=1.0)
     with pytest.raises(UserError, match=r"runs/x/last.pth .* decay must be 0 or more, got -1"):
         resumed({**saved, "decay": -1}, Path("runs/x/last.pth"))
 

@@ -327,10 +327,10 @@ def resume_options(
         raise UserError(f"{path} is of a run that cannot go on: {error}.") from None
     for name in sorted(explicit - may_change):
         if name in values and plain(getattr(options, name)) != plain(values[name]):
-            flag = _flag(name)
+            flag, given = _flag(name), getattr(options, name)
+            one = f"without {flag}, not with" if values[name] is None else f"with {flag} {values[name]}, not"
             raise UserError(
-                f"{path} is of a run with {flag} {values[name]}, not {getattr(options, name)}: leave {flag} out to go "
-                f"on with that run, or {otherwise}."
+                f"{path} is of a run {one} {given}: leave {flag} out to go on with that run, or {otherwise}."
             )
     resumed = fill_in(options, values, explicit)
     if options.folder == path.parent or not explicit & {"output", "experiment"}:
