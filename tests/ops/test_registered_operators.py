@@ -96,6 +96,7 @@ def test_every_operator_is_here():
     names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     ours = {name.partition(".")[0] for namespace, name in names if namespace == "vim2"}
     ours -= {name for name in ours if name.removesuffix("_backward").endswith("_torch")}  # PyTorch checks its own
+    ours.discard("exported_scan")  # of vim2.export, if a test before has exported for AOTInductor
     assert ours == CASES.keys() | {"selective_scan", "selective_scan_backward"}
 
 
