@@ -38,7 +38,7 @@ from .first_steps import measure_first_steps
 from .kept import measure_kept
 from .launches import measure_launches
 from .measuring import AMP, machine, positive
-from .models import measure_model, require_size
+from .models import measure_model, model_size
 from .profiles import device_rates, profile_model
 from .reporting import plot, report
 from .scans import MAMBA_KERNELS, SCAN_SHAPES, measure_scan, scan_backends
@@ -170,7 +170,7 @@ def benchmark(argv: list[str]) -> None:
     args = parse(argv)
     for name in args.models:
         for size in args.img_size:
-            require_size(name, size)
+            model_size(name, size)  # what it refuses is said before anything is measured
     results: dict = {"machine": machine(args, medians=not (args.compilations or args.first_step))}
     for kind, row in measure_all(args):
         results.setdefault(kind, []).append(row)

@@ -1,6 +1,7 @@
 """Parameters, FLOPs, times and memory of timm's models."""
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import timm
@@ -41,14 +42,17 @@ def count_flops(model: nn.Module, size: int) -> float:
     return multiply_adds(counter)
 
 
-def require_size(name: str, size: int) -> None:
-    """That a model takes square images of `size` pixels, which a pass on the meta device tells at once.
+@functools.cache
+def model_size(name: str, size: int) -> tuple[int, float]:
+    """Parameters of a model, and its FLOPs for one square image of `size` pixels, by a pass on the meta device, which
+    tells at once whether it takes such images.
 
     Raises:
         UserError: It does not, or there is no such model.
     """
     try:
-        count_flops(create_model(name, size, "meta"), size)
+        model = create_model(name, size, "meta")
+        return count_parameters(model), count_flops(model, size)
     except UserError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -83,14 +87,8 @@ def multiply_adds(counter: FlopCounter) -> float:
 
 def measure_model(name: str, size: int, batch: int, args: argparse.Namespace) -> dict:
     """All figures of one model at one image and batch size."""
-    shape = create_model(name, size, "meta")
-    row = {
-        "model": name,
-        "size": size,
-        "batch": batch,
-        "params_m": count_parameters(shape) / 1e6,
-        "gflops": count_flops(shape, size) / 1e9,
-    }
+    parameters, flops = model_size(name, size)
+    row = {"model": name, "size": size, "batch": batch, "params_m": parameters / 1e6, "gflops": flops / 1e9}
     if not args.modes:
         return row
     steps = model_steps(create_model(name, size, args.device), args)
