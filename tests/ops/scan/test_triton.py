@@ -74,14 +74,22 @@ def test_inference_splits_no_finer_than_it_must(monkeypatch):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_sequences_of_more_chunks_than_a_grid_has_room_for_are_not_split(monkeypatch):
+def test_parts_are_as_few_as_a_grid_has_room_for(monkeypatch):
+    """The forward scan then takes whole sequences, the backward scan parts of several chunks."""
     monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
     monkeypatch.setattr(schedule, "MAX_WHOLE", 0)
     monkeypatch.setattr(schedule, "MAX_CHUNKS", 2)
     schedule.forward_plan.cache_clear()
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "combine", None)
-    assert_matches_oracle(((1, 80), FORWARD, 3, 4, 1, False), "triton", DEVICE)
+    monkeypatch.setattr(forward, "combine", None)
+    assert_matches_oracle(((1, 80), FORWARD, 3, 4, 1, True), "triton", DEVICE)
+
+
+def test_parts_of_a_sequence_make_three_rounds_of_programs():
+    assert schedule.chunks_a_part(88, programs=1056, fill=1056) == 88  # whole sequences, where they are many
+    assert schedule.chunks_a_part(88, programs=24, fill=1056) == 1
+    span = schedule.chunks_a_part(1867, programs=96, fill=1056)
+    assert span == 57 and -(-1867 // span) * 96 >= 3 * 1056
+    assert -(-(10**6) // schedule.chunks_a_part(10**6, programs=1, fill=10**9)) <= schedule.MAX_CHUNKS
 
 
 def test_short_sequences_are_not_split_however_few_they_are():
@@ -176,6 +184,7 @@ LONG = ((1, 38), BIDIRECTIONAL[1:], 32, 16, 1, True)
         (LONG, 10**9),
         (((3, 2), ("columns_backward",), 64, 8, 2, False), 0),
         (((1, 6), BIDIRECTIONAL, 16, 16, 3, True), 0),  # as in channel mixers
+        (((1, 5), FORWARD, 64, 8, 2, True), 0),  # pieces of rows that 32 lanes do not come out even with
     ],
 )
 def test_operands_of_a_chunk_are_fetched_at_once(case, fill, monkeypatch):
@@ -185,6 +194,15 @@ def test_operands_of_a_chunk_are_fetched_at_once(case, fill, monkeypatch):
     monkeypatch.setattr(backward, "_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
     assert_matches_oracle(case, "triton", DEVICE, torch.bfloat16)
     assert plans and all(plan.scan_all.options["STAGED"] for plan in plans)
+
+
+def test_a_part_of_several_chunks_fetches_each_while_it_walks_another(monkeypatch):
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 10**9)
+    monkeypatch.setattr(schedule, "chunks_a_part", lambda chunks, programs, fill: 2)
+    plan, plans = backward._plan, []
+    monkeypatch.setattr(backward, "_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
+    assert_matches_oracle(((2, 55), ("columns_backward",), 32, 16, 1, True), "triton", DEVICE, torch.bfloat16)
+    assert plans and all(plan.scan_all.options["STAGED"] and plan.parts == 2 for plan in plans)
 
 
 def test_steps_beyond_the_end_leave_the_bias_alone():

@@ -33,6 +33,7 @@ from .tiles import (
     multiply_add,
     of_channels,
     of_states,
+    pack_word,
     store_row,
     sum_over_lanes,
     sum_states,
@@ -153,19 +154,19 @@ def _send(address, at, there, FAST: tl.constexpr):
 
 @triton.jit
 def _copy_rows(
-    address, stride, at, there, t, subs, order, L, H, W,
+    rows, at, t, subs, L, H, W,
     ROW: tl.constexpr, SPREAD: tl.constexpr, UNROLL: tl.constexpr, LARGE: tl.constexpr, FETCH: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Copies the rows of subs times UNROLL steps to the program's room, or back, SPREAD of them at once; each lane its
-    piece of every SPREAD-th row from step t on.
+    """Copies the rows of subs times UNROLL steps from step t on to the program's room, or back, SPREAD of them at once.
 
     Args:
-        address: Of each lane's piece at position 0.
-        stride: Between positions, in words of 32 bits.
-        at: Of the piece in the room; rows are ROW apart there.
-        there: Whether the lane has a piece.
+        rows: Of `_rows`.
+        at: Of the rows in the room, each ROW from the one before.
     """
+    address, stride, in_row, lane_row, there, order = rows
+    at += in_row
+    t += lane_row
     p, left, inner, step, turn = start_walk(tl.minimum(t, L - 1), order, L, H, W, LARGE)
     jump, bend, rest, inner = group_stride(SPREAD, inner, step, turn)
     walk = (p * stride, left)  # in words
@@ -178,6 +179,33 @@ def _copy_rows(
                 _send(address + walk[0], at + (i * UNROLL + r) * ROW, there & (t < L), FAST)
             walk = advance_walk(walk, advance)
             t += SPREAD
+
+
+@triton.jit
+def _fetch_tile(
+    at, states_ptr, chunk, e, lane, E, N_STATES, PIECES_C: tl.constexpr, PIECES: tl.constexpr,
+    PIECE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Copies the states before a chunk to the program's room, as rows of its block of channels, from e on; zeros before
+    the first."""
+    there = chunk + lane * 0 > 0
+    states = states_ptr + tl.maximum(chunk - 1, 0).to(tl.int64) * (N_STATES * E) + e
+    for i in tl.static_range(0, PIECES, LANES):
+        piece = i + lane
+        address = states + (piece // PIECES_C * E + piece % PIECES_C * 8)
+        _fetch(at + piece * PIECE, address.to(tl.pointer_type(tl.int64)), there, FAST)
+
+
+@triton.jit
+def _zero(at, FAST: tl.constexpr):
+    """Zero, which the compiler cannot know to be. What is computed with it in a loop is computed there, each time: kept
+    in registers over all of the loop, it would drive out what is needed more often, and come back from far away."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ld.volatile.shared.b32 $0, [$1];", "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.zeros([LANES], dtype=tl.int32)
 
 
 @triton.jit
@@ -254,67 +282,81 @@ def _store_tile(at, row, tile, inside, turns, NR: tl.constexpr, CR: tl.constexpr
 
 
 @triton.jit
-def _put_tile(at, tile, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
-    """Keeps a tile in the program's room."""
-    for i in tl.static_range(NR):
+def _put_tile(at, tile, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
+    """Keeps the COUNT values of a tile in the program's room; with NARROW in bfloat16."""
+    words = ()
+    if NARROW:
+        for i in tl.static_range(COUNT // 2):
+            words = words + (pack_word(tile[2 * i], tile[2 * i + 1], FAST),)
+    else:
+        for i in tl.static_range(COUNT):
+            words = words + (tile[i].to(tl.uint32, bitcast=True),)
+    WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
+    ROW: tl.constexpr = WORDS if WORDS < 4 else 4
+    for i in tl.static_range(0, WORDS, ROW):
         if FAST:
-            row = (at + i * (CR * LANES * 4),)
-            for j in tl.static_range(CR):
-                row = row + (tile[i * CR + j],)
+            row = (at + i * (LANES * 4),)
+            for j in tl.static_range(ROW):
+                row = row + (words[i + j],)
             tl.inline_asm_elementwise(
                 "st.shared.b32 [$1], $2; mov.u32 $0, 0;"
-                if CR == 1
+                if ROW == 1
                 else (
                     "st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;"
-                    if CR == 2
+                    if ROW == 2
                     else "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;"
                 ),
-                "=r,r,f" if CR == 1 else ("=r,r,f,f" if CR == 2 else "=r,r,f,f,f,f"),
+                "=r,r,r" if ROW == 1 else ("=r,r,r,r" if ROW == 2 else "=r,r,r,r,r,r"),
                 row,
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
         else:
-            for j in tl.static_range(CR):
-                tl.store(at + (i * CR * LANES + j), tile[i * CR + j])
+            for j in tl.static_range(ROW):
+                tl.store(at + (i * LANES + j), words[i + j].to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _take_tile(at, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+def _take_tile(at, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
     """What the same thread has kept there."""
-    tile = ()
-    for i in tl.static_range(NR):
+    WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
+    ROW: tl.constexpr = WORDS if WORDS < 4 else 4
+    words = ()
+    for i in tl.static_range(0, WORDS, ROW):
         if FAST:
-            here = at + i * (CR * LANES * 4)
-            if CR == 1:
+            here = at + i * (LANES * 4)
+            if ROW == 1:
                 first = tl.inline_asm_elementwise(
-                    "ld.shared.b32 $0, [$1];", "=f,r", [here], dtype=tl.float32, is_pure=False, pack=1
+                    "ld.shared.b32 $0, [$1];", "=r,r", [here], dtype=tl.int32, is_pure=False, pack=1
                 )
-                tile = tile + (first,)
-            elif CR == 2:
+                words = words + (first,)
+            elif ROW == 2:
                 first, second = tl.inline_asm_elementwise(
                     "ld.shared.v2.b32 {$0, $1}, [$2];",
-                    "=f,=f,r",
+                    "=r,=r,r",
                     [here],
-                    dtype=(tl.float32, tl.float32),
+                    dtype=(tl.int32, tl.int32),
                     is_pure=False,
                     pack=1,
                 )
-                tile = tile + (first, second)
+                words = words + (first, second)
             else:
                 first, second, third, fourth = tl.inline_asm_elementwise(
                     "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-                    "=f,=f,=f,=f,r",
+                    "=r,=r,=r,=r,r",
                     [here],
-                    dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                    dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
                     is_pure=False,
                     pack=1,
                 )
-                tile = tile + (first, second, third, fourth)
+                words = words + (first, second, third, fourth)
         else:
-            for j in tl.static_range(CR):
-                tile = tile + (tl.load(at + (i * CR * LANES + j)),)
+            for j in tl.static_range(ROW):
+                words = words + (tl.load(at + (i * LANES + j)),)
+    tile = ()
+    for i in tl.static_range(WORDS):
+        tile = tile + (unpack_word(words[i], tl.bfloat16) if NARROW else (words[i].to(tl.float32, bitcast=True),))
     return tile
 
 
@@ -398,11 +440,47 @@ def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.conste
 
 
 @triton.jit
-def _choose(piece, first, second, third, fourth, fifth, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
+def _choose(piece, values, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
     """What belongs to a lane's piece of a row in the program's room."""
-    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, fourth, fifth)
-    of_channels = tl.where(piece < PIECES_C, first, tl.where(piece < 2 * PIECES_C, second, third))
+    dt, u, gy, b, c = values
+    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, b, c)
+    of_channels = tl.where(piece < PIECES_C, dt, tl.where(piece < 2 * PIECES_C, u, gy))
     return tl.where(piece < 3 * PIECES_C, of_channels, of_states)
+
+
+@triton.jit
+def _rows(
+    lane, order, seq, part, k, e, tensors, BACK: tl.constexpr,
+    PIECES_C: tl.constexpr, PIECES_S: tl.constexpr, SPREAD: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """What `_copy_rows` wants to know of rows of operands, or with BACK of results: each lane has 16 bytes, a piece, of
+    one of SPREAD rows; those that are left over copy what others do.
+
+    Args:
+        seq, part: The sequence, and that of the last two results, of which there is a part for each block of channels.
+        e: The first channel.
+        tensors: Of dt, u, gy, B and C, or of the gradients: where they begin, and the strides of sequences, directions
+            and positions.
+
+    Returns:
+        The address of the lane's piece at position 0, the stride of positions in words of 32 bits, where in the
+        room's rows it lies, which row it is of, whether it is copied, and the order.
+    """
+    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S
+    pointers, of_sequence, of_direction, of_step = tensors
+    piece = lane % ROW
+    lane_row = lane // ROW % SPREAD
+    in_channels = e + piece % PIECES_C * 8
+    in_states = (piece - 3 * PIECES_C) % PIECES_S * 8
+    if BACK:
+        seq = tl.where(piece < 3 * PIECES_C, seq, part)
+    offset = seq.to(tl.int64) * _choose(piece, of_sequence, PIECES_C, PIECES_S)
+    offset += k.to(tl.int64) * _choose(piece, of_direction, PIECES_C, PIECES_S)
+    offset += tl.where(piece < 3 * PIECES_C, in_channels, in_states)
+    address = (_choose(piece, pointers, PIECES_C, PIECES_S) + offset).to(tl.pointer_type(tl.int64))
+    stride = _choose(piece, of_step, PIECES_C, PIECES_S) // 4
+    there = (piece < 2 * PIECES_C) | (piece >= 3 * PIECES_C) if BACK else piece >= 0
+    return address, stride, (lane_row * ROW + piece) * PIECE, lane_row, there, order
 
 
 @triton.jit
@@ -414,15 +492,9 @@ def _take_operands(
     return dt, _take(of_channels + AT_U, turns[1], CR, FAST), _take(of_states, turns[0], NR, FAST)
 
 
-@triton.jit
-def _words(pointer, offset):
-    """Addresses of elements of 16 bits as those of words of 64."""
-    return (pointer + offset).to(tl.pointer_type(tl.int64))
-
-
 # Triton would compile the kernel again for numbers that 16 divides: no faster, and it takes long to compile.
 NOT_SPECIALIZED = [
-    *("orders", "batch", "repeats", "L", "H", "W", "K", "part_row", "chunks"),
+    *("orders", "batch", "repeats", "L", "H", "W", "K", "part_row", "chunks", "span"),
     *("u_b", "u_l", "u_k", "B_b", "B_l", "B_k", "C_b", "C_l", "C_k", "gy_b", "gy_l", "gy_k"),
 ]
 
@@ -438,11 +510,11 @@ def _backward_kernel(
     L, H, W,  # steps of a sequence, and the map that it walks over
     E, N_STATES, K,  # channels, states of each, directions
     part_row,  # stride between directions of B's and C's gradients
-    chunks,  # of a sequence
+    chunks, span,  # of a sequence, and of a program
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k, gy_b, gy_l, gy_k,  # strides of batch, length and direction
     CHUNK: tl.constexpr, UNROLL: tl.constexpr,  # steps of a chunk, and of those that are walked at once
     SOFTPLUS: tl.constexpr, LAST: tl.constexpr,  # of the step sizes; whether the last states have a gradient
-    SPLIT: tl.constexpr, LOCAL: tl.constexpr,  # one chunk a program; from a zero adjoint
+    SPLIT: tl.constexpr, LOCAL: tl.constexpr,  # a part of a sequence a program; from a zero adjoint
     STAGED: tl.constexpr, FAST: tl.constexpr,  # operands and results by way of the room; NVIDIA's instructions
     LARGE: tl.constexpr, WIDE: tl.constexpr,  # 64-bit offsets, whole words
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,  # the tile, see tiles.py
@@ -451,12 +523,13 @@ def _backward_kernel(
     UNROLL steps in the program's room; a second, from the chunk's end, recomputes the states between them and passes
     the adjoint over UNROLL steps at a time.
 
-    With STAGED, a chunk's operands come to the room all at once, a row for each step, and its results take their
-    places there: so steps cost no addresses and no masks. States and channels lie in each lane in an order of its own
-    then, in which sums over lanes leave the lane with the first of what it has, without a choice for each.
+    With STAGED, a chunk's operands come to the room all at once, a row for each step, while the chunk after it is
+    walked, and its results take their places there: so steps cost no addresses and no masks, and wait for no memory.
+    States and channels lie in each lane in an order of its own then, in which sums over lanes leave the lane with the
+    first of what it has, without a choice for each.
 
-    With SPLIT a program has one chunk, and the adjoint after it in ends; with LOCAL too, it walks from a zero adjoint
-    and writes only the adjoint before its chunk (to ends) and the chunk's decay.
+    With SPLIT a program has `span` chunks, and the adjoint after them in ends; with LOCAL too, it walks from a zero
+    adjoint and writes only the adjoint before its chunks (to ends) and their decay.
     """
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
     # sums over channels leave so many of B's values and of C's in a lane, when those over REST lanes are still to come
@@ -496,35 +569,42 @@ def _backward_kernel(
     in_B = sw * B_b + n.to(OFFSET)
     in_C = sw * C_b + n.to(OFFSET)
     in_tile = sw * (tl.cast(K, OFFSET) * (chunks - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
+    parts = tl.cdiv(chunks, span)  # of a sequence
+    in_end = sw * (tl.cast(K, OFFSET) * (parts - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    # the program's room: rows of a chunk's operands, of which each lane copies a piece of 16 bytes, and tiles of states
+    # the program's room: rows of two chunks' operands, of which each lane copies a piece of 16 bytes, the states before
+    # the next chunk, and tiles of states of this one
     PIECES_C: tl.constexpr = CE * CR // 8
     PIECES_S: tl.constexpr = NR * NL // 8
     ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S if STAGED else 0
     SPREAD: tl.constexpr = 2 if STAGED and 2 * ROW <= LANES else 1  # rows that are copied at once
-    KEPT: tl.constexpr = NR * CR * LANES // 4
-    PIECES: tl.constexpr = CHUNK * ROW + CHUNK // UNROLL * KEPT
+    KEPT: tl.constexpr = NR * CR * LANES // (8 if STAGED else 4)
+    WORDS: tl.constexpr = NR * CR // 2 if STAGED else NR * CR  # of a tile, a lane
+    PIECES: tl.constexpr = 2 * CHUNK * ROW + (CHUNK // UNROLL if STAGED else CHUNK // UNROLL - 1) * KEPT
     PIECE: tl.constexpr = 16 if FAST else 4  # in addresses: in bytes, or in words of 32 bits
     AT_U: tl.constexpr = PIECES_C * PIECE  # of a row that begins with dt, and goes on with u, gy, B and C
     AT_GY: tl.constexpr = 2 * PIECES_C * PIECE
     AT_B: tl.constexpr = 3 * PIECES_C * PIECE
     AT_C: tl.constexpr = (3 * PIECES_C + PIECES_S) * PIECE
-    if FAST:
-        room = _shared_memory(lane, PIECES * 16)
-        kept_at = room + (CHUNK * ROW * PIECE + lane * (CR * 4))
-    else:
-        room = room_ptr + program * (PIECES * PIECE) + lane * 0
-        kept_at = (room + CHUNK * ROW * PIECE).to(tl.pointer_type(tl.float32)) + lane * CR
-    KEPT_STEP: tl.constexpr = KEPT * 16 if FAST else KEPT * 4
+    room = _shared_memory(lane, PIECES * 16 + LANES * 4) if FAST else room_ptr + program * (PIECES * PIECE) + lane * 0
+    BUFFER: tl.constexpr = CHUNK * ROW * PIECE
+    KEPT_STEP: tl.constexpr = KEPT * PIECE
+    next_at = room + 2 * BUFFER
+    kept_at = room + (2 * BUFFER + (KEPT_STEP if STAGED else 0)) + lane * ((WORDS if WORDS < 4 else 4) * PIECE // 4)
     if STAGED:
-        lane_row = lane // ROW
-        piece = lane % ROW
-        copied = lane_row < SPREAD
-        returned = copied & ((piece < 2 * PIECES_C) | (piece >= 3 * PIECES_C))
-        piece_at = room + lane * PIECE
         channel_at = room + lane % CE * (CR * PIECE // 8)
         state_at = room + lane // STATES_STRIDE * (NR * PIECE // 8)
+        zero_at = room + PIECES * PIECE + lane * (PIECE // 4)
+        if FAST:
+            tl.inline_asm_elementwise(
+                "st.volatile.shared.b32 [$1], 0; mov.u32 $0, 0;",
+                "=r,r",
+                [zero_at],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
         own_state_at = room + tl.where(own_C, AT_C, AT_B)
 
     existing = (n, e, N_STATES, E, lane >= 0)
@@ -554,71 +634,94 @@ def _backward_kernel(
         at = (dt_at, u_at, gy_at, B_at, C_at)
         part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
         state_row = (seq * K + k) * (chunks - 1) * (N_STATES * E)
+        end_row = (seq * K + k) * (parts - 1) * (N_STATES * E)
 
         if STAGED:
-            e_piece = block * (CE * CR) + piece % PIECES_C * 8
-            n_piece = (piece - 3 * PIECES_C) % PIECES_S * 8
-            from_at = _choose(
-                piece,
-                _words(dt_ptr + first_in_dt, e_piece),
-                _words(u_ptr + seq * u_b + k * u_k, e_piece),
-                _words(gy_ptr + seq * gy_b + k * gy_k, e_piece),
-                _words(B_ptr + seq * B_b + k * B_k, n_piece),
-                _words(C_ptr + seq * C_b + k * C_k, n_piece),
-                PIECES_C, PIECES_S,
-            )  # fmt: skip
-            from_step = _choose(piece, K * E, u_l, gy_l, B_l, C_l, PIECES_C, PIECES_S) // 4
-            to_at = _choose(
-                piece,
-                _words(gdelta_ptr + first_in_dt, e_piece),
-                _words(gu_ptr + first_in_dt, e_piece),
-                _words(gu_ptr + first_in_dt, e_piece),
-                _words(gB_ptr + part, n_piece),
-                _words(gC_ptr + part, n_piece),
-                PIECES_C, PIECES_S,
-            )  # fmt: skip
-            to_step = tl.where(piece < 3 * PIECES_C, K * E, K * part_row) // 4
+            operands = (
+                (dt_ptr, u_ptr, gy_ptr, B_ptr, C_ptr),
+                (sequence, u_b, gy_b, B_b, C_b),
+                (E, u_k, gy_k, B_k, C_k),
+                (K * E, u_l, gy_l, B_l, C_l),
+            )
+            of_part = tl.cast(L, OFFSET) * K * part_row
+            results = (
+                (gdelta_ptr, gu_ptr, gu_ptr, gB_ptr, gC_ptr),
+                (sequence, sequence, sequence, of_part, of_part),
+                (E, E, E, part_row, part_row),
+                (K * E, K * E, K * E, K * part_row, K * part_row),
+            )
 
         g = zeros(NR * CR)
         total = zeros(CR)
-        last_chunk = chunks - 1
-        num_chunks = chunks
-        if SPLIT:
-            last_chunk = tl.program_id(2) + (1 if LOCAL else 0)  # the first chunk has none before it to tell
-            num_chunks = 1
+        part_of_sequence = tl.program_id(2) + (1 if LOCAL else 0)  # the first has none before it to tell
+        last_chunk = tl.minimum((part_of_sequence + 1) * span, chunks) - 1
+        num_chunks = last_chunk + 1 - part_of_sequence * span
         if not LOCAL:
             is_last = last_chunk + tl.arange(0, 1) == chunks - 1
             if SPLIT:
-                g_at = ends_ptr + state_row + tl.cast(last_chunk, tl.int64) * (N_STATES * E) + in_tile
+                g_at = ends_ptr + end_row + tl.cast(part_of_sequence, tl.int64) * (N_STATES * E) + in_end
                 g = _load_tile(g_at, E, inside, turns, is_last == 0, NR, CR, FAST)
             if LAST:
                 end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
                 end = _load_tile(end_at, E, inside, turns, is_last, NR, CR, FAST)
                 g = add(g, end, NR * CR)
 
+        buffer = last_chunk * 0  # where the chunk's rows begin
+        if STAGED:
+            first = last_chunk * CHUNK
+            subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
+            rows = _rows(
+                lane, order, seq, seq, k, block * (CE * CR), operands, False, PIECES_C, PIECES_S, SPREAD, PIECE
+            )
+            _copy_rows(rows, room, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST)
+            if not LOCAL:
+                _fetch_tile(
+                    next_at, starts_ptr + state_row, last_chunk, block * (CE * CR), lane, E, N_STATES,
+                    PIECES_C, KEPT, PIECE, FAST,
+                )  # fmt: skip
         for j in range(num_chunks):
             chunk = last_chunk - j
             first = chunk * CHUNK
             subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
             if STAGED:
-                _copy_rows(
-                    from_at, from_step, piece_at, copied, first + lane_row, subs, order, L, H, W,
-                    ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST,
-                )  # fmt: skip
                 _wait(lane, True, FAST)
+                again = lane + _zero(zero_at, FAST)
+                if not LOCAL:
+                    own_next_at = next_at + again // STATES_STRIDE * (NR * PIECES_C * PIECE)
+                    own_next_at += again % CE * (CR * PIECE // 8)
+                    h = ()
+                    for i in tl.static_range(NR):
+                        row_at = own_next_at + (turns[0] ^ i) * (PIECES_C * PIECE)
+                        h = h + _take(row_at, turns[1], CR, FAST)
+                    _wait(lane, False, FAST)
+                if j + 1 < num_chunks:
+                    rows = _rows(
+                        again, order, seq + (again - lane), seq, k, block * (CE * CR), operands, False,
+                        PIECES_C, PIECES_S, SPREAD, PIECE,
+                    )  # fmt: skip
+                    subs_before = tl.cdiv(tl.minimum(CHUNK, L - first + CHUNK), UNROLL)
+                    _copy_rows(
+                        rows, room + (BUFFER - buffer), first - CHUNK, subs_before, L, H, W,
+                        ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST,
+                    )  # fmt: skip
+                    if not LOCAL:
+                        _fetch_tile(
+                            next_at, starts_ptr + state_row, chunk - 1, block * (CE * CR), again, E, N_STATES,
+                            PIECES_C, KEPT, PIECE, FAST,
+                        )  # fmt: skip
 
             if not LOCAL:
-                # the first chunk's states are zero and not stored
-                not_first = chunk + tl.arange(0, 1) > 0
-                start_at = starts_ptr + state_row + tl.cast(chunk - 1, tl.int64) * (N_STATES * E) + in_tile
-                h = _load_tile(start_at, E, inside, turns, not_first, NR, CR, FAST)
                 if not STAGED:
+                    # the first chunk's states are zero and not stored
+                    not_first = chunk + tl.arange(0, 1) > 0
+                    start_at = starts_ptr + state_row + tl.cast(chunk - 1, tl.int64) * (N_STATES * E) + in_tile
+                    h = _load_tile(start_at, E, inside, turns, not_first, NR, CR, FAST)
                     p, left, inner, stride, turn = start_walk(first, order, L, H, W, LARGE)
                     steps, p, left = _load_steps(
                         first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
                     )
-                for i in range(subs):
-                    _put_tile(kept_at + i * KEPT_STEP, h, NR, CR, FAST)
+                for i in range(subs - 1):  # the last group's own states are left to the second pass
+                    _put_tile(kept_at + i * KEPT_STEP, h, NR * CR, STAGED, FAST)
                     if not STAGED:
                         # here and below, the next operands are under way while these are used
                         t = first + (i + 1) * UNROLL
@@ -628,13 +731,16 @@ def _backward_kernel(
                         )
                     for r in tl.static_range(UNROLL):
                         if STAGED:
-                            row = (i * UNROLL + r) * (ROW * PIECE)
+                            row = buffer + (i * UNROLL + r) * (ROW * PIECE)
                             dt, u, b = _take_operands(
                                 channel_at + row, state_at + row + AT_B, turns, AT_U, NR, CR, FAST
                             )
                         else:
                             _, _, dt, u, _, b, _ = current[r]
                         h = _next(decays(dt, A, NR, CR, FAST), h, b, multiply(dt, u, CR), NR, CR)
+                state = h
+                # not for the room: else ptxas makes two loops of the one before, more than its cache has room for
+                _wait(lane, False, FAST)
 
             last = first + subs * UNROLL - 1
             if not STAGED:
@@ -643,14 +749,12 @@ def _backward_kernel(
                     last, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
                 )
             for i in range(subs):
-                if not LOCAL:
-                    state = _take_tile(kept_at + (subs - 1 - i) * KEPT_STEP, NR, CR, FAST)
                 t = last - (i + 1) * UNROLL
                 if STAGED:
                     current = ()
                     for r in tl.static_range(UNROLL):
                         step = (subs - i) * UNROLL - 1 - r
-                        row = step * (ROW * PIECE)
+                        row = buffer + step * (ROW * PIECE)
                         dt, u, b = _take_operands(channel_at + row, state_at + row + AT_B, turns, AT_U, NR, CR, FAST)
                         current = current + (
                             (row, first + step + tl.arange(0, 1) < L, dt, u, dt, b, b),
@@ -753,25 +857,33 @@ def _backward_kernel(
                             store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
                     if STAGED:
                         gy, c = next_gy, next_c
+                if not LOCAL:
+                    before_next = kept_at + tl.maximum(subs - 2 - i, 0) * KEPT_STEP
+                    state = _take_tile(before_next, NR * CR, STAGED, FAST)
 
             if STAGED:
                 _wait(lane, False, FAST)
                 if not LOCAL:
-                    _copy_rows(
-                        to_at, to_step, piece_at, returned, first + lane_row, subs, order, L, H, W,
-                        ROW * PIECE, SPREAD, UNROLL, LARGE, False, FAST,
+                    again = lane + _zero(zero_at, FAST)
+                    rows = _rows(
+                        again, order, seq + (again - lane), block * batch + seq + (again - lane), k, block * (CE * CR),
+                        results, True, PIECES_C, PIECES_S, SPREAD, PIECE,
                     )  # fmt: skip
+                    _copy_rows(
+                        rows, room + buffer, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, False, FAST
+                    )
                     _wait(lane, False, FAST)
+                buffer = BUFFER - buffer
 
         if LOCAL:
-            at_chunk = state_row + tl.cast(last_chunk - 1, tl.int64) * (N_STATES * E)
-            _store_tile(ends_ptr + at_chunk + in_tile, E, g, inside, turns, NR, CR)
+            at_part = end_row + tl.cast(part_of_sequence - 1, tl.int64) * (N_STATES * E)
+            _store_tile(ends_ptr + at_part + in_end, E, g, inside, turns, NR, CR)
             total_decays = decays(total, A, NR, CR, FAST)
-            _store_tile(decay_ptr + at_chunk + in_tile, E, total_decays, inside, turns, NR, CR)
+            _store_tile(decay_ptr + at_part + in_end, E, total_decays, inside, turns, NR, CR)
 
     if not LOCAL:
-        # sums over steps and repeats: a part for each group of sequences, sequence of a tile and chunk; those of
-        # sequences that do not exist are zero
+        # sums over steps and repeats: a part for each group of sequences, sequence of a tile and part of a sequence;
+        # those of sequences that do not exist are zero
         part_of_sums = ((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S + s) * K + k
         sums = gsums_ptr + part_of_sums * ((N_STATES + 2) * E)
         _store_tile(sums + n * E + e, E, gA, existing, turns, NR, CR)
@@ -807,20 +919,22 @@ def scan_backward(
     layouts = [layout(t) for t in (u, dt, B, C, grad_y, grad_B, grad_C)]
     plan = _plan(
         u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0,
-        all(t.dtype == torch.bfloat16 for t in (*operands[:1], operands.delta, B, C, grad_y)),
+        all(t.dtype == torch.bfloat16 for t in (operands.u, operands.delta, B, C, grad_y, starts))
+        and starts.data_ptr() % 16 == 0,
     )  # fmt: skip
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=u.device)
 
     end = grad_last.transpose(-1, -2).float().contiguous() if grad_last.numel() else grad_last
-    ends = empty(starts.shape) if plan.scan_chunks else starts
-    decay = empty(starts.shape) if plan.scan_chunks else starts
+    ends, decay = (
+        empty(batch, directions, plan.parts - 1, n, features) if plan.scan_parts else starts for _ in range(2)
+    )
     room = empty(plan.room, dtype=torch.int32)
     grad_u, grad_delta = (
         empty(batch, length, directions, features, dtype=t.dtype) for t in (operands.u, operands.delta)
     )
-    sums = empty(plan.parts, directions, n + 2, features)
+    sums = empty(plan.sums, directions, n + 2, features)
     # added up over the blocks of channels, unless there is but one
     part_B, part_C = (
         t if plan.blocks == 1 else empty(plan.blocks, batch, length, directions, n, dtype=t.dtype)
@@ -832,8 +946,8 @@ def scan_backward(
         room,
         grad_u, grad_delta, part_B, part_C, sums,
     )  # fmt: skip
-    if plan.scan_chunks:
-        plan.scan_chunks(*tensors)
+    if plan.scan_parts:
+        plan.scan_parts(*tensors)
         combine(ends, decay, end)
     plan.scan_all(*tensors)
     if plan.blocks > 1:
@@ -850,16 +964,18 @@ class _Plan(NamedTuple):
 
     Attributes:
         blocks: Of channels, whose parts of B's and C's gradients are summed.
-        parts: Of the gradients of A, D and the bias, which are summed together.
+        parts: Of a sequence, that are scanned side by side.
+        sums: Parts of the gradients of A, D and the bias, which are summed together.
         room: Shape of the programs' rooms, in words of 32 bits; empty where they are in shared memory.
-        scan_chunks: Where chunks are scanned side by side, the launch for each from a zero adjoint.
+        scan_parts: Where there are several parts of a sequence, the launch for each from a zero adjoint.
         scan_all: The launch for the results.
     """
 
     blocks: int
     parts: int
+    sums: int
     room: tuple[int, ...]
-    scan_chunks: Launch | None
+    scan_parts: Launch | None
     scan_all: Launch
 
 
@@ -874,9 +990,8 @@ def _plan(
     tile = schedule.backward_tile(n, features, batch, directions, fill)
     blocks = schedule.channel_blocks(features, tile)
     tiles = -(-batch // tile["S"])
-    fills = tiles * blocks * directions >= fill
-    split = 1 < chunks <= schedule.MAX_CHUNKS and not fills
-    parts = chunks if split else 1
+    span = schedule.chunks_a_part(chunks, tiles * blocks * directions, fill)
+    parts = -(-chunks // span)
     repeats = schedule.tiles_a_program(tiles * blocks * directions, device)
     groups = -(-tiles // repeats)
     programs = groups * blocks
@@ -886,7 +1001,7 @@ def _plan(
         length, height, width,
         features, n, directions,
         grad_B.stride[-2] if blocks == 1 else n,
-        chunks,
+        chunks, span,
         *schedule.strides(u), *schedule.strides(B), *schedule.strides(C), *schedule.strides(grad_y),
     )  # fmt: skip
     starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
@@ -914,15 +1029,21 @@ def _plan(
         num_warps=1,
         **tile,
     )
-    room = TRITON_CHUNK * row * 4 * staged + TRITON_CHUNK // unroll * tile["NR"] * tile["CR"] * LANES.value
-    scan_chunks = None
-    if split:
-        grid = (programs, directions, chunks - 1)
-        scan_chunks = Launch(_backward_kernel, grid, numbers, SPLIT=True, LOCAL=True, **options)
+    tile_words = tile["NR"] * tile["CR"] * LANES.value
+    if staged:  # rows of two chunks, and tiles in bfloat16
+        room = 2 * TRITON_CHUNK * row * 4 + TRITON_CHUNK // unroll * tile_words // 2
+    else:
+        room = (TRITON_CHUNK // unroll - 1) * tile_words
+    options["SPLIT"] = parts > 1
+    scan_parts = None
+    if parts > 1:
+        grid = (programs, directions, parts - 1)
+        scan_parts = Launch(_backward_kernel, grid, numbers, LOCAL=True, **options)
     return _Plan(
         blocks=blocks,
-        parts=parts * groups * tile["S"],
+        parts=parts,
+        sums=parts * groups * tile["S"],
         room=(parts, directions, programs, room) if INTERPRETED else (0,),
-        scan_chunks=scan_chunks,
-        scan_all=Launch(_backward_kernel, (programs, directions, parts), numbers, SPLIT=split, LOCAL=False, **options),
+        scan_parts=scan_parts,
+        scan_all=Launch(_backward_kernel, (programs, directions, parts), numbers, LOCAL=False, **options),
     )

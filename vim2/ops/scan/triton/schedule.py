@@ -12,7 +12,7 @@ from ...triton_launch import INTERPRETED, Layout
 from ...triton_math import LANES
 from ..chunks import TRITON_CHUNK
 
-MAX_CHUNKS = 65535  # that run side by side: the limit of a grid's third axis
+MAX_CHUNKS = 65535  # or parts of several, that run side by side: the limit of a grid's third axis
 # Steps up to which a program takes a whole sequence, however few there are: it is done before the host would have
 # launched the two kernels more that chunks need.
 MAX_WHOLE = 256
@@ -96,6 +96,23 @@ def backward_tile(n: int, features: int, batch: int, directions: int, fill: int)
 def channel_blocks(features: int, tile: dict[str, int]) -> int:
     """Tiles that the channels of a direction fill."""
     return -(-features // (tile["CE"] * tile["CR"]))
+
+
+def chunks_a_part(chunks: int, programs: int, fill: int) -> int:
+    """Chunks of a sequence that one program of the backward scan takes.
+
+    All, where whole sequences make enough programs; else so many that there are three rounds of programs: each has
+    parameters to load and sums to store, and a part of several chunks need not wait for operands but once.
+
+    Args:
+        chunks: Of a sequence.
+        programs: If each takes whole sequences.
+        fill: Of `programs_to_fill`.
+    """
+    if programs >= fill:
+        return chunks
+    parts = min(chunks, -(-3 * fill // programs), MAX_CHUNKS)
+    return -(-chunks // parts)
 
 
 @functools.lru_cache(None)

@@ -71,9 +71,9 @@ def store_row(at, p, row, existing, COUNT: tl.constexpr, WIDE: tl.constexpr, FAS
     address = at[0] + (p * at[2] + at[1])
     if WIDE and FAST and COUNT > 1 and at[0].dtype.element_ty == tl.bfloat16:
         for i in tl.static_range(COUNT // 4 if COUNT > 2 else 1):
-            word = _pack(row[i * 4], row[i * 4 + 1])
+            word = pack_word(row[i * 4], row[i * 4 + 1], FAST)
             if COUNT > 2:
-                word = word.to(tl.int64) | (_pack(row[i * 4 + 2], row[i * 4 + 3]).to(tl.int64) << 32)
+                word = word.to(tl.int64) | (pack_word(row[i * 4 + 2], row[i * 4 + 3], FAST).to(tl.int64) << 32)
             _store_word(address + i * 4, word, existing > 0)
     else:
         for i in tl.static_range(COUNT):
@@ -135,11 +135,15 @@ def _store_word(address, word, mask):
 
 
 @triton.jit
-def _pack(low, high):
-    """Two elements as bfloat16 in one instruction."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
-    )
+def pack_word(low, high, FAST: tl.constexpr):
+    """Two elements as bfloat16 in a word of 32 bits: `unpack_word` has them again."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        low = low.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (high.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
 
 
 @triton.jit
