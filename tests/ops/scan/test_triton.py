@@ -185,6 +185,8 @@ LONG = ((1, 38), BIDIRECTIONAL[1:], 32, 16, 1, True)
         (((3, 2), ("columns_backward",), 64, 8, 2, False), 0),
         (((1, 6), BIDIRECTIONAL, 16, 16, 3, True), 0),  # as in channel mixers
         (((1, 5), FORWARD, 64, 8, 2, True), 0),  # pieces of rows that 32 lanes do not come out even with
+        (((1, 5), FORWARD, 16, 32, 1, True), 0),
+        (((1, 5), FORWARD, 16, 64, 1, True), 0),  # fewer channels across lanes than states in each
     ],
 )
 def test_operands_of_a_chunk_are_fetched_at_once(case, fill, monkeypatch):

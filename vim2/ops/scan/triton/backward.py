@@ -801,9 +801,11 @@ def _backward_kernel(
                         state = before[r]
                         gBC = sum_over_lanes(gB + gC, lane, lane, 1, REST, 2 * OWN_STATES, FAST)
                         if STAGED:
-                            for v in tl.static_range(1 if REST > 1 else 2):
-                                own_at = own_state_at + (position + v * (AT_C - AT_B))
-                                _put_element(own_at, own_n, gBC[v], first_n, FAST)
+                            for v in tl.static_range(OWN_STATES):
+                                _put_element(own_state_at + position, own_n + v, gBC[v], first_n, FAST)
+                                if REST == 1:  # a lane has C's, too
+                                    own_at = own_state_at + (position + (AT_C - AT_B))
+                                    _put_element(own_at, own_n + v, gBC[OWN_STATES + v], first_n, FAST)
                         else:
                             mask = first_n & s_in & live
                             gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
