@@ -4,9 +4,10 @@
     memory_training.py --data-dir packs --train-split "train-*.npz" --val-split val.npz --model vim2_nano \\
         --img-size 64 -b 256 --mixup 0.8 --amp --cuda-graph
 
-takes the options of `vim2 train` and trains in turn on the images, drawn and augmented, and on one batch of noise, with
-everything else alike: Mixup, loss, backward pass, optimiser. It prints the images a second of each pair of epochs, and the
-share of the noise's speed that the images have. Nothing is saved; the first epoch of each, which compiles, does not count.
+takes the options of `vim2 train`, and trains in turn on the images, drawn and augmented, and on one batch of noise,
+with everything else alike: Mixup, loss, backward pass, optimiser. It prints the images a second of each pair of epochs,
+and the share of the noise's speed that the images have. Nothing is saved; the first pair, which compiles, does not
+count.
 """
 
 import sys
