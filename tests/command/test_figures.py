@@ -2,7 +2,7 @@
 
 import pytest
 
-from vim2.command.figures import figure, from_zero
+from vim2.command.figures import figure, from_zero, whole_numbers
 
 pytest.importorskip("matplotlib")
 
@@ -27,3 +27,16 @@ def test_zeros_have_an_axis():
     from_zero(axes)
     bottom, top = axes.get_ylim()
     assert bottom == 0 < top
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 45])
+def test_epochs_are_whole_numbers(epochs):
+    fig = figure(figsize=(5, 4))
+    axes = fig.subplots()
+    axes.plot(range(1, epochs + 1), [0.5] * epochs, marker="o")
+    whole_numbers(axes.xaxis)
+    fig.draw_without_rendering()
+    low, high = axes.get_xlim()
+    seen = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert seen and all(tick == round(tick) for tick in seen)
+    assert epochs > 3 or seen == list(range(1, epochs + 1))

@@ -10,7 +10,7 @@ from .errors import UserError
 from .processes import Processes
 from .progress import say
 
-__all__ = ["figure", "figures_if_possible", "from_zero", "save", "shorten"]
+__all__ = ["figure", "figures_if_possible", "from_zero", "save", "shorten", "whole_numbers"]
 
 
 class _NoMatplotlib(UserError):
@@ -48,6 +48,16 @@ def from_zero(axes) -> None:
     """
     top = axes.dataLim.y1
     axes.set_ylim(0, 1.05 * top if top > 0 else None)
+
+
+def whole_numbers(axis, most: int | str = "auto") -> None:
+    """Ticks at whole numbers alone, such as epochs, `most` of them at most; "auto" has as many as there is room for.
+
+    Unless it's told that one tick will do, matplotlib writes fractions where fewer than two whole numbers are in sight.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def save(fig, path: str | os.PathLike) -> None:
