@@ -132,7 +132,7 @@ def time_scaling(
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    from vim2.command.figures import figure, save
+    from vim2.command.figures import figure, from_zero, save
 
     fig = figure(figsize=(10, 4))
     for axes, axis in zip(fig.subplots(1, 2), ("variates", "lookback")):
@@ -140,13 +140,13 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.plot([p["size"] for p in points], [p["ms"] for p in points], marker="o", label="time")
         axes.set_xlabel("variates (lookback 512)" if axis == "variates" else "lookback (21 variates)")
         axes.set_ylabel("training step at batch 8, ms")
-        axes.set_ylim(0)
+        from_zero(axes)
         axes.grid(alpha=0.3)
         if points and points[0]["mib"] is not None:
             other = axes.twinx()
             other.plot([p["size"] for p in points], [p["mib"] for p in points], "s--", color="#c02626", label="memory")
             other.set_ylabel("peak memory, MiB", color="#c02626")
-            other.set_ylim(0)
+            from_zero(other)
     save(fig, path)
 
 

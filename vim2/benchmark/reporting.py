@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..command.figures import from_zero
 from ..command.tables import ABSENT, table
 
 
@@ -136,7 +137,7 @@ def plot(rows: list[dict], path: Path, where: str) -> None:
             points = [(r["size"], r[mode]["mpix_s"]) for r in rows if r["model"] == name and "mpix_s" in r[mode]]
             axes.plot(*zip(*sorted(points)), marker="o", label=name)
         axes.set(title={"infer": "inference", "train": "training"}[mode], xlabel="side, pixels", ylabel="Mpix/s")
-        axes.set_ylim(bottom=0)
+        from_zero(axes)
         axes.grid(alpha=0.3)
         axes.legend()
     image.suptitle(where, fontsize="small")

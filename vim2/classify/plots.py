@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..command.figures import figure, save, shorten
+from ..command.figures import figure, save, shorten, whole_numbers
 
 __all__ = ["plot_curves", "plot_input_scaling", "plot_predictions"]
 
@@ -30,7 +30,7 @@ def plot_curves(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> N
             if points:
                 axes.plot(*zip(*points), label=label, marker="." if len(points) < 40 else None)
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes.xaxis)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

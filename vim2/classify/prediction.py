@@ -130,6 +130,7 @@ def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], shown:
     """Write predictions.json, and predictions.png of those shown."""
     with explain_disk_errors(), figures_if_possible("predictions.png"):
         write_atomically(folder / "predictions.json", json.dumps(predictions, indent=1, ensure_ascii=False) + "\n")
+        say(f"{folder / 'predictions.json'} has all {len(predictions)}")
         if pictures:
             plot_predictions(pictures, [predictions[i] for i in shown], folder / "predictions.png")
             say(f"{folder / 'predictions.png'} shows {len(pictures)} of {len(predictions)}")

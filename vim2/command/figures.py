@@ -10,7 +10,7 @@ from .errors import UserError
 from .processes import Processes
 from .progress import say
 
-__all__ = ["figure", "figures_if_possible", "save", "shorten"]
+__all__ = ["figure", "figures_if_possible", "from_zero", "save", "shorten", "whole_numbers"]
 
 
 class _NoMatplotlib(UserError):
@@ -38,6 +38,26 @@ def figures_if_possible(names: str, processes: Processes | None = None, silent: 
     except _NoMatplotlib as error:
         if not silent:
             say(f"No {names}: {error}", processes)
+
+
+def from_zero(axes) -> None:
+    """Let the y axis begin at zero, with room above what is drawn.
+
+    matplotlib's own margin is a share of what the values span: where they lie close together, far from zero, it's less
+    than a marker's half, which the frame would then cut off.
+    """
+    top = axes.dataLim.y1
+    axes.set_ylim(0, 1.05 * top if top > 0 else None)
+
+
+def whole_numbers(axis, most: int | str = "auto") -> None:
+    """Ticks at whole numbers alone, such as epochs, `most` of them at most; "auto" has as many as there is room for.
+
+    Unless it's told that one tick will do, matplotlib writes fractions where fewer than two whole numbers are in sight.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def save(fig, path: str | os.PathLike) -> None:

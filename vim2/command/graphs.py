@@ -3,6 +3,8 @@
 A GPU runs the kernels of a small model faster than its host launches them; a graph of them is launched as a whole.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,10 @@ def record(module: nn.Module, inputs: tuple[Tensor, ...], amp_dtype: torch.dtype
     buffers = [buffer.clone() for buffer in module.buffers()]
     try:
         autocast = torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False)
-        with autocast, say_if_slow(COMPILING):
+        with autocast, say_if_slow(COMPILING), warnings.catch_warnings():
+            # The backward pass begins with a matrix product, in a thread that has not used the GPU yet. PyTorch
+            # then does what is needed, and warns that it did.
+            warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
             graphed = torch.cuda.make_graphed_callables(module, inputs)
     except torch.OutOfMemoryError:
         raise

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..command.figures import figure, save, shorten
+from ..command.figures import figure, from_zero, save, shorten
 from .data import Table
 from .forecaster import Forecaster
 from .scores import nearest_to_median
@@ -126,7 +126,7 @@ def plot_errors(names: Sequence[str], scores: dict[str, dict], path: str | os.Pa
         bars.set_xscale("log")
         curve.set_yscale("log")
     else:
-        curve.set_ylim(bottom=0)
+        from_zero(curve)
     some = "" if len(shown) == len(names) else f": {len(shown)} of {len(names)}, evenly from the best to the worst"
     bars.set_xlabel(f"MSE of standardised values, by variate{some}")
     curve.set_xlabel("step ahead")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..command.figures import figure, save, shorten
+from ..command.figures import figure, save, shorten, whole_numbers
 from .layers import StageWeights
 
 __all__ = [
@@ -241,7 +241,5 @@ def _outline(axes, left: float, top: float, width: float, height: float) -> None
 
 def _ticks(axes, rows: int, columns: int) -> None:
     """Whole numbers alone."""
-    from matplotlib.ticker import MaxNLocator
-
     for axis, size in ((axes.yaxis, rows), (axes.xaxis, columns)):
-        axis.set_major_locator(MaxNLocator(min(size, 8), integer=True))
+        whole_numbers(axis, min(size, 8))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vim2.benchmark.reporting import is_number
-from vim2.command.figures import figure, save
+from vim2.command.figures import figure, save, whole_numbers
 from vim2.command.tables import ABSENT, table
 
 __all__ = [
@@ -392,7 +392,7 @@ def plot_scaling(rows: list[dict], path: Path) -> None:
 def finish_lines(fig, axes, description: str, path: Path) -> None:
     axes.set(xlabel=description, ylabel="top-1, %")
     if description == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes.xaxis)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if handles:

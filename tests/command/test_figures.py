@@ -1,0 +1,42 @@
+"""vim2/command/figures.py: what all pictures share."""
+
+import pytest
+
+from vim2.command.figures import figure, from_zero, whole_numbers
+
+pytest.importorskip("matplotlib")
+
+
+def test_markers_at_the_top_are_drawn_whole():
+    fig = figure()
+    axes = fig.subplots()
+    for values in ([240.0, 289.4, 260.0], [231.0, 242.0, 239.0]):  # far from zero, and near to one another
+        axes.plot(values, marker="o")
+    from_zero(axes)
+    fig.draw_without_rendering()
+    room = axes.bbox.y1 - axes.transData.transform((0, 289.4))[1]
+    radius = axes.lines[0].get_markersize() / 2 * fig.dpi / 72
+    assert room > radius
+    assert axes.get_ylim()[0] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_zeros_have_an_axis():
+    axes = figure().subplots()
+    axes.plot([0.0, 0.0])
+    from_zero(axes)
+    bottom, top = axes.get_ylim()
+    assert bottom == 0 < top
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 45])
+def test_epochs_are_whole_numbers(epochs):
+    fig = figure(figsize=(5, 4))
+    axes = fig.subplots()
+    axes.plot(range(1, epochs + 1), [0.5] * epochs, marker="o")
+    whole_numbers(axes.xaxis)
+    fig.draw_without_rendering()
+    low, high = axes.get_xlim()
+    seen = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert seen and all(tick == round(tick) for tick in seen)
+    assert epochs > 3 or seen == list(range(1, epochs + 1))
