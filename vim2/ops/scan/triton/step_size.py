@@ -19,7 +19,7 @@ GRADIENT_STAGE, GRADIENT_SUMS = 24576, 12288  # bytes of shared memory, and sums
 
 
 @triton.jit
-def _softplus(x, FAST: tl.constexpr):
+def softplus(x, FAST: tl.constexpr):
     """To float32's accuracy, or to 1e-5 with a polynomial for the logarithm."""
     if FAST:
         # max(x, 0) + log(1 + e) with e = exp(-|x|) from 0 to 1, where log(1 + e) / e is nearly this polynomial
@@ -70,7 +70,7 @@ def _step_size_kernel(
                 x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
         x += bias
         if SOFTPLUS:
-            x = _softplus(x, FAST)
+            x = softplus(x, FAST)
         dt_at = dt_ptr + (first * K + k) * E + (row * (K * E) + e)
         tl.store(dt_at, x.to(dt_ptr.dtype.element_ty), mask=row_in & (e < E))
 
@@ -260,14 +260,19 @@ def _backward(
     return _Backward(groups, parts, launch)
 
 
-def kernel_inputs(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:
+def kernel_inputs(operands: Operands, delta_softplus: bool | None) -> tuple[Tensor, ...]:
     """What the scan's kernels read.
 
+    Args:
+        delta_softplus: None leaves it to the kernel to make step sizes.
+
     Returns:
-        u, with neighbouring channels next to one another in memory; the step sizes (batch, L, K, E); A as (K, N, E); B
-        and C, with neighbouring states next to one another; and D.
+        u, with neighbouring channels next to one another in memory; the step sizes (batch, L, K, E), or delta as it is;
+        A as (K, N, E); B and C, with neighbouring states next to one another; and D.
     """
     u, B, C = last_axis_contiguous(operands.u, operands.B, operands.C)
-    At, D, bias = (t.contiguous() for t in (operands.A.transpose(1, 2), operands.D, operands.delta_bias))
-    dt = step_sizes(operands.delta, operands.delta_weight, bias, delta_softplus, u.dtype)
-    return u, dt, At, B, C, D
+    At, D = operands.A.transpose(1, 2).contiguous(), operands.D.contiguous()
+    if delta_softplus is None:
+        return u, operands.delta, At, B, C, D
+    bias = operands.delta_bias.contiguous()
+    return u, step_sizes(operands.delta, operands.delta_weight, bias, delta_softplus, u.dtype), At, B, C, D
