@@ -52,7 +52,8 @@ from .walk import MAX_ORDERS, advance_walk, group_stride, pack_orders, start_wal
 @triton.jit
 def _load_group(
     t, walk, advance, L, at, existing,
-    LOCAL: tl.constexpr, FACTOR: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+    LOCAL: tl.constexpr, FACTOR: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """The operands of a lane's step t: its position, dt, u, B, and unless LOCAL, C; and where the walk is a group of
     steps later. A step beyond the sequence's end has none: zeros move nothing. With FACTOR dt is a single number, of
@@ -73,8 +74,8 @@ def _load_group(
 
 @triton.jit
 def _step_sizes(factor, weight, bias, live, CR: tl.constexpr, SOFTPLUS: tl.constexpr, FAST: tl.constexpr):
-    """The step sizes of a lane's channels, of the one number that they have in common: as `step_sizes` with rank 1. Zero
-    for a step that is not there."""
+    """The step sizes of a lane's channels, of the one number that they have in common: as `step_sizes` with rank 1, but
+    never rounded to bfloat16. Zero for a step that is not there."""
     dt = ()
     for i in tl.static_range(CR):
         x = factor * weight[i] + bias[i]
@@ -273,8 +274,9 @@ def scan_forward(
             f"The Triton scan takes at most {schedule.MAX_STATES} states, got {operands.A.shape[-1]}: "
             "use the backend 'torch'."
         )
-    # of one number a step and direction, step sizes are made sooner than they are read
-    factor = operands.is_low_rank and operands.delta.shape[-1] == 1
+    # of one number a step and direction, step sizes are made sooner than written and read
+    rank_1 = operands.is_low_rank and operands.delta.shape[-1] == 1
+    factor = rank_1 and operands.A.shape[-1] <= schedule.MAKES_STEPS
     u, dt, At, B, C, D = kernel_inputs(operands, None if factor else delta_softplus)
     weight, bias = (operands.delta_weight.contiguous(), operands.delta_bias.contiguous()) if factor else (None, None)
     directions, n, features = At.shape
@@ -330,7 +332,7 @@ def _launches(
         LARGE=schedule.is_large(tile["S"], u, dt, B, C, y, starts),
         WIDE=fits_words and all(map(schedule.in_words, words)),
         num_warps=1,
-        maxnreg=schedule.forward_registers(tile),
+        maxnreg=schedule.forward_registers(tile, factor),
         **tile,
     )
     scan_chunks = None

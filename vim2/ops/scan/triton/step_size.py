@@ -57,17 +57,23 @@ def _step_size_kernel(
         weight_at = weight_ptr + (k * E + e) * RANK + r[:, None]
         weight = tl.load(weight_at, mask=(e < E) & (r[:, None] < RANK), other=0.0)
     start = (tl.program_id(0) // (K * blocks)).to(tl.int64) * (tiles * ROWS)
-    for first in range(start, tl.minimum(start + tiles * ROWS, rows), ROWS):
-        row_in = first + row < rows
-        delta_at = delta_ptr + (first * delta_row + k * delta_k)
-        if R == 0:
-            x = tl.load(delta_at + (row * delta_row + e), mask=row_in & (e < E), other=0.0).to(tl.float32)
+    # what the program reads of a tile: of full delta its own channels, else all of the factor
+    column = e if R == 0 else r[None, :]
+    width = E if R == 0 else RANK
+    at = delta_ptr + k * delta_k + (row * delta_row + column)
+    end = tl.minimum(start + tiles * ROWS, rows)
+    ahead = tl.load(at + start * delta_row, mask=(start + row < end) & (column < width), other=0.0)
+    for first in range(start, end, ROWS):
+        row_in = first + row < end
+        factor = ahead
+        # the next tile is under way while this one is worked on
+        ahead = tl.load(at + (first + ROWS) * delta_row, mask=(first + ROWS + row < end) & (column < width), other=0.0)
+        if R > 1:
+            x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
+        elif R == 1:
+            x = factor.to(tl.float32) * weight.to(tl.float32)
         else:
-            factor = tl.load(delta_at + (row * delta_row + r[None, :]), mask=row_in & (r[None, :] < RANK), other=0.0)
-            if R == 1:
-                x = factor.to(tl.float32) * weight.to(tl.float32)
-            else:
-                x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
+            x = factor.to(tl.float32)
         x += bias
         if SOFTPLUS:
             x = softplus(x, FAST)

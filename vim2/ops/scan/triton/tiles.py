@@ -134,8 +134,8 @@ def load_element(address, mask, FAST: tl.constexpr):
 def _load_bits(address, mask, FAST: tl.constexpr):
     """As `load_element`, but one of 16 bits stays in a register of 32 where FAST, for `_element`.
 
-    Of elements in registers of 16, the assembler packs two to a register at the end of a loop, and waits there for loads
-    whose results are wanted in the next round.
+    Of elements in registers of 16, the assembler packs two to a register at the end of a loop, and waits there for
+    loads whose results are wanted in the next round.
     """
     if FAST and address.dtype.element_ty.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
