@@ -301,7 +301,8 @@ def test_floors():
     assert scan["floor_ms"] == pytest.approx(scan["gexp"] * 1e6)
     assert products["floor_ms"] >= max(products["gflop"], products["gb"]) * 1e3
     assert copies["floor_ms"] == pytest.approx(copies["gb"] * 1e3)
-    table = profile_table(result)
+    table = profile_table(result | {"launches": 77})
+    assert " ms a step, 77 launches; by operators, " in table
     assert f"| {scan['floor_ms']:.3f} | {scan['ms'] / scan['floor_ms']:.1f} |" in table
 
 
