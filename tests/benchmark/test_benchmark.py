@@ -74,6 +74,13 @@ def test_counts_only(capsys):
     assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
 
 
+def test_models_with_arguments(capsys):
+    variant = "vim2_nano:dims=(96,192,384,768),depths=(1,1,3,1)"  # vim2_tiny, that is
+    assert main(["benchmark", "--device", "cpu", "--model", variant, "--count"]) == 0
+    assert capsys.readouterr().out.endswith(f"\n| {variant} | 224 | 1 | 24.02 | 6.15 |\n")
+    assert models.parse_model("a:b=text,c=1.5") == ("a", {"b": "text", "c": 1.5})
+
+
 def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
     pytest.importorskip("numba")
     monkeypatch.setattr(command, "SCAN_SHAPES", ((8, 4),))
@@ -354,6 +361,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
     ("options", "message"),
     [
         ("--model nope", "no model 'nope'"),
+        ("--model test_vim2:d_state", "Cannot read 'd_state' in the model 'test_vim2:d_state'"),
+        ("--model test_vim2:size=3", "test_vim2 cannot be made with {'size': 3}"),
         (
             "--device cpu --model test_vim2 --img-size 64 16 --infer",
             "test_vim2 does not run on images of 16 x 16 pixels",

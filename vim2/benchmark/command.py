@@ -51,7 +51,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", nargs="+", metavar="NAME", help="models to measure; default vim2_tiny, or none with --ops")
+    models = (
+        "models to measure, such as vim2_tiny:d_state=4,dims=(64,128,256,512); default vim2_tiny, or none with --ops"
+    )
+    add("--model", nargs="+", metavar="NAME[:K=V,...]", help=models)
     add("--compare", nargs="+", default=[], metavar="timm:NAME", help="others to measure in the same run")
     scans = "only the selective scan, at vim2_tiny's stages, 4 directions, N = 16; default: what is fast here"
     add("--ops", nargs="*", choices=BACKENDS[1:], metavar="BACKEND", help=scans)
