@@ -11,6 +11,7 @@ import types
 import pytest
 import timm
 import torch
+from devices import DEVICE, needs_triton
 from torch.autograd import DeviceType
 
 from benchmarks import forecast
@@ -19,6 +20,7 @@ from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.command.errors import UserError
 from vim2.ops import backend
+from vim2.ops.scan.projected_scan import _scan_parameters
 
 
 def vmamba_flops(dim, depths, size, classes=1000, n=16):
@@ -155,6 +157,17 @@ def test_work_of_a_scan_and_of_a_grouped_convolution():
         assert counted.operators[name].exponentials == 2 * 9 * 4 * 8 * 16
     forward, backward = counted.operators["aten::convolution"], counted.operators["aten::convolution_backward"]
     assert forward.flops == 2 * 6 * 25 * 9 and backward.flops == 2 * forward.flops
+
+
+@needs_triton
+def test_exponentials_are_counted_of_scans_alone():
+    """Not of the operators that only hand A on to them."""
+    weight, A_log = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in ((2, 8, 16), (2, 16, 3)))
+    with profiles.CountWork() as counted:
+        matrix, _ = _scan_parameters(weight, A_log, True, torch.bfloat16)
+        matrix.sum().backward()
+    work = counted.operators["vim2::scan_parameters_backward"]
+    assert work.calls == 1 and work.exponentials == 0
 
 
 def test_profile(tmp_path, capsys):

@@ -144,6 +144,7 @@ def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callabl
     if args.torchcompile:
         torch._dynamo.reset()  # else the limit on recompilations would end compiling after a few models
     run = torch.compile(model, mode=args.torchcompile_mode) if args.torchcompile else model
+    parameters = list(model.parameters())
 
     def infer(image: Tensor) -> None:
         if model.training:
@@ -157,7 +158,8 @@ def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callabl
         with autocast(args):
             loss = run(image).float().mean()
         loss.backward()
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:  # as optimisers do; model.zero_grad first looks for them in all modules
+            parameter.grad = None
 
     return {"infer": infer, "train": train}
 

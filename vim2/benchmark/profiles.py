@@ -65,7 +65,7 @@ class CountWork(TorchDispatchMode):
         elif func.namespace == "aten" and func._overloadpacket in flop_registry:
             work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
-        if func.namespace == "vim2" and "A" in named:  # a scan: one for every state of every step
+        if func.namespace == "vim2" and {"u", "A"} <= named.keys():  # a scan: one for every state of every step
             work.exponentials += named["A"].numel() * named["u"].shape[:2].numel()
         return out
 
