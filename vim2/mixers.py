@@ -393,18 +393,22 @@ def _is_replayable(features: Sequence[Tensor]) -> bool:
 def _read(module: nn.Module, settings: list, tensors: list) -> bool:
     """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
     all: not where somebody holds on to one of them (see `is_plain`)."""
-    of_kind = _SETTINGS.get(module.__class__)
+    kind, parameters, modules = module.__class__, module._parameters, module._modules
+    of_kind = _SETTINGS.get(kind)
     if of_kind is None or module._buffers or module._compiled_call_impl is not None:
         return False
-    if module.__class__ is not MixerLayer and _is_hooked(module):  # of a layer's own hooks, this runs in their midst
+    if kind is not MixerLayer and _is_hooked(module):  # of a layer's own hooks, this runs in their midst
         return False
     # names, too: who takes a weight out and puts it back changes the order
-    settings.append((module.__class__, of_kind(module), tuple(module._parameters), tuple(module._modules)))
-    for parameter in module._parameters.values():
+    settings.append((kind, of_kind(module), tuple(parameters), tuple(modules)))
+    for parameter in parameters.values():
         if parameter is not None and (parameter.__class__ is not nn.Parameter or parameter.layout is not torch.strided):
             return False
         tensors.append(parameter)
-    return all(_read(each, settings, tensors) for each in module._modules.values())
+    for each in modules.values():  # noqa: SIM110  (a generator would take longer than what it asks for)
+        if not _read(each, settings, tensors):
+            return False
+    return True
 
 
 class MambaMixerBlock(nn.Module):

@@ -11,6 +11,7 @@ import types
 import pytest
 import timm
 import torch
+from devices import DEVICE, needs_triton
 from torch.autograd import DeviceType
 
 from benchmarks import forecast
@@ -19,6 +20,7 @@ from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.command.errors import UserError
 from vim2.ops import backend
+from vim2.ops.scan.projected_scan import _scan_parameters
 
 
 def vmamba_flops(dim, depths, size, classes=1000, n=16):
@@ -72,6 +74,13 @@ def test_one_mode_only(capsys):
 def test_counts_only(capsys):
     assert main(["benchmark", "--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
     assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
+
+
+def test_models_with_arguments(capsys):
+    variant = "vim2_nano:dims=(96,192,384,768),depths=(1,1,3,1)"  # vim2_tiny, that is
+    assert main(["benchmark", "--device", "cpu", "--model", variant, "--count"]) == 0
+    assert capsys.readouterr().out.endswith(f"\n| {variant} | 224 | 1 | 24.02 | 6.15 |\n")
+    assert models.parse_model("a:b=text,c=1.5") == ("a", {"b": "text", "c": 1.5})
 
 
 def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
@@ -148,6 +157,17 @@ def test_work_of_a_scan_and_of_a_grouped_convolution():
         assert counted.operators[name].exponentials == 2 * 9 * 4 * 8 * 16
     forward, backward = counted.operators["aten::convolution"], counted.operators["aten::convolution_backward"]
     assert forward.flops == 2 * 6 * 25 * 9 and backward.flops == 2 * forward.flops
+
+
+@needs_triton
+def test_exponentials_are_counted_of_scans_alone():
+    """Not of the operators that only hand A on to them."""
+    weight, A_log = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in ((2, 8, 16), (2, 16, 3)))
+    with profiles.CountWork() as counted:
+        matrix, _ = _scan_parameters(weight, A_log, True, torch.bfloat16)
+        matrix.sum().backward()
+    work = counted.operators["vim2::scan_parameters_backward"]
+    assert work.calls == 1 and work.exponentials == 0
 
 
 def test_profile(tmp_path, capsys):
@@ -301,7 +321,8 @@ def test_floors():
     assert scan["floor_ms"] == pytest.approx(scan["gexp"] * 1e6)
     assert products["floor_ms"] >= max(products["gflop"], products["gb"]) * 1e3
     assert copies["floor_ms"] == pytest.approx(copies["gb"] * 1e3)
-    table = profile_table(result)
+    table = profile_table(result | {"launches": 77})
+    assert " ms a step, 77 launches; by operators, " in table
     assert f"| {scan['floor_ms']:.3f} | {scan['ms'] / scan['floor_ms']:.1f} |" in table
 
 
@@ -353,6 +374,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
     ("options", "message"),
     [
         ("--model nope", "no model 'nope'"),
+        ("--model test_vim2:d_state", "Cannot read 'd_state' in the model 'test_vim2:d_state'"),
+        ("--model test_vim2:size=3", "test_vim2 cannot be made with {'size': 3}"),
         (
             "--device cpu --model test_vim2 --img-size 64 16 --infer",
             "test_vim2 does not run on images of 16 x 16 pixels",

@@ -250,6 +250,19 @@ class TestCounting:
         assert len(rows) == 2 and all(row[mode]["img_s"] > 0 for row in rows for mode in ("infer", "train"))
         assert capsys.readouterr().out.endswith((tmp_path / "mm_benchmark.md").read_text())  # after warnings, if any
 
+    def test_profile(self, configs, tmp_path, capsys):
+        argv = ["--shape", "64", "64", "--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", tmp_path]
+        measure([str(a) for a in (configs["mmdet"], "--profile", "--train", *argv)])
+        (result,) = json.loads((tmp_path / "mm_benchmark.json").read_text())["profiles"]
+        rows = {row["operators"]: row for row in result["profile"]}
+        for operator in ("roi_align", "selective_scan", "selective_scan_backward"):  # of the head, and of the backbone
+            assert rows[operator]["calls"] > 0 and rows[operator]["ms"] > 0
+        out = capsys.readouterr().out
+        assert out.endswith((tmp_path / "mm_benchmark.md").read_text())
+        assert f"64 x 64, batch 2, train: {result['step_ms']:.2f} ms a step; by operators" in out
+        with pytest.raises(UserError, match="leave out --profile"):
+            measure([str(configs["mmdet"]), "--profile", "--count"])
+
 
 def test_no_picture_overwrites_another(configs, tmp_path):
     for name in ("a", "b"):

@@ -472,6 +472,18 @@ def test_a_weight_that_is_changed_between_the_passes_is_an_error():
         y.sum().backward()
 
 
+def test_a_result_that_is_changed_and_was_kept_is_an_error():
+    """Also where it is a part of what was kept."""
+    owner = Trainee(lambda x: x.exp()[:, :4])
+    x = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    for _ in range(3):
+        y = owner(x)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert owner.calls == 2
+
+
 def test_who_watches_autograd_sees_plain_calls():
     owner, inputs = trained()
     expected = both_passes(gated, inputs, 0)

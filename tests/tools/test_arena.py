@@ -237,7 +237,7 @@ def test_labels_of_points_that_lie_together_do_not_cover_one_another():
         (["--models", "vim2_teeny"], "There is no model vim2_teeny; did you mean vim2_tiny?"),
         (["--models", "a=test_vim2:depth=3"], "a: test_vim2 cannot be made with {'depth': 3}"),
         (["--models", "a/b=test_vim2"], "Cannot read the model 'a/b=test_vim2'"),
-        (["--models", "a=test_vim2:3"], "Cannot read '3' in the model 'a=test_vim2:3'"),
+        (["--models", "a=test_vim2:3"], "Cannot read '3' in the model 'test_vim2:3'"),
         (["--models", "hiera_tiny_224"], "the stem of hiera_tiny_224 cannot be given half its stride"),
         (["--models", "test_vim2", "test_vim2"], "Two of the --models have one label"),
         (["--models", "test_vim2", "--lr", "1"], "--lr is not for the arena: see --lrs"),

@@ -4,11 +4,12 @@
     python tools/benchmarks/mm.py --count mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py
     python tools/benchmarks/mm.py mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py \\
         mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py --batch-size 4 --amp bf16
+    python tools/benchmarks/mm.py --profile --train mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py --amp bf16
 
 Images are 800 x 1280 for detectors and 512 x 2048 for segmenters, unless --shape says otherwise, and random, with ten
 random objects. FLOPs count as in `vim2 benchmark`; a detector's are those for 1000 proposals, of which 100 get masks.
 Inference is one call of the model on a batch, non-maximum suppression and the resizing of maps included; training is
-forward + backward + zero_grad, without an optimiser.
+forward + backward + zero_grad, without an optimiser. A profile is one of `vim2 benchmark`, of the whole model.
 """
 
 import sys
@@ -21,6 +22,7 @@ from common.command import run_tool
 import argparse
 import copy
 import json
+from collections.abc import Callable, Iterator
 
 import torch
 from mmengine.config import Config
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 import vim2.mm  # noqa: F401  (registers ViM2, and gives mmcv its operators)
 from vim2.benchmark.measuring import AMP, autocast, machine, measure, positive
 from vim2.benchmark.models import FlopCounter, multiply_adds
-from vim2.benchmark.reporting import figure
+from vim2.benchmark.profiles import device_rates, profile_step
+from vim2.benchmark.reporting import figure, profile_table
 from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
 from vim2.command.tables import table
@@ -45,16 +48,12 @@ PROPOSALS = 1000
 
 def measure_config(path: str, args: argparse.Namespace) -> dict:
     """All figures of one config's model."""
-    config = load_config(path)
-    if config.get("default_scope") not in SHAPES:
-        raise UserError(f"{path} is neither MMDetection's nor MMSegmentation's.")
-    init_default_scope(config.default_scope)
-    shape = tuple(args.shape or SHAPES[config.default_scope])
-    model = revert_sync_batchnorm(MODELS.build(config.model))
+    config, shape = read(path, args)
+    model = build(config)
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     row = {
         "config": Path(path).stem,
-        "shape": f"{shape[0]} x {shape[1]}",
+        "shape": named(shape),
         "batch": args.batch_size,
         "params_m": sum(parts.values()),
         "parts_m": {name: count for name, count in parts.items() if count},
@@ -62,7 +61,45 @@ def measure_config(path: str, args: argparse.Namespace) -> dict:
     }
     if not args.modes:
         return row
-    model.to(args.device)
+    for mode, step in model_steps(model.to(args.device), config, shape, args).items():
+        model.train(mode == "train")
+        row[mode] = measure(step, args)
+        if "ms" in row[mode]:
+            row[mode]["img_s"] = args.batch_size / row[mode]["ms"] * 1e3
+    return row
+
+
+def profile_config(path: str, rates: dict[str, float], args: argparse.Namespace) -> Iterator[dict]:
+    """Of one config's model, where the time of each mode's step goes, as `vim2 benchmark --profile` has it."""
+    config, shape = read(path, args)
+    model = build(config).to(args.device)
+    for mode, step in model_steps(model, config, shape, args).items():
+        model.train(mode == "train")
+        about = {"model": Path(path).stem, "shape": named(shape), "batch": args.batch_size, "mode": mode}
+        yield about | profile_step(step, rates, args, f"{path}, {mode}")
+
+
+def read(path: str, args: argparse.Namespace) -> tuple[Config, tuple[int, int]]:
+    """A config, and the shape of its images."""
+    config = load_config(path)
+    if config.get("default_scope") not in SHAPES:
+        raise UserError(f"{path} is neither MMDetection's nor MMSegmentation's.")
+    return config, tuple(args.shape or SHAPES[config.default_scope])
+
+
+def build(config: Config) -> nn.Module:
+    init_default_scope(config.default_scope)
+    return revert_sync_batchnorm(MODELS.build(config.model))
+
+
+def named(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def model_steps(
+    model: nn.Module, config: Config, shape: tuple[int, int], args: argparse.Namespace
+) -> dict[str, Callable[[], None]]:
+    """The steps that were asked for, by the names of their modes, in which the caller puts the model."""
     make = detector_batch if config.default_scope == "mmdet" else segmenter_batch
     batch = make(args.batch_size, shape, classes(config), args.device)
 
@@ -77,13 +114,7 @@ def measure_config(path: str, args: argparse.Namespace) -> dict:
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    for mode, step in (("infer", infer), ("train", train)):
-        if mode in args.modes:
-            model.train(mode == "train")
-            row[mode] = measure(step, args)
-            if "ms" in row[mode]:
-                row[mode]["img_s"] = args.batch_size / row[mode]["ms"] * 1e3
-    return row
+    return {mode: step for mode, step in (("infer", infer), ("train", train)) if mode in args.modes}
 
 
 def count_flops(model: nn.Module, shape: tuple[int, int]) -> float:
@@ -187,25 +218,31 @@ def main(argv: list[str] | None = None) -> None:
     add("--infer", action="store_true", help="inference only; default both")
     add("--train", action="store_true", help="training only; default both")
     add("--count", action="store_true", help="parameters and FLOPs only, no times")
+    add("--profile", action="store_true", help="where the time goes, by operator, in place of the table")
     add("--warmup", type=positive, default=3, metavar="N", help="untimed steps; default 3")
     add("--repeats", type=positive, default=10, metavar="N", help="timed steps; default 10")
     add("--output", type=Path, metavar="DIR", help="also write mm_benchmark.md and mm_benchmark.json there")
     args = parser.parse_args(argv)
+    if args.profile and args.count:
+        raise UserError("--count measures no times: leave out --profile.")
     check_device(args.device)
     args.device_type = args.device.partition(":")[0]
     args.torchcompile = args.channels_last = False  # what `vim2 benchmark` asks for
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}
     args.modes = set() if args.count else args.modes
-    rows = []
-    for path in args.configs:
-        rows.append(measure_config(path, args))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     about = machine(args)
-    text = f"{about['hardware']}, {about['date']}. {about['versions']}. {about['settings']}.\n\n{report(rows)}\n"
+    results: dict = {"machine": about, "profiles" if args.profile else "models": []}
+    rates = device_rates(args) if args.profile and args.device_type == "cuda" else {}
+    for path in args.configs:
+        for row in profile_config(path, rates, args) if args.profile else [measure_config(path, args)]:
+            results["profiles" if args.profile else "models"].append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    tables = "\n\n".join(map(profile_table, results["profiles"])) if args.profile else report(results["models"])
+    text = f"{about['hardware']}, {about['date']}. {about['versions']}. {about['settings']}.\n\n{tables}\n"
     print(text, end="")
     if args.output:
         write_atomically(args.output / "mm_benchmark.md", text)
-        write_atomically(args.output / "mm_benchmark.json", json.dumps({"machine": about, "models": rows}, indent=2))
+        write_atomically(args.output / "mm_benchmark.json", json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ and averages count nothing.
 
 A profile has the time of the device in every kind of operator, and on a GPU the floor under it: the time that this card
 takes to move the operators' inputs and outputs once (at the rate of a copy, measured in the same run), to multiply (at
-the rate of a large product, likewise), or to compute the scans' exponentials (16 a clock and multiprocessor). One of
-training also has what operators keep for the backward pass, besides parameters and images: memory that several keep
-stands with the first of them.
+the rate of a large product, likewise), or to compute the scans' exponentials (16 a clock and multiprocessor). Operators
+are called one by one for it: layers are not replayed, and gradients that they hand on in training are added up by
+kernels of their own. One of training also has what operators keep for the backward pass, besides parameters and images:
+memory that several keep stands with the first of them.
 """
 
 import argparse
@@ -51,7 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", nargs="+", metavar="NAME", help="models to measure; default vim2_tiny, or none with --ops")
+    models = (
+        "models to measure, such as vim2_tiny:d_state=4,dims=(64,128,256,512); default vim2_tiny, or none with --ops"
+    )
+    add("--model", nargs="+", metavar="NAME[:K=V,...]", help=models)
     add("--compare", nargs="+", default=[], metavar="timm:NAME", help="others to measure in the same run")
     scans = "only the selective scan, at vim2_tiny's stages, 4 directions, N = 16; default: what is fast here"
     add("--ops", nargs="*", choices=BACKENDS[1:], metavar="BACKEND", help=scans)

@@ -1,29 +1,66 @@
 """Parameters, FLOPs, times and memory of timm's models."""
 
 import argparse
+import ast
 import functools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 from .measuring import autocast, measure
 
 
-def create_model(name: str, size: int, device: torch.device | str) -> nn.Module:
-    """A timm model for square images of `size` pixels."""
+def parse_model(text: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and the arguments of its constructor, from NAME or NAME:key=value,key=value; values are Python
+    literals, or else text.
+
+    Raises:
+        UserError: Text of another form.
+    """
+    name, _, arguments = text.partition(":")
+    kwargs = {}
+    for pair in re.split(r",(?![^(\[{]*[)\]}])", arguments):  # at commas, those in brackets left alone
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if pair.strip() and not (equals and key.isidentifier()):
+            raise UserError(f"Cannot read {pair.strip()!r} in the model {text!r}: arguments are key=value,key=value.")
+        if equals:
+            kwargs[key] = literal(value)
+    return name, kwargs
+
+
+def literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
+    """A timm model, as `parse_model` reads it, for square images of `size` pixels.
+
+    Raises:
+        UserError: There is no such model, or it does not take these arguments.
+    """
+    name, kwargs = parse_model(text)
     if not timm.is_model(name):
         raise UserError(
             f"there is no model {name!r}; timm.list_models() names all, {vim2_names()} are of this package."
         )
     with torch.device(device):
-        try:
-            return timm.create_model(name, img_size=size)  # models with fixed windows or positions want to know it
+        try:  # models with fixed windows or positions want to know it
+            return timm.create_model(name, **{"img_size": size, **kwargs})
         except TypeError:
-            return timm.create_model(name)
+            pass
+        try:
+            return timm.create_model(name, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} cannot be made with {kwargs}: {first_line(error)}") from None
 
 
 def vim2_names() -> str:
@@ -107,6 +144,7 @@ def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callabl
     if args.torchcompile:
         torch._dynamo.reset()  # else the limit on recompilations would end compiling after a few models
     run = torch.compile(model, mode=args.torchcompile_mode) if args.torchcompile else model
+    parameters = list(model.parameters())
 
     def infer(image: Tensor) -> None:
         if model.training:
@@ -120,7 +158,8 @@ def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callabl
         with autocast(args):
             loss = run(image).float().mean()
         loss.backward()
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:  # as optimisers do; model.zero_grad first looks for them in all modules
+            parameter.grad = None
 
     return {"infer": infer, "train": train}
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..command.errors import UserError
 from ..ops.backend import HAS_TRITON
+from .launches import on_device
 from .measuring import AMP, GIB, measure
 from .models import create_model, model_steps, random_image
 
@@ -64,7 +65,7 @@ class CountWork(TorchDispatchMode):
         elif func.namespace == "aten" and func._overloadpacket in flop_registry:
             work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
-        if func.namespace == "vim2" and "A" in named:  # a scan: one for every state of every step
+        if func.namespace == "vim2" and {"u", "A"} <= named.keys():  # a scan: one for every state of every step
             work.exponentials += named["A"].numel() * named["u"].shape[:2].numel()
         return out
 
@@ -149,15 +150,27 @@ def operator_times(step: Callable[[], None], operators: set[str], args: argparse
 
 
 def profile_model(name: str, size: int, batch: int, mode: str, rates: dict[str, float], args) -> dict:
-    """A step's time by families of operators, the longest first, each with its calls and what it moves and computes."""
+    """As `profile_step`, of a model's step."""
     step = model_steps(create_model(name, size, args.device), args)[mode]
     image = random_image(size, batch, args)
-    whole = measure(lambda: step(image), args)
+    row = {"model": name, "shape": f"{size} x {size}", "batch": batch, "mode": mode}
+    return row | profile_step(lambda: step(image), rates, args, f"{name} at {size} pixels and batch {batch}")
+
+
+def profile_step(step: Callable[[], None], rates: dict[str, float], args: argparse.Namespace, name: str) -> dict:
+    """A step's time by families of operators, the longest first, each with its calls and what it moves and computes;
+    its median time by the clock and, on a GPU, how many kernels and copies it launches.
+
+    Raises:
+        UserError: It runs out of memory.
+    """
+    whole = measure(step, args)
     if "ms" not in whole:
-        raise UserError(f"{name} at {size} pixels and batch {batch}: {whole['error']}.")
+        raise UserError(f"{name}: {whole['error']}.")
+    launches = {"launches": on_device(step, args)["launches"]} if args.device_type == "cuda" else {}
     with CountWork() as counted:
-        step(image)
-    times = operator_times(lambda: step(image), set(counted.operators), args)
+        step()
+    times = operator_times(step, set(counted.operators), args)
     families: dict[str, dict] = {}
     for operator, work in counted.operators.items():
         empty = {"members": {}, "calls": 0, "ms": 0.0, "gb": 0.0, "gflop": 0.0, "gexp": 0.0}
@@ -174,4 +187,4 @@ def profile_model(name: str, size: int, batch: int, mode: str, rates: dict[str, 
     rows = [{"operators": family} | row for family, row in families.items()]
     rows.append({"operators": "others", "ms": times.get("", 0.0)})
     rows.sort(key=lambda row: -row["ms"])
-    return {"model": name, "size": size, "batch": batch, "mode": mode, "step_ms": whole["ms"], "profile": rows}
+    return {"step_ms": whole["ms"], **launches, "profile": rows}

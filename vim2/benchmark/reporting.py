@@ -71,8 +71,10 @@ def profile_table(result: dict) -> str:
         line += [f"{row['floor_ms']:.3f}", f"{row['ms'] / row['floor_ms']:.1f}"] if has_floor else [ABSENT, ABSENT]
         lines.append(line)
     header = ["operators", "calls", "ms", "share", "GB", "GFLOP", "G exponentials", "floor, ms", "time / floor"]
-    title = f"{result['model']}, {result['size']} x {result['size']}, batch {result['batch']}, {result['mode']}: "
-    title += f"{result['step_ms']:.2f} ms a step; by operators, {total:.2f} ms:"
+    title = f"{result['model']}, {result['shape']}, batch {result['batch']}, {result['mode']}: "
+    title += f"{result['step_ms']:.2f} ms a step"
+    title += f", {result['launches']} launches" if "launches" in result else ""
+    title += f"; by operators, {total:.2f} ms:"
     tables = [title, table(header, lines)]
     if "kept" in result:
         tables.append(kept_table(result["kept"]))

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda, _reinterpret_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,12 +59,17 @@ MOVES = {
     aten.to.dtype,
     aten.unflatten.int,
 }
+# what allocates on the current device in a fraction of torch.empty's time, as for torch.compile's programs
+QUICK_ALLOCATIONS = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
 # operators, called with less ado
 QUICKER = {
     aten._to_copy.default: functools.partial(torch.Tensor.to, copy=True),
     aten.addmm.default: torch.addmm,
+    aten.addmm_.default: torch.Tensor.addmm_,
     aten.linear.default: F.linear,
     aten.mm.default: torch.mm,
+    aten.sum.IntList_out: torch.sum,
+    aten.sum.dim_IntList: torch.sum,
     aten.to.dtype: torch.Tensor.to,
 }
 
@@ -392,11 +398,11 @@ class Notebook(TorchDispatchMode):
         if not isinstance(result, Tensor):
             raise NotReplayableError(f"{function} returns something else than a tensor")
         if function in ALLOCATIONS:
+            allocate, extent = torch.empty_strided, f"{tuple(result.shape)}, {result.stride()}"
             kind = f"dtype={self.constant(result.dtype)}, device={self.constant(result.device)}"
-            if result.is_contiguous():
-                text = f"{self.constant(torch.empty)}({tuple(result.shape)}, {kind})"
-            else:
-                text = f"{self.constant(torch.empty_strided)}({tuple(result.shape)}, {result.stride()}, {kind})"
+            if result.device.type == self.device and self.device in QUICK_ALLOCATIONS:
+                allocate, kind = QUICK_ALLOCATIONS[self.device], self.constant(result.dtype)
+            text = f"{self.constant(allocate)}({extent}, {kind})"
         else:
             text = self.call(function, arguments, options)
         name = f"made{next(self.numbers)}"
@@ -475,27 +481,35 @@ class Notebook(TorchDispatchMode):
 
     def part(self, t: Tensor) -> str:
         """A tensor as the lines have it: by the name of what lies in its memory, or of a part that a line takes."""
-        if _memory(t) not in self.whole:
-            raise NotReplayableError("a tensor of unknown origin")
-        name, dtype, whole = self.whole[_memory(t)]
-        shape, stride, offset = extent = _extent(t)
-        if t.dtype != dtype:
-            raise NotReplayableError("a view as another dtype")
+        name, whole, extent = self.place(t)
         if extent == whole:
             return name
         if (name, extent) not in self.parts:
-            offset -= whole[2]
-            # what comes from elsewhere may start anywhere in its memory
-            at = f"{name}.storage_offset() + {offset}" if name in self.given + self.grads else f"{offset}"
+            if name in self.given + self.grads:
+                text = _view(name, whole, extent, from_elsewhere=True)
+            else:  # nobody else has it, and so nobody has to learn of changes through its parts: no view for autograd
+                shape, stride, offset = extent
+                text = f"{self.constant(_reinterpret_tensor)}({name}, {shape}, {stride}, {offset - whole[2]})"
             self.parts[name, extent] = f"part{next(self.numbers)}"
-            self.lines.append((self.parts[name, extent], f"{name}.as_strided({shape}, {stride}, {at})"))
+            self.lines.append((self.parts[name, extent], text))
         return self.parts[name, extent]
+
+    def place(self, t: Tensor) -> tuple[str, tuple, tuple]:
+        """What lies in a tensor's memory, its extent, and that of the tensor."""
+        if _memory(t) not in self.whole:
+            raise NotReplayableError("a tensor of unknown origin")
+        name, dtype, whole = self.whole[_memory(t)]
+        if t.dtype != dtype:
+            raise NotReplayableError("a view as another dtype")
+        return name, whole, _extent(t)
 
     def result(self, t: Tensor) -> str:
         """The tensor that the lines of a forward pass return: no view to autograd, which as the part that it may be of
-        what was made could not be changed in place."""
-        name = self.part(t)
-        return f"{name}.detach()" if name.startswith("part") else name
+        what was made could not be changed in place. Of changes, what is saved of the same memory learns."""
+        name, whole, extent = self.place(t)
+        if extent == whole:
+            return name
+        return f"{_view(name, whole, extent, name in self.given)}.detach()"
 
     def turn(self, result: Tensor, grads: Sequence[Tensor]) -> None:
         """From the forward pass to the backward pass, which is given the gradient of the result, and others."""
@@ -582,6 +596,13 @@ def _has_parts_to_cast(function, device: str) -> bool:
     comes to a notebook as a whole, and autocast is off there."""
     has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, function.name()
     return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, f"Autocast{device.upper()}")
+
+
+def _view(name: str, whole: tuple, extent: tuple, from_elsewhere: bool) -> str:
+    """The text of a part of what has a name; what comes from elsewhere may start anywhere in its memory."""
+    shape, stride, offset = extent
+    offset -= whole[2]
+    return f"{name}.as_strided({shape}, {stride}, {f'{name}.storage_offset() + ' * from_elsewhere}{offset})"
 
 
 def _memory(t: Tensor) -> StorageWeakRef:

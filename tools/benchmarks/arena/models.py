@@ -11,7 +11,6 @@ Whatever the rule gives is measured, and refused if it isn't half of the ordinar
 positions are told the image's size, and windows become the nearest to the ordinary that divide the maps.
 """
 
-import ast
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from timm.models import register_model
 from torch import nn
 
 import vim2  # noqa: F401  registers the models
+from vim2.benchmark.models import parse_model
 from vim2.classify.models import check_reads
 from vim2.command.errors import UserError, did_you_mean, first_line
 
@@ -56,32 +56,13 @@ def parse_entry(text: str) -> Entry:
         UserError: Text of another form, or a label that cannot be a folder's name.
     """
     label, separator, rest = text.partition("=") if "=" in text.partition(":")[0] else ("", "", text)
-    name, _, arguments = rest.partition(":")
     label = label if separator else text
-    if not name or not re.fullmatch(r"\w[\w.+ -]*", label):
+    if not rest.partition(":")[0] or not re.fullmatch(r"\w[\w.+ -]*", label):
         raise UserError(
             f"Cannot read the model {text!r}: give NAME or LABEL=NAME:key=value,key=value, where a label is made of "
             "letters, digits, spaces, and . + - _ after the first."
         )
-    kwargs = {}
-    for pair in split_outside_brackets(arguments):
-        key, equals, value = pair.partition("=")
-        if not (equals and key.strip().isidentifier()):
-            raise UserError(f"Cannot read {pair.strip()!r} in the model {text!r}: arguments are key=value,key=value.")
-        kwargs[key.strip()] = literal(value.strip())
-    return Entry(label, name, kwargs)
-
-
-def split_outside_brackets(text: str) -> list[str]:
-    """The parts of a list with commas, those in brackets left alone."""
-    return [part for part in re.split(r",(?![^(\[{]*[)\]}])", text) if part.strip()]
-
-
-def literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return Entry(label, *parse_model(rest))
 
 
 def create(entry: Entry, **kwargs) -> nn.Module:
