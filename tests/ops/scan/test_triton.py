@@ -96,6 +96,41 @@ def test_steps_of_one_state_are_loaded_some_at_a_time(form):
     assert_matches_oracle(((1, 41), BIDIRECTIONAL, 3, 1, 2, True), "triton", DEVICE)
 
 
+@pytest.mark.parametrize(
+    ("n", "spatial", "dtype"),
+    [
+        (1, (1, 1), torch.float32),
+        (1, (3, 3), torch.bfloat16),
+        (2, (5, 1), torch.float16),
+        (4, (1, 7), torch.bfloat16),
+        (8, (1, 9), torch.float32),
+    ],
+    ids=str,
+)
+def test_groups_of_steps_that_sequences_do_not_fill(n, spatial, dtype):
+    inputs = [t.detach().to(DEVICE) for t in make_inputs(spatial, CROSS_SCAN, 8, n, dtype=dtype)]
+    y, expected = (selective_scan(*inputs, orders=CROSS_SCAN, backend=backend) for backend in ("triton", "torch"))
+    assert relative_error(y, expected) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("fill", [0, 10**9])
+def test_chunks_are_whole_groups_of_steps(fill):
+    """Steps of a group that reached into the next chunk would be walked twice."""
+    for n in (1, 2, 4, 8, 16, 64):
+        for features in (3, 16, 192, 384):
+            tile = schedule.forward_plan(128, 3136, 4, features, n, TRITON_CHUNK, fill).tile
+            assert TRITON_CHUNK % (tile["GROUPS"] * tile["NL"]) == 0
+
+
+def test_a_thread_has_all_four_states_of_its_channels(monkeypatch):
+    tile = schedule.forward_plan(1, 21, 4, 64, 4, 21, 4).tile
+    assert (tile["NR"], tile["NL"]) == (4, 1) and schedule.forward_plan(1, 21, 4, 64, 4, 21, 5).tile["NL"] == 4
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 4)
+    inputs = [t.detach().to(DEVICE) for t in make_inputs((3, 7), CROSS_SCAN, 64, 4, batch=1, dtype=torch.bfloat16)]
+    y, expected = (selective_scan(*inputs, orders=CROSS_SCAN, backend=backend) for backend in ("triton", "torch"))
+    assert relative_error(y, expected) < BOUNDS[torch.bfloat16]
+
+
 def test_too_many_states():
     inputs = [t.detach().to(DEVICE) for t in make_inputs((1, 4), FORWARD, n=129, dtype=torch.float32)]
     with pytest.raises(ValueError, match="at most 128 states, got 129"):
@@ -240,22 +275,48 @@ def test_a_step_that_is_not_a_number_is_not_hidden(dtype):
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16's bits as integers")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=on_gpu), torch.float16], ids=str)
-def test_low_rank_steps_agree_with_full_ones(dtype):
-    u, _, A, B, C, D, bias = make_inputs((3, 5), CROSS_SCAN, features=6, dtype=dtype)
+def assert_low_rank_agrees(rank, orders, dtype, sizes=(6, 5), softplus=True, batch=2):
+    """Steps from a factor of this rank against the oracle with full ones, and every gradient."""
+    features, n = sizes
+    u, _, A, B, C, D, bias = make_inputs((3, 5), orders, features, n, batch, dtype=dtype)
     generator = torch.Generator().manual_seed(2)
-    factor = torch.randn(2, 3, 5, 4, 2, generator=generator).to(dtype)
-    weight = torch.randn(4, 6, 2, generator=generator).to(dtype)  # as the kernel multiplies it, and kept in float32
+    k = len(orders)
+    factor = torch.randn(batch, 3, 5, k, rank, generator=generator).to(dtype)
+    weight = torch.randn(k, features, rank, generator=generator).to(dtype)  # as the kernel multiplies, kept in float32
+    if not softplus:  # steps must be positive still
+        factor, weight, bias = factor.abs(), weight.abs(), bias.abs()
     variables = (u, factor, B, C, *(t.float() for t in (A, D, bias, weight)))
     variables = [t.detach().to(DEVICE).requires_grad_() for t in variables]
     u, factor, B, C, A, D, bias, weight = variables
-    low = selective_scan(u, factor, A, B, C, D, bias, orders=CROSS_SCAN, delta_weight=weight, backend="triton")
+    options = dict(orders=orders, delta_weight=weight, delta_softplus=softplus, backend="triton")
+    low = selective_scan(u, factor, A, B, C, D, bias, **options)
     exact = [t.detach().cpu().double().requires_grad_() for t in variables]
     u, factor, B, C, A, D, bias, weight = exact
-    full = oracle((u, torch.einsum("bhwkr,ker->bhwke", factor, weight), A, B, C, D, bias), CROSS_SCAN)
+    full = oracle((u, torch.einsum("bhwkr,ker->bhwke", factor, weight), A, B, C, D, bias), orders, softplus)
     actual, expected = [low, *gradients(low, variables)], [full, *gradients(full, exact, low.dtype)]
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a.cpu(), e) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=on_gpu), torch.float16], ids=str)
+def test_low_rank_steps_agree_with_full_ones(dtype):
+    assert_low_rank_agrees(2, CROSS_SCAN, dtype)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [((16, 1), torch.bfloat16), ((6, 4), torch.float16), ((3, 1), torch.float32)], ids=str
+)
+def test_steps_from_one_number_agree_with_full_ones(sizes, dtype):
+    """Which the scan makes of it by itself."""
+    assert_low_rank_agrees(1, BIDIRECTIONAL, dtype, sizes)
+
+
+def test_steps_from_one_number_in_every_form(form):
+    assert_low_rank_agrees(1, ("columns_backward",), torch.float32, (9, 2), batch=1)
+
+
+def test_steps_from_one_number_without_softplus():
+    assert_low_rank_agrees(1, FORWARD, torch.float32, softplus=False)
 
 
 def test_mamba_signature_with_last_state(form):

@@ -17,6 +17,8 @@ MAX_CHUNKS = 65535  # that run side by side: the limit of a grid's third axis
 # launched the two kernels more that chunks need.
 MAX_WHOLE = 256
 STEPS = 4  # whose operands the forward scan loads together: of one alone it would do little but wait for them
+MANY_STEPS = 8  # likewise, where warps are few and have registers for as many
+MAKES_STEPS = 8  # states of a channel up to which the forward scan has time to make step sizes, too
 MAX_STATES = 128  # that the lanes of a warp can hold in the backward pass
 
 
@@ -44,7 +46,12 @@ def forward_plan(batch: int, length: int, directions: int, features: int, n: int
         fill: Of `programs_to_fill`.
     """
     most = min(4, triton.next_power_of_2(features), max(64 // triton.next_power_of_2(n), 1))
-    tiles = [_forward_tile(n, features, channels) for channels in (4, 2, 1) if channels <= most]
+    whole = chunk == length
+    tiles = [_forward_tile(n, features, channels, whole) for channels in (4, 2, 1) if channels <= most]
+    if n == 4 and features >= 2 * LANES.value:  # a channel's states in one thread: what a step needs asks no other lane
+        alone = dict(NR=4, NL=1, S=1, CE=LANES.value, CR=2, GROUPS=6)
+        if channel_blocks(features, alone) * batch * directions >= fill:
+            return ForwardPlan(alone, False, chunk)
     # many channels a thread take fewer instructions each, few leave more programs
     programs = [channel_blocks(features, tile) * -(-batch // tile["S"]) * directions for tile in tiles]
     for tile, count in zip(tiles[:2], programs):
@@ -55,23 +62,31 @@ def forward_plan(batch: int, length: int, directions: int, features: int, n: int
         steps *= -(-length * programs[0] // (8 * max(fill, 1)) // TRITON_CHUNK)
     if length <= max(TRITON_CHUNK, MAX_WHOLE) or length > steps * MAX_CHUNKS:
         return ForwardPlan(tiles[-1], False, chunk)
-    return ForwardPlan(tiles[0], True, steps)
+    return ForwardPlan(_forward_tile(n, features, most, False), True, steps)
 
 
-def _forward_tile(n: int, features: int, channels: int) -> dict[str, int]:
-    """A tile with that many channels a thread."""
+def _forward_tile(n: int, features: int, channels: int, whole: bool) -> dict[str, int]:
+    """A tile with that many channels a thread.
+
+    Args:
+        whole: Whether a sequence is one chunk. A shorter one, of TRITON_CHUNK steps, must end with a group of them.
+    """
     states = triton.next_power_of_2(n)
     NL = min(states, 4)
     CE = min(LANES.value // NL, max(NL, triton.next_power_of_2(-(-features // channels))))
-    return dict(NR=states // NL, NL=NL, S=LANES.value // (NL * CE), CE=CE, CR=channels, GROUPS=max(STEPS // NL, 1))
+    S = LANES.value // (NL * CE)
+    steps = MANY_STEPS if whole and S == 1 and (states == 8 or (states == 1 and channels < 4)) else STEPS
+    return dict(NR=states // NL, NL=NL, S=S, CE=CE, CR=channels, GROUPS=max(steps // NL, 1))
 
 
-def forward_registers(tile: dict[str, int]) -> int | None:
+def forward_registers(tile: dict[str, int], makes_steps: bool) -> int | None:
     """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. Where there are
     few warps, and so fewer than four channels a thread, room for more of a group's steps at once is worth more."""
     if INTERPRETED:
         return None
-    if tile["NR"] * tile["CR"] > 8:
+    if tile["NL"] == 1 and tile["GROUPS"] > STEPS:
+        return 168
+    if tile["NR"] * tile["CR"] > 8 or tile["GROUPS"] * tile["NL"] > STEPS or makes_steps:
         return 128
     return 80 if tile["CR"] == 4 else 100
 

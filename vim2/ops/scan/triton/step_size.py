@@ -19,7 +19,7 @@ GRADIENT_STAGE, GRADIENT_SUMS = 24576, 12288  # bytes of shared memory, and sums
 
 
 @triton.jit
-def _softplus(x, FAST: tl.constexpr):
+def softplus(x, FAST: tl.constexpr):
     """To float32's accuracy, or to 1e-5 with a polynomial for the logarithm."""
     if FAST:
         # max(x, 0) + log(1 + e) with e = exp(-|x|) from 0 to 1, where log(1 + e) / e is nearly this polynomial
@@ -57,20 +57,26 @@ def _step_size_kernel(
         weight_at = weight_ptr + (k * E + e) * RANK + r[:, None]
         weight = tl.load(weight_at, mask=(e < E) & (r[:, None] < RANK), other=0.0)
     start = (tl.program_id(0) // (K * blocks)).to(tl.int64) * (tiles * ROWS)
-    for first in range(start, tl.minimum(start + tiles * ROWS, rows), ROWS):
-        row_in = first + row < rows
-        delta_at = delta_ptr + (first * delta_row + k * delta_k)
-        if R == 0:
-            x = tl.load(delta_at + (row * delta_row + e), mask=row_in & (e < E), other=0.0).to(tl.float32)
+    # what the program reads of a tile: of full delta its own channels, else all of the factor
+    column = e if R == 0 else r[None, :]
+    width = E if R == 0 else RANK
+    at = delta_ptr + k * delta_k + (row * delta_row + column)
+    end = tl.minimum(start + tiles * ROWS, rows)
+    ahead = tl.load(at + start * delta_row, mask=(start + row < end) & (column < width), other=0.0)
+    for first in range(start, end, ROWS):
+        row_in = first + row < end
+        factor = ahead
+        # the next tile is under way while this one is worked on
+        ahead = tl.load(at + (first + ROWS) * delta_row, mask=(first + ROWS + row < end) & (column < width), other=0.0)
+        if R > 1:
+            x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
+        elif R == 1:
+            x = factor.to(tl.float32) * weight.to(tl.float32)
         else:
-            factor = tl.load(delta_at + (row * delta_row + r[None, :]), mask=row_in & (r[None, :] < RANK), other=0.0)
-            if R == 1:
-                x = factor.to(tl.float32) * weight.to(tl.float32)
-            else:
-                x = tl.dot(factor, weight.to(factor.dtype), input_precision=PRECISION)
+            x = factor.to(tl.float32)
         x += bias
         if SOFTPLUS:
-            x = _softplus(x, FAST)
+            x = softplus(x, FAST)
         dt_at = dt_ptr + (first * K + k) * E + (row * (K * E) + e)
         tl.store(dt_at, x.to(dt_ptr.dtype.element_ty), mask=row_in & (e < E))
 
@@ -260,14 +266,19 @@ def _backward(
     return _Backward(groups, parts, launch)
 
 
-def kernel_inputs(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:
+def kernel_inputs(operands: Operands, delta_softplus: bool | None) -> tuple[Tensor, ...]:
     """What the scan's kernels read.
 
+    Args:
+        delta_softplus: None leaves it to the kernel to make step sizes.
+
     Returns:
-        u, with neighbouring channels next to one another in memory; the step sizes (batch, L, K, E); A as (K, N, E); B
-        and C, with neighbouring states next to one another; and D.
+        u, with neighbouring channels next to one another in memory; the step sizes (batch, L, K, E), or delta as it is;
+        A as (K, N, E); B and C, with neighbouring states next to one another; and D.
     """
     u, B, C = last_axis_contiguous(operands.u, operands.B, operands.C)
-    At, D, bias = (t.contiguous() for t in (operands.A.transpose(1, 2), operands.D, operands.delta_bias))
-    dt = step_sizes(operands.delta, operands.delta_weight, bias, delta_softplus, u.dtype)
-    return u, dt, At, B, C, D
+    At, D = operands.A.transpose(1, 2).contiguous(), operands.D.contiguous()
+    if delta_softplus is None:
+        return u, operands.delta, At, B, C, D
+    bias = operands.delta_bias.contiguous()
+    return u, step_sizes(operands.delta, operands.delta_weight, bias, delta_softplus, u.dtype), At, B, C, D

@@ -35,7 +35,7 @@ def load_row(at, p, existing, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.
                 row = row + (tl.load(word_at, mask=existing > 0, other=0),)
     else:
         for i in tl.static_range(COUNT):
-            row = row + (tl.load(address + i, mask=i < existing, other=0.0),)
+            row = row + (_load_bits(address + i, i < existing, FAST),)
     return row
 
 
@@ -50,8 +50,19 @@ def unpack(row, pointer, COUNT: tl.constexpr, WIDE: tl.constexpr):
             values = values + unpack_word((row[i // 2] >> (32 * (i % 2))).to(tl.int32), ELEMENT)
     else:
         for i in tl.static_range(COUNT):
-            values = values + (row[i].to(tl.float32),)
+            values = values + (_element(row[i], ELEMENT),)
     return values
+
+
+@triton.jit
+def _element(bits, ELEMENT: tl.constexpr):
+    """What `_load_bits` has loaded, in float32."""
+    if bits.dtype != tl.int32:
+        return bits.to(tl.float32)
+    elif ELEMENT.is_bf16():
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -117,6 +128,26 @@ def load_element(address, mask, FAST: tl.constexpr):
         return bits.to(ELEMENT, bitcast=True)
     else:
         return tl.load(address, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_bits(address, mask, FAST: tl.constexpr):
+    """As `load_element`, but one of 16 bits stays in a register of 32 where FAST, for `_element`.
+
+    Of elements in registers of 16, the assembler packs two to a register at the end of a loop, and waits there for
+    loads whose results are wanted in the next round.
+    """
+    if FAST and address.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred %e; setp.ne.s32 %e, $2, 0; mov.b32 $0, 0; @%e ld.global.b16 $0, [$1]; }",
+            "=r,l,r",
+            [address.to(tl.uint64), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return load_element(address, mask, FAST)
 
 
 @triton.jit
@@ -234,10 +265,16 @@ def load_parameters(A_at, D_at, row, inside, NR: tl.constexpr, CR: tl.constexpr)
     A = ()
     for i in tl.static_range(NR * CR):
         A = A + (rates[i].to(tl.float32) * LOG2E,)
-    D = ()
+    return A, load_channels(D_at, inside, CR)
+
+
+@triton.jit
+def load_channels(at, inside, CR: tl.constexpr):
+    """A parameter of the thread's channels, in float32; zero where there are none."""
+    values = ()
     for i in tl.static_range(CR):
-        D = D + (tl.load(D_at + i, mask=inside[1] + i < inside[3], other=0.0).to(tl.float32),)
-    return A, D
+        values = values + (tl.load(at + i, mask=inside[1] + i < inside[3], other=0.0).to(tl.float32),)
+    return values
 
 
 @triton.jit
