@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from comparison import gradients
+from comparison import gradients, relative_error
 from scan_cases import (
     CASES,
     EXTREME_STEPS,
@@ -19,15 +19,34 @@ from scan_cases import (
     make_inputs,
 )
 
-from vim2.ops import CROSS_SCAN, FORWARD, selective_scan
+from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, projected_scan, selective_scan
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.mark.parametrize("case", [*CASES, ((9, 12), CROSS_SCAN, 130, 16, 2, False)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, ((9, 12), CROSS_SCAN, 130, 16, 2, False), ((2, 32), CROSS_SCAN, 3, 5, 2, False)], ids=str
+)
 def test_matches_recurrence(case):
     assert_matches_oracle(case, "numba")
+
+
+def test_a_gradient_that_is_one_for_all_directions():
+    """As that of their sum is: an expanded tensor, which is read as it lies; and inputs of a direction's own, to whose
+    gradients the projections' are added in place."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 37, 2, 3), (2, 11, 3), (2, 3, 4), (2, 3), (2, 3), (2, 3, 3))
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    grad = torch.randn(2, 37, 1, 3, generator=generator).expand(2, 37, 2, 3)
+    y = projected_scan(*inputs, BIDIRECTIONAL, True, merge=False, backend="numba")
+    expected = projected_scan(*doubles, BIDIRECTIONAL, True, merge=False, backend="torch")
+    grads = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    for a, same in zip(grads, torch.autograd.grad(y, inputs, grad.contiguous())):
+        assert torch.equal(a, same)
+    for a, e in zip(grads, torch.autograd.grad(expected, doubles, grad.double())):
+        assert relative_error(a, e) < 5e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

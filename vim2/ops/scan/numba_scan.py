@@ -167,10 +167,11 @@ def _backward(
                 end = first + size
                 _load(a, A[k], first, size)
                 bias_row, D_row = bias[k, first:end], D[k, first:end]
-                # the states before every chunk
+                # the states before every chunk: what the last one does to them is not asked for, so that a short walk,
+                # of one chunk, is not walked here at all
                 h, dt = states[0], dts[0]
                 h[:] = 0
-                for t in range(length):
+                for t in range((chunks - 1) * CHUNK):
                     if t % CHUNK == 0:
                         starts[t // CHUNK] = h
                     p = _position(t, order, height, width)
@@ -182,6 +183,7 @@ def _backward(
                         bi = b_row[i]
                         for e in range(size):
                             h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
+                starts[chunks - 1] = h
                 g[:] = 0
                 if glast.shape[0] > 0:
                     for i in range(n):
@@ -269,6 +271,12 @@ def _by_step(t: torch.Tensor) -> torch.Tensor:
     return t.permute(1, 2, 0, 3)
 
 
+def _one_for_all(t: torch.Tensor) -> torch.Tensor:
+    """(batch, L, K, E) -> (batch, L, 1, E) where it was expanded to K, as the gradient of a sum over directions is, so
+    that no copy is made for each."""
+    return t[:, :, :1] if t.stride(2) == 0 else t
+
+
 def _common(u, delta, A, B, C, D, delta_bias, orders):
     u = u.unsqueeze(2) if u.dim() == 3 else u
     delta, B, C = map(_by_direction, (delta, B, C))
@@ -296,7 +304,7 @@ def selective_scan_numba_backward(
     n = A.shape[-1]
     arrays, order_ids = _common(u, delta, A, B, C, D, delta_bias, orders)
     gy, glast = _arrays(
-        grad_y.unsqueeze(2) if grad_y.dim() == 3 else grad_y,
+        grad_y.unsqueeze(2) if grad_y.dim() == 3 else _one_for_all(grad_y),
         grad_last if grad_last.numel() else grad_last.view(0, 0, 0, 0),
     )
     gu, gdelta = (torch.empty(directions, batch, length, features) for _ in range(2))
