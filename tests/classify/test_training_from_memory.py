@@ -102,6 +102,8 @@ def test_a_pack_without_splits(data, tmp_path):
     scores = validate(data_dir=str(flat), checkpoint=f"{run['folder']}/best.pth", output=str(tmp_path), device="cpu")
     assert scores[0]["images"] == 6
     assert scores[0]["loss"] == pytest.approx(run["history"][0]["val_loss"], rel=1e-5)
+    options = dict(data_dir=str(flat), checkpoint=f"{run['folder']}/best.pth", output=str(tmp_path), device="cpu")
+    assert validate(split="train", **options)[0]["images"] == 30
 
 
 def test_unreadable_images_of_a_pack_are_named_and_counted(data, tmp_path, capsys):

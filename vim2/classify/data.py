@@ -136,15 +136,15 @@ def open_split(
 
     Args:
         name: timm's name of a dataset; "" for class folders, a tar of them, or packs.
-        root: Its folder. For class folders: the folder that holds `split`, or else the class folders themselves. A pack
-            with both splits, or the folder of packs.
+        root: Its folder. For class folders: the folder that holds `split`, or else, for a split to train or to validate
+            on, the class folders themselves. A pack with both splits, or the folder of packs.
         split: Name of the split. Of a folder of packs: a pack's name, or a glob for several.
         class_map: Class names and their indices, or a file with a class name a line.
         mode: Pillow mode of the images.
         download: Let torchvision download it.
 
     Raises:
-        UserError: No such data, no images, or a data set that can only be streamed.
+        UserError: No such data or split, no images, or a data set that can only be streamed.
     """
     if name.startswith(("tfds/", "wds/", "hfids/")):
         raise UserError(
@@ -163,7 +163,12 @@ def open_split(
             raise UserError("Say where the images are: --data-dir FOLDER, with a folder of images for each class.")
         if not Path(root).exists():
             raise UserError(f"There is no {root}: give --data-dir the folder, tar or pack that holds your images.")
-        reader = open_class_folders(find_split(root, split) or root, class_map)
+        found = find_split(root, split)
+        if found is None and not any(split in group for group in SPLITS):  # those are what is asked for by default
+            raise UserError(
+                f"{root} has no folder {split}: name a split that is there, or leave it out to take all images."
+            )
+        reader = open_class_folders(found or root, class_map)
         return Images(ImageDataset(root, reader=reader), mode)
     try:
         dataset = create_dataset(
