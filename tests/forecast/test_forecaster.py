@@ -310,6 +310,14 @@ def test_files_that_do_not_fit_the_model(trained, tmp_path, fails, capsys):
     assert "--checkpoint" in fails("predict", short)
 
 
+@pytest.mark.parametrize("method", ["predict", "read"])
+def test_an_option_of_reading_that_is_none(trained, data, method):
+    forecaster = Forecaster.from_pretrained(trained)
+    for name in ("foo", "targets", "na_value"):
+        with pytest.raises(UserError, match=rf"^Forecaster\.{method} has no option {name}.* \(of time_column, "):
+            getattr(forecaster, method)(data, **{name: [1]})
+
+
 def test_months_and_irregular_rows_are_continued(tmp_path):
     options = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1)
     for name, frame, kept, cycle, ends in (

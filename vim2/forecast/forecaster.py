@@ -83,11 +83,20 @@ class Forecaster:
 
         Args:
             data: As for `read_table`.
-            changes: Options of `read_table` to use instead of those of training.
+            changes: Options of `read_table` to use instead of those of training, but for the columns.
 
         Raises:
-            UserError: As `read_table`; rows that are another step apart.
+            UserError: As `read_table`; rows that are another step apart; an option that is none.
         """
+        return self._read("read", data, changes)
+
+    def _read(self, method: str, data: str | Path | pd.DataFrame, changes: dict[str, Any]) -> Table:
+        """As `read`, on behalf of a method of this name."""
+        known = ReadingOptions.__dataclass_fields__
+        for name in changes:
+            if name not in known:
+                meant = did_you_mean(name, known)
+                raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
         step = table.step.freqstr if table.step else None
@@ -144,7 +153,7 @@ class Forecaster:
         Args:
             data: As for `read_table`, wide or long, with the same columns, at least a lookback long.
             horizon: Steps h to forecast, no more than it was trained for, H, which is the default.
-            changes: Options of `read_table` to use instead of those of training.
+            changes: Options of `read_table` to use instead of those of training, but for the columns.
 
         Returns:
             As `frame` makes it, h rows, or h for each series of a long table.
@@ -152,7 +161,7 @@ class Forecaster:
         Raises:
             UserError: As `read` and `forecast`.
         """
-        table = self.read(data, **changes)
+        table = self._read("predict", data, changes)
         for note in [*table.repairs, *self.doubts]:
             say(note)
         return self.frame(table, *self.forecast(table, horizon))
