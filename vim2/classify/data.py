@@ -4,6 +4,7 @@ Unreadable images are named and counted instead of silently replaced, validation
 many processes there are, and a folder of images that nobody has split yet is split the same way every time.
 """
 
+import math
 import os
 import posixpath
 from collections.abc import Sequence
@@ -299,13 +300,16 @@ def open_train_and_val(
     return train, val, names, False
 
 
-def common_options(images: Images, data_config: dict[str, Any], workers: int, device: torch.device) -> dict[str, Any]:
+def common_options(
+    images: Images, data_config: dict[str, Any], batch_size: int, workers: int, device: torch.device
+) -> dict[str, Any]:
     return dict(
         dataset=images,
+        batch_size=batch_size,
         input_size=data_config["input_size"],
         mean=data_config["mean"],
         std=data_config["std"],
-        num_workers=workers,
+        num_workers=min(workers, math.ceil(len(images) / batch_size)),  # each reads whole batches: others would idle
         device=device,
         pin_memory=device.type == "cuda",
         # workers live for one epoch, so that their random state is that of the epoch's start
@@ -333,8 +337,7 @@ def train_loader(
     """
     images.training = True
     return create_loader(
-        **common_options(images, data_config, workers, processes.device),
-        batch_size=batch_size,
+        **common_options(images, data_config, batch_size, workers, processes.device),
         is_training=True,
         distributed=processes.world_size > 1,
         **augmentation,
@@ -346,8 +349,7 @@ def eval_loader(images: Images, data_config: dict[str, Any], batch_size: int, wo
     share = images.subset(np.arange(processes.rank, len(images), processes.world_size))
     share.unreadable = images.unreadable  # reported through the whole
     return create_loader(
-        **common_options(share, data_config, workers, processes.device),
-        batch_size=batch_size,
+        **common_options(share, data_config, batch_size, workers, processes.device),
         is_training=False,
         interpolation=data_config["interpolation"],
         crop_pct=data_config["crop_pct"],

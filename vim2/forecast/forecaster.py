@@ -100,7 +100,8 @@ class Forecaster:
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
         step = table.step.freqstr if table.step else None
-        if self.step and step != self.step and reading.get("times") != "keep":
+        # a single row has none, and is too short for what follows, which says so
+        if self.step and step != self.step and reading.get("times") != "keep" and len(table.values) > 1:
             raise UserError(
                 f"Rows of {describe(data)} are {step or 'not a constant step'} apart, the model was trained on "
                 f"{self.step}: resample the file, or add --times keep if it is to be taken as it is."
