@@ -386,6 +386,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
     ("options", "message"),
     [
         ("--model nope", "no model 'nope'"),
+        ("--model", "--model: expected at least one argument"),
+        ("--img-sise 32", "unknown option --img-sise; did you mean --img-size?"),
         (
             "--device cpu --model test_vim2 --img-size 64 16 --infer",
             "test_vim2 does not run on images of 16 x 16 pixels",

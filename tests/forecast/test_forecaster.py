@@ -311,6 +311,13 @@ def test_files_that_do_not_fit_the_model(trained, tmp_path, fails, capsys):
     assert "--checkpoint" in fails("predict", short)
 
 
+def test_a_forecast_is_not_written_over_the_file_that_it_continues(trained, tmp_path, fails):
+    data = write_csv(tmp_path / "forecast.csv")
+    before = data.read_bytes()
+    assert "choose another output" in fails("predict", data, "--checkpoint", trained, "--output", tmp_path)
+    assert data.read_bytes() == before
+
+
 @pytest.mark.parametrize("method", ["predict", "read"])
 def test_an_option_of_reading_that_is_none(trained, data, method):
     forecaster = Forecaster.from_pretrained(trained)

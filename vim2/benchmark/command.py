@@ -32,6 +32,7 @@ from torch._inductor import list_mode_options
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..command.options import Parser
 from ..command.processes import require_backend
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
@@ -48,9 +49,7 @@ TEN_SIZES = tuple(range(224, 544, 32))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", metavar="NAME", help="models to measure; default vim2_tiny, or none with --ops")
     add("--compare", nargs="+", default=[], metavar="timm:NAME", help="others to measure in the same run")
