@@ -5,9 +5,12 @@ import os
 
 import pytest
 import torch
+from quick_interpreter import make_interpreter_quick
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    make_interpreter_quick()
 
 
 @pytest.fixture(autouse=True)

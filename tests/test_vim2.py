@@ -430,6 +430,23 @@ def test_half_precision_model(model):
     assert ((output - expected).norm() / expected.norm()) < 0.1
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_half_precision_model_whose_norms_are_in_float32(model, train):
+    """As some train: it computes in the model's precision then, as timm's do."""
+    x = images(2, 3, 64, 64).bfloat16()
+    model.bfloat16().train(train)
+    expected = model(x)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    output = model(x)
+    assert output.dtype == torch.bfloat16
+    assert ((output - expected).norm() / expected.norm()) < 0.02
+    output.sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad.dtype == parameter.dtype and parameter.grad.isfinite().all()
+
+
 def test_fx_tracing(model):
     x = images(2, 3, 64, 64)
     _, nodes = get_graph_node_names(model)

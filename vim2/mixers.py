@@ -31,7 +31,7 @@ from .ops.backend import autocast_dtype, resolve_backend
 from .ops.conv.depthwise import depthwise_conv_silu_of_half
 from .ops.conv.directional import directional_conv_silu_of_half
 from .ops.norm.weighted_average import weighted_average_norm_passing
-from .ops.operator import is_observed
+from .ops.operator import hands_out_what_is_saved, is_observed
 from .ops.replay import replay
 
 __all__ = ["S6", "MambaMixerBlock", "MixerLayer", "SelectiveChannelMixer", "SelectiveTokenMixer", "WeightedAverage"]
@@ -54,7 +54,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is just its parameters, so that an operator which reads them may stand for it and others.
 
     It is not where somebody holds on to it: pruning, hooks, adapters, offloading and sharding change its class, its
-    `forward` or its parameters' class, or add hooks. Then it must be called.
+    `forward` or its parameters' class, or add hooks. Then it must be called. Hooks of all modules at once count as
+    well, but not in a checkpoint: there they may be on in one of its two forward passes only, as those of PyTorch's
+    FlopCounterMode, and it wants the same tensors saved in both.
 
     Args:
         module: Of a mixer.
@@ -68,7 +70,9 @@ def _is_hooked(module: nn.Module) -> bool:
     """Whether a call of a module does more than, or something else than, the `forward` of its class."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     hooked = before or after or module._backward_pre_hooks or module._backward_hooks
-    return bool(hooked) or "forward" in module.__dict__ or _has_any_global_hook()
+    if hooked or "forward" in module.__dict__:
+        return True
+    return _has_any_global_hook() and not hands_out_what_is_saved()
 
 
 def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from devices import DEVICE, needs_triton
+from timm.models import _registry as registry
 from torch.autograd import DeviceType
 
 from benchmarks import forecast
@@ -244,6 +245,38 @@ def test_kernels_belong_to_the_outermost_operator(monkeypatch):
     assert times == pytest.approx({"vim2::selective_scan": 2.1, "aten::mm": 0.25, "": 0.15})
 
 
+@pytest.fixture
+def reads_values(monkeypatch):
+    """The name of a model that does not run without them, on images of 32 pixels."""
+
+    class ReadsValues(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pretrained_cfg = {"input_size": (3, 32, 32)}
+            self.fc = torch.nn.Linear(3 * 32 * 32, 2)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1)) * (x.abs().max().item() + 1)
+
+    monkeypatch.setitem(registry._model_entrypoints, "reads_values", lambda pretrained=False, **kwargs: ReadsValues())
+    models.model_size.cache_clear()
+    return "reads_values"
+
+
+def test_a_model_whose_flops_cannot_be_counted(reads_values, tmp_path, capsys):
+    options = f"--device cpu --model test_vim2 {reads_values} --img-size 32 --warmup 1 --repeats 1 --output {tmp_path}"
+    for more in ("--count", "--infer"):
+        assert main(["benchmark", *options.split(), more]) == 0
+        rows = json.loads((tmp_path / "benchmark.json").read_text())["models"]
+        assert rows[0]["gflops"] > 0 and rows[1]["gflops"] is None
+        assert rows[1]["params_m"] == 2 * (3 * 32 * 32 + 1) / 1e6
+        assert f"| {reads_values} | 32 | 1 | 0.01 | -" in capsys.readouterr().out
+    assert rows[1]["infer"]["ms"] > 0
+    assert main(["benchmark", *f"--device cpu --profile --infer --model {reads_values} --img-size 32".split()]) == 0
+    assert main(["benchmark", *f"--device cpu --count --model {reads_values} --img-size 64".split()]) == 2
+    assert f"{reads_values} does not run on images of 64 x 64 pixels: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("default", ["numba", "mamba_ssm"])
 def test_counts_whatever_the_default_backend(default, monkeypatch):
     """They are counted on tensors without data, which these backends could not take."""
@@ -376,6 +409,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
         ("--model nope", "no model 'nope'"),
         ("--model test_vim2:d_state", "Cannot read 'd_state' in the model 'test_vim2:d_state'"),
         ("--model test_vim2:size=3", "test_vim2 cannot be made with {'size': 3}"),
+        ("--model", "--model: expected at least one argument"),
+        ("--img-sise 32", "unknown option --img-sise; did you mean --img-size?"),
         (
             "--device cpu --model test_vim2 --img-size 64 16 --infer",
             "test_vim2 does not run on images of 16 x 16 pixels",

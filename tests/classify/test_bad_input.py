@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from classify_helpers import COLOURS, TINY, make_folders, make_image, tool
+from classify_helpers import COLOURS, TINY, make_folders, make_image, pack_folders, tool
 
 from vim2.classify import UserError, train
 from vim2.classify.cli import main
@@ -119,6 +119,19 @@ def test_folders(fails, tmp_path):
     assert "a folder for each" in fails("train", "--data-dir", tmp_path / "bare", *TINY)
     half = make_folders(tmp_path / "half", train=2, val=0)
     assert "--val-split" in fails("train", "--data-dir", half, *TINY)
+
+
+def test_a_split_that_is_not_there(fails, data, trained, tmp_path):
+    """Not taken for all images, which data without splits would be."""
+    pack = pack_folders(data, tmp_path / "all.npz", with_split=False)
+    for root, there in (
+        (data / "train", "no folder nix"),
+        (data, "no folder nix"),
+        (pack, "no splits, and none is nix"),
+    ):
+        argv = ["--data-dir", root, "--output", tmp_path]
+        assert f"{root} has {there}" in fails("validate", *argv, "--checkpoint", trained / "best.pth", "--split", "nix")
+        assert f"{root} has {there}" in fails("train", *argv, *TINY, "--train-split", "nix", "--val-split", "")
 
 
 def test_splits_of_different_classes(fails, tmp_path):

@@ -10,6 +10,7 @@ import uuid
 import pytest
 import torch
 from classify_helpers import TINY, make_folders, make_image, pack_folders, tool
+from two_processes import start_two
 
 from vim2.classify import UserError, train
 from vim2.classify.cli import main
@@ -266,6 +267,7 @@ def test_two_processes_share_a_folder_and_are_refused_together(trained, tmp_path
 
     folder = shutil.copytree(trained, tmp_path / "run")
     with own_folder(folder, identity(folder / "last.pth")):
-        run = tool("train", "--resume", folder / "last.pth", "--epochs", 3, torchrun=2)
+        argv = ["train", "--resume", folder / "last.pth", "--epochs", 3]
+        run = start_two("vim2.classify.cli", ["vim2.classify"], *argv)
         error = run.communicate()[1]
     assert run.returncode and error.count("Another run is writing to") == 1, error

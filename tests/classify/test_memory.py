@@ -1,5 +1,6 @@
 """Images held on the device, and their augmentation there."""
 
+import math
 import shutil
 import sys
 
@@ -45,6 +46,12 @@ def augment(images: torch.Tensor, size=None, seed: int = 0, **options) -> torch.
 def opened(data):
     """The images of the tests' folders to train and to validate on."""
     return tuple(files.open_split("", data, split) for split in ("train", "validation"))
+
+
+def test_no_worker_is_started_that_has_no_batch_to_read(opened):
+    assert files.eval_loader(opened[1], CONFIG, 4, 1_000_000, ALONE).loader.num_workers == math.ceil(len(opened[1]) / 4)
+    loader = files.train_loader(opened[0], CONFIG, 4, 1, ALONE, no_aug=True, interpolation="bicubic")
+    assert loader.loader.num_workers == 1
 
 
 @pytest.mark.parametrize("config", [CONFIG, {**CONFIG, "crop_pct": 1.0}, {**CONFIG, "input_size": (3, 48, 48)}])

@@ -9,6 +9,7 @@ import torch
 from classify_helpers import TINY, make_folders, tool
 from PIL import Image
 from timm.data import auto_augment
+from two_processes import start_two
 
 from vim2.classify import train
 from vim2.classify.cli import main
@@ -97,7 +98,7 @@ def test_two_processes_train_as_one_and_count_every_image_once(data, tmp_path):
     assert two.returncode == 0, err
     row = read_rows(tmp_path / "two")[0]
     argv = ["validate", "--data-dir", uneven, "--checkpoint", tmp_path / "two" / "best.pth", "-j", "0", "-b", "4"]
-    pair = tool(*argv, "--output", tmp_path / "pair", torchrun=2)
+    pair = start_two("vim2.classify.cli", ["vim2.classify"], *argv, "--output", tmp_path / "pair")
     assert main([*map(str, argv), "--output", str(tmp_path / "alone")]) == 0
     assert pair.wait() == 0, pair.stderr.read()
     alone, pair = (json.loads((tmp_path / n / "validation.json").read_text())[0] for n in ("alone", "pair"))

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from classify_helpers import TINY, make_pack, pack_folders, tool
+from classify_helpers import TINY, make_pack, pack_folders
 from devices import needs_gpu
+from two_processes import start_two
 
 from vim2.classify import UserError, predict, train, validate
 from vim2.classify.training import Run
@@ -102,6 +103,8 @@ def test_a_pack_without_splits(data, tmp_path):
     scores = validate(data_dir=str(flat), checkpoint=f"{run['folder']}/best.pth", output=str(tmp_path), device="cpu")
     assert scores[0]["images"] == 6
     assert scores[0]["loss"] == pytest.approx(run["history"][0]["val_loss"], rel=1e-5)
+    options = dict(data_dir=str(flat), checkpoint=f"{run['folder']}/best.pth", output=str(tmp_path), device="cpu")
+    assert validate(split="train", **options)[0]["images"] == 30
 
 
 def test_unreadable_images_of_a_pack_are_named_and_counted(data, tmp_path, capsys):
@@ -121,7 +124,7 @@ def test_unreadable_images_of_a_pack_are_named_and_counted(data, tmp_path, capsy
 
 def test_two_processes_train_from_memory(data, tmp_path):
     argv = ["--data-dir", data, "--in-memory", *TINY, "-b", "4", "--epochs", "1", "--output", tmp_path]
-    two = tool("train", *argv, "--experiment", "two", torchrun=2)
+    two = start_two("vim2.classify.cli", ["vim2.classify"], "train", *argv, "--experiment", "two")
     out, err = two.communicate()
     assert two.returncode == 0, err
     assert out.count("images to train on in memory") == 1

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vim2.checkpoints import read_checkpoint, save_checkpoint
+from vim2.classify.cli import main as classify
 from vim2.export.cli import main
 
 
@@ -57,6 +58,12 @@ def test_mistakes(checkpoint, capsys):
     assert command(checkpoint, "--data-dir", checkpoint.parent / "nowhere") == 2
     assert main(["export", "--model", "test_vim2", "--format", "safetensors", "--output", "x"]) == 2
     assert "give --checkpoint FILE" in capsys.readouterr().err
+    before = checkpoint.read_bytes()
+    for form in ("onnx", "pt2", "safetensors"):  # none over the checkpoint itself
+        argv = ["export", "--checkpoint", checkpoint, "--format", form, "--output", checkpoint]
+        assert main([*map(str, argv)]) == 2 and "is what is read, and would be" in capsys.readouterr().err
+    assert classify(["convert", str(checkpoint), f"{checkpoint.parent}/./{checkpoint.name}"]) == 2
+    assert "is what is read, and would be" in capsys.readouterr().err and checkpoint.read_bytes() == before
     weights = torch.load(checkpoint, weights_only=True)
     weights["state_dict_ema"]["norm.weight"][0] = 1e6
     save_checkpoint(weights, checkpoint)

@@ -303,11 +303,27 @@ def test_files_that_do_not_fit_the_model(trained, tmp_path, fails, capsys):
     assert "15min apart, the model was trained on h" in evaluated(make_frame(step="15min"))
     assert "300 rows, the split 400" in evaluated(make_frame(300))
     assert "no window 70" in evaluated(make_frame(), "--window", 70)
-    short = write_csv(tmp_path / "short.csv", make_frame(40))
-    with pytest.raises(UserError, match=r"^40 rows are too few"):
-        predict(data=str(short), checkpoint=str(trained), device="cpu")
+    for rows in (1, 40):  # one has no step that could be another than the model's
+        short = write_csv(tmp_path / "short.csv", make_frame(rows))
+        with pytest.raises(UserError, match=rf"^{rows} rows are too few"):
+            predict(data=str(short), checkpoint=str(trained), device="cpu")
     assert capsys.readouterr().out == ""  # nothing is told of a forecast that there is none of
     assert "--checkpoint" in fails("predict", short)
+
+
+def test_a_forecast_is_not_written_over_the_file_that_it_continues(trained, tmp_path, fails):
+    data = write_csv(tmp_path / "forecast.csv")
+    before = data.read_bytes()
+    assert "choose another output" in fails("predict", data, "--checkpoint", trained, "--output", tmp_path)
+    assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["predict", "read"])
+def test_an_option_of_reading_that_is_none(trained, data, method):
+    forecaster = Forecaster.from_pretrained(trained)
+    for name in ("foo", "targets", "na_value"):
+        with pytest.raises(UserError, match=rf"^Forecaster\.{method} has no option {name}.* \(of time_column, "):
+            getattr(forecaster, method)(data, **{name: [1]})
 
 
 def test_months_and_irregular_rows_are_continued(tmp_path):

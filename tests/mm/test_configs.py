@@ -121,7 +121,11 @@ def test_multi_scale_training_is_swins():
     "text, message",
     [
         ("_base_ = 'mmyolo::_base_/default_runtime.py'", "mmyolo.*is not installed.*pip install"),
-        ("_base_ = 'mmdet::_base_/none.py'", "none.py"),
+        (
+            "_base_ = 'mmdet::_base_/none.py'",
+            r"bad\.py cannot be read: file \S+none\.py.*: check its name, and its",
+        ),
+        ("_base_ = 'none.json'", r"bad\.py cannot be read: file \S+none\.json.*: check its name, and its"),
         ("_base_ = 'missing.py'", r"bad\.py needs \S+missing\.py, which is not there: check its _base_\.$"),
         ("model = dict(", "is no config that MMEngine can read"),
         (

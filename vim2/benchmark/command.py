@@ -11,7 +11,8 @@
 Times are medians after a warm-up, by CUDA events on a GPU. Training is forward + backward + zero_grad, without an
 optimiser. FLOPs follow vision papers: a multiply-add counts one, as published for Swin and VMamba, and the scan, which
 has no such pairs, counts each of its 9 N + 2 operations a channel, token and direction; normalisations, activations
-and averages count nothing.
+and averages count nothing. They are counted on tensors without values, which some models cannot take: a dash stands for
+theirs.
 
 A profile has the time of the device in every kind of operator, and on a GPU the floor under it: the time that this card
 takes to move the operators' inputs and outputs once (at the rate of a copy, measured in the same run), to multiply (at
@@ -32,6 +33,7 @@ from torch._inductor import list_mode_options
 
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..command.options import Parser
 from ..command.processes import require_backend
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
@@ -48,9 +50,7 @@ TEN_SIZES = tuple(range(224, 544, 32))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     models = (
         "models to measure, such as vim2_tiny:d_state=4,dims=(64,128,256,512); default vim2_tiny, or none with --ops"
@@ -174,7 +174,7 @@ def benchmark(argv: list[str]) -> None:
     args = parse(argv)
     for name in args.models:
         for size in args.img_size:
-            model_size(name, size)  # what it refuses is said before anything is measured
+            model_size(name, size, args.device)  # what it refuses is said before anything is measured
     results: dict = {"machine": machine(args, medians=not (args.compilations or args.first_step))}
     for kind, row in measure_all(args):
         results.setdefault(kind, []).append(row)

@@ -80,9 +80,10 @@ def count_flops(model: nn.Module, size: int) -> float:
 
 
 @functools.cache
-def model_size(name: str, size: int) -> tuple[int, float]:
+def model_size(name: str, size: int, device: str) -> tuple[int, float | None]:
     """Parameters of a model, and its FLOPs for one square image of `size` pixels, by a pass on the meta device, which
-    tells at once whether it takes such images.
+    tells at once whether it takes such images. Some models do not run there at all, as those that read a value: of them
+    a pass on `device` tells that, and their FLOPs are None.
 
     Raises:
         UserError: It does not, or there is no such model.
@@ -92,9 +93,15 @@ def model_size(name: str, size: int) -> tuple[int, float]:
         return count_parameters(model), count_flops(model, size)
     except UserError:
         raise
+    except Exception:
+        pass  # not here: an error of the second pass would be told as one that came of this
+    try:
+        model = create_model(name, size, device).eval()
+        with torch.inference_mode():
+            model(torch.zeros(1, model.pretrained_cfg["input_size"][0], size, size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name} does not run on images of {size} x {size} pixels: {reason}") from None
+        raise UserError(f"{name} does not run on images of {size} x {size} pixels: {first_line(error)}") from None
+    return count_parameters(model), None
 
 
 class FlopCounter(FlopCounterMode):
@@ -124,8 +131,9 @@ def multiply_adds(counter: FlopCounter) -> float:
 
 def measure_model(name: str, size: int, batch: int, args: argparse.Namespace) -> dict:
     """All figures of one model at one image and batch size."""
-    parameters, flops = model_size(name, size)
-    row = {"model": name, "size": size, "batch": batch, "params_m": parameters / 1e6, "gflops": flops / 1e9}
+    parameters, flops = model_size(name, size, args.device)
+    row = {"model": name, "size": size, "batch": batch, "params_m": parameters / 1e6}
+    row["gflops"] = None if flops is None else flops / 1e9
     if not args.modes:
         return row
     steps = model_steps(create_model(name, size, args.device), args)

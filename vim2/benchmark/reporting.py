@@ -40,7 +40,8 @@ def model_table(rows: list[dict]) -> str:
     cells += [("train", "ms", 2), ("train", "img_s", 1), ("train", "gib", 2)]
     lines = []
     for row in rows:
-        line = [row["model"], str(row["size"]), str(row["batch"]), f"{row['params_m']:.2f}", f"{row['gflops']:.2f}"]
+        gflops = ABSENT if row["gflops"] is None else f"{row['gflops']:.2f}"
+        line = [row["model"], str(row["size"]), str(row["batch"]), f"{row['params_m']:.2f}", gflops]
         lines.append(line + [figure(row, *cell) for cell in cells])
     return table(header, lines)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..checkpoints import convert_vmamba, read_state_dict, save_checkpoint
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.runs import keep_source
 
 __all__ = ["convert"]
 
@@ -29,6 +30,7 @@ def convert(argv: Sequence[str]) -> None:
         "--no-ema", action="store_true", help="take the model's own weights where IN also has their EMA"
     )
     args = parser.parse_args(argv)
+    keep_source(args.input, args.output)
     try:
         state_dict = read_state_dict(args.input, use_ema=not args.no_ema)
         variant, converted = convert_vmamba(state_dict)

@@ -4,6 +4,7 @@ Unreadable images are named and counted instead of silently replaced, validation
 many processes there are, and a folder of images that nobody has split yet is split the same way every time.
 """
 
+import math
 import os
 import posixpath
 from collections.abc import Sequence
@@ -136,15 +137,15 @@ def open_split(
 
     Args:
         name: timm's name of a dataset; "" for class folders, a tar of them, or packs.
-        root: Its folder. For class folders: the folder that holds `split`, or else the class folders themselves. A pack
-            with both splits, or the folder of packs.
+        root: Its folder. For class folders: the folder that holds `split`, or else, for a split to train or to validate
+            on, the class folders themselves. A pack with both splits, or the folder of packs.
         split: Name of the split. Of a folder of packs: a pack's name, or a glob for several.
         class_map: Class names and their indices, or a file with a class name a line.
         mode: Pillow mode of the images.
         download: Let torchvision download it.
 
     Raises:
-        UserError: No such data, no images, or a data set that can only be streamed.
+        UserError: No such data or split, no images, or a data set that can only be streamed.
     """
     if name.startswith(("tfds/", "wds/", "hfids/")):
         raise UserError(
@@ -163,7 +164,12 @@ def open_split(
             raise UserError("Say where the images are: --data-dir FOLDER, with a folder of images for each class.")
         if not Path(root).exists():
             raise UserError(f"There is no {root}: give --data-dir the folder, tar or pack that holds your images.")
-        reader = open_class_folders(find_split(root, split) or root, class_map)
+        found = find_split(root, split)
+        if found is None and not any(split in group for group in SPLITS):  # those are what is asked for by default
+            raise UserError(
+                f"{root} has no folder {split}: name a split that is there, or leave it out to take all images."
+            )
+        reader = open_class_folders(found or root, class_map)
         return Images(ImageDataset(root, reader=reader), mode)
     try:
         dataset = create_dataset(
@@ -294,13 +300,16 @@ def open_train_and_val(
     return train, val, names, False
 
 
-def common_options(images: Images, data_config: dict[str, Any], workers: int, device: torch.device) -> dict[str, Any]:
+def common_options(
+    images: Images, data_config: dict[str, Any], batch_size: int, workers: int, device: torch.device
+) -> dict[str, Any]:
     return dict(
         dataset=images,
+        batch_size=batch_size,
         input_size=data_config["input_size"],
         mean=data_config["mean"],
         std=data_config["std"],
-        num_workers=workers,
+        num_workers=min(workers, math.ceil(len(images) / batch_size)),  # each reads whole batches: others would idle
         device=device,
         pin_memory=device.type == "cuda",
         # workers live for one epoch, so that their random state is that of the epoch's start
@@ -328,8 +337,7 @@ def train_loader(
     """
     images.training = True
     return create_loader(
-        **common_options(images, data_config, workers, processes.device),
-        batch_size=batch_size,
+        **common_options(images, data_config, batch_size, workers, processes.device),
         is_training=True,
         distributed=processes.world_size > 1,
         **augmentation,
@@ -341,8 +349,7 @@ def eval_loader(images: Images, data_config: dict[str, Any], batch_size: int, wo
     share = images.subset(np.arange(processes.rank, len(images), processes.world_size))
     share.unreadable = images.unreadable  # reported through the whole
     return create_loader(
-        **common_options(share, data_config, workers, processes.device),
-        batch_size=batch_size,
+        **common_options(share, data_config, batch_size, workers, processes.device),
         is_training=False,
         interpolation=data_config["interpolation"],
         crop_pct=data_config["crop_pct"],

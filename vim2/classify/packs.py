@@ -197,8 +197,10 @@ def open_packs(
         if is_pack(split):
             raise UserError(f"{root} is a pack itself: give --data-dir the folder that holds {split}.")
         pack = read_pack(root)
-        if pack.split is not None and number is None:
-            raise UserError(f"{root} has the splits train and validation, and none is {split}: name one of these.")
+        if number is None:
+            there = "no splits" if pack.split is None else "the splits train and validation"
+            remedy = "leave it out to take all images" if pack.split is None else "name one of these"
+            raise UserError(f"{root} has {there}, and none is {split}: {remedy}.")
         chosen = np.arange(len(pack.labels)) if pack.split is None else np.flatnonzero(pack.split == number)
         packs, indices = [pack], [chosen]
     else:

@@ -18,7 +18,7 @@ from ..command.runs import explain_disk_errors
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate
-from .folders import find_split, read_class_map
+from .folders import SPLITS, find_split, read_class_map
 from .models import autocast, compile_model, input_config, load_checkpoint_model
 from .options import ValidateOptions
 from .plots import plot_input_scaling
@@ -112,8 +112,9 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
     root, args = options.data_dir, facts.get("args", {})
     unsplit = root and facts.get("held_out") and args.get("data_dir") and not find_split(root, options.split)
     if unsplit and Path(root).resolve() == Path(args["data_dir"]).resolve():
-        images = hold_out(images, args["holdout"])[1]
-        say(f"Validating on the {len(images)} images of {root} that training set aside.")
+        trained_on = options.split in SPLITS[0]
+        images = hold_out(images, args["holdout"])[0 if trained_on else 1]
+        say(f"Validating on the {len(images)} images of {root} that training {'saw' if trained_on else 'set aside'}.")
     return images
 
 

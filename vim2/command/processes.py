@@ -73,7 +73,8 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()  # totals are float64
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"The device {name} cannot be used ({first_line(error)}): try --device cpu.") from None
+        reason = first_line(error).partition(". ")[0]  # behind which PyTorch may list all that it has
+        raise UserError(f"The device {name} cannot be used ({reason}): try --device cpu.") from None
     require_backend(device.type)
     return device
 

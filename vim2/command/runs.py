@@ -21,6 +21,7 @@ __all__ = [
     "explain_disk_errors",
     "find_last",
     "identity",
+    "keep_source",
     "make_folder",
     "own_folder",
     "read_last",
@@ -243,6 +244,20 @@ def _lock(path: Path) -> int | None:
             _locks.add(descriptor)
             return descriptor
         os.close(descriptor)  # the run that had it has just removed it
+
+
+def keep_source(source: str | os.PathLike | None, output: str | os.PathLike) -> None:
+    """See that a command does not write over the file that it reads.
+
+    Args:
+        source: The file that it reads, if it is one.
+        output: The file that it will write.
+
+    Raises:
+        UserError: They are the same, by whatever names.
+    """
+    if source is not None and os.path.exists(source) and os.path.exists(output) and os.path.samefile(source, output):
+        raise UserError(f"{output} is what is read, and would be written over: choose another output.")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..classify import validate
 from ..classify.models import check_reads, create_model, load_checkpoint_model
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.runs import keep_source
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution
@@ -93,6 +94,7 @@ def export(argv: Sequence[str]) -> None:
         raise UserError("--batch-size is for a comparison, and an exported file takes any: add --compare.")
     if min(args.batch_size or [1]) < 1:
         raise UserError(f"--batch-size takes whole numbers from 1 on, got {min(args.batch_size)}.")
+    keep_source(args.checkpoint, args.output)
     torch.manual_seed(0)
     if args.forecaster is not None:
         if args.format not in programs:

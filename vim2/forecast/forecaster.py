@@ -83,15 +83,25 @@ class Forecaster:
 
         Args:
             data: As for `read_table`.
-            changes: Options of `read_table` to use instead of those of training.
+            changes: Options of `read_table` to use instead of those of training, but for the columns.
 
         Raises:
-            UserError: As `read_table`; rows that are another step apart.
+            UserError: As `read_table`; rows that are another step apart; an option that is none.
         """
+        return self._read("read", data, changes)
+
+    def _read(self, method: str, data: str | Path | pd.DataFrame, changes: dict[str, Any]) -> Table:
+        """As `read`, on behalf of a method of this name."""
+        known = ReadingOptions.__dataclass_fields__
+        for name in changes:
+            if name not in known:
+                meant = did_you_mean(name, known)
+                raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
         step = table.step.freqstr if table.step else None
-        if self.step and step != self.step and reading.get("times") != "keep":
+        # a single row has none, and is too short for what follows, which says so
+        if self.step and step != self.step and reading.get("times") != "keep" and len(table.values) > 1:
             raise UserError(
                 f"Rows of {describe(data)} are {step or 'not a constant step'} apart, the model was trained on "
                 f"{self.step}: resample the file, or add --times keep if it is to be taken as it is."
@@ -144,7 +154,7 @@ class Forecaster:
         Args:
             data: As for `read_table`, wide or long, with the same columns, at least a lookback long.
             horizon: Steps h to forecast, no more than it was trained for, H, which is the default.
-            changes: Options of `read_table` to use instead of those of training.
+            changes: Options of `read_table` to use instead of those of training, but for the columns.
 
         Returns:
             As `frame` makes it, h rows, or h for each series of a long table.
@@ -152,7 +162,7 @@ class Forecaster:
         Raises:
             UserError: As `read` and `forecast`.
         """
-        table = self.read(data, **changes)
+        table = self._read("predict", data, changes)
         for note in [*table.repairs, *self.doubts]:
             say(note)
         return self.frame(table, *self.forecast(table, horizon))

@@ -1,6 +1,7 @@
 """Forecasts beyond the end of a file."""
 
 import io
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from ..checkpoints import write_atomically
 from ..command.figures import figures_if_possible
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import explain_disk_errors
+from ..command.runs import explain_disk_errors, keep_source
 from .forecaster import Forecaster
 from .options import PredictOptions, open_options, reading_options
 from .plots import plot_prediction
@@ -31,6 +32,9 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         UserError: Anything that the user can put right.
     """
     o, _, data = open_options(PredictOptions, argv, options)
+    folder = Path(o.output)
+    if isinstance(data, str | PathLike):
+        keep_source(data, folder / "forecast.csv")
     forecaster = Forecaster.from_pretrained(o.checkpoint, choose_device(o.device))
     table = forecaster.read(data, **reading_options(o))
     for note in [*table.repairs, *forecaster.doubts]:
@@ -40,7 +44,6 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     frame = forecaster.frame(table, times, values)
     text = io.StringIO()
     frame.to_csv(text, lineterminator="\n", index=table.ids is None)
-    folder = Path(o.output)
     with explain_disk_errors(), figures_if_possible("forecast.png"):
         write_atomically(folder / "forecast.csv", text.getvalue())
         when = f"{len(times)} steps from {times[0]} to {times[-1]}" if len(times) > 1 else f"1 step, {times[0]}"

@@ -9,6 +9,7 @@ from ..command.errors import did_you_mean
 __all__ = ["config_path", "install", "reference_of"]
 
 PREFIX = "vim2::"
+NO_CONFIG = "the package has no config"  # what the error begins with
 FOLDER = Path(__file__).parents[1] / ".mim" / "configs"  # where MMEngine and mim look for a package's configs
 
 
@@ -22,7 +23,7 @@ def config_path(reference: str) -> Path:
     if not (FOLDER / name).is_file():
         known = _names()
         close = did_you_mean(name, known) or f" (of {', '.join(known)})"
-        raise FileNotFoundError(f"the package has no config {name}{close}")
+        raise FileNotFoundError(f"{NO_CONFIG} {name}{close}")
     return FOLDER / name
 
 

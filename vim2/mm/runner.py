@@ -33,7 +33,7 @@ from ..command.errors import UserError, first_line
 from ..command.processes import require_backend
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
-from .configs import reference_of
+from .configs import NO_CONFIG, reference_of
 from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
 
 __all__ = [
@@ -121,6 +121,8 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
         if error.filename is not None:  # of another file that the config wants, such as one of its bases
             raise UserError(f"{path} needs {error.filename}, which is not there: check its _base_.") from None
         text = first_line(error)
+        if not text.startswith(NO_CONFIG):  # MMEngine's, of a base in another form, or another library's config
+            text = f"{path} cannot be read: {text}: check its name, and its _base_"
         raise UserError(text if text.endswith("?") else f"{text}.") from None
     except ModuleNotFoundError as error:
         raise UserError(f'{first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None

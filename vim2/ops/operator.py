@@ -107,6 +107,14 @@ def is_observed() -> bool:
     )
 
 
+def hands_out_what_is_saved() -> bool:
+    """Whether what autograd saves between the passes is handed to others, as checkpoints without reentrance ask, which
+    want the same tensors in each of their forward passes. A compiler does not look at that, and sees to it itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 class Operator:
     """An operator that is registered with PyTorch, and in eager mode called without it.
 

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operator import is_observed, own, refuse_second_derivatives
+from .operator import hands_out_what_is_saved, is_observed, own, refuse_second_derivatives
 
 MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
 MAX_OPERATOR_REPLAYS = 1024  # of an operator, which all layers of all models share
@@ -226,9 +226,9 @@ def is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether autograd is asked for what one node cannot give: what is saved between the passes to be handed to others
-    (as checkpoints ask, which want the same tensors in each forward pass), or an error traced to where it arose."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or torch.is_anomaly_enabled()
+    """Whether autograd is asked for what one node cannot give: what is saved between the passes to be handed to others,
+    or an error traced to where it arose."""
+    return hands_out_what_is_saved() or torch.is_anomaly_enabled()
 
 
 def _layout(t: Tensor) -> tuple:

@@ -65,6 +65,13 @@ def test_half_precision_rounds_once(function, dtype, bound, backend):
 
 @FUNCTIONS
 @both_backends
+def test_the_result_is_in_the_precision_of_what_is_normalised(function, backend):
+    """And not in that of parameters which are kept in float32, as PyTorch's LayerNorm has it on CPUs."""
+    assert check(function, make(function, dtype=torch.bfloat16), backend, 2**-7).dtype == torch.bfloat16
+
+
+@FUNCTIONS
+@both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_under_autocast_the_result_is_ready_for_a_linear(function, dtype, backend):
     inputs = make(function, dtype=dtype)

@@ -34,8 +34,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backe
         backend: As for `selective_scan`.
 
     Returns:
-        A contiguous tensor of x's shape, in autocast's dtype where that is on, else in that of x and weight promoted.
-        Arithmetic is float32 (float64 if any input is).
+        A contiguous tensor of x's shape, in autocast's dtype where that is on, else in x's, whatever that of the
+        parameters: as PyTorch's. Arithmetic is float32 (float64 if any input is).
 
     Raises:
         ValueError: Shapes that do not fit together.
@@ -73,7 +73,7 @@ def patch_merging_norm(
 
 def _norm(x, weight, bias, eps, patch, backend):
     check_norm(weight, bias, x.shape[-1] * patch * patch)
-    dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
+    dtype = autocast_dtype(x) or x.dtype
     if resolve_backend(backend, x, weight, bias) == "triton":
         return _layer_norm(x, weight, bias, float(eps), dtype, patch, needs_backward(x, weight, bias))[0]
     return _layer_norm_torch(x, weight, bias, float(eps), dtype, patch)

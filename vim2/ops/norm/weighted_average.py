@@ -73,11 +73,7 @@ def weighted_average_norm(
         ValueError: Shapes that do not fit together.
         RuntimeError: A backend that is not there.
     """
-    _check_features(features, weight)
-    if features[0].dim() == 0:
-        raise ValueError("Features must be (..., C), got scalars.")
-    check_norm(norm_weight, norm_bias, features[0].shape[-1])
-    dtype = autocast_dtype(weight) or _promoted(features, weight)
+    dtype = _check_and_promote(features, weight, norm_weight, norm_bias)
     tensors = (*features, weight, norm_weight, norm_bias)
     if resolve_backend(backend, *tensors) == "triton":
         keeps = needs_backward(*tensors)
@@ -99,9 +95,7 @@ def weighted_average_norm_passing(
     tensors = (*features, weight, norm_weight, norm_bias)
     if resolve_backend(backend, *tensors) != "triton":
         return weighted_average_norm(features, weight, norm_weight, norm_bias, eps, backend), *features
-    _check_features(features, weight)
-    check_norm(norm_weight, norm_bias, features[0].shape[-1])
-    dtype = autocast_dtype(weight) or _promoted(features, weight)
+    dtype = _check_and_promote(features, weight, norm_weight, norm_bias)
     return _Passing.apply(float(eps), dtype, weight, norm_weight, norm_bias, *features)
 
 
@@ -163,6 +157,15 @@ def _check_features(features, weight):
         )
     if not _are_alike(features):
         raise ValueError(f"Features must be of one shape, got {', '.join(str(tuple(f.shape)) for f in features)}.")
+
+
+def _check_and_promote(features, weight, norm_weight, norm_bias) -> torch.dtype:
+    """The dtype of the norm of a weighted average, of arguments that fit together."""
+    _check_features(features, weight)
+    if features[0].dim() == 0:
+        raise ValueError("Features must be (..., C), got scalars.")
+    check_norm(norm_weight, norm_bias, features[0].shape[-1])
+    return autocast_dtype(weight) or _promoted(features, weight)
 
 
 def _are_alike(features: Sequence[Tensor]) -> bool:
