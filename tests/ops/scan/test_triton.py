@@ -81,7 +81,10 @@ def test_parts_are_as_few_as_a_grid_has_room_for(monkeypatch):
     monkeypatch.setattr(schedule, "MAX_CHUNKS", 2)
     schedule.forward_plan.cache_clear()
     monkeypatch.setattr(forward, "combine", None)
+    plan, plans = backward._plan, []
+    monkeypatch.setattr(backward, "_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
     assert_matches_oracle(((1, 80), FORWARD, 3, 4, 1, True), "triton", DEVICE)
+    assert plans and all(plan.parts == 2 for plan in plans)
 
 
 def test_parts_of_a_sequence_make_three_rounds_of_programs():
@@ -126,8 +129,9 @@ def test_chunks_are_whole_groups_of_steps(fill):
     """Steps of a group that reached into the next chunk would be walked twice."""
     for n in (1, 2, 4, 8, 16, 64):
         for features in (3, 16, 192, 384):
-            tile = schedule.forward_plan(128, 3136, 4, features, n, TRITON_CHUNK, fill).tile
-            assert TRITON_CHUNK % (tile["GROUPS"] * tile["NL"]) == 0
+            for chunk in (TRITON_CHUNK, 3136):
+                tile, split, steps = schedule.forward_plan(128, 3136, 4, features, n, chunk, fill)
+                assert steps % (tile["GROUPS"] * tile["NL"]) == 0 or (not split and chunk == 3136)
 
 
 def test_a_thread_has_all_four_states_of_its_channels(monkeypatch):

@@ -149,15 +149,8 @@ def project(u: Tensor, weight: Tensor, directions: int) -> Tensor:
 def project_backward(grad: Tensor, u: Tensor, weight: Tensor, grad_u: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of `project`'s result, in its dtype, grad_u with that of u added to it, and that of weight."""
     if u.dim() == 4 and weight.dim() == 3:
-        grad_weight = torch.einsum("...kc,...ke->kce", grad, u.to(grad.dtype)).to(weight.dtype)
-        matrices = weight.to(grad.dtype)
-        if grad_u.dtype != grad.dtype:
-            return grad_u + torch.einsum("...kc,kce->...ke", grad, matrices), grad_weight
-        # Added where it lies: to write another tensor of u's size takes longer than the products do. A direction's rows
-        # are a view in both layouts that scans return, one direction after the other or side by side.
-        for of_direction, grads, matrix in zip(grad_u.unbind(2), grad.unbind(2), matrices, strict=True):
-            of_direction.view(-1, u.shape[-1]).addmm_(grads.flatten(0, 1), matrix)
-        return grad_u, grad_weight
+        grad_weight = torch.einsum("...kc,...ke->kce", grad, u.to(grad.dtype))
+        return grad_u + torch.einsum("...kc,kce->...ke", grad, weight.to(grad.dtype)), grad_weight.to(weight.dtype)
 
     def rows(t: Tensor) -> Tensor:
         return t.flatten(2).flatten(0, 1)

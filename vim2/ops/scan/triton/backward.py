@@ -463,7 +463,7 @@ def _rows(
             and positions.
 
     Returns:
-        The address of the lane's piece at position 0, the stride of positions in words of 32 bits, where in the
+        The address of the lane's piece at position 0, the stride of positions in words of 64 bits, where in the
         room's rows it lies, which row it is of, whether it is copied, and the order.
     """
     ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S
@@ -699,6 +699,7 @@ def _backward_kernel(
                         again, order, seq + (again - lane), seq, k, block * (CE * CR), operands, False,
                         PIECES_C, PIECES_S, SPREAD, PIECE,
                     )  # fmt: skip
+                    # all groups of a whole chunk, but not as a constant: the loop would be unrolled, which is slower
                     subs_before = tl.cdiv(tl.minimum(CHUNK, L - first + CHUNK), UNROLL)
                     _copy_rows(
                         rows, room + (BUFFER - buffer), first - CHUNK, subs_before, L, H, W,

@@ -112,6 +112,7 @@ def _forward_kernel(
     SPLIT: tl.constexpr, LOCAL: tl.constexpr,  # one chunk a program; from a zero state
     LAST: tl.constexpr,  # whether the last states are wanted
     FACTOR: tl.constexpr, SOFTPLUS: tl.constexpr,  # whether step sizes are made here, and are positive by softplus
+    FEW: tl.constexpr,  # states: memory is what takes the time
     FAST: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr,  # NVIDIA's instructions, 64-bit offsets, whole words
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,  # the tile, see tiles.py
     GROUPS: tl.constexpr,  # of NL steps, whose loads are under way together
@@ -125,9 +126,12 @@ def _forward_kernel(
     TILE: tl.constexpr = NR * CR
     STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
     ROUGH: tl.constexpr = FAST and u_ptr.dtype.element_ty == tl.bfloat16  # the softplus, as in `step_sizes`
-    # the directions of a tile come one after the other: they read the same of memory, or neighbours
-    k = tl.program_id(0) % K
-    program = tl.program_id(0) // K
+    if FEW:  # directions of a tile run side by side: they read the same of memory, or neighbours
+        k = tl.program_id(0) % K
+        program = tl.program_id(0) // K
+    else:  # which is slower where arithmetic is what takes the time
+        k = tl.program_id(0) // (tl.num_programs(0) // K)
+        program = tl.program_id(0) % (tl.num_programs(0) // K)
     order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
     k = k.to(tl.int64)
     blocks = tl.cdiv(E, CE * CR)
@@ -276,8 +280,8 @@ def scan_forward(
         )
     # of one number a step and direction, step sizes are made sooner than written and read
     rank_1 = operands.is_low_rank and operands.delta.shape[-1] == 1
-    factor = rank_1 and operands.A.shape[-1] <= schedule.MAKES_STEPS
-    u, dt, At, B, C, D = kernel_inputs(operands, None if factor else delta_softplus)
+    factor = rank_1 and operands.A.shape[-1] <= schedule.FEW_STATES
+    u, dt, At, B, C, D = kernel_inputs(operands, delta_softplus, make_steps=not factor)
     weight, bias = (operands.delta_weight.contiguous(), operands.delta_bias.contiguous()) if factor else (None, None)
     directions, n, features = At.shape
     batch, length = dt.shape[:2]
@@ -328,6 +332,7 @@ def _launches(
         LAST=with_last,
         FACTOR=factor,
         SOFTPLUS=softplus and factor,  # else it has been done, and asks for no form of its own
+        FEW=n <= schedule.FEW_STATES,
         FAST=not INTERPRETED,
         LARGE=schedule.is_large(tile["S"], u, dt, B, C, y, starts),
         WIDE=fits_words and all(map(schedule.in_words, words)),

@@ -18,7 +18,7 @@ MAX_CHUNKS = 65535  # or parts of several, that run side by side: the limit of a
 MAX_WHOLE = 256
 STEPS = 4  # whose operands the forward scan loads together: of one alone it would do little but wait for them
 MANY_STEPS = 8  # likewise, where warps are few and have registers for as many
-MAKES_STEPS = 8  # states of a channel up to which the forward scan has time to make step sizes, too
+FEW_STATES = 8  # of a channel, up to which the forward scan waits for memory and has time to make step sizes, too
 MAX_STATES = 128  # that the lanes of a warp can hold in the backward pass
 
 
@@ -49,6 +49,7 @@ def forward_plan(batch: int, length: int, directions: int, features: int, n: int
     whole = chunk == length
     tiles = [_forward_tile(n, features, channels, whole) for channels in (4, 2, 1) if channels <= most]
     if n == 4 and features >= 2 * LANES.value:  # a channel's states in one thread: what a step needs asks no other lane
+        # Two channels are a word; of six steps registers hold the operands, and TRITON_CHUNK is a multiple of them.
         alone = dict(NR=4, NL=1, S=1, CE=LANES.value, CR=2, GROUPS=6)
         if channel_blocks(features, alone) * batch * directions >= fill:
             return ForwardPlan(alone, False, chunk)
@@ -81,7 +82,8 @@ def _forward_tile(n: int, features: int, channels: int, whole: bool) -> dict[str
 
 def forward_registers(tile: dict[str, int], makes_steps: bool) -> int | None:
     """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. Where there are
-    few warps, and so fewer than four channels a thread, room for more of a group's steps at once is worth more."""
+    few warps, and so fewer than four channels a thread, room for more of a group's steps at once is worth more: twelve
+    warps then, if a lane has all states of its channels and more than STEPS steps under way."""
     if INTERPRETED:
         return None
     if tile["NL"] == 1 and tile["GROUPS"] > STEPS:

@@ -266,19 +266,19 @@ def _backward(
     return _Backward(groups, parts, launch)
 
 
-def kernel_inputs(operands: Operands, delta_softplus: bool | None) -> tuple[Tensor, ...]:
+def kernel_inputs(operands: Operands, delta_softplus: bool, *, make_steps: bool = True) -> tuple[Tensor, ...]:
     """What the scan's kernels read.
 
     Args:
-        delta_softplus: None leaves it to the kernel to make step sizes.
+        make_steps: Whether step sizes are made here; else the kernel does it, with `delta_weight` and `delta_bias`.
 
     Returns:
-        u, with neighbouring channels next to one another in memory; the step sizes (batch, L, K, E), or delta as it is;
-        A as (K, N, E); B and C, with neighbouring states next to one another; and D.
+        u, with neighbouring channels next to one another in memory; the step sizes (batch, L, K, E), or delta as it is
+        without make_steps; A as (K, N, E); B and C, with neighbouring states next to one another; and D.
     """
     u, B, C = last_axis_contiguous(operands.u, operands.B, operands.C)
     At, D = operands.A.transpose(1, 2).contiguous(), operands.D.contiguous()
-    if delta_softplus is None:
-        return u, operands.delta, At, B, C, D
-    bias = operands.delta_bias.contiguous()
-    return u, step_sizes(operands.delta, operands.delta_weight, bias, delta_softplus, u.dtype), At, B, C, D
+    dt = operands.delta
+    if make_steps:
+        dt = step_sizes(dt, operands.delta_weight, operands.delta_bias.contiguous(), delta_softplus, u.dtype)
+    return u, dt, At, B, C, D
