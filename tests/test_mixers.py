@@ -1,7 +1,7 @@
 import copy
 import functools
 import io
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from vim2 import mixers
 from vim2.mixers import (
@@ -417,6 +418,58 @@ def test_a_checkpoint_of_plain_operators_of_which_one_pass_is_observed(observed,
     for layer in layers_of_every_kind():
         x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
         check_checkpoint(layer if isinstance(layer, PatchMerging) else Listed(layer), x, observed, observer)
+
+
+SAVING = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "saved_tensors_hooks": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+}
+
+
+class Recorder(ModuleTracker):
+    """Adds the modules that it is told of to a set."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def _fw_pre_hook(self, module, inputs):
+        self.seen.add(module)
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("index", range(5))
+def test_hooks_of_all_modules_change_outputs_where_hooks_are_set_for_what_is_saved(index, saving):
+    """Only a ModuleTracker's, which change nothing, are passed over there."""
+    layer = layers_of_every_kind()[index]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    inputs = x if isinstance(layer, PatchMerging) else [x]
+    held = {module for name, module in layer.named_modules() if name.split(".")[-1] in HELD}
+    seen = set()
+
+    def double(module, inputs, output):
+        seen.add(module)
+        return 2 * output if module in held else None
+
+    def run(*contexts):
+        seen.clear()
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            stack.callback(register_module_forward_hook(double).remove)
+            return layer(inputs)
+
+    expected = run()
+    assert held <= seen
+    torch.testing.assert_close(run(SAVING[saving]()), expected)
+    assert held <= seen
+    torch.testing.assert_close(run(SAVING[saving](), Recorder(seen)), expected)
+    assert held <= seen
+    for context, told in ((nullcontext(), True), (SAVING[saving](), False)):
+        seen.clear()
+        with context, Recorder(seen):
+            layer(inputs)
+        assert layer in seen and (held <= seen if told else not held & seen)
 
 
 def test_a_compiler_sees_hooks_of_all_modules():

@@ -3,6 +3,7 @@
 Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/architecture.md says what was chosen and why.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from weakref import WeakKeyDictionary
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from timm.models import swin_transformer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.module_tracker import ModuleTracker
 
 from .ops import (
     BIDIRECTIONAL,
@@ -55,8 +57,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     It is not where somebody holds on to it: pruning, hooks, adapters, offloading and sharding change its class, its
     `forward` or its parameters' class, or add hooks. Then it must be called. Hooks of all modules at once count as
-    well, but not in a checkpoint: there they may be on in one of its two forward passes only, as those of PyTorch's
-    FlopCounterMode, and it wants the same tensors saved in both.
+    well, but for those of PyTorch's ModuleTracker, as in FlopCounterMode, where hooks are set for what autograd saves
+    (checkpoints, `torch.autograd.graph.save_on_cpu`): they may be on in one of a checkpoint's two forward passes only,
+    and it wants the same tensors saved in both. They change nothing, and are not told of the modules passed over.
 
     Args:
         module: Of a mixer.
@@ -72,7 +75,18 @@ def _is_hooked(module: nn.Module) -> bool:
     hooked = before or after or module._backward_pre_hooks or module._backward_hooks
     if hooked or "forward" in module.__dict__:
         return True
-    return _has_any_global_hook() and not hands_out_what_is_saved()
+    return torch_modules._has_any_global_hook() and not (hands_out_what_is_saved() and _are_all_hooks_trackers())
+
+
+def _are_all_hooks_trackers() -> bool:
+    """Whether of the hooks of all modules at once each is one of a ModuleTracker."""
+    hooks = itertools.chain(
+        torch_modules._global_forward_pre_hooks.values(),
+        torch_modules._global_forward_hooks.values(),
+        torch_modules._global_backward_pre_hooks.values(),
+        torch_modules._global_backward_hooks.values(),
+    )
+    return all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -89,8 +103,9 @@ def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: 
     parameters = tuple(module.parameters())  # of which DataParallel's copies, new ones at each call, have none
     if not parameters or resolve_backend(None, x, scan=True) != "triton":
         return
-    # one call more would change statistics or the like, which are buffers, and be seen by hooks
-    if next(module.buffers(), None) is None and not any(map(_is_hooked, module.modules())):
+    # one call more would change statistics or the like, which are buffers, and be seen by hooks, a tracker's too
+    hooked = torch_modules._has_any_global_hook() or any(map(_is_hooked, module.modules()))
+    if next(module.buffers(), None) is None and not hooked:
         compile_ahead(lambda x, *_: function(x), (x, *parameters))
 
 

@@ -78,10 +78,27 @@ def test_counts_only(capsys):
 
 
 def test_models_with_arguments(capsys):
-    variant = "vim2_nano:dims=(96,192,384,768),depths=(1,1,3,1)"  # vim2_tiny, that is
+    variant = "vim2_nano:dims=(96,192,384,768),depths=(1,1,3,1),num_classes=1000"  # vim2_tiny, that is
     assert main(["benchmark", "--device", "cpu", "--model", variant, "--count"]) == 0
     assert capsys.readouterr().out.endswith(f"\n| {variant} | 224 | 1 | 24.02 | 6.15 |\n")
     assert models.parse_model("a:b=text,c=1.5") == ("a", {"b": "text", "c": 1.5})
+    assert models.parse_model("a:b=[3,(4,5),{6:(7,)}],c=(),d=8") == (
+        "a",
+        {"b": [3, (4, 5), {6: (7,)}], "c": (), "d": 8},
+    )
+
+
+@pytest.mark.parametrize("text", ["a:b=(1,c=2", "a:b=1),c=(2", "a:b=[3,(4,5]"])
+def test_brackets_that_do_not_close(text):
+    with pytest.raises(UserError, match="brackets do not close"):
+        models.parse_model(text)
+
+
+@pytest.mark.parametrize("size", [[], ["--img-size", "32"]])
+@pytest.mark.parametrize(("argument", "instead"), [("img_size=64", "--img-size"), ("in_chans=1", "leave it out")])
+def test_what_images_are_like_is_not_a_models_argument(argument, instead, size, failing):
+    error = failing(main, "vim2")("benchmark", "--device", "cpu", "--count", "--model", f"test_vim2:{argument}", *size)
+    assert f"test_vim2:{argument} has an {argument.partition('=')[0]}" in error and instead in error
 
 
 def test_scan_backends_side_by_side(capsys, monkeypatch, tmp_path):
@@ -260,6 +277,7 @@ def reads_values(monkeypatch):
 
     monkeypatch.setitem(registry._model_entrypoints, "reads_values", lambda pretrained=False, **kwargs: ReadsValues())
     models.model_size.cache_clear()
+    models._say_not_counted.cache_clear()
     return "reads_values"
 
 
@@ -270,7 +288,14 @@ def test_a_model_whose_flops_cannot_be_counted(reads_values, tmp_path, capsys):
         rows = json.loads((tmp_path / "benchmark.json").read_text())["models"]
         assert rows[0]["gflops"] > 0 and rows[1]["gflops"] is None
         assert rows[1]["params_m"] == 2 * (3 * 32 * 32 + 1) / 1e6
-        assert f"| {reads_values} | 32 | 1 | 0.01 | -" in capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert f"| {reads_values} | 32 | 1 | 0.01 | -" in out
+        assert err.count("cannot be counted") == (more == "--count")  # once
+    models._say_not_counted.cache_clear()
+    models.model_size.cache_clear()
+    models.model_size(reads_values, 32, "cpu")
+    said = capsys.readouterr().err
+    assert said.startswith(f"The FLOPs of {reads_values} cannot be counted (RuntimeError: ") and "item()" in said
     assert rows[1]["infer"]["ms"] > 0
     assert main(["benchmark", *f"--device cpu --profile --infer --model {reads_values} --img-size 32".split()]) == 0
     assert main(["benchmark", *f"--device cpu --count --model {reads_values} --img-size 64".split()]) == 2

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -121,17 +122,33 @@ def test_folders(fails, tmp_path):
     assert "--val-split" in fails("train", "--data-dir", half, *TINY)
 
 
+def tar_of(folder, tmp_path):
+    return Path(shutil.make_archive(str(tmp_path / "data"), "tar", folder))
+
+
 def test_a_split_that_is_not_there(fails, data, trained, tmp_path):
     """Not taken for all images, which data without splits would be."""
     pack = pack_folders(data, tmp_path / "all.npz", with_split=False)
+    tar = tar_of(data, tmp_path)
     for root, there in (
-        (data / "train", "no folder nix"),
-        (data, "no folder nix"),
-        (pack, "no splits, and none is nix"),
+        (data / "train", f"There is no nix in {data / 'train'}: name a split"),
+        (data, f"There is no nix in {data}: name a split"),
+        (tar, f"There is no nix in {tar}: name a split"),
+        (pack, f"{pack} has no splits, and none is nix"),
     ):
         argv = ["--data-dir", root, "--output", tmp_path]
-        assert f"{root} has {there}" in fails("validate", *argv, "--checkpoint", trained / "best.pth", "--split", "nix")
-        assert f"{root} has {there}" in fails("train", *argv, *TINY, "--train-split", "nix", "--val-split", "")
+        assert there in fails("validate", *argv, "--checkpoint", trained / "best.pth", "--split", "nix")
+        assert there in fails("train", *argv, *TINY, "--train-split", "nix", "--val-split", "")
+
+
+def test_a_split_without_a_name(fails, data, trained, tmp_path):
+    """Which as a folder's is the data's own, whose splits would be taken for classes."""
+    for root in (data, tar_of(data / "train", tmp_path)):
+        argv = ["--data-dir", root, "--output", tmp_path]
+        said = "The name of a split is empty"
+        assert said in fails("validate", *argv, "--checkpoint", trained / "best.pth", "--split", "")
+        assert said in fails("train", *argv, *TINY, "--train-split", "")
+        assert said in fails("train", *argv, *TINY, "--train-split", "", "--val-split", "")
 
 
 def test_splits_of_different_classes(fails, tmp_path):

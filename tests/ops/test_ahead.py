@@ -1,9 +1,12 @@
 """Kernels that a model will launch are compiled before it launches any, and nothing else comes of that."""
 
+import contextlib
+
 import pytest
 import timm
 import torch
 from devices import DEVICE, needs_triton
+from torch.utils.module_tracker import ModuleTracker
 
 from vim2 import mixers
 from vim2.ops import norm_gate
@@ -89,16 +92,20 @@ def test_a_model_asks_once_for_training_and_once_for_inference(monkeypatch):
     assert asked == [1 + len(list(model.parameters()))] * 2
 
 
-@pytest.mark.parametrize("what", ["a hook", "a batch norm's statistics"])
+@pytest.mark.parametrize("what", ["a hook", "a batch norm's statistics", "a tracker of all modules"])
 def test_a_model_that_would_notice_is_not_called_more_often(what, monkeypatch):
     monkeypatch.setattr(mixers, "compile_ahead", lambda *arguments: pytest.fail("asked"))
     monkeypatch.setattr(mixers, "resolve_backend", lambda *tensors, **options: "triton")
     model = timm.create_model("test_vim2")
     if what == "a hook":
         model.patch_embed.register_forward_hook(lambda *arguments: None)
-    else:
+    elif what == "a batch norm's statistics":
         model.head.norm = torch.nn.BatchNorm1d(8)
-    model.forward_stem(torch.zeros(1, 3, 32, 32))
+    with contextlib.ExitStack() as stack:
+        if what == "a tracker of all modules":  # which mixers pass over here
+            stack.enter_context(torch.autograd.graph.save_on_cpu())
+            stack.enter_context(ModuleTracker())
+        model.forward_stem(torch.zeros(1, 3, 32, 32))
 
 
 def test_older_triton_compiles_where_it_launches(compiled, monkeypatch):

@@ -1,6 +1,8 @@
 """Replays do again what was noted, with other values; what cannot be noted goes on as it was."""
 
 import gc
+import importlib.util
+import sys
 
 import pytest
 import torch
@@ -684,3 +686,35 @@ def test_operators_of_compiled_graphs_give_the_same_bits_when_replayed(name, mon
             assert result.stride() == other.stride() and result.equal(other.to(result.device))
     ((way, _),) = replays
     assert callable(way)
+
+
+PRIVATE = ("_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor")
+
+
+@pytest.mark.parametrize("missing", [*((name,) for name in PRIVATE), PRIVATE], ids=lambda names: " ".join(names))
+def test_a_pytorch_without_what_is_its_own_affair(missing, monkeypatch):
+    """Replays allocate and take parts in its public ways."""
+    for name in missing:
+        monkeypatch.delattr(module.guards, name)
+    spec = importlib.util.spec_from_file_location("vim2.ops.replay_once_more", module.__file__)
+    once_more = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, once_more)
+    spec.loader.exec_module(once_more)
+    monkeypatch.setattr(once_more, "PATIENCE", 1)
+    assert (once_more.take_part is once_more._take_part) == ("_reinterpret_tensor" in missing)
+    assert len(once_more.QUICK_ALLOCATIONS) == sum(name not in missing for name in PRIVATE[:2])
+    calls, owner = [], Trainee(None)
+
+    def function(*tensors):
+        calls.append(1)
+        return gated(*tensors)
+
+    for seed in range(4):
+        inputs = [t.requires_grad_() for t in gated_inputs(seed)]
+        results = []
+        for run in (lambda *tensors: once_more.replay(owner, None, function, tensors), gated):
+            y = run(*inputs)
+            y = y + 0
+            results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        assert_same_bits(*results)
+    assert len(calls) == 2  # as it is, and noted

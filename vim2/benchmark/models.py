@@ -3,7 +3,7 @@
 import argparse
 import ast
 import functools
-import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,17 +15,30 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..command.errors import UserError, first_line
 from .measuring import autocast, measure
 
+CHANNELS = 3  # of images
+
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
     """A model's name and the arguments of its constructor, from NAME or NAME:key=value,key=value; values are Python
     literals, or else text.
 
     Raises:
-        UserError: Text of another form.
+        UserError: Text of another form, or brackets that do not close.
     """
     name, _, arguments = text.partition(":")
     kwargs = {}
-    for pair in re.split(r",(?![^(\[{]*[)\]}])", arguments):  # at commas, those in brackets left alone
+    pairs, depth = [""], 0
+    for character in arguments:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            pairs.append("")
+        else:
+            pairs[-1] += character
+    if depth:
+        raise UserError(f"Cannot read the model {text!r}: its brackets do not close.")
+    for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if pair.strip() and not (equals and key.isidentifier()):
             raise UserError(f"Cannot read {pair.strip()!r} in the model {text!r}: arguments are key=value,key=value.")
@@ -42,12 +55,16 @@ def literal(text: str) -> Any:
 
 
 def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
-    """A timm model, as `parse_model` reads it, for square images of `size` pixels.
+    """A timm model, as `parse_model` reads it, for square images of `size` pixels and 3 channels.
 
     Raises:
-        UserError: There is no such model, or it does not take these arguments.
+        UserError: There is no such model, or it does not take these arguments, or they say what images it is for.
     """
     name, kwargs = parse_model(text)
+    if "img_size" in kwargs:
+        raise UserError(f"{text} has an img_size, and images are as large as --img-size says: give it there.")
+    if "in_chans" in kwargs:
+        raise UserError(f"{text} has an in_chans, and images have {CHANNELS} channels here: leave it out.")
     if not timm.is_model(name):
         raise UserError(
             f"there is no model {name!r}; timm.list_models() names all, {vim2_names()} are of this package."
@@ -73,7 +90,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_flops(model: nn.Module, size: int) -> float:
     """FLOPs for one image, counted on the meta device: the module's docstring says what counts how."""
-    image = torch.empty(1, model.pretrained_cfg["input_size"][0], size, size, device="meta")
+    image = torch.empty(1, CHANNELS, size, size, device="meta")
     with FlopCounter() as counter, torch.no_grad():
         model.eval()(image)
     return multiply_adds(counter)
@@ -83,7 +100,7 @@ def count_flops(model: nn.Module, size: int) -> float:
 def model_size(name: str, size: int, device: str) -> tuple[int, float | None]:
     """Parameters of a model, and its FLOPs for one square image of `size` pixels, by a pass on the meta device, which
     tells at once whether it takes such images. Some models do not run there at all, as those that read a value: of them
-    a pass on `device` tells that, and their FLOPs are None.
+    a pass on `device` tells that, and their FLOPs are None; why, a line on stderr says.
 
     Raises:
         UserError: It does not, or there is no such model.
@@ -93,15 +110,22 @@ def model_size(name: str, size: int, device: str) -> tuple[int, float | None]:
         return count_parameters(model), count_flops(model, size)
     except UserError:
         raise
-    except Exception:
-        pass  # not here: an error of the second pass would be told as one that came of this
+    except Exception as error:  # of whatever kind a model, or a rule for counting, raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    # not inside of that clause: an error of the second pass would be told as one that came of the first
     try:
         model = create_model(name, size, device).eval()
         with torch.inference_mode():
-            model(torch.zeros(1, model.pretrained_cfg["input_size"][0], size, size, device=device))
+            model(torch.zeros(1, CHANNELS, size, size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"{name} does not run on images of {size} x {size} pixels: {first_line(error)}") from None
+    _say_not_counted(name, reason)
     return count_parameters(model), None
+
+
+@functools.cache  # once, not at each image size
+def _say_not_counted(name: str, reason: str) -> None:
+    print(f"The FLOPs of {name} cannot be counted ({reason}).", file=sys.stderr, flush=True)
 
 
 class FlopCounter(FlopCounterMode):
@@ -173,5 +197,5 @@ def model_steps(model: nn.Module, args: argparse.Namespace) -> dict[str, Callabl
 
 
 def random_image(size: int, batch: int, args: argparse.Namespace) -> Tensor:
-    image = torch.randn(batch, 3, size, size, device=args.device)
+    image = torch.randn(batch, CHANNELS, size, size, device=args.device)
     return image.to(memory_format=torch.channels_last) if args.channels_last else image

@@ -154,6 +154,7 @@ def open_split(
         )
     if name.lower() in ("torch/folder", "torch/image_folder") or (name and "/" not in name):
         raise UserError(f"There is no --dataset {name}: leave it out for class folders, or name torch/... or hfds/...")
+    _check_split(name, split)
     if class_map is not None:
         class_map = read_class_map(class_map)
     if not name and (is_pack(root) or is_pack(split)):
@@ -167,7 +168,7 @@ def open_split(
         found = find_split(root, split)
         if found is None and not any(split in group for group in SPLITS):  # those are what is asked for by default
             raise UserError(
-                f"{root} has no folder {split}: name a split that is there, or leave it out to take all images."
+                f"There is no {split} in {root}: name a split that is there, or leave the option out if there are none."
             )
         reader = open_class_folders(found or root, class_map)
         return Images(ImageDataset(root, reader=reader), mode)
@@ -188,6 +189,11 @@ def open_split(
     if len(dataset) == 0:
         raise UserError(f"The data set {name} has no images in its split {split}.")
     return Images(dataset, mode)
+
+
+def _check_split(name: str, split: str) -> None:
+    if not name and not split:  # as a folder's name it would stand for the data's own
+        raise UserError("The name of a split is empty: name one, such as train, or leave the option out.")
 
 
 def class_names(images: Images) -> list[str] | None:
@@ -262,6 +268,7 @@ def open_train_and_val(
             f"--train-split {train_split} --val-split {val_split} name a pack for one split only: name one for each, "
             "or give --data-dir a pack to have a part of it set aside."
         )
+    _check_split(name, train_split)
     may_have_splits = not name and bool(root) and (is_tar(root) or Path(root).is_dir())
     if not may_have_splits or not val_split or is_pack(train_split):
         held_out = not name and bool(root) and not is_pack(train_split)  # of a pack

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda, _reinterpret_tensor
+from torch._C._dynamo import guards
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,8 +59,13 @@ MOVES = {
     aten.to.dtype,
     aten.unflatten.int,
 }
-# what allocates on the current device in a fraction of torch.empty's time, as for torch.compile's programs
-QUICK_ALLOCATIONS = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
+# What allocates on the current device in a fraction of torch.empty's time, as for torch.compile's programs. Other
+# versions of PyTorch may not have it, nor `_reinterpret_tensor` below, for both are its own affair.
+QUICK_ALLOCATIONS = {
+    device: getattr(guards, name)
+    for device, name in (("cpu", "_empty_strided_cpu"), ("cuda", "_empty_strided_cuda"))
+    if hasattr(guards, name)
+}
 # operators, called with less ado
 QUICKER = {
     aten._to_copy.default: functools.partial(torch.Tensor.to, copy=True),
@@ -72,6 +77,14 @@ QUICKER = {
     aten.sum.dim_IntList: torch.sum,
     aten.to.dtype: torch.Tensor.to,
 }
+
+
+def _take_part(whole: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """The part of a tensor from an offset on, no view to autograd."""
+    return whole.as_strided(shape, stride, whole.storage_offset() + offset).detach()
+
+
+take_part = getattr(guards, "_reinterpret_tensor", _take_part)
 
 
 class NotReplayableError(Exception):
@@ -487,9 +500,11 @@ class Notebook(TorchDispatchMode):
         if (name, extent) not in self.parts:
             if name in self.given + self.grads:
                 text = _view(name, whole, extent, from_elsewhere=True)
-            else:  # nobody else has it, and so nobody has to learn of changes through its parts: no view for autograd
+            else:
+                # No view for autograd, and with a version counter of its own. That may miss no change between the
+                # passes: the backward pass takes its parts anew (`turn` empties `parts`), from what is saved whole.
                 shape, stride, offset = extent
-                text = f"{self.constant(_reinterpret_tensor)}({name}, {shape}, {stride}, {offset - whole[2]})"
+                text = f"{self.constant(take_part)}({name}, {shape}, {stride}, {offset - whole[2]})"
             self.parts[name, extent] = f"part{next(self.numbers)}"
             self.lines.append((self.parts[name, extent], text))
         return self.parts[name, extent]

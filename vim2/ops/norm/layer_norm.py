@@ -35,7 +35,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backe
 
     Returns:
         A contiguous tensor of x's shape, in autocast's dtype where that is on, else in x's, whatever that of the
-        parameters: as PyTorch's. Arithmetic is float32 (float64 if any input is).
+        parameters; of these mixtures PyTorch's takes half-precision x with float32 parameters alone, and on CPUs only.
+        Arithmetic is float32 (float64 if any input is).
 
     Raises:
         ValueError: Shapes that do not fit together.
