@@ -32,6 +32,9 @@ def make_interpreter_quick() -> None:
     @functools.wraps(launch)
     def launch_anew(self, *args, **kwargs):
         done.clear()
-        return launch(self, *args, **kwargs)
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            done.clear()  # what was put in place is restored by now
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = put_in_place_once, launch_anew
