@@ -1025,6 +1025,7 @@ def _plan(
         UNROLL=unroll,
         SOFTPLUS=softplus,
         LAST=last,
+        SPLIT=parts > 1,
         FAST=not INTERPRETED,
         STAGED=staged,
         LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, starts),
@@ -1037,7 +1038,6 @@ def _plan(
         room = 2 * TRITON_CHUNK * row * 4 + TRITON_CHUNK // unroll * tile_words // 2
     else:
         room = (TRITON_CHUNK // unroll - 1) * tile_words
-    options["SPLIT"] = parts > 1
     scan_parts = None
     if parts > 1:
         grid = (programs, directions, parts - 1)
