@@ -140,8 +140,7 @@ def _noted(member, interpreter):
             semantic.builder = builder
         return result, notebook.calls_for(result) if type(result) is tensor else None
 
-    @functools.wraps(member)
-    def call(*args, **kwargs):
+    def call(*args, **kwargs):  # no wrapper by name: it would pass for an operation that is yet to be put in place
         if semantic.builder is not builder:  # part of an operation that is being noted
             return operate(*args, **kwargs)
         handles, key = [], []

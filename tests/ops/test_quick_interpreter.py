@@ -32,6 +32,14 @@ def test_what_is_put_in_place_once_can_be_restored():
     assert tl.load is before
 
 
+def test_what_is_in_place_is_not_put_in_place_of_itself():
+    """The interpreter does not restore what functions inside a kernel have asked for."""
+    norm(torch.float32)
+    after_one = tl.load, tl.core.load
+    norm(torch.float32)
+    assert (tl.load, tl.core.load) == after_one
+
+
 def make(dtype, activations, parameters):
     """Random tensors of these shapes, the parameters in float32."""
     generator = torch.Generator().manual_seed(0)
