@@ -144,15 +144,18 @@ class Scan(torch.nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["steps", "chunks"])
-@pytest.mark.parametrize("features", [3, 64])
+# every scan in both layouts (3 features or 64) and in both forms, and every layout in both forms
 @pytest.mark.parametrize(
-    ("orders", "shared", "rank", "softplus", "dtype"),
+    ("orders", "shared", "rank", "softplus", "dtype", "features", "form"),
     [
-        (CROSS_SCAN, True, 2, True, torch.float32),
-        (BIDIRECTIONAL, False, 0, True, torch.float64),
-        (FORWARD, True, 1, False, torch.float16),
+        (CROSS_SCAN, True, 2, True, torch.float32, 3, "steps"),
+        (CROSS_SCAN, True, 2, True, torch.float32, 64, "chunks"),
+        (BIDIRECTIONAL, False, 0, True, torch.float64, 3, "chunks"),
+        (BIDIRECTIONAL, False, 0, True, torch.float64, 64, "steps"),
+        (FORWARD, True, 1, False, torch.float16, 3, "chunks"),
+        (FORWARD, True, 1, False, torch.float16, 64, "steps"),
     ],
+    ids=str,
 )
 def test_scan_in_a_users_own_export(orders, shared, rank, softplus, dtype, features, form, tmp_path):
     k, n, (batch, height, width) = len(orders), 2, (2, 5, 13)
