@@ -5,7 +5,16 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 import torch
 from forecast_helpers import shared_data
 
-from vim2.forecast.baselines import PENALTIES, Ridge, cautious, last_value, lowest, seasonal_naive
+from vim2.forecast.baselines import (
+    PENALTIES,
+    Ridge,
+    cautious,
+    joint_map,
+    last_value,
+    lowest,
+    seasonal_naive,
+    shorter_lookbacks,
+)
 from vim2.forecast.data import Scaler, Windows, make_split, read_table
 from vim2.forecast.scores import mase, naive_errors, pinball, pinball_losses, score
 from vim2.forecast.significance import covariance_of_means, gain
@@ -146,3 +155,23 @@ def test_the_covariance_of_means_tells_the_error_of_every_sum():
     sums = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     covariance = covariance_of_means(values, 12)
     assert (sums @ covariance @ sums).sqrt().item() == pytest.approx(gain(values @ sums, torch.zeros(90), 12)[1])
+
+
+def test_shorter_windows_are_the_same_without_their_first_steps():
+    values, future = torch.randn(40, 3), torch.randn(40, 2)
+    windows = Windows(values, 8, 4, 5, 38, future)
+    x, y, z = windows[3:7]
+    for got, whole in zip(windows.shorter(3)[3:7], (x[:, 5:], y, z), strict=True):
+        assert torch.equal(got, whole)
+    assert len(windows.shorter(3)) == len(windows) and windows[3:7][0].shape[1] == 8
+    assert torch.equal(windows.shorter(8)[3:7][0], x)
+    assert [shorter_lookbacks(steps) for steps in (512, 19, 2, 1)] == [[512, 256, 128], [19, 9, 4], [2, 1], [1]]
+
+
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_a_joint_map_forecasts_the_mean_of_what_ridges_of_several_lookbacks_do(center):
+    x = torch.randn(5, 12, 3).cumsum(1)
+    ridges = [Ridge(torch.randn(4, steps), center, 1.0, 0.0) for steps in (12, 6, 1)]
+    joint = Ridge(joint_map(ridges, 12), center, 1.0, 0.0)
+    by_hand = torch.stack([ridge(x[:, -ridge.weight.shape[1] :]) for ridge in ridges]).mean(0)
+    torch.testing.assert_close(joint(x), by_hand, rtol=1e-4, atol=1e-4)

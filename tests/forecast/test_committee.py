@@ -15,10 +15,10 @@ from vim2.forecast.baselines import Ridge, last_value, seasonal_naive
 from vim2.forecast.committee import Committee, Products, find_weights, mixture_losses
 from vim2.forecast.data import Windows
 from vim2.forecast.significance import gain
-from vim2.forecast.trainer import spectral_loss
+from vim2.forecast.trainer import mask_frequencies, spectral_loss
 
 SMALL = dict(lookback=24, horizon=6, patch=6, stride=3, d_model=4, d_state=2)
-RIDGES = ("ridge about the mean", "ridge about the last value")
+RIDGES = ("ridges about the mean", "ridge about the last value")
 
 
 def make(networks=2, season=4, **options):
@@ -26,9 +26,15 @@ def make(networks=2, season=4, **options):
     values = torch.randn(120, 3).cumsum(0)
     windows = [Windows(values, 24, 6, *rows) for rows in ((0, 90), (60, 120))]
     committee = Committee(TSM2Config(**SMALL, **options), networks).eval()
-    ridges = {center: Ridge.fit(*windows, center=center) for center in ("mean", "last")}
+    of_mean = [Ridge.fit(*(w.shorter(steps) for w in windows)) for steps in (24, 12, 6)]
+    ridges = {"mean": of_mean, "last": [Ridge.fit(*windows, center="last")]}
     committee.set_linear(ridges, season)
     return committee, ridges, windows[1]
+
+
+def about_mean(ridges, x):
+    """By hand: the mean of ridges each of which sees the last steps and centres them by themselves."""
+    return torch.stack([ridge(x[:, -steps:]) for ridge, steps in zip(ridges["mean"], (24, 12, 6), strict=True)]).mean(0)
 
 
 def random_weights(committee):
@@ -41,7 +47,8 @@ def test_the_forecast_is_the_weighted_sum_of_members_by_hand():
     committee, ridges, windows = make()
     committee.weights.copy_(random_weights(committee))
     x, _, _ = windows[:5]
-    members = [ridges["mean"](x), ridges["last"](x), seasonal_naive(x, 6, 4), *(tsm2(x) for tsm2 in committee.networks)]
+    members = [about_mean(ridges, x), ridges["last"][0](x), seasonal_naive(x, 6, 4)]
+    members += [tsm2(x) for tsm2 in committee.networks]
     assert committee.names == [*RIDGES, "last season", "TSM2 1", "TSM2 2"]
     by_hand = sum(w * y for w, y in zip(committee.weights, members, strict=True))
     torch.testing.assert_close(committee(x), by_hand)
@@ -57,7 +64,7 @@ def test_quantiles_are_those_of_the_networks_about_the_mixed_point():
     quantiles = torch.stack([tsm2(x) for tsm2 in committee.networks])
     y = committee(x)
     assert (y.diff(dim=-1) >= 0).all()
-    points = (ridges["mean"](x) + ridges["last"](x)) / 4 + quantiles[..., 1].mean(0) / 2
+    points = (about_mean(ridges, x) + ridges["last"][0](x)) / 4 + quantiles[..., 1].mean(0) / 2
     torch.testing.assert_close(y[..., 1], points)
     mean = quantiles.mean(0)
     torch.testing.assert_close(y.diff(dim=-1), mean.diff(dim=-1), rtol=1e-3, atol=1e-5)
@@ -192,6 +199,22 @@ def test_the_spectral_loss_adds_the_magnitudes_of_the_errors_spectrum():
     spike = torch.zeros(1, 16, 1)
     spike[0, 3] = 1.0  # equally much of each frequency
     assert spectral_loss(spike, torch.zeros(1, 16, 1)).item() == pytest.approx(0.65 / 16 + 0.35 / 4)
+
+
+def test_half_of_the_windows_lose_a_share_of_their_frequencies_history_and_future_alike():
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 24, 3), torch.randn(400, 9, 3)
+    masked_x, masked_y = mask_frequencies(x, y, 0.3)
+    assert masked_x.shape == x.shape and masked_y.shape == y.shape
+    before, after = (torch.cat(pair, dim=1) for pair in ((x, y), (masked_x, masked_y)))
+    changed = (before != after).flatten(1).any(1)
+    assert 0.4 < changed.float().mean() < 0.6
+    spectra = [torch.fft.rfft(steps[changed], dim=1) for steps in (before, after)]
+    lost = spectra[1].abs() < 1e-4
+    torch.testing.assert_close(spectra[1], spectra[0] * ~lost, rtol=1e-3, atol=1e-4)  # what is kept is as it was
+    assert not lost[:, 0].any()  # the level
+    assert lost[:, 1:].float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert (lost[..., 0] != lost[..., 1]).any()  # each variate others
 
 
 def test_a_series_that_ridge_knows_perfectly_ends_on_ridge(tmp_path):

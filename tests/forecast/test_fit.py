@@ -275,7 +275,7 @@ def test_that_a_member_is_cautious_does_not_change_what_windows_are_normalised_a
     frame = pd.DataFrame({"date": pd.date_range("2024", periods=400, freq="h"), "a": waves})
     run = start(write_csv(tmp_path / "a.csv", frame), tmp_path, epochs=1, epoch_steps=1)
     members = run["committee"]["members"]
-    assert members["ridge about the last value"]["val_mse"] > members["ridge about the mean"]["val_mse"]
+    assert members["ridge about the last value"]["val_mse"] > members["ridges about the mean"]["val_mse"]
     assert Forecaster.from_pretrained(run["folder"]).model.config.instance_norm == "last"
 
 
@@ -285,6 +285,16 @@ def test_other_losses_train_and_epochs_are_chosen_by_the_squared_error(tmp_path,
     other = start(data, tmp_path, epochs=2, experiment="other")
     assert run["history"][0]["train_loss"] != other["history"][0]["train_loss"]
     assert run["best"]["val_loss"] == run["best"]["val_mse"]
+
+
+def test_masked_frequencies_change_the_training_and_none_do_not(tmp_path, data, monkeypatch):
+    masked = start(data, tmp_path, epochs=1, experiment="masked")
+    plain = start(data, tmp_path, epochs=1, frequency_mask=0.0, experiment="plain")
+    assert masked["options"]["frequency_mask"] == 0.2
+    assert masked["history"][0]["train_loss"] != plain["history"][0]["train_loss"]
+    monkeypatch.setattr("vim2.forecast.trainer.mask_frequencies", lambda x, y, rate: (x, y))
+    untouched = start(data, tmp_path, epochs=1, experiment="untouched")
+    assert untouched["history"][0]["train_loss"] == plain["history"][0]["train_loss"]
 
 
 @needs_gpu

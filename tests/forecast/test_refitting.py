@@ -40,12 +40,14 @@ def test_members_know_the_rows_until_then_and_none_behind_them(known):
     again = refit(forecaster, hidden, None, 350)
     assert again.refitted == 350 and forecaster.refitted is None
     windows = Windows(values, 24, 6, 0, 350)
-    for member in again.model.linear[:2]:
-        gram, cross, _, _ = moments(windows, member.center, 256)
-        penalty = forecaster.penalties[member.center] * torch.eye(24, dtype=torch.float64)
-        # about the mean, an eigenvalue of the moments is 0 but for rounding, and taken as 0 where it is negative
-        solved = torch.linalg.solve(gram + penalty, cross).T.float()
-        torch.testing.assert_close(member.weight, solved, rtol=1e-4, atol=1e-4)
+    x = windows[:50][0]
+    for member, lookbacks in zip(again.model.linear, ((24, 12, 6), (24,))):
+        forecasts = []
+        for steps, penalty in zip(lookbacks, forecaster.penalties[member.center], strict=True):
+            gram, cross, _, _ = moments(windows.shorter(steps), member.center, 256)
+            solved = torch.linalg.solve(gram + penalty * torch.eye(steps, dtype=torch.float64), cross).T.float()
+            forecasts.append(Ridge(solved, member.center, penalty, 0.0)(x[:, -steps:]))
+        torch.testing.assert_close(member(x), torch.stack(forecasts).mean(0), rtol=1e-4, atol=1e-4)
     after = again.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"linear.0.weight", "linear.1.weight", *(n for n in before if n.startswith("networks."))}

@@ -1,5 +1,6 @@
 """Forecasts that any model has to beat: ridge regression in closed form, the last value, the last season."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from .data import Windows
 from .significance import gain
 
-__all__ = ["Ridge", "cautious", "last_value", "lowest", "seasonal_naive"]
+__all__ = ["Ridge", "cautious", "joint_map", "last_value", "lowest", "seasonal_naive", "shorter_lookbacks"]
 
 # The heavier the penalty, the nearer to the window's mean, which is a poor forecast, or to its last value, which is a
 # good one for series such as exchange rates: there the range ends where nothing but it is left.
@@ -71,9 +72,14 @@ class Ridge:
 
     def refit(self, windows: Windows, batch: int = 256) -> "Ridge":
         """The same penalty's map for other windows."""
-        gram, cross, _, _ = moments(windows, self.center, batch)
-        (weight,) = solve(gram, cross, [self.penalty])
-        return replace(self, weight=weight.T.float().contiguous())
+        return replace(self, weight=Ridge.solved(windows, self.center, self.penalty, batch).weight)
+
+    @classmethod
+    def solved(cls, windows: Windows, center: str, penalty: float, batch: int = 256) -> "Ridge":
+        """The map of a penalty that is known already; none of its errors is."""
+        gram, cross, _, _ = moments(windows, center, batch)
+        (weight,) = solve(gram, cross, [penalty])
+        return cls(weight.T.float().contiguous(), center, penalty, math.nan)
 
     def __call__(self, x: Tensor, horizon: int | None = None) -> Tensor:
         """(n, L, M) -> (n, H, M)."""
@@ -102,6 +108,33 @@ def cautious(path: Sequence[Ridge], val: Windows) -> Ridge:
             break
         chosen = heavier
     return chosen
+
+
+def shorter_lookbacks(lookback: int) -> list[int]:
+    """The lookback L, half of it and a quarter, of each at least a step and none twice, from the longest."""
+    return list(dict.fromkeys(max(lookback // part, 1) for part in (1, 2, 4)))
+
+
+def joint_map(ridges: Sequence[Ridge], lookback: int) -> Tensor:
+    """One map that forecasts the mean of what ridges of several lookbacks do.
+
+    Args:
+        ridges: About the same centre, none longer than the lookback; each sees the last steps of a window, and centres
+            them by themselves.
+        lookback: Steps L of a window.
+
+    Returns:
+        (H, L), float32, for a window less its own centre, as `Ridge.weight` is.
+    """
+    joint = ridges[0].weight.new_zeros(len(ridges[0].weight), lookback, dtype=torch.float64)
+    for ridge in ridges:
+        weight, steps = ridge.weight.double(), ridge.weight.shape[1]
+        if ridge.center == "mean":
+            # The mean of the last steps is a level of its own beside that of the whole window. It is linear in these
+            # steps, so that taking it off before the map and adding it behind are a part of the map.
+            weight = weight - weight.mean(1, keepdim=True) + 1 / steps
+        joint[:, lookback - steps :] += weight / len(ridges)
+    return joint.float()
 
 
 def centre(x: Tensor, kind: str) -> Tensor:

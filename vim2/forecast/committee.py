@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..tsm2 import TSM2, TSM2Config
-from .baselines import Ridge, centre
+from .baselines import Ridge, centre, joint_map
 from .scores import nearest_to_median
 from .significance import covariance_of_means
 
 __all__ = ["Committee", "Networks", "Products", "find_weights", "mixture_losses"]
 
 # The linear members: their names, and about what of a window they map it. The last season is one too.
-LINEAR = {"ridge about the mean": "mean", "ridge about the last value": "last", "last season": "mean"}
+LINEAR = {"ridges about the mean": "mean", "ridge about the last value": "last", "last season": "mean"}
 RIDGES = tuple(name for name in LINEAR if name.startswith("ridge"))
 PARTS = 10  # in which `find_weights` hands out the forecast
 SAMPLES = 1000  # that it asks
@@ -68,9 +68,10 @@ class Networks(nn.ModuleList):
 class Committee(nn.Module):
     """The weighted sum of several forecasts.
 
-    Members are ridge regression about a window's mean and about its last value, the last season over and over, and k
-    TSM2; of a committee of one, the TSM2 alone. With quantiles, members are mixed as points, the TSM2's by the quantile
-    nearest to the median; its distances to the other quantiles, the mean over all TSM2, are then added.
+    Members are ridges of several lookbacks about a window's mean, whose forecasts are averaged, ridge regression about
+    its last value, the last season over and over, and k TSM2; of a committee of one, the TSM2 alone. With quantiles,
+    members are mixed as points, the TSM2's by the quantile nearest to the median; its distances to the other quantiles,
+    the mean over all TSM2, are then added.
 
     Args:
         config: Of each TSM2.
@@ -112,18 +113,18 @@ class Committee(nn.Module):
         shares = [chosen / chosen.sum() for chosen in of_kind if chosen.any()]
         return torch.stack(shares).mean(0)
 
-    def set_linear(self, ridges: dict[str, Ridge], season: int) -> None:
+    def set_linear(self, ridges: dict[str, Sequence[Ridge]], season: int) -> None:
         """Give the linear members their maps.
 
         Args:
-            ridges: By their centre, "mean" and "last".
+            ridges: Of each centre, "mean" and "last", those whose forecasts are averaged.
             season: Steps of a season; no more than the lookback are repeated.
         """
         for member, name in zip(self.linear, LINEAR):
+            horizon, lookback = member.weight.shape
             if name in RIDGES:
-                member.weight.copy_(ridges[member.center].weight)
+                member.weight.copy_(joint_map(ridges[member.center], lookback))
             else:
-                horizon, lookback = member.weight.shape
                 steps, season = torch.arange(horizon, device=member.weight.device), min(season, lookback)
                 member.weight[steps, lookback - season + steps % season] = 1.0
 

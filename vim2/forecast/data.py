@@ -445,6 +445,12 @@ class Windows:
     def __len__(self) -> int:
         return len(self.windows)
 
+    def shorter(self, lookback: int) -> "Windows":
+        """The same windows without the first steps of their history."""
+        part = copy(self)
+        part.lookback, part.windows = lookback, self.windows[..., self.lookback - lookback :]
+        return part
+
     def stretch(self, start: int, end: int) -> "Windows":
         """The windows from one number to before another."""
         part = copy(self)

@@ -53,7 +53,7 @@ class Forecaster:
         metrics: What training reported of the chosen epoch, and its seed.
         training: `TrainingOptions` of its TSM2, nothing left open, which fitting again goes by; {} for forecasters from
             before that.
-        penalties: Of its ridges, by their centre.
+        penalties: Of its ridges, by their centre, from the longest lookback.
         refitted: Rows that its members were fitted to again, see `refitting`; None if they know the training rows
             alone.
         conformal: Correction of the quantiles that the validation windows taught, (H, M or 1, Q), float32 on the
@@ -73,7 +73,7 @@ class Forecaster:
     reading: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    penalties: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, list[float]] = field(default_factory=dict)
     refitted: int | None = None
     conformal: Tensor | None = None
     static_columns: list[str] = field(default_factory=list)
@@ -436,8 +436,8 @@ class Penalties(Options):
     """Those of ridges in a config.json."""
 
     program = CONFIG_NAME
-    mean: PositiveFloat = option(REQUIRED, "about a window's mean")
-    last: PositiveFloat = option(REQUIRED, "about its last value")
+    mean: list[PositiveFloat] = option(REQUIRED, "about a window's mean, from the longest lookback")
+    last: list[PositiveFloat] = option(REQUIRED, "about its last value")
 
 
 def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:

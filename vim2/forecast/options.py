@@ -148,6 +148,11 @@ class TrainingOptions(Options, group="training"):
         None, "updates an epoch; default: all windows, and 1,000 updates in all or more", metavar="N"
     )
     loss: str = option("spectral", "to train with; spectral: .65 MAE and .35 of that of the spectrum", choices=LOSSES)
+    frequency_mask: Rate = option(
+        0.2,
+        "share of frequencies that half of the windows lose in training, to learn from more of them; 0: none",
+        metavar="RATE",
+    )
     lr: PositiveFloat = option(2e-3, "peak learning rate of AdamW, cosine to zero")
     ema: Rate = option(0.998, "decay of the averaged weights, which forecast; shorter averages at first")
     warmup_epochs: NotNegative = option(0.5, "epochs of linear warm-up", metavar="N")

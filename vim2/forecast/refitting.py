@@ -6,17 +6,14 @@ the series, in whose units they were found. Ridges are solved anew, exactly. TSM
 over which the learning rate falls again: see docs/forecasting.md for what else was tried.
 """
 
-import math
 from copy import deepcopy
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..command.errors import UserError
 from ..command.options import resolve
-from .baselines import Ridge
-from .committee import LINEAR, RIDGES
+from .baselines import Ridge, shorter_lookbacks
 from .data import Windows
 from .forecaster import Forecaster
 from .options import TrainingOptions
@@ -53,11 +50,13 @@ def refit(
     given, _ = resolve(TrainingOptions, given=forecaster.training)
     options = replace(given, epochs=1, warmup_epochs=min(given.warmup_epochs, 0.5))
     model = deepcopy(forecaster.model)
-    with torch.no_grad():
-        for name, member in zip(LINEAR, model.linear):
-            if name in RIDGES:
-                ridge = Ridge(member.weight, member.center, forecaster.penalties[member.center], math.nan)
-                member.weight.copy_(ridge.refit(windows).weight)
+    if model.linear:
+        lookbacks = shorter_lookbacks(config.lookback)
+        ridges = {
+            center: [Ridge.solved(windows.shorter(n), center, penalty) for n, penalty in zip(lookbacks, penalties)]
+            for center, penalties in forecaster.penalties.items()
+        }
+        model.set_linear(ridges, forecaster.season)
     trainer = Trainer(model.networks, windows, options, amp)
     trainer.epoch(0, called)
     model.networks = trainer.averages

@@ -24,7 +24,7 @@ from .data import Windows
 from .options import TrainingOptions
 from .scores import pinball
 
-__all__ = ["Trainer", "spectral_loss"]
+__all__ = ["Trainer", "mask_frequencies", "spectral_loss"]
 
 SPECTRAL = 0.35  # the spectrum's share of its loss
 
@@ -39,6 +39,24 @@ def spectral_loss(forecast: Tensor, y: Tensor) -> Tensor:
     error = forecast - y
     spectrum = torch.fft.rfft(error, dim=-2, norm="ortho").abs()
     return (1 - SPECTRAL) * error.abs().mean() + SPECTRAL * spectrum.mean()
+
+
+def mask_frequencies(x: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Windows of which half, drawn at random, have lost some of their frequencies, history and future alike: what
+    remains belongs together as it did before (Chen et al., FrAug, 2023).
+
+    Args:
+        x: (n, L, M).
+        y: (n, H, M).
+        rate: The share of a variate's frequencies that is lost; never its mean, which is none.
+    """
+    steps = torch.cat((x, y), dim=1)
+    spectrum = torch.fft.rfft(steps, dim=1)
+    kept = torch.rand(spectrum.shape, device=x.device) >= rate
+    kept[:, 0] = True
+    masked = torch.fft.irfft(spectrum * kept, n=steps.shape[1], dim=1)
+    chosen = torch.rand(len(x), 1, 1, device=x.device) < 0.5
+    return torch.where(chosen, masked, steps).split((x.shape[1], y.shape[1]), dim=1)
 
 
 LOSS = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss, "spectral": spectral_loss}
@@ -106,6 +124,8 @@ class Trainer:
 
     def update(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
         """One update of all TSM2, each as if it were alone; the mean of their losses before it."""
+        if self.options.frequency_mask:
+            x, y = mask_frequencies(x, y, self.options.frequency_mask)
         loss = self.loss(x, y, future)
         (loss * len(self.networks)).backward()
         if self.options.clip_grad:

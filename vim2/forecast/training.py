@@ -40,7 +40,7 @@ from ..command.runs import (
     read_last,
     seed_everything,
 )
-from .baselines import Ridge, cautious, lowest
+from .baselines import Ridge, cautious, lowest, shorter_lookbacks
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity
 from .data import (
@@ -211,9 +211,11 @@ class Run:
     def create_model(self) -> None:
         o, config = self.options, self.forecaster.model.config
         paths = {center: Ridge.path(*self.windows.values(), center=center) for center in ("mean", "last")}
-        self.ridge = lowest(paths["mean"])  # a member that is the baseline, and one near to another, the last value
-        ridges = {"mean": self.ridge, "last": cautious(paths["last"], self.windows["val"])}
-        self.forecaster.penalties = {center: ridge.penalty for center, ridge in ridges.items()}
+        self.ridge = lowest(paths["mean"])  # the baseline, and the longest of those that make a member
+        shorter = ([w.shorter(steps) for w in self.windows.values()] for steps in shorter_lookbacks(o.lookback)[1:])
+        of_mean = [self.ridge, *(Ridge.fit(*windows) for windows in shorter)]
+        ridges = {"mean": of_mean, "last": [cautious(paths["last"], self.windows["val"])]}
+        self.forecaster.penalties = {center: [r.penalty for r in group] for center, group in ridges.items()}
         if o.instance_norm == AUTO:
             # About the mean, a short training leaves a jump between the last row and the first step of series that
             # wander; what is linear tells beforehand which they are, in closed form.
