@@ -175,6 +175,7 @@ def _noted(member, interpreter):
         result.handle = values[at]
         return result
 
+    call.__wrapped__ = member
     return call
 
 
