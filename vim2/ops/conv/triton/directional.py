@@ -20,10 +20,10 @@ from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
 from ...triton_sums import sum_parts
 
-FORWARD_PROGRAMS = 16384  # that keep a GPU busy; with more blocks than that, a program goes on to the next
-BACKWARD_PROGRAMS = 8192
+FORWARD_PROGRAMS = 8192  # that keep a GPU busy; with more blocks than that, a program goes on to the next
+BACKWARD_PROGRAMS = 2048
 FORWARD_FEATURES, BACKWARD_FEATURES = 4, 2  # of a block, that a thread has
-THREADS = 64  # of a program
+THREADS = 128  # of a program
 
 STEPS = tl.constexpr(3)  # whose loads are under way together: with 4 taps, L + 3 steps come out even for L = 12, 24, 48
 
