@@ -13,6 +13,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     make_interpreter_quick()
 
 
+def pytest_collection_modifyitems(items):
+    """Numba's own tests come last. Of two workers the first begins with a model's training, which compiles Numba's
+    kernels; the second would begin with tests of them and compile the same ones meanwhile, and reads them later."""
+    items.sort(key=lambda item: "numba" in item.path.name)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny models are quickest so, and give the same sums whatever else runs."""

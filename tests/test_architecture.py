@@ -66,11 +66,14 @@ def test_arrows_are_those_of_the_document():
 def floors(modules: set[str]) -> dict[str, int]:
     """On which floor each module stands: above all that it imports. A circle of imports is an error."""
 
-    @cache
+    known = {}  # by module alone: there are ever more ways down to the lower floors
+
     def floor(module: str, above: tuple[str, ...] = ()) -> int:
         assert module not in above, f"a circle: {' -> '.join((*above, module))}"
-        below = imports(module) & modules
-        return 1 + max((floor(other, (*above, module)) for other in below), default=0)
+        if module not in known:
+            below = imports(module) & modules
+            known[module] = 1 + max((floor(other, (*above, module)) for other in below), default=0)
+        return known[module]
 
     return {module: floor(module) for module in modules}
 

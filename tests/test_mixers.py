@@ -367,8 +367,9 @@ def test_features_that_are_handed_on_have_the_gradients_that_autograd_adds_up(ho
             assert calls.count(stage.blocks[0].layers[1]._checkpoint_wrapped_module) == 2
         expected = step(plain, seed)
         assert called == len(seen) - before == (how != "nothing")
+        # of the largest, since the gradient of a single number may be a sum that cancels
+        rounding = 1e-6 * max(float(b.abs().max()) for b in expected) if DEVICE == "cuda" else 0
         for a, b in zip(actual, expected, strict=True):
-            rounding = 1e-6 * float(b.abs().max()) if DEVICE == "cuda" else 0
             torch.testing.assert_close(a, b, rtol=0, atol=rounding)
 
 

@@ -206,6 +206,12 @@ def test_the_recipe_is_the_papers_and_options_override_it():
     assert options.cutmix == 1.0 and options.batch_size == 1024
 
 
+@pytest.mark.parametrize("name", timm.list_models("vim2_*", module="vim2"))
+def test_the_recipes_stochastic_depth_is_that_of_a_models_size(name):
+    rate = {"nano": None, "tiny": 0.2, "small": 0.3, "base": 0.6}[name.split("_")[1]]
+    assert resolved("--recipe", "imagenet", "--model", name).drop_path == rate
+
+
 def test_the_recipes_strongest_augmentation():
     """The last level of RandAugment's posterising keeps no bit, where newer Pillows take no 0."""
     image = Image.new("RGB", (8, 8), (255, 130, 4))

@@ -19,9 +19,8 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 SIZES = ((1, 3, 64, 64), (2, 3, 97, 71), (3, 3, 32, 128))
-TINY = dict(
-    depths=(1, 1), dims=(32, 48), d_state=2, channel_expand=2.0, channel_patch=8
-)  # one scan of each of the two layouts
+TINY = dict(depths=(1, 1), dims=(32, 48), d_state=2, channel_expand=2.0, channel_patch=8)  # scans of both layouts
+SMALLER = dict(TINY, token_mixers=1)  # one of each in a block
 
 
 def read(path):
@@ -54,6 +53,11 @@ def assert_alike(results, expected):
 @pytest.fixture(scope="module")
 def model():
     return randomised(timm.create_model("test_vim2", num_classes=7, **TINY))
+
+
+@pytest.fixture(scope="module")
+def smaller():
+    return randomised(timm.create_model("test_vim2", num_classes=7, **SMALLER))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_file_is_of_standard_operators_with_named_axes_and_no_paths(file):
 
 @torch.no_grad()
 def test_features_only_and_the_oldest_opset(tmp_path):
-    model = randomised(timm.create_model("test_vim2", features_only=True, out_indices=(0, 1), **TINY))
+    model = randomised(timm.create_model("test_vim2", features_only=True, out_indices=(0, 1), **SMALLER))
     export_onnx(model, tmp_path / "features.onnx", opset=18)
     run, names = read(tmp_path / "features.onnx")
     assert names == ["features_0", "features_1"]
@@ -110,11 +114,11 @@ def test_features_only_and_the_oldest_opset(tmp_path):
 
 
 @torch.no_grad()
-def test_one_image_size(model, tmp_path):
-    export_onnx(model, tmp_path / "fixed.onnx", img_size=(33, 64), opset=23)
+def test_one_image_size(smaller, tmp_path):
+    export_onnx(smaller, tmp_path / "fixed.onnx", img_size=(33, 64), opset=23)
     run, _ = read(tmp_path / "fixed.onnx")
     x = torch.randn(3, 3, 33, 64)
-    assert_alike(run(x), [model(x)])
+    assert_alike(run(x), [smaller(x)])
 
 
 @torch.no_grad()
@@ -144,15 +148,18 @@ class Scan(torch.nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["steps", "chunks"])
-@pytest.mark.parametrize("features", [3, 64])
+# every scan in both layouts (3 features or 64) and in both forms, and every layout in both forms
 @pytest.mark.parametrize(
-    ("orders", "shared", "rank", "softplus", "dtype"),
+    ("orders", "shared", "rank", "softplus", "dtype", "features", "form"),
     [
-        (CROSS_SCAN, True, 2, True, torch.float32),
-        (BIDIRECTIONAL, False, 0, True, torch.float64),
-        (FORWARD, True, 1, False, torch.float16),
+        (CROSS_SCAN, True, 2, True, torch.float32, 3, "steps"),
+        (CROSS_SCAN, True, 2, True, torch.float32, 64, "chunks"),
+        (BIDIRECTIONAL, False, 0, True, torch.float64, 3, "chunks"),
+        (BIDIRECTIONAL, False, 0, True, torch.float64, 64, "steps"),
+        (FORWARD, True, 1, False, torch.float16, 3, "chunks"),
+        (FORWARD, True, 1, False, torch.float16, 64, "steps"),
     ],
+    ids=str,
 )
 def test_scan_in_a_users_own_export(orders, shared, rank, softplus, dtype, features, form, tmp_path):
     k, n, (batch, height, width) = len(orders), 2, (2, 5, 13)
@@ -243,10 +250,10 @@ def test_missing_package(model, monkeypatch, tmp_path):
 
 
 @torch.no_grad()
-def test_command(model, tmp_path, capsys):
+def test_command(smaller, tmp_path, capsys):
     checkpoint, output = tmp_path / "best.pth", tmp_path / "new" / "features.onnx"
-    facts = dict(arch="test_vim2", num_classes=7, model_kwargs=TINY)
-    save_checkpoint({**facts, "state_dict": model.state_dict()}, checkpoint)
+    facts = dict(arch="test_vim2", num_classes=7, model_kwargs=SMALLER)
+    save_checkpoint({**facts, "state_dict": smaller.state_dict()}, checkpoint)
     command = [
         "--format",
         "onnx",
@@ -263,7 +270,7 @@ def test_command(model, tmp_path, capsys):
     assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 97 x 131 |")
     run, names = read(output)
     x = torch.randn(SIZES[0])
-    assert_alike(run(x), model.forward_intermediates(x, intermediates_only=True))
+    assert_alike(run(x), smaller.forward_intermediates(x, intermediates_only=True))
     assert names == ["features_0", "features_1"]
 
 

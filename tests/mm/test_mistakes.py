@@ -208,7 +208,9 @@ def test_ctrl_c(capsys):
     assert run_tool(stop) == 130 and capsys.readouterr().err == "stopped\n"
 
 
-@pytest.mark.parametrize("tool", [["train.py"], ["classify.py", "train"], ["benchmark.py"]], ids=lambda tool: tool[0])
+@pytest.mark.parametrize(
+    "tool", [["train.py"], ["test.py"], ["classify.py", "train"], ["benchmark.py"]], ids=lambda tool: tool[0]
+)
 def test_ctrl_c_while_modules_are_loaded(tool, tmp_path):
     """torch, here, sends it to itself: what else would be loaded would take too long to hit."""
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")

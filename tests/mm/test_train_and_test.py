@@ -347,11 +347,25 @@ class TestSeveralProcesses:
 
     def test_testing_on_cpus(self, trained, configs, tmp_path):
         checkpoint = trained["mmdet"] / LAST["mmdet"]
-        argv = [configs["mmdet"], checkpoint, 2, "--work-dir", tmp_path]
-        done = run(TOOLS / "dist_test.sh", *argv, env={"PORT": free_port()})
-        assert done.returncode == 0, done.stderr[-2000:]
+        argv = ["test", configs["mmdet"], checkpoint, "--launcher", "pytorch", "--work-dir", tmp_path]
+        two = start_two("vim2.mm.cli", ["vim2.mm.commands", "mmdet.models", "mmdet.datasets"], *argv)
+        error = two.communicate()[1]
+        assert two.returncode == 0, error[-2000:]
         result, expected = json.loads(next(tmp_path.glob("*/*.json")).read_text()), metrics(trained["mmdet"])
         assert {key: result[key] for key in KEYS["mmdet"]} == {key: expected[key] for key in KEYS["mmdet"]}
+
+    @pytest.mark.parametrize(("command", "given"), [("train", ["config.py"]), ("test", ["config.py", "last.pth"])])
+    def test_scripts_start_what_was_asked_for(self, command, given, tmp_path):
+        """Here a program that prints its arguments; dist_train.sh also starts a training above."""
+        (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+        (tmp_path / "python").chmod(0o755)
+        env = {"PYTHON": str(tmp_path / "python"), "PORT": "29501"}
+        done = run(TOOLS / f"dist_{command}.sh", *given, 2, "--work-dir", "work", env=env)
+        words, tool = done.stdout.split("\n")[:-1], str(TOOLS / f"{command}.py")
+        assert words[:2] == ["-m", "torch.distributed.run"]
+        assert words[words.index(tool) :] == [tool, *given, "--launcher", "pytorch", "--work-dir", "work"]
+        where = {"--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", "--master-port=29501", "--nproc-per-node=2"}
+        assert set(words[2 : words.index(tool)]) == where
 
     def test_spawned_workers_find_the_operators(self, data, tmp_path):
         """With a script that is not ours: only its config names vim2.mm."""

@@ -1,6 +1,5 @@
 """A launch remembers which of a kernel's compiled forms fits; here with kernels that note what they are given."""
 
-import os
 import types
 
 import pytest
@@ -67,20 +66,3 @@ def test_hooks_see_every_launch(launch, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
     launch(x, x)
     assert launch.kernel.forms == 2 and not launch.kernel.runs  # Triton's own way, which calls them
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="of Triton's interpreter")
-def test_what_the_quick_interpreter_spares_can_be_restored():
-    """As what it did can: versions of Triton may ask it of every call."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    from vim2.ops.norm.triton import norm_gate
-
-    kernel, before = norm_gate._norm_gate_kernel.fn, tl.load
-    first, second = (interpreter._patch_lang(kernel) for _ in range(2))
-    assert tl.load is not before
-    second.restore()
-    assert tl.load is not before
-    first.restore()
-    assert tl.load is before

@@ -56,7 +56,7 @@ RECIPES = {
     )
 }
 RECIPE_BATCH = {"imagenet": 1024}  # images an update, over all processes and accumulated steps
-RECIPE_DROP_PATH = {"tiny": 0.2, "small": 0.3, "base": 0.6}  # VMamba's
+RECIPE_DROP_PATH = {"vim2_tiny": 0.2, "vim2_small": 0.3, "vim2_base": 0.6}  # VMamba's, of all forms of a size
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -303,7 +303,7 @@ def apply_recipe(options: TrainOptions, explicit: set[str], world_size: int) -> 
         return options
     values: dict[str, Any] = dict(RECIPES[options.recipe])
     for size, rate in RECIPE_DROP_PATH.items():
-        if options.model.split(".")[0].endswith((size, f"{size}_vmamba")):
+        if options.model.startswith(size):
             values["drop_path"] = rate
     values["batch_size"] = max(RECIPE_BATCH[options.recipe] // (world_size * options.grad_accum_steps), 1)
     return fill_in(options, values, explicit)

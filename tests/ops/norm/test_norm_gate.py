@@ -99,7 +99,7 @@ def test_more_rows_than_programs_hold_at_once(rows, width, monkeypatch):
     from vim2.ops.norm.triton import tiles
 
     monkeypatch.setattr(tiles, "FORWARD_PROGRAMS", 2)
-    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", {True: 2, False: 2})
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 2)
     monkeypatch.setattr(tiles, "_multiprocessors", lambda device: 1)
     for norm in (True, False):
         assert_close_to_definition(make(width, norm, rows), "triton", 1e-6)

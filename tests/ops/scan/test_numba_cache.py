@@ -1,21 +1,17 @@
 """Where Numba cannot keep what it compiles, kernels work without."""
 
-import os
-import subprocess
+import contextlib
+import importlib.util
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 
 # a small one: the scan's own take long to compile
 KERNEL = """
-import resource
-import sys
-
 import numba
-import numpy as np
 
 from vim2.ops.numba_math import kernel
 
@@ -24,35 +20,49 @@ from vim2.ops.numba_math import kernel
 def add(a, b, out):
     for i in numba.prange(len(out)):
         out[i] = a[i] + b[i]
-
-
-if "full" in sys.argv:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-for kind in (np.float32, np.float64):
-    out = np.zeros(3, kind)
-    add(np.ones(3, kind), np.ones(3, kind), out)
-    assert out.tolist() == [2, 2, 2]
 """
 
 
+@contextlib.contextmanager
+def full_disk():
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch, capfd, recwarn):
+    """Makes the kernel anew, as another process would, and calls it. Numba reads the variables when it is told to."""
     (tmp_path / "kernel.py").write_text(KERNEL)
 
-    def start(*argv, **variables):
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **variables}
-        done = subprocess.run(
-            [sys.executable, tmp_path / "kernel.py", *argv], env=env, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and not done.stderr, done.stderr
+    def start(disk=contextlib.nullcontext, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        numba.config.reload_config()
+        specification = importlib.util.spec_from_file_location("kernel", tmp_path / "kernel.py")
+        module = importlib.util.module_from_spec(specification)
+        with disk():
+            specification.loader.exec_module(module)
+            for kind in (np.float32, np.float64):
+                out = np.zeros(3, kind)
+                module.add(np.ones(3, kind), np.ones(3, kind), out)
+                assert out.tolist() == [2, 2, 2]
+        assert not recwarn.list and not capfd.readouterr().err
 
-    return start
+    yield start
+    monkeypatch.undo()
+    numba.config.reload_config()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_and_a_damaged_cache(run, tmp_path):
     cache = tmp_path / "cache"
-    run("full", NUMBA_CACHE_DIR=str(cache))
+    run(full_disk, NUMBA_CACHE_DIR=str(cache))
     assert not list(cache.rglob("*.nbc"))
     run(NUMBA_CACHE_DIR=str(cache))
     kept = list(cache.rglob("*.nb[ci]"))

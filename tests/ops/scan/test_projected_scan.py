@@ -63,6 +63,31 @@ def test_output_and_gradients_in_triton(orders, separate, monkeypatch):
         assert relative_error(a.cpu(), e) < 5e-6
 
 
+@needs_triton
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("length", [6, 41])  # steps that fill no group; more than one chunk of them
+def test_the_gradient_of_one_number_a_step_is_made_with_those_of_the_states_weights(length, monkeypatch):
+    """As in channel mixers, where all that a step reads and writes are whole pieces of 16 bytes."""
+    from vim2.ops.scan.triton import backward, schedule
+
+    monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 0)
+    plan, plans = backward._plan, []
+    monkeypatch.setattr(backward, "_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, length, 2, 16), (2, 33, 16), (2, 16, 16), (2, 16), (2, 16), (2, 16, 1)
+    inputs = [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
+    doubles = [t.double().requires_grad_() for t in inputs]
+    u, *parameters = (t.to(DEVICE) for t in inputs)
+    inputs = [u.requires_grad_(), *(t.float().requires_grad_() for t in parameters)]
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        y = projected_scan(*inputs, BIDIRECTIONAL, True, backend="triton")
+    expected = projected_scan(*doubles, BIDIRECTIONAL, True)
+    assert plans == [] and relative_error(y.cpu(), expected) < 1e-2
+    for a, e in zip(gradients(y, inputs), gradients(expected, doubles, y.dtype)):
+        assert relative_error(a.cpu(), e) < 2e-2
+    assert [plan.factor for plan in plans] == [True]
+
+
 def test_autocast_computes_the_projections_again_in_the_same_type():
     inputs = make_inputs(CROSS_SCAN, False, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -250,10 +250,10 @@ def _selective_scan_backward(
     with autocast_off(u):
         if backend == "triton":
             from .triton import backward
-            from .triton.step_size import step_sizes_backward
 
-            grad_u, grad_steps, grad_A, grad_D, grad_bias = backward.scan_backward(
-                grad_y, grad_last, starts, operands, **walks, grad_B=grad_B, grad_C=grad_C
+            gradients = dict(grad_B=grad_B, grad_C=grad_C, grad_delta=grad_delta)
+            grad_u, grad_A, grad_D, grad_bias, grad_weight = backward.scan_backward(
+                grad_y, grad_last, starts, operands, **walks, **gradients
             )
         else:
             full = operands.with_full_delta()
@@ -270,16 +270,14 @@ def _selective_scan_backward(
             grad_u, grad_steps, grad_A, B_gradient, C_gradient, grad_D, grad_bias = grads
             grad_B.copy_(B_gradient)
             grad_C.copy_(C_gradient)
-        if not operands.is_low_rank:
-            grad_delta.copy_(grad_steps)
-            grad_weight = torch.empty_like(delta_weight)
-        elif backend == "triton":
-            grad_weight = step_sizes_backward(grad_steps, delta, delta_weight, grad_delta)
-        else:
-            grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
-            rank = delta.shape[-1]
-            grad_delta[..., :rank] = torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype))
-            grad_delta[..., rank:] = 0
+            if operands.is_low_rank:
+                grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
+                rank = delta.shape[-1]
+                grad_delta[..., :rank] = torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype))
+                grad_delta[..., rank:] = 0
+            else:
+                grad_delta.copy_(grad_steps)
+                grad_weight = torch.empty_like(delta_weight)
         return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
 
 

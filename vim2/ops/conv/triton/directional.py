@@ -20,8 +20,10 @@ from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
 from ...triton_sums import sum_parts
 
-FORWARD_PROGRAMS = 4096  # that keep a GPU busy; with more blocks than that, a program goes on to the next
+FORWARD_PROGRAMS = 8192  # that keep a GPU busy; with more blocks than that, a program goes on to the next
 BACKWARD_PROGRAMS = 2048
+FORWARD_FEATURES, BACKWARD_FEATURES = 4, 2  # of a block, that a thread has
+THREADS = 128  # of a program
 
 STEPS = tl.constexpr(3)  # whose loads are under way together: with 4 taps, L + 3 steps come out even for L = 12, 24, 48
 
@@ -206,21 +208,27 @@ def _backward_kernel(
     tl.store(bias_at + 1, tl.sum(gbias1, axis=0)[None, :], mask=p < P)
 
 
-def _launch_shape(sequences: int, features: int, programs: int) -> tuple[int, int, int, dict]:
-    """Programs, parts of the sequences, blocks of a part, and the tile: 4 features a thread, 512 in all."""
+def _launch_shape(sequences: int, features: int, programs: int, a_thread: int) -> tuple[int, int, int, dict]:
+    """Programs, parts of the sequences, blocks of a part, and the tile: so many features a thread."""
     P_BLOCK = min(1 << (features - 1).bit_length(), 64)
-    N_BLOCK = 512 // P_BLOCK
+    N_BLOCK = THREADS * a_thread // P_BLOCK
     all_blocks = -(-sequences // N_BLOCK)
     blocks = max(all_blocks // programs, 1)
     parts = -(-all_blocks // blocks)
-    return parts * -(-features // P_BLOCK), parts, blocks, dict(N_BLOCK=N_BLOCK, P_BLOCK=P_BLOCK, num_warps=4)
+    return (
+        parts * -(-features // P_BLOCK),
+        parts,
+        blocks,
+        dict(N_BLOCK=N_BLOCK, P_BLOCK=P_BLOCK, num_warps=THREADS // 32),
+    )
 
 
 def _sequences_addressable(x: Tensor) -> Tensor:
-    if 512 * 2 * x.shape[1] * x.shape[2] >= 2**32:  # offsets in a block of sequences have 32 bits
+    most = THREADS * FORWARD_FEATURES  # sequences of a block
+    if most * 2 * x.shape[1] * x.shape[2] >= 2**32:  # offsets in a block have 32 bits
         raise ValueError(f"Sequences of {x.shape[1]} steps of {x.shape[2]} are too long here: use backend='torch'.")
     contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if contiguous and 512 * x.stride(0) < 2**31 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
+    return x if contiguous and most * x.stride(0) < 2**31 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -235,7 +243,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @functools.lru_cache(MAX_LAUNCHES)
 def _forward(shape: tuple[int, ...], stride: tuple[int, ...], taps: int) -> Launch:
     sequences, length, features = shape
-    programs, _, blocks, tile = _launch_shape(sequences, features, FORWARD_PROGRAMS)
+    programs, _, blocks, tile = _launch_shape(sequences, features, FORWARD_PROGRAMS, FORWARD_FEATURES)
     options = dict(STRIDE=stride[1], P=features, TAPS=taps, FAST=not INTERPRETED, **tile)
     return Launch(_forward_kernel, (programs,), (sequences, length, blocks, stride[0]), **options)
 
@@ -270,6 +278,6 @@ def convolve_backward(
 def _backward(shape: tuple[int, ...], stride: tuple[int, ...], gx_n: int, taps: int) -> tuple[int, Launch]:
     """Also the parts that the sequences are cut into."""
     sequences, length, features = shape
-    programs, parts, blocks, tile = _launch_shape(sequences, features, BACKWARD_PROGRAMS)
+    programs, parts, blocks, tile = _launch_shape(sequences, features, BACKWARD_PROGRAMS, BACKWARD_FEATURES)
     options = dict(STRIDE=stride[1], P=features, TAPS=taps, FAST=not INTERPRETED, **tile)
     return parts, Launch(_backward_kernel, (programs,), (sequences, length, blocks, stride[0], gx_n), **options)

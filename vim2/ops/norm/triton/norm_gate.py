@@ -19,10 +19,11 @@ from .tiles import (
     norm_rows,
     row_tile,
     store_norm_parts,
+    summing_tile,
 )
 
-BACKWARD_PROGRAMS = {True: 3, False: 6}  # a multiprocessor, with and without norm
-BACKWARD_ELEMENTS = 16  # a thread
+BACKWARD_PROGRAMS = 6  # a multiprocessor, without norm
+BACKWARD_ELEMENTS = 16  # a thread, likewise
 
 
 @triton.jit(do_not_specialize=["rows", "keeps"])
@@ -173,7 +174,7 @@ def _backward(
     device: torch.device, rows: int, width: int, gate_stride: int, ggate_stride: int, norm: bool
 ) -> tuple[int, Launch]:
     """Also the number of programs."""
-    tile = row_tile(width, BACKWARD_ELEMENTS)
-    programs = backward_programs(rows, tile, device, BACKWARD_PROGRAMS[norm])
+    tile, per_multiprocessor = summing_tile(width) if norm else (row_tile(width, BACKWARD_ELEMENTS), BACKWARD_PROGRAMS)
+    programs = backward_programs(rows, tile, device, per_multiprocessor)
     numbers = (rows, width, gate_stride, ggate_stride)
     return programs, Launch(_norm_gate_backward_kernel, (programs,), numbers, NORM=norm, **tile)

@@ -54,6 +54,18 @@ def row_tile(width: int, elements: int) -> dict[str, int]:
     return dict(BLOCK_ROWS=max(128 * elements // block, 1), BLOCK_E=block, num_warps=warps)
 
 
+@functools.lru_cache(None)
+def summing_tile(width: int) -> tuple[dict[str, int], int]:
+    """The tile of a kernel that sums over rows for each column, in registers: of few warps, in which columns lie one
+    beside another, so that sums over columns stay within one. Returns also how many programs a multiprocessor has
+    registers for."""
+    block = max(triton.next_power_of_2(width), 16)
+    elements, warps = (8, 24) if block <= 256 else (16, 16 if block <= 512 else 12)  # a thread; a multiprocessor
+    num_warps = min(max(block // (32 * elements), 1), 16)
+    tile = dict(BLOCK_ROWS=max(32 * num_warps * elements // block, 1), BLOCK_E=block, num_warps=num_warps)
+    return tile, max(warps // num_warps, 1)
+
+
 def forward_programs(rows: int, tile: dict[str, int], device: torch.device) -> int:
     """Programs of a forward kernel on so many rows, of the tile of `row_tile`."""
     return backward_programs(rows, tile, device, FORWARD_PROGRAMS)

@@ -21,7 +21,7 @@ from ..chunks import TRITON_CHUNK
 from ..operands import Operands
 from . import schedule
 from .combine import combine
-from .step_size import kernel_inputs
+from .step_size import kernel_inputs, step_sizes_backward
 from .sums import sum_blocks, sum_directions
 from .tiles import (
     add,
@@ -442,31 +442,32 @@ def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.conste
 @triton.jit
 def _choose(piece, values, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
     """What belongs to a lane's piece of a row in the program's room."""
-    dt, u, gy, b, c = values
-    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, b, c)
+    dt, u, gy, b, c, factor = values
+    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, b, tl.where(piece < 3 * PIECES_C + 2 * PIECES_S, c, factor))
     of_channels = tl.where(piece < PIECES_C, dt, tl.where(piece < 2 * PIECES_C, u, gy))
     return tl.where(piece < 3 * PIECES_C, of_channels, of_states)
 
 
 @triton.jit
 def _rows(
-    lane, order, seq, part, k, e, tensors, BACK: tl.constexpr,
+    lane, order, seq, part, k, e, tensors, BACK: tl.constexpr, FACTOR: tl.constexpr,
     PIECES_C: tl.constexpr, PIECES_S: tl.constexpr, SPREAD: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """What `_copy_rows` wants to know of rows of operands, or with BACK of results: each lane has 16 bytes, a piece, of
     one of SPREAD rows; those that are left over copy what others do.
 
     Args:
-        seq, part: The sequence, and that of the last two results, of which there is a part for each block of channels.
+        seq, part: The sequence, and that of B's and C's gradients, of which there is a part for each block of channels.
         e: The first channel.
-        tensors: Of dt, u, gy, B and C, or of the gradients: where they begin, and the strides of sequences, directions
-            and positions.
+        tensors: Of dt, u, gy, B, C and delta's factor, or of the gradients: where they begin, and the strides of
+            sequences, directions and positions. Without FACTOR the last has no piece; with it, none of dt's gradient
+            is copied.
 
     Returns:
         The address of the lane's piece at position 0, the stride of positions in words of 64 bits, where in the
         room's rows it lies, which row it is of, whether it is copied, and the order.
     """
-    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S
+    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S + FACTOR
     pointers, of_sequence, of_direction, of_step = tensors
     piece = lane % ROW
     lane_row = lane // ROW % SPREAD
@@ -479,7 +480,9 @@ def _rows(
     offset += tl.where(piece < 3 * PIECES_C, in_channels, in_states)
     address = (_choose(piece, pointers, PIECES_C, PIECES_S) + offset).to(tl.pointer_type(tl.int64))
     stride = _choose(piece, of_step, PIECES_C, PIECES_S) // 4
-    there = (piece < 2 * PIECES_C) | (piece >= 3 * PIECES_C) if BACK else piece >= 0
+    there = piece >= 0
+    if BACK:
+        there = ((piece < 2 * PIECES_C) | (piece >= 3 * PIECES_C)) & (piece >= PIECES_C * FACTOR)
     return address, stride, (lane_row * ROW + piece) * PIECE, lane_row, there, order
 
 
@@ -496,6 +499,7 @@ def _take_operands(
 NOT_SPECIALIZED = [
     *("orders", "batch", "repeats", "L", "H", "W", "K", "part_row", "chunks", "span"),
     *("u_b", "u_l", "u_k", "B_b", "B_l", "B_k", "C_b", "C_l", "C_k", "gy_b", "gy_l", "gy_k"),
+    *("factor_b", "factor_l", "factor_k"),
 ]
 
 
@@ -504,7 +508,9 @@ def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, gy_ptr,  # operands, and the gradient of y
     starts_ptr, ends_ptr, decay_ptr, end_ptr,  # states and adjoints at chunks' ends, decays, the last adjoint
     room_ptr,  # the programs' rooms, where not in shared memory
-    gu_ptr, gdelta_ptr, gB_ptr, gC_ptr, gsums_ptr,  # gradients, or parts of them; the last of A, D and the bias
+    factor_ptr, weight_ptr,  # with FACTOR, the step sizes' one number, and what it is multiplied with
+    gu_ptr, gdelta_ptr, gB_ptr, gC_ptr, gfactor_ptr,  # gradients, or parts of them
+    gsums_ptr,  # likewise, of A, D, the bias, and with FACTOR the weight
     orders,  # of all directions, two bits each
     batch, repeats,  # sequences of a direction, and tiles of them that a program takes
     L, H, W,  # steps of a sequence, and the map that it walks over
@@ -512,10 +518,12 @@ def _backward_kernel(
     part_row,  # stride between directions of B's and C's gradients
     chunks, span,  # of a sequence, and of a program
     u_b, u_l, u_k, B_b, B_l, B_k, C_b, C_l, C_k, gy_b, gy_l, gy_k,  # strides of batch, length and direction
+    factor_b, factor_l, factor_k,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr,  # steps of a chunk, and of those that are walked at once
     SOFTPLUS: tl.constexpr, LAST: tl.constexpr,  # of the step sizes; whether the last states have a gradient
     SPLIT: tl.constexpr, LOCAL: tl.constexpr,  # a part of a sequence a program; from a zero adjoint
     STAGED: tl.constexpr, FAST: tl.constexpr,  # operands and results by way of the room; NVIDIA's instructions
+    FACTOR: tl.constexpr,  # the gradients of the step sizes' factor and weight, not of the step sizes
     LARGE: tl.constexpr, WIDE: tl.constexpr,  # 64-bit offsets, whole words
     NR: tl.constexpr, NL: tl.constexpr, S: tl.constexpr, CE: tl.constexpr, CR: tl.constexpr,  # the tile, see tiles.py
 ):  # fmt: skip
@@ -527,6 +535,9 @@ def _backward_kernel(
     walked, and its results take their places there: so steps cost no addresses and no masks, and wait for no memory.
     States and channels lie in each lane in an order of its own then, in which sums over lanes leave the lane with the
     first of what it has, without a choice for each.
+
+    With FACTOR, which is for STAGED, a lane adds up its channels' part in the gradient of each step's factor, and all
+    lanes those parts, of UNROLL steps at once.
 
     With SPLIT a program has `span` chunks, and the adjoint after them in ends; with LOCAL too, it walks from a zero
     adjoint and writes only the adjoint before its chunks (to ends) and their decay.
@@ -577,16 +588,17 @@ def _backward_kernel(
     # the next chunk, and tiles of states of this one
     PIECES_C: tl.constexpr = CE * CR // 8
     PIECES_S: tl.constexpr = NR * NL // 8
-    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S if STAGED else 0
+    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S + FACTOR if STAGED else 0
     SPREAD: tl.constexpr = 2 if STAGED and 2 * ROW <= LANES else 1  # rows that are copied at once
     KEPT: tl.constexpr = NR * CR * LANES // (8 if STAGED else 4)
     WORDS: tl.constexpr = NR * CR // 2 if STAGED else NR * CR  # of a tile, a lane
     PIECES: tl.constexpr = 2 * CHUNK * ROW + (CHUNK // UNROLL if STAGED else CHUNK // UNROLL - 1) * KEPT
     PIECE: tl.constexpr = 16 if FAST else 4  # in addresses: in bytes, or in words of 32 bits
-    AT_U: tl.constexpr = PIECES_C * PIECE  # of a row that begins with dt, and goes on with u, gy, B and C
+    AT_U: tl.constexpr = PIECES_C * PIECE  # of a row that begins with dt, and goes on with u, gy, B, C and the factor
     AT_GY: tl.constexpr = 2 * PIECES_C * PIECE
     AT_B: tl.constexpr = 3 * PIECES_C * PIECE
     AT_C: tl.constexpr = (3 * PIECES_C + PIECES_S) * PIECE
+    AT_FACTOR: tl.constexpr = (3 * PIECES_C + 2 * PIECES_S) * PIECE
     room = _shared_memory(lane, PIECES * 16 + LANES * 4) if FAST else room_ptr + program * (PIECES * PIECE) + lane * 0
     BUFFER: tl.constexpr = CHUNK * ROW * PIECE
     KEPT_STEP: tl.constexpr = KEPT * PIECE
@@ -615,10 +627,15 @@ def _backward_kernel(
     D = ()
     for v in tl.static_range(OWN_CHANNELS):
         D = D + (tl.load(D_ptr + k * E + own_e + v, mask=own_e + v < E, other=0.0).to(tl.float32),)
+    weight = ()
+    if FACTOR:  # of lanes that have the same channels, one adds their part
+        for v in tl.static_range(OWN_CHANNELS):
+            weight = weight + (tl.load(weight_ptr + k * E + own_e + v, mask=first_e, other=0.0).to(tl.float32),)
 
     gA = zeros(NR * CR)
     gD = zeros(OWN_CHANNELS)
     gbias = zeros(OWN_CHANNELS)
+    gweight = zeros(OWN_CHANNELS)
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
         seq = (group * repeats + repeat) * S
         s_in = seq + s < batch
@@ -638,17 +655,17 @@ def _backward_kernel(
 
         if STAGED:
             operands = (
-                (dt_ptr, u_ptr, gy_ptr, B_ptr, C_ptr),
-                (sequence, u_b, gy_b, B_b, C_b),
-                (E, u_k, gy_k, B_k, C_k),
-                (K * E, u_l, gy_l, B_l, C_l),
+                (dt_ptr, u_ptr, gy_ptr, B_ptr, C_ptr, factor_ptr),
+                (sequence, u_b, gy_b, B_b, C_b, factor_b),
+                (E, u_k, gy_k, B_k, C_k, factor_k),
+                (K * E, u_l, gy_l, B_l, C_l, factor_l),
             )
             of_part = tl.cast(L, OFFSET) * K * part_row
             results = (
-                (gdelta_ptr, gu_ptr, gu_ptr, gB_ptr, gC_ptr),
-                (sequence, sequence, sequence, of_part, of_part),
-                (E, E, E, part_row, part_row),
-                (K * E, K * E, K * E, K * part_row, K * part_row),
+                (gdelta_ptr, gu_ptr, gu_ptr, gB_ptr, gC_ptr, gfactor_ptr),
+                (sequence, sequence, sequence, of_part, of_part, of_part),
+                (E, E, E, part_row, part_row, part_row),
+                (K * E, K * E, K * E, K * part_row, K * part_row, K * part_row),
             )
 
         g = zeros(NR * CR)
@@ -671,7 +688,7 @@ def _backward_kernel(
             first = last_chunk * CHUNK
             subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
             rows = _rows(
-                lane, order, seq, seq, k, block * (CE * CR), operands, False, PIECES_C, PIECES_S, SPREAD, PIECE
+                lane, order, seq, seq, k, block * (CE * CR), operands, False, FACTOR, PIECES_C, PIECES_S, SPREAD, PIECE
             )
             _copy_rows(rows, room, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST)
             if not LOCAL:
@@ -696,7 +713,7 @@ def _backward_kernel(
                     _wait(lane, False, FAST)
                 if j + 1 < num_chunks:
                     rows = _rows(
-                        again, order, seq + (again - lane), seq, k, block * (CE * CR), operands, False,
+                        again, order, seq + (again - lane), seq, k, block * (CE * CR), operands, False, FACTOR,
                         PIECES_C, PIECES_S, SPREAD, PIECE,
                     )  # fmt: skip
                     # all groups of a whole chunk, but not as a constant: the loop would be unrolled, which is slower
@@ -765,6 +782,12 @@ def _backward_kernel(
                     steps, p, left = _load_steps(
                         t, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
                     )
+                factors = ()
+                if FACTOR:
+                    for r in tl.static_range(UNROLL):
+                        factor, _ = _take(room + (current[r][0] + AT_FACTOR), lane * 0, 2, FAST)
+                        factors = factors + (factor,)
+                gfactors = ()
                 steps_decays = ()
                 before = ()
                 for r in tl.static_range(UNROLL - 1, -1, -1):  # in the walk's order
@@ -847,10 +870,20 @@ def _backward_kernel(
                             gdts = gdts + (gdt,)
                             gus = gus + (dt[v] * ginput[v] + D[v] * gy[v],)
                         gbias = add(gbias, gdts, OWN_CHANNELS)
+                        if FACTOR:
+                            gfactor = gdts[0] * weight[0]
+                            for v in tl.static_range(1, OWN_CHANNELS):
+                                gfactor += gdts[v] * weight[v]
+                            gfactors = gfactors + (gfactor,)
+                            products = ()
+                            for v in tl.static_range(OWN_CHANNELS):
+                                products = products + (gdts[v] * factors[r],)
+                            gweight = add(gweight, products, OWN_CHANNELS)
                         if STAGED:
                             for v in tl.static_range(OWN_CHANNELS):
                                 i_own = own_e - block * (CE * CR) + v
-                                _put_element(room + position, i_own, gdts[v], first_e, FAST)
+                                if not FACTOR:
+                                    _put_element(room + position, i_own, gdts[v], first_e, FAST)
                                 _put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
                         else:
                             own = tl.where(first_e & s_in & live, E - own_e, 0)
@@ -860,6 +893,12 @@ def _backward_kernel(
                             store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
                     if STAGED:
                         gy, c = next_gy, next_c
+                if FACTOR and not LOCAL:
+                    gfactor = sum_over_lanes(gfactors, lane, lane, 1, LANES, UNROLL, FAST)[0]
+                    # of eight lanes that have a step's, the first puts it in place, the others the zeros behind it
+                    row = current[0][0] - lane // (LANES // UNROLL) * (ROW * PIECE)
+                    column = lane % (LANES // UNROLL)
+                    _put_element(room + (row + AT_FACTOR), column, tl.where(column == 0, gfactor, 0.0), lane >= 0, FAST)
                 if not LOCAL:
                     before_next = kept_at + tl.maximum(subs - 2 - i, 0) * KEPT_STEP
                     state = _take_tile(before_next, NR * CR, STAGED, FAST)
@@ -870,7 +909,7 @@ def _backward_kernel(
                     again = lane + _zero(zero_at, FAST)
                     rows = _rows(
                         again, order, seq + (again - lane), block * batch + seq + (again - lane), k, block * (CE * CR),
-                        results, True, PIECES_C, PIECES_S, SPREAD, PIECE,
+                        results, True, FACTOR, PIECES_C, PIECES_S, SPREAD, PIECE,
                     )  # fmt: skip
                     _copy_rows(
                         rows, room + buffer, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, False, FAST
@@ -888,12 +927,14 @@ def _backward_kernel(
         # sums over steps and repeats: a part for each group of sequences, sequence of a tile and part of a sequence;
         # those of sequences that do not exist are zero
         part_of_sums = ((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S + s) * K + k
-        sums = gsums_ptr + part_of_sums * ((N_STATES + 2) * E)
+        sums = gsums_ptr + part_of_sums * ((N_STATES + 2 + FACTOR) * E)
         _store_tile(sums + n * E + e, E, gA, existing, turns, NR, CR)
         for v in tl.static_range(OWN_CHANNELS):
             at_own = sums + N_STATES * E + own_e + v
             tl.store(at_own, gD[v], mask=first_e & (own_e + v < E))
             tl.store(at_own + E, gbias[v], mask=first_e & (own_e + v < E))
+            if FACTOR:
+                tl.store(at_own + 2 * E, gweight[v], mask=first_e & (own_e + v < E))
 
 
 @functools.lru_cache(None)
@@ -904,26 +945,27 @@ def _copies_in_background(device: torch.device) -> bool:
 
 def scan_backward(
     grad_y: Tensor, grad_last: Tensor, starts: Tensor, operands: Operands, *, delta_softplus: bool,
-    orders: tuple[str, ...], height: int, width: int, grad_B: Tensor, grad_C: Tensor,
+    orders: tuple[str, ...], height: int, width: int, grad_B: Tensor, grad_C: Tensor, grad_delta: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `reference.selective_scan_chunked_backward`, for states kept every TRITON_CHUNK steps.
+    """As `reference.selective_scan_chunked_backward`, for states kept every TRITON_CHUNK steps, with a gradient for
+    delta_weight at the end, which is empty where delta is full.
 
     Args:
         starts: Those states, (batch, K, chunks - 1, N, E).
         grad_B, grad_C: Where the gradients of B and C are written, (batch, L, K, N); they may have room between rows.
-
-    Returns:
-        Gradients for u, for the step sizes before bias and softplus, (batch, L, K, E), A, D and delta_bias.
+        grad_delta: Likewise of delta; where that is a factor, it may be wider, and the rest is zeroed.
     """
     u, dt, At, B, C, D = kernel_inputs(operands, delta_softplus)
     (grad_y,) = last_axis_contiguous(grad_y)
     batch, length, directions, features = dt.shape
     n = At.shape[1]
-    layouts = [layout(t) for t in (u, dt, B, C, grad_y, grad_B, grad_C)]
+    delta, weight = operands.delta, operands.delta_weight
+    layouts = [layout(t) for t in (u, dt, B, C, grad_y, grad_B, grad_C, delta, grad_delta)]
     plan = _plan(
         u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0,
-        all(t.dtype == torch.bfloat16 for t in (operands.u, operands.delta, B, C, grad_y, starts))
+        all(t.dtype == torch.bfloat16 for t in (operands.u, delta, B, C, grad_y, starts))
         and starts.data_ptr() % 16 == 0,
+        operands.is_low_rank and _has_room(delta),
     )  # fmt: skip
 
     def empty(*shape, dtype=torch.float32):
@@ -934,10 +976,11 @@ def scan_backward(
         empty(batch, directions, plan.parts - 1, n, features) if plan.scan_parts else starts for _ in range(2)
     )
     room = empty(plan.room, dtype=torch.int32)
-    grad_u, grad_delta = (
-        empty(batch, length, directions, features, dtype=t.dtype) for t in (operands.u, operands.delta)
-    )
-    sums = empty(plan.sums, directions, n + 2, features)
+    grad_u = empty(batch, length, directions, features, dtype=operands.u.dtype)
+    grad_steps = grad_delta  # not written to with plan.factor
+    if not plan.factor and (operands.is_low_rank or not grad_delta.is_contiguous()):
+        grad_steps = empty(batch, length, directions, features, dtype=delta.dtype)
+    sums = empty(plan.sums, directions, n + 2 + plan.factor, features)
     # added up over the blocks of channels, unless there is but one
     part_B, part_C = (
         t if plan.blocks == 1 else empty(plan.blocks, batch, length, directions, n, dtype=t.dtype)
@@ -947,7 +990,9 @@ def scan_backward(
         u, dt, At, B, C, D, grad_y,
         starts, ends, decay, end,
         room,
-        grad_u, grad_delta, part_B, part_C, sums,
+        delta, weight.contiguous() if plan.factor else None,
+        grad_u, grad_steps, part_B, part_C, grad_delta,
+        sums,
     )  # fmt: skip
     if plan.scan_parts:
         plan.scan_parts(*tensors)
@@ -958,8 +1003,19 @@ def scan_backward(
     grad_A, grad_D, grad_bias = (
         torch.empty(t.shape, dtype=t.dtype, device=u.device) for t in (operands.A, operands.D, operands.delta_bias)
     )
-    sum_parts(sums, grad_A, grad_D, grad_bias, transposed=True)
-    return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_delta, grad_A, grad_D, grad_bias
+    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=u.device)
+    sum_parts(sums, grad_A, grad_D, grad_bias, *((grad_weight,) if plan.factor else ()), transposed=True)
+    if not operands.is_low_rank and grad_steps is not grad_delta:
+        grad_delta.copy_(grad_steps)
+    if operands.is_low_rank and not plan.factor:
+        grad_weight = step_sizes_backward(grad_steps, delta, weight, grad_delta)
+    return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_A, grad_D, grad_bias, grad_weight
+
+
+def _has_room(factor: Tensor) -> bool:
+    """Whether behind each of the factor's numbers are seven more of the same memory, with which they are a piece."""
+    last = sum((size - 1) * stride for size, stride in zip(factor.shape, factor.stride()))
+    return (factor.storage_offset() + last + 8) * factor.itemsize <= factor.untyped_storage().nbytes()
 
 
 class _Plan(NamedTuple):
@@ -968,7 +1024,8 @@ class _Plan(NamedTuple):
     Attributes:
         blocks: Of channels, whose parts of B's and C's gradients are summed.
         parts: Of a sequence, that are scanned side by side.
-        sums: Parts of the gradients of A, D and the bias, which are summed together.
+        factor: Whether the kernel makes the gradients of the step sizes' factor and weight.
+        sums: Parts of the gradients of A, D and the bias, and with `factor` the weight, which are summed together.
         room: Shape of the programs' rooms, in words of 32 bits; empty where they are in shared memory.
         scan_parts: Where there are several parts of a sequence, the launch for each from a zero adjoint.
         scan_all: The launch for the results.
@@ -976,6 +1033,7 @@ class _Plan(NamedTuple):
 
     blocks: int
     parts: int
+    factor: bool
     sums: int
     room: tuple[int, ...]
     scan_parts: Launch | None
@@ -985,9 +1043,14 @@ class _Plan(NamedTuple):
 @functools.lru_cache(MAX_LAUNCHES)
 def _plan(
     device: torch.device, u: Layout, dt: Layout, B: Layout, C: Layout, grad_y: Layout, grad_B: Layout, grad_C: Layout,
+    delta: Layout, grad_delta: Layout,
     n: int, chunks: int, orders: tuple[str, ...], height: int, width: int, softplus: bool, last: bool,
-    bfloat16: bool,
+    bfloat16: bool, padded: bool,
 ) -> _Plan:  # fmt: skip
+    """
+    Args:
+        padded: Whether delta is a factor with memory behind each number, see `_has_room`.
+    """
     batch, length, directions, features = dt.shape
     fill = schedule.programs_to_fill(device)
     tile = schedule.backward_tile(n, features, batch, directions, fill)
@@ -1006,6 +1069,7 @@ def _plan(
         grad_B.stride[-2] if blocks == 1 else n,
         chunks, span,
         *schedule.strides(u), *schedule.strides(B), *schedule.strides(C), *schedule.strides(grad_y),
+        *schedule.strides(delta),
     )  # fmt: skip
     starts = schedule.states_layout(batch, directions, chunks - 1, n, features)
     block = tile["CE"] * tile["CR"]
@@ -1019,6 +1083,13 @@ def _plan(
         and (block % 8 == 0 and n % 8 == 0 and row <= LANES.value and _copies_in_background(device))
         and all(schedule.in_words(t, 8) for t in (u, dt, B, C, grad_y, *results))
     )
+    # of one number a step, the kernel makes the gradient where that of B and C is a row with eight numbers for it
+    factor = (
+        (staged and padded and parts == 1 and blocks == 1 and row < LANES.value)
+        and (delta.shape[-1] == 1 and grad_delta.shape[-1] == 8 and grad_delta.stride == grad_B.stride)
+        and all(schedule.in_words(t, 8) for t in (delta, grad_delta))
+    )
+    row += factor
     unroll = 4 if staged else 3  # steps whose states are held in registers at once
     options = dict(
         CHUNK=TRITON_CHUNK,
@@ -1028,7 +1099,8 @@ def _plan(
         SPLIT=parts > 1,
         FAST=not INTERPRETED,
         STAGED=staged,
-        LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, starts),
+        FACTOR=factor,
+        LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, delta, grad_delta, starts),
         WIDE=wide,
         num_warps=1,
         **tile,
@@ -1045,6 +1117,7 @@ def _plan(
     return _Plan(
         blocks=blocks,
         parts=parts,
+        factor=factor,
         sums=parts * groups * tile["S"],
         room=(parts, directions, programs, room) if INTERPRETED else (0,),
         scan_parts=scan_parts,

@@ -15,7 +15,9 @@ from ...triton_math import LOG2E, exp2
 from ..operands import Operands
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
-GRADIENT_STAGE, GRADIENT_SUMS = 24576, 12288  # bytes of shared memory, and sums in registers, of a program
+# channels of a program of the gradients' kernel, whose sums over rows are in registers: for factors of rank 16 at most,
+# and of more
+GRADIENT_CHANNELS = {True: 384, False: 192}
 
 
 @triton.jit
@@ -247,11 +249,9 @@ def _backward(
     if rank == 1:
         room, blocks, tile_rows, programs = 1, 1, 512 // itemsize, 4096
     else:
-        # a program has two stages of rows in shared memory, as much as any GPU has, and its sums in registers
         room = out = max(out, 16)
-        tile_rows, programs = (128 if room == 16 else 64) // itemsize, 512
-        channels = min(GRADIENT_STAGE // (tile_rows * itemsize), GRADIENT_SUMS // room)
-        blocks = min(triton.cdiv(features, block), max(channels // block, 1))
+        tile_rows, programs = 128 // itemsize, 512
+        blocks = min(triton.cdiv(features, block), GRADIENT_CHANNELS[room == 16] // block)
     groups = triton.cdiv(features, block * blocks)
     parts = max(min(programs // (groups * directions), rows // 256), 1)
     rows_a_part = triton.cdiv(rows, parts * tile_rows) * tile_rows

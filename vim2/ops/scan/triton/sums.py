@@ -34,10 +34,10 @@ def _sum_kernel(
 @functools.lru_cache(MAX_LAUNCHES)
 def _sum(inputs: int, parts: int, rows: int, E: int, part_stride: int, row_stride: int, out_row: int) -> Launch:
     block = column_block(E)
-    rows_a_program = 2048 // block
+    rows_a_program = 512 // block
     grid = (-(-rows // rows_a_program), -(-E // block), inputs)
     numbers = (parts, rows, E, part_stride, row_stride, out_row)
-    return Launch(_sum_kernel, grid, numbers, ROWS=rows_a_program, BLOCK=block, num_warps=4)
+    return Launch(_sum_kernel, grid, numbers, ROWS=rows_a_program, BLOCK=block, num_warps=2)
 
 
 def sum_directions(x: Tensor) -> Tensor:
