@@ -218,6 +218,9 @@ NAN = float("nan")
         ({"reading": {"na_values": [NAN]}}, "na_values must be a finite number"),
         ({"reading": {"path": "other.csv"}}, "unknown option path"),
         ({"metrics": []}, "metrics must be"),
+        ({"penalties": {"mean": 1.0, "last": 1.0}}, "earlier version"),  # as they were with one ridge of each centre
+        ({"penalties": {"mean": [1.0, 1.0], "last": [1.0]}}, "2 and 1 penalties of ridges, for 3 and 1"),
+        ({"penalties": {"mean": [1.0, 1.0, 0.0], "last": [1.0]}}, "mean must be positive"),
         ({"model_type": "lstm"}, "model_type must be one of"),
         ({"model": {"norm": "batch"}}, "norm must be one of"),
         ({"model": {"norm": None}}, "norm must be text"),

@@ -53,7 +53,9 @@ def refit(
     if model.linear:
         lookbacks = shorter_lookbacks(config.lookback)
         ridges = {
-            center: [Ridge.solved(windows.shorter(n), center, penalty) for n, penalty in zip(lookbacks, penalties)]
+            center: [
+                Ridge.solved(windows.shorter(n), center, penalty) for n, penalty in zip(lookbacks, penalties)
+            ]  # about the last value, the longest alone
             for center, penalties in forecaster.penalties.items()
         }
         model.set_linear(ridges, forecaster.season)
