@@ -234,6 +234,7 @@ NAN = float("nan")
         ({"model": {"static_features": 2}}, "static columns cannot make 2 features"),
         ({"static_columns": ["region"]}, "static columns cannot make 0 features"),
         ({"model": {"future_length": 30}}, "future features of 30 steps"),
+        ({"penalties": {"mean": [1.0] * 4, "last": 1.0}}, "more penalties than there are ridges"),
         ({"model": {"depth": 10**9}}, "does not fit config.json"),
         ({"model": {"d_model": 10**12}}, "does not fit config.json"),
     ],

@@ -20,6 +20,7 @@ from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
 from ..command.progress import say
 from ..tsm2 import TSM2Config
+from .baselines import shorter_lookbacks
 from .committee import Committee
 from .conformal import calibrate
 from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
@@ -479,7 +480,10 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
         training, _ = resolve(TrainingOptions, given=config.training)
         if None in (training.batch_size, training.epoch_steps):
             raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
-        resolve(Penalties, given=config.penalties)
+        penalties, _ = resolve(Penalties, given=config.penalties)  # one number alone, of before, is a list of it
+        if len(penalties.mean) > len(shorter_lookbacks(model.lookback)) or len(penalties.last) > 1:
+            raise UserError("it has more penalties than there are ridges")
+        config = replace(config, penalties={"mean": penalties.mean, "last": penalties.last})
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model
