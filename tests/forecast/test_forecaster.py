@@ -218,7 +218,6 @@ NAN = float("nan")
         ({"reading": {"na_values": [NAN]}}, "na_values must be a finite number"),
         ({"reading": {"path": "other.csv"}}, "unknown option path"),
         ({"metrics": []}, "metrics must be"),
-        ({"penalties": {"mean": 1.0, "last": 1.0}}, "earlier version"),  # as they were with one ridge of each centre
         ({"penalties": {"mean": [1.0, 1.0], "last": [1.0]}}, "2 and 1 penalties of ridges, for 3 and 1"),
         ({"penalties": {"mean": [1.0, 1.0, 0.0], "last": [1.0]}}, "mean must be positive"),
         ({"model_type": "lstm"}, "model_type must be one of"),
@@ -237,6 +236,7 @@ NAN = float("nan")
         ({"model": {"static_features": 2}}, "static columns cannot make 2 features"),
         ({"static_columns": ["region"]}, "static columns cannot make 0 features"),
         ({"model": {"future_length": 30}}, "future features of 30 steps"),
+        ({"penalties": {"mean": [1.0] * 4, "last": 1.0}}, "4 and 1 penalties of ridges, for 3 and 1"),
         ({"model": {"depth": 10**9}}, "does not fit config.json"),
         ({"model": {"d_model": 10**12}}, "does not fit config.json"),
     ],

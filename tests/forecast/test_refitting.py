@@ -55,6 +55,21 @@ def test_members_know_the_rows_until_then_and_none_behind_them(known):
     assert all(torch.equal(before[name], value) for name, value in forecaster.model.state_dict().items())
 
 
+def test_a_forecaster_of_before_has_one_ridge_about_the_mean_and_is_fitted_again_with_it(known, tmp_path):
+    """Its config.json has a number where there is a list now."""
+    forecaster, values = known
+    forecaster.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["penalties"] = {center: penalties[0] for center, penalties in config["penalties"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = refit(Forecaster.from_pretrained(tmp_path), values, None, 350)
+    for member in again.model.linear[:2]:
+        (penalty, *_) = forecaster.penalties[member.center]
+        x, _, _ = (windows := Windows(values, 24, 6, 0, 350))[:50]
+        expected = Ridge.solved(windows, member.center, penalty)(x)
+        torch.testing.assert_close(member(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_penalty_on_the_same_windows_is_the_same_map(known):
     _, values = known
     train, val = Windows(values, 24, 6, 0, 280), Windows(values, 24, 6, 256, 320)

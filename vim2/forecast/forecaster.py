@@ -481,11 +481,12 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
         if None in (training.batch_size, training.epoch_steps):
             raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
         penalties, _ = resolve(Penalties, given=config.penalties)
-        if (len(penalties.mean), len(penalties.last)) != (len(shorter_lookbacks(model.lookback)), 1):
+        ridges = len(shorter_lookbacks(model.lookback))  # about the mean: before there were several, one, and its number
+        if len(penalties.mean) not in (1, ridges) or len(penalties.last) != 1:
             raise UserError(
-                f"it has {len(penalties.mean)} and {len(penalties.last)} penalties of ridges, for "
-                f"{len(shorter_lookbacks(model.lookback))} and 1"
+                f"it has {len(penalties.mean)} and {len(penalties.last)} penalties of ridges, for {ridges} and 1"
             )
+        config = replace(config, penalties={"mean": penalties.mean, "last": penalties.last})
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model

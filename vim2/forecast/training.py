@@ -323,6 +323,7 @@ class Run:
         windows, config = self.windows["val"], self.model.config
         best = Forecaster.from_pretrained(self.folder / BEST, self.device)
         self.model = self.forecaster.model = model = best.model
+        self.forecaster.penalties = best.penalties  # of the ridges in it, which an earlier version may have made
         split = self.forecaster.split
         products, of_networks = Products(self.tensors[0][: split.train + split.val]), []
         for x, y, future in windows.batches(VALIDATION_BATCH):

@@ -71,6 +71,7 @@ def test_the_gradient_of_one_number_a_step_is_made_with_those_of_the_states_weig
     from vim2.ops.scan.triton import backward, schedule
 
     monkeypatch.setattr(schedule, "programs_to_fill", lambda device: 0)
+    monkeypatch.setattr(schedule, "tiles_a_program", lambda programs, device: 2)  # sequences; the last has one
     plan, plans = backward._plan, []
     monkeypatch.setattr(backward, "_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
     generator = torch.Generator().manual_seed(0)
@@ -86,6 +87,16 @@ def test_the_gradient_of_one_number_a_step_is_made_with_those_of_the_states_weig
     for a, e in zip(gradients(y, inputs), gradients(expected, doubles, y.dtype)):
         assert relative_error(a.cpu(), e) < 2e-2
     assert [plan.factor for plan in plans] == [True]
+
+
+@needs_triton
+def test_a_factor_has_room_where_seven_more_numbers_of_its_memory_stand_behind_the_last():
+    from vim2.ops.scan.triton.backward import _has_room
+
+    memory = torch.zeros(5 + 3 * 16 + 8)
+    for numbers, room in ((memory[5:], True), (memory[5:-1].clone(), False)):
+        assert _has_room(numbers.as_strided((3, 1, 1, 1), (16, 16, 16, 1))) is True
+        assert _has_room(numbers.as_strided((4, 1, 1, 1), (16, 16, 16, 1))) is room
 
 
 def test_autocast_computes_the_projections_again_in_the_same_type():

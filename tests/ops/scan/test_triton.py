@@ -322,6 +322,19 @@ def assert_low_rank_agrees(rank, orders, dtype, sizes=(6, 5), softplus=True, bat
         assert relative_error(a.cpu(), e) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("rank", [2, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_gradients_of_factors_of_any_rank_fit_into_shared_memory(rank, itemsize):
+    """Weights and two stages of the rows that are multiplied, of which GPUs for desktops have 99 KiB."""
+    from vim2.ops.scan.triton import step_size
+
+    plan = step_size._backward(4096, 4, 2048, rank, rank, rank, 4 * rank, rank, itemsize, None)
+    options = plan.launch.options
+    channels, rows, room = options["BLOCK"] * options["BLOCKS"], options["ROWS"], options["R"]
+    assert (channels * room + 2 * rows * (room + options["BLOCK"])) * itemsize <= 99 * 1024
+    assert plan.launch.grid[0] * channels >= 2048
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=on_gpu), torch.float16], ids=str)
 def test_low_rank_steps_agree_with_full_ones(dtype):
     assert_low_rank_agrees(2, CROSS_SCAN, dtype)

@@ -978,7 +978,8 @@ def scan_backward(
     room = empty(plan.room, dtype=torch.int32)
     grad_u = empty(batch, length, directions, features, dtype=operands.u.dtype)
     grad_steps = grad_delta  # not written to with plan.factor
-    if not plan.factor and (operands.is_low_rank or not grad_delta.is_contiguous()):
+    in_place = grad_delta.is_contiguous() and grad_delta.data_ptr() % 16 == 0  # the kernel writes whole words
+    if not plan.factor and (operands.is_low_rank or not in_place):
         grad_steps = empty(batch, length, directions, features, dtype=delta.dtype)
     sums = empty(plan.sums, directions, n + 2 + plan.factor, features)
     # added up over the blocks of channels, unless there is but one

@@ -15,9 +15,11 @@ from ...triton_math import LOG2E, exp2
 from ..operands import Operands
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
-# channels of a program of the gradients' kernel, whose sums over rows are in registers: for factors of rank 16 at most,
-# and of more
+# Channels of a program of the gradients' kernel, whose sums over rows are in registers, for factors of rank 16 at most,
+# and of more; and the sums that it has at most: with as many weights beside them, and a tile of rows, of rank's width,
+# it fits into the shared memory of small GPUs, too.
 GRADIENT_CHANNELS = {True: 384, False: 192}
+GRADIENT_SUMS = 12288
 
 
 @triton.jit
@@ -250,8 +252,9 @@ def _backward(
         room, blocks, tile_rows, programs = 1, 1, 512 // itemsize, 4096
     else:
         room = out = max(out, 16)
-        tile_rows, programs = 128 // itemsize, 512
-        blocks = min(triton.cdiv(features, block), GRADIENT_CHANNELS[room == 16] // block)
+        tile_rows, programs = (128 if room <= 64 else 64) // itemsize, 512
+        channels = min(GRADIENT_CHANNELS[room == 16], GRADIENT_SUMS // room)
+        blocks = min(triton.cdiv(features, block), max(channels // block, 1))
     groups = triton.cdiv(features, block * blocks)
     parts = max(min(programs // (groups * directions), rows // 256), 1)
     rows_a_part = triton.cdiv(rows, parts * tile_rows) * tile_rows
