@@ -481,7 +481,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
         if None in (training.batch_size, training.epoch_steps):
             raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
         penalties, _ = resolve(Penalties, given=config.penalties)
-        ridges = len(shorter_lookbacks(model.lookback))  # about the mean: before there were several, one, and its number
+        ridges = len(shorter_lookbacks(model.lookback))  # about the mean; those of before had one, and its number
         if len(penalties.mean) not in (1, ridges) or len(penalties.last) != 1:
             raise UserError(
                 f"it has {len(penalties.mean)} and {len(penalties.last)} penalties of ridges, for {ridges} and 1"
