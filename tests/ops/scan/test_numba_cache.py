@@ -39,6 +39,7 @@ def full_disk():
 def run(tmp_path, monkeypatch, capfd, recwarn):
     """Makes the kernel anew, as another process would, and calls it. Numba reads the variables when it is told to."""
     (tmp_path / "kernel.py").write_text(KERNEL)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of which Python 3.11.2 leaves a part on a full disk
 
     def start(disk=contextlib.nullcontext, **variables):
         for name, value in variables.items():
