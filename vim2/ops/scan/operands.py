@@ -53,6 +53,11 @@ class Operands(NamedTuple):
         """Whether delta is a factor of the step sizes."""
         return self.delta_weight.numel() > 0
 
+    @property
+    def is_rank_1(self) -> bool:
+        """Whether that factor is one number a step and direction."""
+        return self.is_low_rank and self.delta.shape[-1] == 1
+
     def with_full_delta(self) -> tuple[Tensor, ...]:
         """All but delta_weight, with delta in full, in its own dtype: what the scan's plain forms take."""
         delta = self.delta

@@ -215,12 +215,8 @@ def _launch_shape(sequences: int, features: int, programs: int, a_thread: int) -
     all_blocks = -(-sequences // N_BLOCK)
     blocks = max(all_blocks // programs, 1)
     parts = -(-all_blocks // blocks)
-    return (
-        parts * -(-features // P_BLOCK),
-        parts,
-        blocks,
-        dict(N_BLOCK=N_BLOCK, P_BLOCK=P_BLOCK, num_warps=THREADS // 32),
-    )
+    tile = dict(N_BLOCK=N_BLOCK, P_BLOCK=P_BLOCK, num_warps=THREADS // 32)
+    return parts * -(-features // P_BLOCK), parts, blocks, tile
 
 
 def _sequences_addressable(x: Tensor) -> Tensor:

@@ -871,14 +871,8 @@ def _backward_kernel(
                             gus = gus + (dt[v] * ginput[v] + D[v] * gy[v],)
                         gbias = add(gbias, gdts, OWN_CHANNELS)
                         if FACTOR:
-                            gfactor = gdts[0] * weight[0]
-                            for v in tl.static_range(1, OWN_CHANNELS):
-                                gfactor += gdts[v] * weight[v]
-                            gfactors = gfactors + (gfactor,)
-                            products = ()
-                            for v in tl.static_range(OWN_CHANNELS):
-                                products = products + (gdts[v] * factors[r],)
-                            gweight = add(gweight, products, OWN_CHANNELS)
+                            gfactors = gfactors + _sum_channels(gdts, weight, 1, OWN_CHANNELS)
+                            gweight = _outer(gweight, (factors[r],), gdts, 1, OWN_CHANNELS)
                         if STAGED:
                             for v in tl.static_range(OWN_CHANNELS):
                                 i_own = own_e - block * (CE * CR) + v
@@ -965,7 +959,7 @@ def scan_backward(
         u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0,
         all(t.dtype == torch.bfloat16 for t in (operands.u, delta, B, C, grad_y, starts))
         and starts.data_ptr() % 16 == 0,
-        operands.is_low_rank and _has_room(delta),
+        operands.is_rank_1 and _has_room(delta),
     )  # fmt: skip
 
     def empty(*shape, dtype=torch.float32):
@@ -1050,7 +1044,7 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     """
     Args:
-        padded: Whether delta is a factor with memory behind each number, see `_has_room`.
+        padded: Whether delta is a factor of one number a step with memory behind each, see `_has_room`.
     """
     batch, length, directions, features = dt.shape
     fill = schedule.programs_to_fill(device)
@@ -1087,7 +1081,7 @@ def _plan(
     # of one number a step, the kernel makes the gradient where that of B and C is a row with eight numbers for it
     factor = (
         (staged and padded and parts == 1 and blocks == 1 and row < LANES.value)
-        and (delta.shape[-1] == 1 and grad_delta.shape[-1] == 8 and grad_delta.stride == grad_B.stride)
+        and (grad_delta.shape[-1] == 8 and grad_delta.stride == grad_B.stride)
         and all(schedule.in_words(t, 8) for t in (delta, grad_delta))
     )
     row += factor

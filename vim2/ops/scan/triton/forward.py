@@ -278,9 +278,8 @@ def scan_forward(
             f"The Triton scan takes at most {schedule.MAX_STATES} states, got {operands.A.shape[-1]}: "
             "use the backend 'torch'."
         )
-    # of one number a step and direction, step sizes are made sooner than written and read
-    rank_1 = operands.is_low_rank and operands.delta.shape[-1] == 1
-    factor = rank_1 and operands.A.shape[-1] <= schedule.FEW_STATES
+    # of one number, step sizes are made sooner than written and read
+    factor = operands.is_rank_1 and operands.A.shape[-1] <= schedule.FEW_STATES
     u, dt, At, B, C, D = kernel_inputs(operands, delta_softplus, make_steps=not factor)
     weight, bias = (operands.delta_weight.contiguous(), operands.delta_bias.contiguous()) if factor else (None, None)
     directions, n, features = At.shape
