@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
-from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
+from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, as_saved, length, option, resolve
 from ..command.progress import say
 from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
@@ -449,7 +449,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     """
     if not isinstance(saved, dict):
         raise UserError("it is no JSON object")
-    config, _ = resolve(SavedConfig, given={n: v for n, v in saved.items() if n in SavedConfig.__dataclass_fields__})
+    config, _ = resolve(SavedConfig, given=as_saved(SavedConfig, saved))
     known = TSM2Config.__dataclass_fields__
     for name in config.model.keys() - known:
         raise UserError(f"it has an unknown option {name}{did_you_mean(name, known)}")
@@ -477,7 +477,8 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
         make_split(sum(config.split), config.split, model.lookback, model.horizon)
     resolve(ReadingOptions, given=config.reading)
     if config.training:
-        training, _ = resolve(TrainingOptions, given=config.training)
+        trained = as_saved(TrainingOptions, config.training)
+        training, _ = resolve(TrainingOptions, given=trained)
         if None in (training.batch_size, training.epoch_steps):
             raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
         penalties, _ = resolve(Penalties, given=config.penalties)
@@ -486,7 +487,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
             raise UserError(
                 f"it has {len(penalties.mean)} and {len(penalties.last)} penalties of ridges, for {ridges} and 1"
             )
-        config = replace(config, penalties={"mean": penalties.mean, "last": penalties.last})
+        config = replace(config, training=trained, penalties={"mean": penalties.mean, "last": penalties.last})
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model
