@@ -23,7 +23,18 @@ from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
 from .committee import Committee
 from .conformal import calibrate
-from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
+from .data import (
+    CYCLES,
+    Scaler,
+    Split,
+    Table,
+    calendar_features,
+    describe,
+    last_known,
+    make_split,
+    read_table,
+    usual_gap,
+)
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
@@ -136,7 +147,8 @@ class Forecaster:
         return f"The members know the {of_training} alone: `fit --resume --refit` fits them again to all."
 
     def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-        """Standardised variates (rows, M) and future features (rows and more, C) or None, float32, on a device."""
+        """Standardised variates (rows, M), NaN where they are missing, and future features (rows and more, C) or None,
+        float32, on a device."""
         values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
         features = self.future_features(table.future, table.future_times)
         if features is None:
@@ -231,7 +243,8 @@ class Forecaster:
             features = self.future_features(future, times)
             future = torch.tensor(features, dtype=torch.float32)
         device = next(self.model.parameters()).device
-        x = torch.tensor(self.scaler.transform(table.values[-c.lookback :]), dtype=torch.float32, device=device)
+        values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
+        x = last_known(values)[-c.lookback :]
         self.model.eval()
         with torch.no_grad():
             y = self.forecast_windows(x[None], None if future is None else future[None].to(device))[0]
