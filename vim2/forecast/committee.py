@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..tsm2 import TSM2, TSM2Config
 from .baselines import Ridge, centre, joint_map
-from .data import where_known
 from .scores import nearest_to_median
 from .significance import covariance_of_means
 
@@ -183,11 +182,12 @@ class Products:
     def add(self, points: Tensor, y: Tensor) -> None:
         """The members' forecasts of n windows, (K, n, H, M), as `Committee.members` returns them, and the truth
         (n, H, M), NaN where it is missing."""
-        points, y, known = where_known(points.float(), y.expand(points.shape))
-        errors = ((points - y) / self.scale).flatten(2).transpose(0, 1)
+        known = ~y.isnan()
+        errors = (points.float() - y).where(known, 0.0)
+        self.squares.append(errors.square().mean((2, 3)).double().cpu())
+        errors = (errors / self.scale).flatten(2).transpose(0, 1)
         self.batches.append((errors @ errors.transpose(1, 2) / errors.shape[2]).double().cpu())
-        self.squares.append((points - y).square().mean((2, 3)).double().cpu())
-        self.shares.append(known[0].double().mean((1, 2)).cpu())
+        self.shares.append(known.double().mean((1, 2)).cpu())
 
     @property
     def share(self) -> Tensor:

@@ -474,8 +474,9 @@ class Windows:
     def __init__(self, values: Tensor, lookback: int, horizon: int, start: int, end: int, future: Tensor | None = None):
         self.lookback, self.horizon = lookback, horizon
         self.windows = values[start:end].unfold(0, lookback + horizon, 1)  # a view: (windows, M, L + H)
-        known = last_known(values)[start:end].unfold(0, lookback + horizon, 1) if values.isnan().any() else None
-        self.known = known  # what histories are cut from, where values are missing
+        self.known = None  # what histories are cut from, where values are missing
+        if values[start:end].isnan().any():
+            self.known = last_known(values)[start:end].unfold(0, lookback + horizon, 1)
         self.future = None if future is None else future[start + lookback : end].unfold(0, horizon, 1)
 
     def __len__(self) -> int:
