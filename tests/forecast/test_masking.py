@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from devices import DEVICE
 
 pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 
@@ -23,7 +24,7 @@ from vim2.forecast.trainer import LOSS, Trainer
 from vim2.tsm2 import TSM2Config
 
 COLUMNS = ["north", "south", "level"]
-OPTIONS = dict(horizon=6, lookback=24, d_model=4, d_state=2, members=2, epochs=1, epoch_steps=4, device="cpu")
+OPTIONS = dict(horizon=6, lookback=24, d_model=4, d_state=2, members=2, epochs=1, epoch_steps=4, device=DEVICE)
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_series_of_different_lengths_are_forecast_together(tmp_path, frame, opti
     run = fit(data=long, missing="mask", output=str(tmp_path), experiment="long", **options)
     wide = fit(data=frame, missing="mask", output=str(tmp_path), experiment="wide", **options)
     assert run["committee"] == wide["committee"] and run["history"][0]["val_mse"] == wide["history"][0]["val_mse"]
-    result = evaluate(data=frame, checkpoint=wide["folder"], output=str(tmp_path), device="cpu", refits=2)
+    result = evaluate(data=frame, checkpoint=wide["folder"], output=str(tmp_path), device=DEVICE, refits=2)
     scaled = (frame[COLUMNS] - frame[COLUMNS][:280].mean()) / frame[COLUMNS][:280].std(ddof=0)
     now, truth = scaled.ffill().to_numpy()[319:394], scaled.to_numpy()
     errors = np.stack([truth[320 + k : 395 + k] - now for k in range(6)], axis=1)
@@ -194,7 +195,7 @@ def test_series_of_different_lengths_are_forecast_together(tmp_path, frame, opti
 def test_a_series_without_truths_in_the_test_rows_has_no_error(tmp_path, frame):
     frame.loc[310:, "level"] = np.nan
     run = fit(data=frame, missing="mask", output=str(tmp_path), **OPTIONS)
-    result = evaluate(data=frame, checkpoint=run["folder"], output=str(tmp_path), device="cpu")
+    result = evaluate(data=frame, checkpoint=run["folder"], output=str(tmp_path), device=DEVICE)
     row = result["scores"]["committee"]
     assert np.isnan(row["mse_by_variate"]).tolist() == [False, False, True] and np.isfinite(row["mase"])
     saved = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
