@@ -50,6 +50,7 @@ class OtherOptions(Options, group="others, by default none"):
     compile: str | None = option(None, "backend", const="inductor")
     amp: bool = option(False, "or not", negatable=True)
     quick: bool = option(False, "skip what can be skipped")
+    smooth: Rate = option(0.1, "rate", before=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +225,15 @@ def test_a_run_goes_on_with_the_options_it_was_started_with():
         resumed({**saved, "lr": None}, Path("runs/x/last.pth"), lr=1.0)
     with pytest.raises(UserError, match=r"runs/x/last.pth .* decay must be 0 or more, got -1"):
         resumed({**saved, "decay": -1}, Path("runs/x/last.pth"))
+
+
+def test_a_run_from_before_an_option_goes_on_as_it_was_begun():
+    saved = given(output="runs", experiment="x").to_dict()
+    assert given().smooth == saved.pop("smooth") == 0.1
+    assert resumed(saved, Path("runs/x/last.pth")).smooth == 0.0
+    assert resumed({**saved, "smooth": 0.3}, Path("runs/x/last.pth")).smooth == 0.3
+    with pytest.raises(UserError, match=r"a run with --smooth 0.0, not 0.1: leave --smooth out"):
+        resumed(saved, Path("runs/x/last.pth"), smooth=0.1)
 
 
 def test_a_run_stays_in_its_folder_unless_another_was_given(tmp_path, monkeypatch):

@@ -151,6 +151,35 @@ def change_last(folder, **changes):
     torch.save({name: value for name, value in saved.items() if value is not ...}, folder / "last.pth")
 
 
+def test_a_run_from_before_frequencies_were_masked_goes_on_without(tmp_path, data, monkeypatch):
+    options = dict(epochs=2, epoch_steps=2)
+    start(data, tmp_path, experiment="plain", frequency_mask=0.0, **options)
+    train = Trainer.epoch
+
+    def stop(trainer, epoch, called=""):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train(trainer, epoch, called)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "epoch", stop)
+        start(data, tmp_path, experiment="cut", frequency_mask=0.0, **options)
+    saved = read_checkpoint(tmp_path / "cut" / "last.pth")["options"]
+    del saved["frequency_mask"]
+    change_last(tmp_path / "cut", options=saved)
+    with pytest.raises(UserError, match=r"run with --frequency-mask 0.0, not 0.2"):
+        start(data, tmp_path, experiment="cut", resume=True, frequency_mask=0.2, **options)
+    start(data, tmp_path, experiment="cut", resume=True, **options)
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    # and a forecaster that says nothing of it is fitted again without
+    path = tmp_path / "plain" / "best" / "config.json"
+    config = json.loads(path.read_text())
+    del config["training"]["frequency_mask"]
+    path.write_text(json.dumps(config))
+    assert Forecaster.from_pretrained(path.parent).training["frequency_mask"] == 0.0
+
+
 def test_a_last_pth_from_before_tables_had_fingerprints_goes_on(tmp_path, data):
     options = dict(epochs=2, epoch_steps=1, experiment="r")
     start(data, tmp_path, **options)

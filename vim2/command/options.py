@@ -44,6 +44,7 @@ __all__ = [
     "Rate",
     "RunOptions",
     "Share",
+    "as_saved",
     "ascending",
     "fill_in",
     "length",
@@ -141,6 +142,7 @@ def option(
     const: Any = None,
     positional: bool = False,
     negatable: bool = False,
+    before: Any = REQUIRED,
 ) -> Any:
     """Declares an option as a field of an `Options`.
 
@@ -154,6 +156,8 @@ def option(
         const: Its value where it is given without one; the same as True from Python.
         positional: It is given without its name.
         negatable: It is a bool that has a --no- form.
+        before: The value that says what was done before there was the option, where its default is another: that of
+            runs which were saved without it.
     """
     metadata = {
         "help": help,
@@ -164,6 +168,7 @@ def option(
         "const": const,
         "positional": positional,
         "negatable": negatable,
+        "before": before,
     }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -305,6 +310,17 @@ def fill_in(options: OptionsT, values: Mapping[str, Any], explicit: Set[str]) ->
     return dataclasses.replace(options, **{name: v for name, v in values.items() if name not in explicit})
 
 
+def as_saved(cls: type[Options], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options, by name, that an earlier version may have saved: options that are no more are left out, and
+    those that came since stand for what was done before them, if they say what that is."""
+    fields = cls.__dataclass_fields__
+    came = {name: field.metadata["before"] for name, field in fields.items()}
+    return {
+        **{name: value for name, value in came.items() if value is not REQUIRED},
+        **{name: value for name, value in saved.items() if name in fields},
+    }
+
+
 def resume_options(
     options: RunOptionsT, explicit: set[str], saved: Mapping[str, Any], path: Path, may_change: Set[str], otherwise: str
 ) -> RunOptionsT:
@@ -313,7 +329,7 @@ def resume_options(
     Args:
         options: Given now, resolved.
         explicit: Names of those that were given.
-        saved: By name, of the run. What has become of it since is left out, and what came since has its default.
+        saved: By name, of the run, taken `as_saved`; what came since and does not say what was before has its default.
         path: The run's last.pth. The run stays in its folder unless another was given.
         may_change: Names of those that do not make it another run.
         otherwise: What to do for another run, to end "leave it out to go on with that run, or ..."
@@ -322,7 +338,7 @@ def resume_options(
         UserError: An option that would make it another run; a file with a value that cannot be one.
     """
     try:
-        values = _read(type(options), {n: v for n, v in saved.items() if n in options.__dataclass_fields__}, str)
+        values = _read(type(options), as_saved(type(options), saved), str)
     except ValueError as error:
         raise UserError(f"{path} is of a run that cannot go on: {error}.") from None
     for name in sorted(explicit - may_change):

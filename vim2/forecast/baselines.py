@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .data import Windows
+from ..command.errors import UserError
+from .data import Windows, where_known
 from .significance import gain
 
 __all__ = ["Ridge", "cautious", "joint_map", "last_value", "lowest", "seasonal_naive", "shorter_lookbacks"]
@@ -67,8 +68,14 @@ class Ridge:
         return ridges
 
     def losses(self, windows: Windows, batch: int = 256) -> Tensor:
-        """Its squared error on each window, (windows,), float64 on the CPU."""
-        return torch.cat([(self(x) - y).square().mean((1, 2)).double().cpu() for x, y, _ in windows.batches(batch)])
+        """Its squared error on each window, (windows,), float64 on the CPU. Where truths are missing, windows weigh as
+        much as they hold, so that the mean is that over all known values."""
+        squares, share = [], []
+        for x, y, _ in windows.batches(batch):
+            forecast, y, known = where_known(self(x), y)
+            squares.append((forecast - y).square().mean((1, 2)).double().cpu())
+            share.append(known.double().mean((1, 2)).cpu())
+        return torch.cat(squares) / torch.cat(share).mean()
 
     def refit(self, windows: Windows, batch: int = 256) -> "Ridge":
         """The same penalty's map for other windows."""
@@ -150,7 +157,12 @@ def solve(gram: Tensor, cross: Tensor, penalties: Sequence[float]) -> Iterator[T
 
 
 def moments(windows: Windows, center: str, batch: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Sums over windows and variates of x x', x y' and y'y, centred, float64; and the number of values y."""
+    """Sums over windows and variates of x x', x y' and y'y, centred, float64; and the number of values y. Series of a
+    window whose truth is missing in part are left out.
+
+    Raises:
+        UserError: That leaves none.
+    """
     length, horizon = windows.lookback, windows.horizon
     options = dict(dtype=torch.float64, device=windows.device)
     gram, cross = torch.zeros(length, length, **options), torch.zeros(length, horizon, **options)
@@ -158,8 +170,16 @@ def moments(windows: Windows, center: str, batch: int) -> tuple[Tensor, Tensor, 
     for x, y, _ in windows.batches(batch):
         level = centre(x, center)
         x, y = ((t - level).transpose(1, 2).flatten(0, 1) for t in (x, y))
+        if windows.has_gaps:
+            whole = ~y.isnan().any(1)
+            x, y = x[whole], y[whole]
         gram += x.T @ x
         cross += x.T @ y
         square += y.double().square().sum()
         count += y.numel()
+    if not count:
+        raise UserError(
+            f"No series has {horizon} known values in a row, after others, in the rows to train or to validate on: "
+            "shorten --horizon, choose another --split, or fill values that are missing (--missing interpolate)."
+        )
     return gram, cross, square, count

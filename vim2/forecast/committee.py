@@ -168,29 +168,39 @@ class Products:
     mixture of the members.
 
     Args:
-        known: Standardised rows to train and validate on, (rows, M). Errors of variates that vary more than in training
-            are divided by their deviation there: otherwise one that left its scale would speak for all.
+        known: Standardised rows to train and validate on, (rows, M), NaN where values are missing. Errors of variates
+            that vary more than in training are divided by their deviation there: otherwise one that left its scale
+            would speak for all.
     """
 
     def __init__(self, known: Tensor):
         self.batches: list[Tensor] = []
         self.squares: list[Tensor] = []
-        self.scale = known.std(0, correction=0).clamp_min(1.0)
+        self.shares: list[Tensor] = []
+        self.scale = (known - known.nanmean(0)).square().nanmean(0).sqrt().clamp_min(1.0)
 
     def add(self, points: Tensor, y: Tensor) -> None:
         """The members' forecasts of n windows, (K, n, H, M), as `Committee.members` returns them, and the truth
-        (n, H, M)."""
-        errors = ((points.float() - y) / self.scale).flatten(2).transpose(0, 1)
+        (n, H, M), NaN where it is missing."""
+        known = ~y.isnan()
+        errors = (points.float() - y).where(known, 0.0)
+        self.squares.append(errors.square().mean((2, 3)).double().cpu())
+        errors = (errors / self.scale).flatten(2).transpose(0, 1)
         self.batches.append((errors @ errors.transpose(1, 2) / errors.shape[2]).double().cpu())
-        self.squares.append((points.float() - y).square().mean((2, 3)).double().cpu())
+        self.shares.append(known.double().mean((1, 2)).cpu())
+
+    @property
+    def share(self) -> Tensor:
+        """Of the truths, how many are known. Windows weigh as much as they hold, so that means are over these."""
+        return torch.cat(self.shares).mean()
 
     def result(self) -> Tensor:
         """(windows, K, K), float64: means over steps and variates."""
-        return torch.cat(self.batches)
+        return torch.cat(self.batches) / self.share
 
     def errors(self) -> Tensor:
         """The members' mean squared errors, (K,), float64, undivided."""
-        return torch.cat(self.squares, dim=1).mean(1)
+        return torch.cat(self.squares, dim=1).mean(1) / self.share
 
 
 def find_weights(products: Tensor, groups: Tensor, linear: int, horizon: int) -> Tensor:

@@ -38,7 +38,8 @@ class Conformity:
         self.seen, self.scores = 0, []
 
     def add(self, x: Tensor, forecast: Tensor, y: Tensor) -> None:
-        """Of n windows: history (n, L, M), quantiles (n, H, M, Q) and truth (n, H, M), standardised."""
+        """Of n windows: history (n, L, M), quantiles (n, H, M, Q) and truth (n, H, M), standardised, NaN where it is
+        missing."""
         _, _, scale = instance_normalise(x, self.config.instance_norm)
         first = -self.seen % self.every
         scores = (forecast - y.unsqueeze(-1)) / scale.unsqueeze(-1)
@@ -74,10 +75,16 @@ def counterpart(levels: Sequence[float], level: float) -> int | None:
 
 
 def conformal_quantile(scores: Tensor, share: float) -> Tensor:
-    """The ceil((n + 1) share)-th smallest of scores (n, ...), or the largest where that is more than there are."""
+    """The ceil((n + 1) share)-th smallest of scores (n, ...), or the largest where that is more than there are. Missing
+    ones, NaN, do not count; of none, it is 0."""
+    known = ~scores.isnan()
     n = len(scores)
     # less a hair, or 0.8 of 99 + 1 would be the 81st
-    return scores.kthvalue(min(math.ceil((n + 1) * share - 1e-9), n), dim=0).values
+    if known.all():
+        return scores.kthvalue(min(math.ceil((n + 1) * share - 1e-9), n), dim=0).values
+    counts = known.sum(0, keepdim=True)
+    place = ((counts + 1) * share - 1e-9).ceil().long().minimum(counts).sub(1).clamp_min(0)
+    return scores.sort(0).values.gather(0, place).nan_to_num(0.0).squeeze(0)  # NaN are sorted last
 
 
 def calibrate(forecast: Tensor, x: Tensor, correction: Tensor, config: TSM2Config) -> Tensor:

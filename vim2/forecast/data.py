@@ -33,14 +33,16 @@ __all__ = [
     "Windows",
     "calendar_cycles",
     "calendar_features",
+    "last_known",
     "make_split",
     "read_table",
     "split_rows",
     "static_features",
+    "where_known",
 ]
 
 TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
-MISSING = ("error", "interpolate", "previous")
+MISSING = ("error", "interpolate", "previous", "mask")
 SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
 
 
@@ -50,7 +52,7 @@ class Table:
 
     Args:
         times: Time stamps of the rows.
-        values: Targets, (rows, M), float64.
+        values: Targets, (rows, M), float64; NaN where a value is missing and masked.
         columns: M names.
         future: Known-future features, (rows + further, C), float64, C may be 0.
         future_columns: C names.
@@ -128,8 +130,10 @@ def read_table(
         future_columns: Names of columns that are known for the time to forecast.
         na_values: Numbers that stand for a missing value.
         keep_values: Numbers that look as if they did, but are to be taken as they are.
-        missing: What becomes of missing values: "error", "interpolate" (linearly between neighbours, ends repeated) or
-            "previous" (the value before, where there is none the one after).
+        missing: What becomes of missing values: "error", "interpolate" (linearly between neighbours, ends repeated),
+            "previous" (the value before, where there is none the one after) or "mask" (of targets, they stay missing:
+            forecasts see the value before, and none is trained or scored by them; so series may begin and end at
+            different times).
         times: What becomes of time stamps that are out of order, twice there, or not a constant step apart: "error",
             "regular" (sort, keep the first of equal ones, add missing rows, whose values `missing` then fills), or
             "keep" (take the rows as they are, each as one step).
@@ -211,7 +215,7 @@ def read_table(
         numbers.index = pd.RangeIndex(first_row, first_row + len(index))
     values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
-    future, more = repair_missing(numbers[future_columns], missing, source)
+    future, more = repair_missing(numbers[future_columns], "error" if missing == "mask" else missing, source)
     repairs += more
     static = static.loc[targets] if static_columns else None
     return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static)
@@ -274,11 +278,24 @@ def repair_missing(numbers: pd.DataFrame, how: str, source: str) -> tuple[np.nda
     listed += f" and {len(counts) - 5} more columns" if len(counts) > 5 else ""
     if how == "error":
         row = numbers.index[numbers.isna().any(axis=1)][0]
-        if len(mostly := counts[2 * counts > len(numbers)]):
-            remedy = f"Leave {mostly.index[0]} out with --targets: most of it would be made up"
+        mostly = counts[2 * counts > len(numbers)].index
+        held = [
+            numbers.loc[numbers[name].first_valid_index() : numbers[name].last_valid_index(), name] for name in mostly
+        ]
+        sparse = [column.name for column in held if 2 * column.isna().sum() > len(column)]
+        if sparse:
+            remedy = f"Leave {sparse[0]} out with --targets: most of it would be made up"
+        elif held:
+            remedy = f"Add --missing mask, to learn from what is there: {mostly[0]} begins late or ends early"
         else:
-            remedy = "Add --missing interpolate or --missing previous to fill them, or choose columns with --targets"
+            remedy = (
+                "Add --missing interpolate or --missing previous to fill them, or --missing mask to learn from the "
+                "others alone, or choose columns with --targets"
+            )
         raise UserError(f"Values of {source} are missing: {listed}; first at {row}. {remedy}.")
+    if how == "mask":
+        masked = f"{int(counts.sum())} missing values are masked, neither learned from nor scored: {listed}."
+        return numbers.to_numpy(dtype=np.float64), [masked]
     # by rows, not by time: rows are the model's steps
     filled = numbers.interpolate(limit_direction="both") if how == "interpolate" else numbers.ffill().bfill()
     verb = "interpolated" if how == "interpolate" else "filled with the value before"
@@ -408,8 +425,9 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: np.ndarray) -> "Scaler":
-        """From (rows, M); a column that does not vary keeps its scale, as in scikit-learn."""
-        return cls(values.mean(axis=0), np.where(is_constant(values), 1.0, values.std(axis=0)))
+        """From (rows, M), of which missing ones are left out, but no column may be without any; a column that does not
+        vary keeps its scale, as in scikit-learn."""
+        return cls(np.nanmean(values, axis=0), np.where(is_constant(values), 1.0, np.nanstd(values, axis=0)))
 
     def transform(self, values: Any) -> Any:
         """(..., M) -> (..., M), standardised."""
@@ -421,15 +439,31 @@ class Scaler:
 
 
 def is_constant(values: np.ndarray) -> np.ndarray:
-    """Which columns of (rows, M) hold one value only, (M,)."""
-    return values.max(axis=0) == values.min(axis=0)
+    """Which columns of (rows, M) hold one value only, (M,); missing ones are none."""
+    return np.nanmax(values, axis=0) == np.nanmin(values, axis=0)
+
+
+def last_known(values: Tensor) -> Tensor:
+    """Standardised values (rows, M) in which the value before stands for missing ones, and the mean, 0, for those
+    before a series begins: nothing that comes later."""
+    rows = torch.arange(len(values), device=values.device).unsqueeze(1)
+    latest = torch.where(values.isnan(), -1, rows).cummax(0).values
+    return values.gather(0, latest.clamp_min(0)).where(latest >= 0, 0.0)
+
+
+def where_known(forecast: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Forecast (..., H, M), or (..., H, M, Q), and truth (..., H, M), both 0 where the truth is missing, NaN, so that
+    there is no error there; and where it is known, (..., H, M)."""
+    known = ~y.isnan()
+    over = known if forecast.dim() == y.dim() else known.unsqueeze(-1)
+    return forecast.where(over, 0.0), y.where(known, 0.0), known
 
 
 class Windows:
     """All windows of a stretch of rows, at stride 1, cut out of one tensor by their index.
 
     Args:
-        values: Standardised targets, (rows, M), on the device that is to train.
+        values: Standardised targets, (rows, M), on the device that is to train; NaN where they are missing.
         lookback: Steps L of history.
         horizon: Steps H to forecast.
         start: First row.
@@ -440,6 +474,9 @@ class Windows:
     def __init__(self, values: Tensor, lookback: int, horizon: int, start: int, end: int, future: Tensor | None = None):
         self.lookback, self.horizon = lookback, horizon
         self.windows = values[start:end].unfold(0, lookback + horizon, 1)  # a view: (windows, M, L + H)
+        self.known = None  # what histories are cut from, where values are missing
+        if values[start:end].isnan().any():
+            self.known = last_known(values)[start:end].unfold(0, lookback + horizon, 1)
         self.future = None if future is None else future[start + lookback : end].unfold(0, horizon, 1)
 
     def __len__(self) -> int:
@@ -449,12 +486,14 @@ class Windows:
         """The same windows without the first steps of their history."""
         part = copy(self)
         part.lookback, part.windows = lookback, self.windows[..., self.lookback - lookback :]
+        part.known = None if self.known is None else self.known[..., self.lookback - lookback :]
         return part
 
     def stretch(self, start: int, end: int) -> "Windows":
         """The windows from one number to before another."""
         part = copy(self)
         part.windows = self.windows[start:end]
+        part.known = None if self.known is None else self.known[start:end]
         part.future = None if self.future is None else self.future[start:end]
         return part
 
@@ -462,9 +501,18 @@ class Windows:
     def device(self) -> torch.device:
         return self.windows.device
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether values are missing, so that truths may be NaN."""
+        return self.known is not None
+
     def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """History (n, L, M), truth (n, H, M) and future features (n, H, C) or None."""
+        """History (n, L, M), truth (n, H, M) and future features (n, H, C) or None. The truth is NaN where it is
+        missing, and for series of which the history holds nothing; the history, where it is missing, `last_known`."""
         x, y = self.windows[index].transpose(1, 2).split((self.lookback, self.horizon), dim=1)
+        if self.known is not None:
+            y = y.where(x.isfinite().any(1, keepdim=True), torch.nan)
+            x = self.known[index].transpose(1, 2)[:, : self.lookback]
         return x, y, None if self.future is None else self.future[index].transpose(1, 2)
 
     def batches(self, size: int):

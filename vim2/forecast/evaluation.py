@@ -103,6 +103,8 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
             yield partial(all_forecasts, fitted, parts, of_ridge, amp), windows[part].stretch(start, end)
 
     scores = score_all(stretches(), o.batch_size, levels)
+    if math.isnan(scores[forecaster.called]["mse"]):
+        raise UserError(f"The {part} rows hold no value that could be scored: all are missing.")
     before = scores.pop(UNCORRECTED, None)
     naive = naive_errors(values[: split.train], forecaster.season)
     say(f"{part}: {len(windows[part]):,} windows of {config.horizon} steps, standardised")
@@ -133,7 +135,7 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
             say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))
     folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
-        write_atomically(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(folder / "evaluation.json", json.dumps(without_nan(result), indent=1) + "\n")
         draw(fits[bisect_right(ends, index)], table, windows[part], index, scores, part, folder)
     return result
 
@@ -164,6 +166,15 @@ def all_forecasts(
     if forecaster.conformal is not None:
         result[UNCORRECTED] = mixed
     return result | baseline_forecasts(ridge, x, future, model.config.horizon, forecaster.season)
+
+
+def without_nan(value: Any) -> Any:
+    """None for NaN, which JSON has not: errors of variates that have no truth."""
+    if isinstance(value, dict):
+        return {name: without_nan(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def describe_quantiles(what: str, row: dict[str, float], levels: tuple[float, ...]) -> str:

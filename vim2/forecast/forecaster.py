@@ -17,13 +17,24 @@ from torch import Tensor
 
 from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
-from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, length, option, resolve
+from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, as_saved, length, option, resolve
 from ..command.progress import say
 from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
 from .committee import Committee
 from .conformal import calibrate
-from .data import CYCLES, Scaler, Split, Table, calendar_features, describe, make_split, read_table, usual_gap
+from .data import (
+    CYCLES,
+    Scaler,
+    Split,
+    Table,
+    calendar_features,
+    describe,
+    last_known,
+    make_split,
+    read_table,
+    usual_gap,
+)
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
@@ -136,7 +147,8 @@ class Forecaster:
         return f"The members know the {of_training} alone: `fit --resume --refit` fits them again to all."
 
     def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-        """Standardised variates (rows, M) and future features (rows and more, C) or None, float32, on a device."""
+        """Standardised variates (rows, M), NaN where they are missing, and future features (rows and more, C) or None,
+        float32, on a device."""
         values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
         features = self.future_features(table.future, table.future_times)
         if features is None:
@@ -231,7 +243,8 @@ class Forecaster:
             features = self.future_features(future, times)
             future = torch.tensor(features, dtype=torch.float32)
         device = next(self.model.parameters()).device
-        x = torch.tensor(self.scaler.transform(table.values[-c.lookback :]), dtype=torch.float32, device=device)
+        values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
+        x = last_known(values)[-c.lookback :]
         self.model.eval()
         with torch.no_grad():
             y = self.forecast_windows(x[None], None if future is None else future[None].to(device))[0]
@@ -449,7 +462,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     """
     if not isinstance(saved, dict):
         raise UserError("it is no JSON object")
-    config, _ = resolve(SavedConfig, given={n: v for n, v in saved.items() if n in SavedConfig.__dataclass_fields__})
+    config, _ = resolve(SavedConfig, given=as_saved(SavedConfig, saved))
     known = TSM2Config.__dataclass_fields__
     for name in config.model.keys() - known:
         raise UserError(f"it has an unknown option {name}{did_you_mean(name, known)}")
@@ -477,7 +490,8 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
         make_split(sum(config.split), config.split, model.lookback, model.horizon)
     resolve(ReadingOptions, given=config.reading)
     if config.training:
-        training, _ = resolve(TrainingOptions, given=config.training)
+        trained = as_saved(TrainingOptions, config.training)
+        training, _ = resolve(TrainingOptions, given=trained)
         if None in (training.batch_size, training.epoch_steps):
             raise UserError("its training leaves open how many windows an update has, or how many updates an epoch")
         penalties, _ = resolve(Penalties, given=config.penalties)
@@ -486,7 +500,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
             raise UserError(
                 f"it has {len(penalties.mean)} and {len(penalties.last)} penalties of ridges, for {ridges} and 1"
             )
-        config = replace(config, penalties={"mean": penalties.mean, "last": penalties.last})
+        config = replace(config, training=trained, penalties={"mean": penalties.mean, "last": penalties.last})
     if config.step is not None:
         pd.tseries.frequencies.to_offset(config.step)
     return config, model

@@ -152,6 +152,7 @@ class TrainingOptions(Options, group="training"):
         0.2,
         "share of frequencies that half of the windows lose in training, to learn from more of them; 0: none",
         metavar="RATE",
+        before=0.0,
     )
     lr: PositiveFloat = option(2e-3, "peak learning rate of AdamW, cosine to zero")
     ema: Rate = option(0.998, "decay of the averaged weights, which forecast; shorter averages at first")

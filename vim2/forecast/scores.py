@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import Ridge, last_value, seasonal_naive
-from .data import Windows
+from .data import Windows, where_known
 
 __all__ = [
     "Errors",
@@ -39,33 +39,34 @@ class Errors:
         self.levels, self.windows, self.sums = levels, 0, {}
 
     def add(self, forecast: Tensor, y: Tensor) -> None:
-        """A forecast of n windows, (n, H, M), with levels (n, H, M, Q), and the truth, (n, H, M)."""
-        forecast, levels = forecast.float(), self.levels
+        """A forecast of n windows, (n, H, M), with levels (n, H, M, Q), and the truth, (n, H, M), NaN where it is
+        missing."""
+        levels = self.levels
+        forecast, y, known = where_known(forecast.float(), y)
         error = (forecast[..., nearest_to_median(levels)] if levels else forecast) - y
         # at most a batch of terms in float32, the rest in float64
         new = {"squared": error.square().sum(0).double(), "absolute": error.abs().sum(0).double()}
+        new["known"] = known.sum(0).double()
         if levels:
-            new["crps"] = pinball(forecast, y, levels).double() * len(y)
-            new["inside"] = ((forecast[..., 0] <= y) & (y <= forecast[..., -1])).sum(0).double()
+            new["crps"] = pinball(forecast, y, levels).double() * y.numel()
+            new["inside"] = ((forecast[..., 0] <= y) & (y <= forecast[..., -1]) & known).sum(0).double()
         self.sums = {name: value + self.sums.get(name, 0) for name, value in new.items()}
         self.windows += len(y)
 
     def result(self) -> dict:
-        """mse, mae, and lists of them by variate and by step of the horizon; windows, their number. With levels, also
-        crps, see `pinball`, and coverage, the share of true values between the outermost quantiles."""
-        means = {name: value / self.windows for name, value in self.sums.items()}
-        squared, absolute = means["squared"], means["absolute"]
-        result = {
-            "mse": squared.mean().item(),
-            "mae": absolute.mean().item(),
-            "windows": self.windows,
-            "mse_by_variate": squared.mean(0).tolist(),
-            "mae_by_variate": absolute.mean(0).tolist(),
-            "mse_by_step": squared.mean(1).tolist(),
-            "mae_by_step": absolute.mean(1).tolist(),
-        }
+        """mse, mae, and lists of them by variate and by step of the horizon, NaN where no truth is known; windows,
+        their number. With levels, also crps, see `pinball`, and coverage, the share of true values between the
+        outermost quantiles."""
+        sums = dict(self.sums)
+        known = sums.pop("known")
+        result = {"windows": self.windows}
+        for name, errors in (("mse", sums["squared"]), ("mae", sums["absolute"])):
+            result[name] = (errors.sum() / known.sum()).item()
+            result[f"{name}_by_variate"] = (errors.sum(0) / known.sum(0)).tolist()
+            result[f"{name}_by_step"] = (errors.sum(1) / known.sum(1)).tolist()
         if self.levels:
-            result |= {"crps": means["crps"].item(), "coverage": means["inside"].mean().item()}
+            inside, crps = sums["inside"].sum() / known.sum(), sums["crps"] / known.sum()
+            result |= {"crps": crps.item(), "coverage": inside.item()}
         return result
 
 
@@ -145,19 +146,19 @@ def naive_errors(values: Tensor, season: int) -> Tensor:
     absolute error when the value one season before is the forecast.
 
     Args:
-        values: Standardised training rows, (rows, M).
+        values: Standardised training rows, (rows, M), NaN where they are missing.
         season: Steps; one is taken instead if there are no more rows than that.
 
     Returns:
-        (M,), float64 on the CPU; 0 for a variate that repeats itself.
+        (M,), float64 on the CPU; 0 for a variate that repeats itself, NaN for one without two values a season apart.
     """
     season = season if season < len(values) else 1
-    return (values[season:] - values[:-season]).abs().double().mean(0).cpu()
+    return (values[season:] - values[:-season]).abs().double().nanmean(0).cpu()
 
 
 def mase(row: dict, naive: Tensor) -> float | None:
     """Mean absolute scaled error of a `score`: the MAE over that of `naive_errors`, averaged over the variates that do
     not repeat themselves in training; None if all do."""
     absolute = torch.tensor(row["mae_by_variate"], dtype=torch.float64)
-    varies = naive > 0
+    varies = (naive > 0) & absolute.isfinite()
     return (absolute[varies] / naive[varies]).mean().item() if varies.any() else None

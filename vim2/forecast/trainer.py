@@ -20,7 +20,7 @@ from ..command.processes import Processes
 from ..command.progress import progress_bar
 from ..command.runs import restore_optimizer, restore_weights, seed_everything
 from .committee import Networks
-from .data import Windows
+from .data import Windows, where_known
 from .options import TrainingOptions
 from .scores import pinball
 
@@ -125,7 +125,11 @@ class Trainer:
     def update(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
         """One update of all TSM2, each as if it were alone; the mean of their losses before it."""
         if self.options.frequency_mask:
-            x, y = mask_frequencies(x, y, self.options.frequency_mask)
+            missing = y.isnan() if self.windows.has_gaps else None
+            # what is missing goes on as the history ends, so that windows have a spectrum, and stays missing
+            filled = y if missing is None else y.where(~missing, x[:, -1:])
+            x, y = mask_frequencies(x, filled, self.options.frequency_mask)
+            y = y if missing is None else y.where(~missing, torch.nan)
         loss = self.loss(x, y, future)
         (loss * len(self.networks)).backward()
         if self.options.clip_grad:
@@ -136,7 +140,8 @@ class Trainer:
         return loss.detach()
 
     def loss(self, x: Tensor, y: Tensor, future: Tensor | None) -> Tensor:
-        """The loss that was asked for, with quantiles the pinball loss, on standardised values; the TSM2's mean."""
+        """The loss that was asked for, with quantiles the pinball loss, on standardised values that are known; the
+        TSM2's mean."""
         given = (x,) if future is None else (x, future)
         if self.graphed is not None:
             forecast = self.graphed(*(t.contiguous() for t in given))
@@ -144,8 +149,11 @@ class Trainer:
             with torch.autocast("cuda", torch.bfloat16) if self.amp else nullcontext():
                 forecast = self.networks(*given)
         levels = self.networks[0].config.quantiles
-        y = y.expand(len(self.networks), *y.shape)
-        return pinball(forecast.float(), y, levels) if levels else LOSS[self.options.loss](forecast.float(), y)
+        y, forecast, share = y.expand(len(self.networks), *y.shape), forecast.float(), 1.0
+        if self.windows.has_gaps:
+            forecast, y, known = where_known(forecast, y)
+            share = known.float().mean().clamp_min(1 / known.numel())
+        return (pinball(forecast, y, levels) if levels else LOSS[self.options.loss](forecast, y)) / share
 
     def capture(self) -> None:
         """From here on, batches run as CUDA graphs."""
