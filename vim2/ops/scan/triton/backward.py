@@ -998,7 +998,7 @@ def scan_backward(
     grad_A, grad_D, grad_bias = (
         torch.empty(t.shape, dtype=t.dtype, device=u.device) for t in (operands.A, operands.D, operands.delta_bias)
     )
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=u.device)
+    grad_weight = torch.empty(weight.shape if plan.factor else (0,), dtype=torch.float32, device=u.device)
     sum_parts(sums, grad_A, grad_D, grad_bias, *((grad_weight,) if plan.factor else ()), transposed=True)
     if not operands.is_low_rank and grad_steps is not grad_delta:
         grad_delta.copy_(grad_steps)

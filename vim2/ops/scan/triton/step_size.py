@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, column_block, last_axis_contiguous
 from ...triton_math import LOG2E, exp2
+from ...triton_sums import sum_parts
 from ..operands import Operands
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
@@ -225,7 +226,11 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     plan.launch(grad, weight, factor, part_factor, grad_weight)
     if plan.groups > 1:
         torch.sum(part_factor, 0, out=grad_factor)
-    return grad_weight.sum(0) if plan.parts > 1 else grad_weight.squeeze(0)
+    if plan.parts == 1:
+        return grad_weight.squeeze(0)
+    total = torch.empty(weight.shape, dtype=torch.float32, device=grad.device)
+    sum_parts(grad_weight.flatten(1).unsqueeze(1), total)
+    return total
 
 
 class _Backward(NamedTuple):
