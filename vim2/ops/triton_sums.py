@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .triton_launch import MAX_LAUNCHES, Launch
 
-BLOCK, PARTS = 64, 128  # columns and parts that a program adds up at once
+BLOCK, PARTS = 32, 256  # columns and parts that a program adds up at once
 FEW = 8  # parts up to which a program adds up FLAT columns, of whatever rows, instead
-FLAT = 4096
+FLAT = 2048
 
 
 class Sum(NamedTuple):
@@ -26,7 +26,7 @@ class Sum(NamedTuple):
         target: Likewise of the tensor for the result.
         offset: Of the first number in the source.
         parts, directions, rows, width: Sizes of the source.
-        strides: Of the source, but for columns, which lie side by side.
+        strides: Of the source, but for columns, which lie side by side; PARTS times the first has 31 bits.
         target_strides: Of the target's directions, rows and columns.
     """
 
@@ -51,11 +51,45 @@ FIELDS = 14  # of a sum in the table
 
 
 @triton.jit
-def _store_sums(targets, target, at, sums, mask):
-    """To one of the targets."""
+def _store(targets, target, strides, place, sums, mask):
+    """Sums of a place, which is direction, row and columns, to that one of the targets."""
+    at = place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
     for i in tl.static_range(len(targets)):
         if target == i:
             tl.store(targets[i] + at, sums.to(targets[i].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_few(sources, source, offset, strides, targets, target, target_strides, parts, place, mask):
+    """Of each number by itself."""
+    at = offset + place[0] * strides[1] + place[1] * strides[2] + place[2]
+    total = (place[2] * 0).to(tl.float32)
+    for s in tl.static_range(len(sources)):
+        if source == s:
+            for part in range(parts):
+                x = tl.load(sources[s] + part * strides[0] + at, mask=mask, other=0.0)
+                total += x.to(tl.float32)
+    _store(targets, target, target_strides, place, total, mask)
+
+
+@triton.jit
+def _sum_many(
+    sources, source, offset, strides, targets, target, target_strides, parts, place, width,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK columns of a row, PARTS at once."""
+    start = offset + place[0] * strides[1] + place[1] * strides[2]
+    inside = place[2] < width
+    part = tl.arange(0, PARTS)[:, None]
+    at = part * strides[0].to(tl.int32) + place[2][None, :]
+    tile = tl.zeros([PARTS, BLOCK], dtype=tl.float32)
+    for s in tl.static_range(len(sources)):
+        if source == s:
+            for first in range(0, parts, PARTS):
+                first_at = sources[s] + first * strides[0] + start
+                x = tl.load(first_at + at, mask=(first + part < parts) & inside[None, :], other=0.0)
+                tile += x.to(tl.float32)
+    _store(targets, target, target_strides, place, tl.sum(tile, 0), inside)
 
 
 @triton.jit(do_not_specialize=["table"])
@@ -72,45 +106,24 @@ def _sums_kernel(
     piece = (tl.program_id(0) - tl.load(at)).to(tl.int32)
     source = tl.load(at + 1).to(tl.int32)
     target = tl.load(at + 2).to(tl.int32)
-    offset = tl.load(at + 3)
+    offset = tl.load(at + 3).to(tl.int32)
     parts = tl.load(at + 4).to(tl.int32)
     all_rows = tl.load(at + 5).to(tl.int32)
     rows = tl.load(at + 6).to(tl.int32)
     width = tl.load(at + 7).to(tl.int32)
-    part_stride = tl.load(at + 8)
-    k_stride = tl.load(at + 9)
-    row_stride = tl.load(at + 10)
-    target_k = tl.load(at + 11)
-    target_row = tl.load(at + 12)
-    target_e = tl.load(at + 13)
+    # only parts may lie far apart
+    strides = (tl.load(at + 8), tl.load(at + 9).to(tl.int32), tl.load(at + 10).to(tl.int32))
+    target_strides = (tl.load(at + 11).to(tl.int32), tl.load(at + 12).to(tl.int32), tl.load(at + 13).to(tl.int32))
     if parts <= FEW:
         i = piece * FLAT + tl.arange(0, FLAT)
-        row = i // width
-        e = i % width
-        inside = row < all_rows
-        in_source = offset + row // rows * k_stride + row % rows * row_stride + e
-        total = tl.zeros([FLAT], dtype=tl.float32)
-        for s in tl.static_range(len(sources)):
-            if source == s:
-                for part in range(parts):
-                    x = tl.load(sources[s] + (in_source + part * part_stride), mask=inside, other=0.0)
-                    total += x.to(tl.float32)
-        _store_sums(targets, target, row // rows * target_k + row % rows * target_row + e * target_e, total, inside)
+        place = (i // width // rows, i // width % rows, i % width)
+        _sum_few(sources, source, offset, strides, targets, target, target_strides, parts, place, i // width < all_rows)
     else:
         blocks = tl.cdiv(width, BLOCK)
         row = piece // blocks
-        e = piece % blocks * BLOCK + tl.arange(0, BLOCK)
-        start = offset + row // rows * k_stride + row % rows * row_stride
-        part = tl.arange(0, PARTS)[:, None]
-        tile = tl.zeros([PARTS, BLOCK], dtype=tl.float32)
-        for s in tl.static_range(len(sources)):
-            if source == s:
-                for first in range(0, parts, PARTS):
-                    x_at = sources[s] + start + ((first + part) * part_stride + e[None, :])
-                    x = tl.load(x_at, mask=(first + part < parts) & (e < width)[None, :], other=0.0)
-                    tile += x.to(tl.float32)
-        in_target = row // rows * target_k + row % rows * target_row + e * target_e
-        _store_sums(targets, target, in_target, tl.sum(tile, 0), e < width)
+        columns = piece % blocks * BLOCK + tl.arange(0, BLOCK)
+        at_row = (row // rows, row % rows, columns)
+        _sum_many(sources, source, offset, strides, targets, target, target_strides, parts, at_row, width, PARTS, BLOCK)
 
 
 class Sums(Launch):
