@@ -506,6 +506,7 @@ class Notebook(TorchDispatchMode):
         )
         if form is None:
             return f"{self.constant(launch)}({given})"
+        self.constant(launch)  # which may hold what the kernel reads
         run, function, metadata = map(self.constant, form)
         first = f"*{launch.grid}, stream, {function}, {metadata}, None, None, None"  # no hooks
         return f"{run}({first}, {given}, *{self.constant(launch.settled)})"

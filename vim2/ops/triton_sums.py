@@ -4,6 +4,7 @@ part is a copy in another layout or dtype."""
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -139,9 +140,16 @@ class Sums(Launch):
             programs += each.programs()
         count = triton.next_power_of_2(len(sums))
         table += [[programs] + [0] * (FIELDS - 1)] * (count - len(sums))
-        self.table = torch.tensor(table, dtype=torch.int64, device=device)
+        self.table = _keep(table, device)
         options = dict(FIELDS=FIELDS, FEW=FEW, FLAT=FLAT, PARTS=PARTS, BLOCK=BLOCK, num_warps=8)
         super().__init__(_sums_kernel, (programs,), (self.table.data_ptr(),), SUMS=count, **options)
+
+
+def _keep(table: list[list[int]], device: torch.device) -> Tensor:
+    """The table as a tensor that stays. It is made in a thread of its own, in which no mode is on, and memory comes
+    from no pool that is set for this one, as while CUDA graphs are prepared: all that lies there must go with these."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.tensor, table, dtype=torch.int64, device=device).result()
 
 
 @functools.lru_cache(MAX_LAUNCHES)
@@ -160,14 +168,15 @@ def sum_parts(parts: Tensor, matrix: Tensor, *vectors: Tensor, transposed: bool 
     all_rows, width = parts.shape[-2:]
     rows = all_rows - len(vectors)
     directions = matrix.numel() // (width * rows)
-    launch = _sum_parts(len(parts), directions, rows, width, len(vectors), transposed, parts.device)
+    launch = sum_parts_of(len(parts), directions, rows, width, len(vectors), transposed, parts.device)
     launch((parts,), (matrix, *vectors))
 
 
 @functools.lru_cache(MAX_LAUNCHES)
-def _sum_parts(
+def sum_parts_of(
     parts: int, directions: int, rows: int, width: int, vectors: int, transposed: bool, device: torch.device
 ) -> Sums:
+    """The launch of `sum_parts` for these sizes."""
     all_rows = rows + vectors
     strides = directions * all_rows * width, all_rows * width, width
     place = (rows * width, 1, rows) if transposed else (rows * width, width, 1)

@@ -1003,7 +1003,11 @@ def scan_backward(
     if not operands.is_low_rank and grad_steps is not grad_delta:
         grad_delta.copy_(grad_steps)
     if operands.is_low_rank and not plan.factor:
-        grad_weight = step_sizes_backward(grad_steps, delta, weight, grad_delta)
+        parts = step_sizes_backward(grad_steps, delta, weight, grad_delta)
+        grad_weight = parts.squeeze(0)
+        if len(parts) > 1:
+            grad_weight = empty(*weight.shape)
+            sum_parts(parts.flatten(1).unsqueeze(1), grad_weight)
     return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_A, grad_D, grad_bias, grad_weight
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, column_block, last_axis_contiguous
 from ...triton_math import LOG2E, exp2
-from ...triton_sums import sum_parts
 from ..operands import Operands
 
 MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
@@ -212,7 +211,7 @@ def _forward(
 def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_factor: Tensor) -> Tensor:
     """From the gradient (batch, L, K, E), contiguous, of factor weight^T those of factor (batch, L, K, R), written to
     grad_factor, which may be wider than R (the rest is zeroed) and have room between its rows, and of weight (K, E, R),
-    returned in float32."""
+    whose parts are returned, (parts, K, E, R) in float32."""
     factor, weight = _as_rows(factor), weight.contiguous()
     batch, length, directions, rank = factor.shape
     features, width = weight.shape[1], grad_factor.shape[-1]
@@ -226,11 +225,7 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     plan.launch(grad, weight, factor, part_factor, grad_weight)
     if plan.groups > 1:
         torch.sum(part_factor, 0, out=grad_factor)
-    if plan.parts == 1:
-        return grad_weight.squeeze(0)
-    total = torch.empty(weight.shape, dtype=torch.float32, device=grad.device)
-    sum_parts(grad_weight.flatten(1).unsqueeze(1), total)
-    return total
+    return grad_weight
 
 
 class _Backward(NamedTuple):
