@@ -718,3 +718,76 @@ def test_a_pytorch_without_what_is_its_own_affair(missing, monkeypatch):
             results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         assert_same_bits(*results)
     assert len(calls) == 2  # as it is, and noted
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """How many sums each launch of such has made."""
+    from vim2.ops.triton_sums import Sums
+
+    made, call = [], Sums.launch
+
+    def counted(launch, *tensors):
+        made.append(len(launch.sums))
+        return call(launch, *tensors)
+
+    monkeypatch.setattr(Sums, "launch", counted)
+    return made
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="replays launch compiled kernels by themselves there")
+def test_casts_and_sums_of_gradients_are_made_in_one_launch(sums):
+    """Of two inputs, two weights and a norm: one launch in the backward pass, with the bits of plain calls."""
+
+    def function(x, z, weight, other, norm_weight, norm_bias):
+        return norm_gate(F.linear(x, weight), F.linear(z, other), norm_weight, norm_bias, backend="triton")
+
+    owner = Trainee(function)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = (3, 8), (3, 8), (20, 8), (20, 8), (20,), (20,)
+        inputs = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in shapes]
+        expected = both_passes(function, inputs, seed, autocast=True)
+        sums.clear()
+        assert_same_bits(both_passes(owner, inputs, seed, autocast=True), expected)
+    assert owner.calls == 2 and sums == [5]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="replays launch compiled kernels by themselves there")
+def test_casts_of_what_is_given_are_made_in_one_launch(sums):
+    def function(x, weight, other):
+        return F.linear(torch.sin(F.linear(x, weight.float())), other.float())
+
+    owner = Owner(function)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x, *weights = (torch.randn(8, 8, generator=generator).to(DEVICE) for _ in range(3))
+        weights = [weight.bfloat16() for weight in weights]
+        expected = function(x, *weights)
+        sums.clear()
+        assert torch.equal(owner(x, *weights), expected)
+    assert owner.calls == 2 and sums == [2]
+
+
+def test_sums_wait_for_nothing_that_comes_later():
+    """Sums that others read, of parts that are changed afterwards, and of sums, beside two that go together."""
+    from vim2.ops.triton_sums import sum_parts
+
+    def function(parts):
+        read, changed, inner, outer, plain = (torch.empty(1, 1, 8, device=DEVICE) for _ in range(5))
+        sum_parts(parts, read)
+        twice = read * 2
+        memory = parts * 3
+        sum_parts(memory, changed)
+        memory.zero_()
+        sum_parts(parts, inner)
+        sum_parts(inner.unsqueeze(0), outer)
+        sum_parts(parts * 5, plain)
+        return twice, changed, outer, plain
+
+    owner = Owner(function)
+    for seed in range(3):
+        parts = torch.randn(4, 1, 1, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        for actual, factor in zip(owner(parts), (2, 3, 1, 5), strict=True):
+            torch.testing.assert_close(actual, parts.sum(0) * factor)
+    assert owner.calls == 2

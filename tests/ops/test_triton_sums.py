@@ -8,7 +8,9 @@ pytestmark = needs_triton
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("parts", "directions", "rows", "width", "vectors"), [(3, 2, 5, 20, 2), (700, 1, 2, 70, 1)])
+@pytest.mark.parametrize(
+    ("parts", "directions", "rows", "width", "vectors"), [(3, 2, 5, 20, 2), (2, 3, 4, 400, 1), (700, 1, 2, 70, 1)]
+)
 def test_sums_are_written_to_their_tensors(parts, directions, rows, width, vectors, transposed):
     from vim2.ops.triton_sums import sum_parts
 
@@ -24,3 +26,27 @@ def test_sums_are_written_to_their_tensors(parts, directions, rows, width, vecto
     again = torch.empty_like(matrix)
     sum_parts(x, again, *others, transposed=transposed)
     assert torch.equal(again, matrix)
+
+
+def test_sums_of_several_launches_in_one_have_the_same_bits():
+    from vim2.ops.triton_sums import copy_of, sum_parts, sum_parts_of, together
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = (300, 1, 3, 20), (5, 2, 2, 40)
+    parts = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    weight = torch.randn(70, generator=generator).to(DEVICE, torch.bfloat16)
+    expected = [torch.empty(1, 20, 2), torch.empty(1, 20), torch.empty(2, 2, 40)]
+    expected = [t.to(DEVICE) for t in expected]
+    sum_parts(parts[0], *expected[:2], transposed=True)
+    sum_parts(parts[1], expected[2])
+    targets = [torch.full_like(t, torch.nan) for t in (*expected, weight.float())]
+    device = weight.device
+    launches = (
+        sum_parts_of(300, 1, 2, 20, 1, True, device),
+        copy_of(70, device),
+        sum_parts_of(5, 2, 2, 40, 0, False, device),
+    )
+    launch = together(launches, device)
+    launch((parts[0], weight, parts[1]), (*targets[:2], targets[3], targets[2]))
+    for target, other in zip(targets, (*expected, weight.float()), strict=True):
+        assert torch.equal(target, other)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .backend import TRITON_DTYPES
 from .operator import hands_out_what_is_saved, is_observed, own, refuse_second_derivatives
 
 MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
@@ -59,6 +60,7 @@ MOVES = {
     aten.to.dtype,
     aten.unflatten.int,
 }
+CASTS = {aten._to_copy.default, aten.to.dtype}
 # What allocates on the current device in a fraction of torch.empty's time, as for torch.compile's programs. Other
 # versions of PyTorch may not have it, nor `_reinterpret_tensor` below, for both are its own affair.
 QUICK_ALLOCATIONS = {
@@ -363,6 +365,34 @@ def noting(notebook: "Notebook") -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
+class Together(NamedTuple):
+    """What one launch can do together with others of its kind.
+
+    Attributes:
+        launch: A `triton_sums.Sums`.
+        tensors: That it was given, sources and targets.
+        given: How lines give them.
+    """
+
+    launch: Any
+    tensors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+    given: list[tuple[str, ...]]
+
+
+class Line(NamedTuple):
+    """Of a function.
+
+    Attributes:
+        name: Of what it makes, if it makes anything.
+        text: How.
+        together: The same as what can be done together with others.
+    """
+
+    name: str | None
+    text: str
+    together: Together | None = None
+
+
 class Notebook(TorchDispatchMode):
     """Notes what is done while it is on, as the lines of a function of the same tensors.
 
@@ -373,12 +403,12 @@ class Notebook(TorchDispatchMode):
     def __init__(self, tensors: Sequence[Tensor | None]):
         super().__init__()
         self.constants: dict[str, Any] = {}
-        self.lines: list[tuple[str | None, str]] = []  # the name of what is made, if anything is, and how
+        self.lines: list[Line] = []
         self.whole: dict[StorageWeakRef, tuple[str, torch.dtype, tuple]] = {}  # by memory: what lies there
         self.parts: dict[tuple, str] = {}
         self.problem = ""
         self.numbers = itertools.count()  # of the names of what is made
-        self.forward: tuple[str, list[tuple[str | None, str]]] = "", []  # that pass's result and lines
+        self.forward: tuple[str, list[Line]] = "", []  # that pass's result and lines
         first = next((t for t in tensors if t is not None), torch.empty(0))
         self.device, self.index = first.device.type, first.get_device()
         self.autocast = torch.is_autocast_enabled(self.device)
@@ -410,17 +440,31 @@ class Notebook(TorchDispatchMode):
             return  # as of what dtypes are promoted to
         if not isinstance(result, Tensor):
             raise NotReplayableError(f"{function} returns something else than a tensor")
-        if function in ALLOCATIONS:
-            allocate, extent = torch.empty_strided, f"{tuple(result.shape)}, {result.stride()}"
-            kind = f"dtype={self.constant(result.dtype)}, device={self.constant(result.device)}"
-            if result.device.type == self.device and self.device in QUICK_ALLOCATIONS:
-                allocate, kind = QUICK_ALLOCATIONS[self.device], self.constant(result.dtype)
-            text = f"{self.constant(allocate)}({extent}, {kind})"
-        else:
-            text = self.call(function, arguments, options)
+        text = self.allocation(result) if function in ALLOCATIONS else self.call(function, arguments, options)
         name = f"made{next(self.numbers)}"
         self.whole[_memory(result)] = name, result.dtype, _extent(result)
-        self.lines.append((name, text))
+        self.lines.append(Line(name, text, self.copy(arguments[0], result) if function in CASTS else None))
+
+    def allocation(self, t: Tensor) -> str:
+        """Of memory for such a tensor."""
+        allocate, extent = torch.empty_strided, f"{tuple(t.shape)}, {t.stride()}"
+        kind = f"dtype={self.constant(t.dtype)}, device={self.constant(t.device)}"
+        if t.device.type == self.device and self.device in QUICK_ALLOCATIONS:
+            allocate, kind = QUICK_ALLOCATIONS[self.device], self.constant(t.dtype)
+        return f"{self.constant(allocate)}({extent}, {kind})"
+
+    def copy(self, source: Tensor, target: Tensor) -> Together | None:
+        """A copy in another dtype, where it can be done together with others."""
+        from .triton_launch import INTERPRETED
+        from .triton_sums import copy_of
+
+        if INTERPRETED and target.itemsize < source.itemsize:
+            return None  # it cuts digits off, where a GPU rounds as PyTorch does
+        tensors = (source,), (target,)
+        plain = all(t.dtype in TRITON_DTYPES and t.is_contiguous() for t in (source, target))
+        if not plain or source.device != target.device or not 0 < source.numel() < 2**31:
+            return None
+        return Together(copy_of(source.numel(), source.device), tensors, self.given_to_kernel(tensors))
 
     def take_change(self, function, arguments, options) -> None:
         """Note a call that changes tensors, all of them made by the lines of this pass."""
@@ -431,9 +475,9 @@ class Notebook(TorchDispatchMode):
                 name = (
                     self.whole[_memory(value)][0] if isinstance(value, Tensor) and _memory(value) in self.whole else ""
                 )
-                if name not in {made for made, _ in self.lines}:
+                if name not in {line.name for line in self.lines}:
                     raise NotReplayableError(f"{function} changes a tensor")
-        self.lines.append((None, self.call(function, arguments, options)))
+        self.lines.append(Line(None, self.call(function, arguments, options)))
 
     def call(self, function, arguments, options) -> str:
         given = [self.text(value) for value in arguments]
@@ -446,24 +490,38 @@ class Notebook(TorchDispatchMode):
     def take_launch(self, launch, tensors, form) -> None:
         """Note a launch, which `triton_launch.notes` tells of: of its kernel's form, which takes addresses, without a
         check of what never changes."""
+        from .triton_sums import Sums
+
         try:
-            if form is None:
-                text = f"{self.constant(launch)}({', '.join(map(self.text, tensors))})"
-            else:
-                run, function, metadata = map(self.constant, form)
-                addresses = ", ".join(map(self.address, tensors))
-                first = f"*{launch.grid}, stream, {function}, {metadata}, None, None, None"  # no hooks
-                text = f"{run}({first}, {addresses}, *{self.constant(launch.settled)})"
-            self.lines.append((None, text))
+            given = self.given_to_kernel(tensors)
+            together = Together(launch, tensors, given) if isinstance(launch, Sums) else None
+            self.lines.append(Line(None, self.launch(launch, form, given), together))
         except NotReplayableError as problem:
             self.problem = self.problem or str(problem)
 
-    def address(self, value: Tensor | tuple[Tensor, ...] | None) -> str:
+    def launch(self, launch, form, given: Sequence[str | tuple[str, ...]]) -> str:
+        """Of a kernel's form that takes what is given."""
+        given = ", ".join(
+            f"({''.join(f'{one}, ' for one in each)})" if isinstance(each, tuple) else each for each in given
+        )
+        if form is None:
+            return f"{self.constant(launch)}({given})"
+        self.constant(launch)  # which may hold what the kernel reads
+        run, function, metadata = map(self.constant, form)
+        first = f"*{launch.grid}, stream, {function}, {metadata}, None, None, None"  # no hooks
+        return f"{run}({first}, {given}, *{self.constant(launch.settled)})"
+
+    def given_to_kernel(self, tensors: Sequence) -> list[str | tuple[str, ...]]:
+        """Tensors, tuples of them and None as a kernel is given them: addresses, but in Triton's interpreter."""
+        from .triton_launch import INTERPRETED
+
+        write = self.text if INTERPRETED else self.address
+        return [tuple(map(write, t)) if isinstance(t, tuple) else write(t) for t in tensors]
+
+    def address(self, value: Tensor | None) -> str:
         """Of a tensor that a kernel is given."""
         if value is None:
             return "None"
-        if isinstance(value, tuple):
-            return f"({''.join(f'{self.address(each)}, ' for each in value)})"
         if _memory(value) not in self.whole:
             raise NotReplayableError("a tensor of unknown origin")
         name, _, (_, _, start) = self.whole[_memory(value)]
@@ -506,7 +564,7 @@ class Notebook(TorchDispatchMode):
                 shape, stride, offset = extent
                 text = f"{self.constant(take_part)}({name}, {shape}, {stride}, {offset - whole[2]})"
             self.parts[name, extent] = f"part{next(self.numbers)}"
-            self.lines.append((self.parts[name, extent], text))
+            self.lines.append(Line(self.parts[name, extent], text))
         return self.parts[name, extent]
 
     def place(self, t: Tensor) -> tuple[str, tuple, tuple]:
@@ -554,8 +612,8 @@ class Notebook(TorchDispatchMode):
             NotReplayableError: They cannot be.
         """
         returned = f"({', '.join('None' if grad is None else self.part(grad) for grad in grads)},)"
-        made = {name for name, _ in self.lines}
-        names = dict.fromkeys(NAMES.findall(f"{returned} {' '.join(text for _, text in self.lines)}"))
+        made = {line.name for line in self.lines}
+        names = dict.fromkeys(NAMES.findall(f"{returned} {' '.join(line.text for line in self.lines)}"))
         given = [name for name in self.given if name in names]
         saved = [name for name in names if name not in made and name not in self.given + self.grads]
         result, lines = self.forward
@@ -568,14 +626,62 @@ class Notebook(TorchDispatchMode):
             backward=_without_autocast(backward, self.device),  # whether it is on when that pass comes, nobody knows
         )
 
-    def function(self, arguments: Sequence[str], returned: str, lines: Sequence[tuple[str | None, str]]) -> Callable:
+    def gather(self, lines: Sequence[Line]) -> list[Line]:
+        """The same, but of what may be done together that which wants nothing but what was given is done at the start,
+        in one launch, and that which nobody waits for at the end, in another."""
+        parts = {line.name: NAMES.findall(line.text) for line in lines if line.name and line.name.startswith("part")}
+
+        def named(*texts: str) -> set[str]:
+            names = set(NAMES.findall(" ".join(texts)))
+            return names.union(*(parts.get(name, ()) for name in names))
+
+        first, last, awaited = [], [], set()
+        for i in reversed(range(len(lines))):
+            line = lines[i]
+            if line.name in parts:
+                continue
+            if line.together:
+                sources, targets = (named(*texts) for texts in line.together.given)
+                if line.name and sources <= set(self.given):
+                    first.append(i)
+                    continue
+                if not (sources | targets) & awaited:
+                    last.append(i)
+                    awaited |= sources
+                    continue
+            awaited |= named(line.text)
+        groups = [group if len(group) > 1 else [] for group in (first, last)]
+        at_start, body, at_end = [], [], []
+        for i, line in enumerate(lines):
+            if not any(i in group for group in groups):
+                body.append(line)
+            elif line.name:
+                allocation = Line(line.name, self.allocation(line.together.tensors[1][0]))
+                (at_start if i in groups[0] else body).append(allocation)
+        for group, where in zip(groups, (at_start, at_end)):
+            if group:
+                where.append(self.together([lines[i].together for i in group]))
+        return [*at_start, *body, *at_end]
+
+    def together(self, each: Sequence[Together]) -> Line:
+        """What all of them do, in one launch."""
+        from .triton_sums import together
+
+        launch = together([one.launch for one in each], each[0].tensors[0][0].device)
+        tensors, given = (
+            [tuple(itertools.chain.from_iterable(kind)) for kind in zip(*kinds)]
+            for kinds in zip(*[(one.tensors, one.given) for one in each])
+        )
+        return Line(None, self.launch(launch, launch.launch(*tensors), given))  # of the same tensors, as they are still
+
+    def function(self, arguments: Sequence[str], returned: str, lines: Sequence[Line]) -> Callable:
         """A function of these lines."""
         if self.problem:
             raise NotReplayableError(self.problem)
         # From the end to the start: what nobody uses is not made, and what nobody uses any more makes room for others.
         used = set(NAMES.findall(returned))
         written = [f"    return {returned}"]
-        for name, text in reversed(lines):
+        for name, text, _ in reversed(self.gather(lines)):
             if name and name not in used:
                 continue
             names = set(NAMES.findall(text))

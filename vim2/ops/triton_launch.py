@@ -65,11 +65,12 @@ class Launch:
         if notes.compiles_only:
             self.kernel.run(*tensors, *self.numbers, grid=self.grid, warmup=True, **self.options)
             return
-        form = self._launch(tensors)
+        form = self.launch(*tensors)
         if notes.take:
             notes.take(self, tensors, form)
 
-    def _launch(self, tensors: tuple) -> Form | None:
+    def launch(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> Form | None:
+        """Untold of. Returns the form of the kernel that they took, or None in Triton's interpreter."""
         if INTERPRETED:
             with _disable_current_modes():  # the interpreter works with tensors of its own
                 self.kernel[self.grid](*tensors, *self.numbers, **self.options)

@@ -1,60 +1,202 @@
-"""Sums of the parts of gradients that a kernel's programs have written one beside another, in one launch: of PyTorch's
-sum, which is one tensor, each parameter's part would have to be copied out."""
+"""Sums of the parts of gradients that a kernel's programs have written one beside another, each to where it belongs: as
+many sums of as many tensors as one likes in one launch, which costs the host more than they take the GPU. A sum of one
+part is a copy in another layout or dtype."""
 
 import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import MAX_LAUNCHES, Launch
 
-TILE = 8192  # numbers that a program adds up at once
+BLOCK, PARTS = 32, 256  # columns and parts that a program adds up at once
+FEW = 8  # parts up to which a program adds up FLAT columns, of whatever rows, instead
+FLAT = 2048
 
 
-@triton.jit(do_not_specialize=["parts", "directions", "rows"])
-def _sum_parts_kernel(
-    parts_ptr, matrix_ptr, vector_ptrs,  # the last a tuple
-    parts, directions, rows, E,  # rows of the matrix, without those of the vectors
-    TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+class Sum(NamedTuple):
+    """result[k, row, e] = the sum over parts of source[part, k, row, e], in float32, for all k, rows and columns e.
+
+    Attributes:
+        source: The place among a launch's sources of the tensor that has the parts.
+        target: Likewise of the tensor for the result.
+        offset: Of the first number in the source.
+        parts, directions, rows, width: Sizes of the source.
+        strides: Of the source, but for columns, which lie side by side; PARTS times the first has 31 bits.
+        target_strides: Of the target's directions, rows and columns.
+    """
+
+    source: int
+    target: int
+    offset: int
+    parts: int
+    directions: int
+    rows: int
+    width: int
+    strides: tuple[int, int, int]
+    target_strides: tuple[int, int, int]
+
+    def programs(self) -> int:
+        all_rows = self.directions * self.rows
+        if self.parts <= FEW:
+            return triton.cdiv(all_rows * self.width, FLAT)
+        return all_rows * triton.cdiv(self.width, BLOCK)
+
+
+FIELDS = 14  # of a sum in the table
+
+
+@triton.jit
+def _store(targets, target, strides, place, sums, mask):
+    """Sums of a place, which is direction, row and columns, to that one of the targets."""
+    at = place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
+    for i in tl.static_range(len(targets)):
+        if target == i:
+            tl.store(targets[i] + at, sums.to(targets[i].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_few(sources, source, offset, strides, targets, target, target_strides, parts, place, mask):
+    """Of each number by itself."""
+    at = offset + place[0] * strides[1] + place[1] * strides[2] + place[2]
+    total = (place[2] * 0).to(tl.float32)
+    for s in tl.static_range(len(sources)):
+        if source == s:
+            for part in range(parts):
+                x = tl.load(sources[s] + part * strides[0] + at, mask=mask, other=0.0)
+                total += x.to(tl.float32)
+    _store(targets, target, target_strides, place, total, mask)
+
+
+@triton.jit
+def _sum_many(
+    sources, source, offset, strides, targets, target, target_strides, parts, place, width,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """For parts (parts, directions, rows + vectors, E) the sums over them, of the first rows as a matrix (directions,
-    rows, E), or with TRANSPOSED (directions, E, rows), of each of the others as a vector (directions, E)."""
-    all_rows = rows + len(vector_ptrs)
-    k = tl.program_id(0) // all_rows
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) % all_rows + 0 * e
+    """Of BLOCK columns of a row, PARTS at once."""
+    start = offset + place[0] * strides[1] + place[1] * strides[2]
+    inside = place[2] < width
     part = tl.arange(0, PARTS)[:, None]
-    total = tl.zeros([PARTS, BLOCK], dtype=tl.float32)
-    row_at = parts_ptr + tl.program_id(0).to(tl.int64) * E + e[None, :]
-    for first in range(0, parts, PARTS):
-        at = row_at + (first + part).to(tl.int64) * (directions * all_rows * E)
-        total += tl.load(at, mask=(first + part < parts) & (e < E)[None, :], other=0.0)
-    result = tl.sum(total, 0)
-    in_matrix = e * rows + row if TRANSPOSED else row * E + e
-    matrix_at = matrix_ptr + k * rows * E + in_matrix
-    tl.store(matrix_at, result.to(matrix_ptr.dtype.element_ty), mask=(e < E) & (row < rows))
-    for i in tl.static_range(len(vector_ptrs)):
-        mask = (e < E) & (row == rows + i)
-        tl.store(vector_ptrs[i] + k * E + e, result.to(vector_ptrs[i].dtype.element_ty), mask=mask)
+    at = part * strides[0].to(tl.int32) + place[2][None, :]
+    tile = tl.zeros([PARTS, BLOCK], dtype=tl.float32)
+    for s in tl.static_range(len(sources)):
+        if source == s:
+            for first in range(0, parts, PARTS):
+                first_at = sources[s] + first * strides[0] + start
+                x = tl.load(first_at + at, mask=(first + part < parts) & inside[None, :], other=0.0)
+                tile += x.to(tl.float32)
+    _store(targets, target, target_strides, place, tl.sum(tile, 0), inside)
+
+
+@triton.jit(do_not_specialize=["table"])
+def _sums_kernel(
+    sources, targets,  # tuples of pointers
+    table,  # the address of FIELDS numbers a sum
+    SUMS: tl.constexpr, FIELDS: tl.constexpr,  # the first a power of 2: of those that do not exist no program is
+    FEW: tl.constexpr, FLAT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each program makes a piece of one sum, of those that the table tells of, as `_table` makes it."""
+    table = table.to(tl.pointer_type(tl.int64))
+    firsts = tl.load(table + tl.arange(0, SUMS) * FIELDS)
+    at = table + (tl.sum((firsts <= tl.program_id(0)).to(tl.int32), 0) - 1) * FIELDS
+    piece = (tl.program_id(0) - tl.load(at)).to(tl.int32)
+    source = tl.load(at + 1).to(tl.int32)
+    target = tl.load(at + 2).to(tl.int32)
+    offset = tl.load(at + 3).to(tl.int32)
+    parts = tl.load(at + 4).to(tl.int32)
+    all_rows = tl.load(at + 5).to(tl.int32)
+    rows = tl.load(at + 6).to(tl.int32)
+    width = tl.load(at + 7).to(tl.int32)
+    # only parts may lie far apart
+    strides = (tl.load(at + 8), tl.load(at + 9).to(tl.int32), tl.load(at + 10).to(tl.int32))
+    target_strides = (tl.load(at + 11).to(tl.int32), tl.load(at + 12).to(tl.int32), tl.load(at + 13).to(tl.int32))
+    if parts <= FEW:
+        i = piece * FLAT + tl.arange(0, FLAT)
+        place = (i // width // rows, i // width % rows, i % width)
+        _sum_few(sources, source, offset, strides, targets, target, target_strides, parts, place, i // width < all_rows)
+    else:
+        blocks = tl.cdiv(width, BLOCK)
+        row = piece // blocks
+        columns = piece % blocks * BLOCK + tl.arange(0, BLOCK)
+        at_row = (row // rows, row % rows, columns)
+        _sum_many(sources, source, offset, strides, targets, target, target_strides, parts, at_row, width, PARTS, BLOCK)
+
+
+class Sums(Launch):
+    """The launch of some sums, of the tensors that they are of."""
+
+    def __init__(self, sums: tuple[Sum, ...], device: torch.device):
+        self.sums = sums
+        table, programs = [], 0
+        for each in sums:
+            sizes = each.parts, each.directions * each.rows, each.rows, each.width
+            places = each.source, each.target, each.offset
+            table.append([programs, *places, *sizes, *each.strides, *each.target_strides])
+            programs += each.programs()
+        count = triton.next_power_of_2(len(sums))
+        table += [[programs] + [0] * (FIELDS - 1)] * (count - len(sums))
+        self.table = _keep(table, device)
+        options = dict(FIELDS=FIELDS, FEW=FEW, FLAT=FLAT, PARTS=PARTS, BLOCK=BLOCK, num_warps=8)
+        super().__init__(_sums_kernel, (programs,), (self.table.data_ptr(),), SUMS=count, **options)
+
+
+def _keep(table: list[list[int]], device: torch.device) -> Tensor:
+    """The table as a tensor that stays. It is made in a thread of its own, in which no mode is on, and memory comes
+    from no pool that is set for this one, as while CUDA graphs are prepared: all that lies there must go with these."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.tensor, table, dtype=torch.int64, device=device).result()
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def launch_sums(sums: tuple[Sum, ...], device: torch.device) -> Sums:
+    return Sums(sums, device)
 
 
 def sum_parts(parts: Tensor, matrix: Tensor, *vectors: Tensor, transposed: bool = False) -> None:
     """Sums over parts, each written to its tensor, in that one's dtype.
 
     Args:
-        parts: (parts, directions, rows + vectors, E), contiguous, float32; without the second axis for one direction.
+        parts: (parts, directions, rows + vectors, E), contiguous; without the second axis for one direction.
         matrix: Contiguous, for the sums of the first rows: (directions, rows, E), or transposed (directions, E, rows).
         vectors: Contiguous, each for the sums of one of the other rows: (directions, E).
     """
-    rows, width = parts.shape[-2:]
-    directions = matrix.numel() // (width * (rows - len(vectors)))
-    _sum(len(parts), directions, rows, width, len(vectors), transposed)(parts, matrix, vectors)
+    all_rows, width = parts.shape[-2:]
+    rows = all_rows - len(vectors)
+    directions = matrix.numel() // (width * rows)
+    launch = sum_parts_of(len(parts), directions, rows, width, len(vectors), transposed, parts.device)
+    launch((parts,), (matrix, *vectors))
 
 
 @functools.lru_cache(MAX_LAUNCHES)
-def _sum(parts: int, directions: int, rows: int, width: int, vectors: int, transposed: bool) -> Launch:
-    block = min(max(triton.next_power_of_2(width), 16), 64)
-    grid = (directions * rows, triton.cdiv(width, block))
-    options = dict(TRANSPOSED=transposed, PARTS=TILE // block, BLOCK=block, num_warps=8)
-    return Launch(_sum_parts_kernel, grid, (parts, directions, rows - vectors, width), **options)
+def sum_parts_of(
+    parts: int, directions: int, rows: int, width: int, vectors: int, transposed: bool, device: torch.device
+) -> Sums:
+    """The launch of `sum_parts` for these sizes."""
+    all_rows = rows + vectors
+    strides = directions * all_rows * width, all_rows * width, width
+    place = (rows * width, 1, rows) if transposed else (rows * width, width, 1)
+    sums = [Sum(0, 0, 0, parts, directions, rows, width, strides, place)]
+    for i in range(vectors):
+        sums.append(Sum(0, 1 + i, (rows + i) * width, parts, directions, 1, width, strides, (width, 0, 1)))
+    return launch_sums(tuple(sums), device)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def copy_of(count: int, device: torch.device) -> Sums:
+    """Of so many numbers side by side, in another dtype."""
+    return launch_sums((Sum(0, 0, 0, 1, 1, 1, count, (0, 0, 0), (0, 0, 1)),), device)
+
+
+def together(launches: Sequence[Sums], device: torch.device) -> Sums:
+    """The sums of several launches, whose tensors come one behind another."""
+    sums, sources, targets = [], 0, 0
+    for launch in launches:
+        sums += [each._replace(source=each.source + sources, target=each.target + targets) for each in launch.sums]
+        sources += 1 + max(each.source for each in launch.sums)
+        targets += 1 + max(each.target for each in launch.sums)
+    return launch_sums(tuple(sums), device)

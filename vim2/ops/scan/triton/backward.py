@@ -998,12 +998,16 @@ def scan_backward(
     grad_A, grad_D, grad_bias = (
         torch.empty(t.shape, dtype=t.dtype, device=u.device) for t in (operands.A, operands.D, operands.delta_bias)
     )
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=u.device)
+    grad_weight = torch.empty(weight.shape if plan.factor else (0,), dtype=torch.float32, device=u.device)
     sum_parts(sums, grad_A, grad_D, grad_bias, *((grad_weight,) if plan.factor else ()), transposed=True)
     if not operands.is_low_rank and grad_steps is not grad_delta:
         grad_delta.copy_(grad_steps)
     if operands.is_low_rank and not plan.factor:
-        grad_weight = step_sizes_backward(grad_steps, delta, weight, grad_delta)
+        parts = step_sizes_backward(grad_steps, delta, weight, grad_delta)
+        grad_weight = parts.squeeze(0)
+        if len(parts) > 1:
+            grad_weight = empty(*weight.shape)
+            sum_parts(parts.flatten(1).unsqueeze(1), grad_weight)
     return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_A, grad_D, grad_bias, grad_weight
 
 

@@ -211,7 +211,7 @@ def _forward(
 def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_factor: Tensor) -> Tensor:
     """From the gradient (batch, L, K, E), contiguous, of factor weight^T those of factor (batch, L, K, R), written to
     grad_factor, which may be wider than R (the rest is zeroed) and have room between its rows, and of weight (K, E, R),
-    returned in float32."""
+    whose parts are returned, (parts, K, E, R) in float32."""
     factor, weight = _as_rows(factor), weight.contiguous()
     batch, length, directions, rank = factor.shape
     features, width = weight.shape[1], grad_factor.shape[-1]
@@ -225,7 +225,7 @@ def step_sizes_backward(grad: Tensor, factor: Tensor, weight: Tensor, grad_facto
     plan.launch(grad, weight, factor, part_factor, grad_weight)
     if plan.groups > 1:
         torch.sum(part_factor, 0, out=grad_factor)
-    return grad_weight.sum(0) if plan.parts > 1 else grad_weight.squeeze(0)
+    return grad_weight
 
 
 class _Backward(NamedTuple):
