@@ -339,6 +339,37 @@ def test_blank_lines_among_the_results_are_skipped(folder):
     assert arena.main(["table", str(folder)]) == 0
 
 
+def test_arenas_of_one_recipe_are_put_together(folder, finished, tmp_path, capsys):
+    def change(name: str, **changes) -> None:
+        settings = json.loads((folder / "settings.json").read_text())
+        settings[name] |= changes
+        (folder / "settings.json").write_text(json.dumps(settings))
+
+    other = shutil.copytree(finished, tmp_path / "other")
+    scaled = dict(kind="scale", label="a", epochs=2, lr=1e-3, seed=1, img_size=96, top1=40.0, top5=80.0, gflops=1.0)
+    rows = [trained("test_vim2", 1, 52.0), trained("a", 1, 60.0), scaled]
+    (folder / "arena.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change("entries", a="a=test_resnet")
+    cut_off = dict(args=dict(epochs=4, lr=1e-3, seed=0), history=[{"epoch": 3, "top1": 33.0}])
+    (run := other / "runs/b/epochs4-lr0.001-seed0").mkdir(parents=True)
+    (run / "metrics.json").write_text(json.dumps(cut_off))
+
+    argv = ["table", str(tmp_path / "both"), "--of", str(folder), str(other)]
+    before = (folder / "arena.md").read_text()
+    assert arena.main([*argv, str(other)]) == 0  # one that is named twice counts once
+    table, scaling = ((tmp_path / "both" / name).read_text() for name in ("arena.md", "scaling.md"))
+    assert "| test_vim2 | 1.00 | 0.500 | 0.001 | 2 | 0, 1 | 51.00 ± 1.41 |" in table
+    assert "| a | 1.00 | 0.500 | 0.001 | 2 | 1 | 60.00 |" in table
+    assert table.count("| b | 0.001 | 0 | 3 of 4 | 33.00 | 3 |") == 1
+    assert "| a | 40.00 |" in scaling and (tmp_path / "both/scaling.png").exists()
+    assert (folder / "arena.md").read_text() == before  # they stay as they are
+
+    (other / "arena.jsonl").write_text(json.dumps(trained("a", 1, 61.0)) + "\n")
+    assert "hold different results of train a 2 0.001 1: leave one of them out" in error_of(argv, capsys)
+    change("options", weight_decay=0.1)
+    assert f"{other} holds runs with weight-decay 0.05, not 0.1: leave it out." in error_of(argv, capsys)
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"options": {}}', "{", b"\xff"])
 def test_damaged_settings_do_not_let_other_ones_in(content, folder, data, capsys):
     (folder / "settings.json").write_bytes(content if isinstance(content, bytes) else content.encode())
