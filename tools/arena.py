@@ -425,7 +425,8 @@ def tabulate(folder: Path, sources: Sequence[Path] = ()) -> None:
     sources = list({source.resolve(): source for source in sources or [folder]}.values())
     settings, results = read_together(sources)
     unfinished = [run for source in sources for run in unfinished_runs(source, results)]
-    rows, scaling = collect(results, settings), scaling_rows(results)
+    rows = collect(results, settings)
+    scaling = scaling_rows(results, rows)
     folder.mkdir(parents=True, exist_ok=True)
     text = report(rows, unfinished, results, settings)
     print(text, end="", flush=True)

@@ -224,6 +224,21 @@ def test_means_deviations_and_what_is_not_finished(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_other_sizes_come_in_the_order_of_the_main_table():
+    def scaled(label: str, seed: int, size: int, top1: float) -> dict:
+        run = dict(kind="scale", label=label, epochs=2, lr=1e-3, seed=seed, gflops=1.0)
+        return {**run, "img_size": size, "top1": top1, "top5": 90.0}
+
+    results = [trained("a", 0, 50.0), trained("b", 0, 60.0), trained("b", 1, 62.0)]
+    results += [scaled("a", 0, 128, 40.0), scaled("a", 0, 96, 70.0)]
+    results += [scaled("b", seed, size, 10.0 + seed) for seed in (0, 1) for size in (96, 128)]
+    rows = report.scaling_rows(results, report.collect(results, SETTINGS))
+    found = [(row["label"], row["img_size"], row["top1"], row["seeds"]) for row in rows]
+    assert found == [("b", 96, 10.5, [0, 1]), ("b", 128, 10.5, [0, 1]), ("a", 96, 70.0, [0]), ("a", 128, 40.0, [0])]
+    text = report.scaling_report(rows, results, SETTINGS)
+    assert text.endswith("| b | 10.50 ± 0.71 | 10.50 ± 0.71 |\n| a | 70.00 | 40.00 |\n")
+
+
 def test_labels_of_points_that_lie_together_do_not_cover_one_another():
     fig = report.figure(figsize=(9, 6), dpi=120)
     axes = fig.subplots()

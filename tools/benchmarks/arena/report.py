@@ -229,12 +229,16 @@ def number(value: float | None, sd: float | None = None, missing: str = ABSENT) 
     return f"{value:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
 
 
-def scaling_rows(results: list[dict]) -> list[dict]:
-    """Accuracy at each image size, over the finished seeds: `label`, `epochs`, `lr`, `img_size`, `top1`, ..."""
+def scaling_rows(results: list[dict], rows: list[dict]) -> list[dict]:
+    """Accuracy at each image size, over the finished seeds: `label`, `epochs`, `lr`, `img_size`, `top1`, ...
+
+    In the order of `rows`, those of `collect`, so that a model has one colour in all pictures.
+    """
     groups, names = defaultdict(list), ("label", "epochs", "lr", "img_size")
     for row in results:
         if row["kind"] == "scale":
             groups[tuple(row[name] for name in names)].append(row)
+    place = {(row["label"], row["epochs"], row["lr"]): i for i, row in enumerate(rows)}
     return [
         {
             **dict(zip(names, key)),
@@ -243,7 +247,7 @@ def scaling_rows(results: list[dict]) -> list[dict]:
             **{k: statistics.fmean(row[k] for row in group) for k in ("top1", "top5")},
             "top1_sd": deviation([row["top1"] for row in group]),
         }
-        for key, group in sorted(groups.items(), key=lambda item: -item[1][0]["top1"])
+        for key, group in sorted(groups.items(), key=lambda item: (place.get(item[0][:3], len(place)), item[0]))
     ]
 
 
