@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from benchmarks.arena import report
 from benchmarks.arena.models import Entry, adapt, create, dynamic, last_map, parse_entry
@@ -65,6 +66,30 @@ def test_arguments_that_an_image_size_calls_for():
     assert adapt(swin, 96).kwargs["window_size"] == 6
     assert adapt(parse_entry("a=vim2_nano:patch_size=8"), 64).kwargs == dict(patch_size=8)  # it has a stem of its own
     assert adapt(parse_entry("resnet18"), 128, halve=False) == parse_entry("resnet18")
+
+
+def test_an_argument_for_other_sizes_is_one_that_changes_what_is_read():
+    """timm 1.0.29's Swin takes dynamic_img_size without a word, and does not heed it."""
+
+    class Strict(nn.Module):
+        def __init__(self, strict_img_size: bool):
+            super().__init__()
+            self.strict_img_size, self.head = strict_img_size, nn.Linear(3, 10)
+
+        def forward(self, x):
+            assert x.shape[-1] == 64 or not self.strict_img_size
+            return self.head(x.mean((2, 3)))
+
+    def strict_test_model(pretrained=False, strict_img_size=True, **ignored):
+        return Strict(strict_img_size)
+
+    def rigid_test_model(pretrained=False, **ignored):
+        return Strict(True)
+
+    for entrypoint in (strict_test_model, rigid_test_model):
+        timm.models.register_model(entrypoint)
+    assert dynamic(parse_entry("strict_test_model")).kwargs == dict(strict_img_size=False)
+    assert dynamic(parse_entry("rigid_test_model")).kwargs == {}
 
 
 def test_a_patch_convolution_of_half_the_stride_has_half_the_kernel():
