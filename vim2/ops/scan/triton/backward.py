@@ -1098,6 +1098,7 @@ def _plan(
         LARGE=schedule.is_large(tile["S"], u, B, C, dt, grad_y, grad_B, grad_C, delta, grad_delta, starts),
         WIDE=wide,
         num_warps=1,
+        maxnreg=schedule.backward_registers(tile, staged),
         **tile,
     )
     tile_words = tile["NR"] * tile["CR"] * LANES.value

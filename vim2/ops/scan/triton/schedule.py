@@ -110,6 +110,12 @@ def backward_tile(n: int, features: int, batch: int, directions: int, fill: int)
     return dict(NR=NR, NL=NL, CR=CR, CE=CE, S=S)
 
 
+def backward_registers(tile: dict[str, int], staged: bool) -> int | None:
+    """So that twelve warps with rooms of their own fit on a multiprocessor, where two channels a thread leave registers
+    over. With four they need nearly all, and eight warps fit."""
+    return 168 if staged and tile["CR"] == 2 and not INTERPRETED else None
+
+
 def channel_blocks(features: int, tile: dict[str, int]) -> int:
     """Tiles that the channels of a direction fill."""
     return -(-features // (tile["CE"] * tile["CR"]))

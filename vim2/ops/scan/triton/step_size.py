@@ -14,7 +14,7 @@ from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, column_block, la
 from ...triton_math import LOG2E, exp2
 from ..operands import Operands
 
-MAX_TILES, MIN_PROGRAMS = 8, 8192  # tiles of rows that share a block of the weight, unless that leaves few programs
+MAX_TILES, MIN_PROGRAMS = 8, 2048  # tiles of rows that share a block of the weight, unless that leaves few programs
 # Channels of a program of the gradients' kernel, whose sums over rows are in registers, for factors of rank 16 at most,
 # and of more; and the sums that it has at most: with as many weights beside them, and a tile of rows, of rank's width,
 # it fits into the shared memory of small GPUs, too.
