@@ -249,6 +249,18 @@ def test_means_deviations_and_what_is_not_finished(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_a_best_rate_at_the_end_of_the_range_is_named():
+    def searched(label: str, *top1) -> list[dict]:
+        outcomes = [dict(top1=value) if value else dict(failed="NaN") for value in top1]
+        run = dict(kind="search", label=label, epochs=1, seed=0)
+        return [{**run, "lr": lr, **outcome} for lr, outcome in zip((5e-4, 1e-3, 2e-3), outcomes)]
+
+    results = searched("low", 9, 8, None) + searched("middle", 8, 9, 8) + searched("high", None, 8, 9)
+    text = report.report([], [], results + searched("none", None, None, None), SETTINGS)
+    assert "beyond which others may be better: low (0.0005), high (0.002)." in text
+    assert "beyond which" not in report.report([], [], searched("middle", 8, 9, 8), SETTINGS)
+
+
 def test_other_sizes_come_in_the_order_of_the_main_table():
     def scaled(label: str, seed: int, size: int, top1: float) -> dict:
         run = dict(kind="scale", label=label, epochs=2, lr=1e-3, seed=seed, gflops=1.0)

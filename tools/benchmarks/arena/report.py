@@ -147,6 +147,9 @@ def report(rows: list[dict], unfinished: list[dict], results: list[dict], settin
             "aside in these runs alone. The best is used above."
         )
         parts.append(search_table(searched))
+        if ends := at_an_end(searched):
+            text = "The best of these is the lowest or the highest, beyond which others may be better"
+            parts.append(f"{text}: {', '.join(ends)}.")
     if unfinished:
         parts.append("Not finished, and in no figure above:")
         lines = [
@@ -221,6 +224,20 @@ def search_table(rows: list[dict]) -> str:
         for label, epochs in dict.fromkeys((row["label"], row["epochs"]) for row in rows)
     ]
     return table(["label", "epochs", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def at_an_end(searched: list[dict]) -> list[str]:
+    """The models whose best learning rate is an end of the range that was tried, with it."""
+    groups = defaultdict(list)
+    for row in searched:
+        groups[row["label"], row["epochs"]].append(row)
+    found = []
+    for (label, _), rows in groups.items():
+        rates = [row["lr"] for row in rows]
+        best = max(rows, key=lambda row: row.get("top1", -1))  # those that failed have none
+        if "top1" in best and best["lr"] in (min(rates), max(rates)):
+            found.append(f"{label} ({best['lr']:g})")
+    return found
 
 
 def number(value: float | None, sd: float | None = None, missing: str = ABSENT) -> str:
