@@ -4,7 +4,7 @@
     arena.py run OUTPUT --data-dir DIR --models vim2_nano none=vim2_nano:channel_mixer=none resnet18
     arena.py time OUTPUT                       each model alone on its device, where several had shared one
     arena.py scale OUTPUT --sizes 64 96 128    the trained models at other image sizes
-    arena.py table OUTPUT                      tables and pictures of what there is
+    arena.py table OUTPUT                      tables and pictures of what there is, or of several arenas (--of)
 
 A model is NAME, or LABEL=NAME:key=value,key=value with arguments of its constructor. Each is first trained with seed 0
 at every rate of --lrs, with a part of the training images set aside to choose by, and then at the best with all
@@ -21,7 +21,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class TableOptions(FolderOptions):
     """Tables and pictures of what there is."""
 
     program = "arena.py table"
+    of: list[str] | None = option(None, "arenas of one recipe to put together; default: OUTPUT", metavar="FOLDER")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,16 +209,18 @@ def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
     path = folder / "settings.json"
     if path.is_file() and (results or any(folder.glob("runs/*/*/last.pth"))):
         saved = read_settings(folder)
-        before, now = flat(saved), flat(settings)
-        changed = sorted(k for k in before.keys() & now.keys() - MAY_CHANGE if before[k] != now[k])
-        if changed:
-            name = changed[0]
-            raise UserError(
-                f"{folder} holds runs with {name.replace('_', '-')} {before[name]}, not {now[name]}: choose "
-                "another OUTPUT, or the same settings."
-            )
+        require_same(folder, saved, settings, "choose another OUTPUT, or the same settings")
         settings["entries"] = {**saved["entries"], **settings["entries"]}
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def require_same(folder: Path, saved: dict[str, Any], settings: dict[str, Any], otherwise: str) -> None:
+    """Raises UserError where a folder's settings are not these; `otherwise` says what to do then."""
+    before, now = flat(saved), flat(settings)
+    for name in sorted(before.keys() & now.keys() - MAY_CHANGE):
+        if before[name] != now[name]:
+            called = name.replace("_", "-")
+            raise UserError(f"{folder} holds runs with {called} {before[name]}, not {now[name]}: {otherwise}.")
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -388,14 +391,43 @@ def say(row: dict, key: dict) -> None:
 
 def table_all(argv: list[str]) -> int:
     """Write tables and pictures of what there is."""
-    tabulate(resolve(TableOptions, argv)[0].folder)
+    args, _ = resolve(TableOptions, argv)
+    tabulate(args.folder, [Path(folder) for folder in args.of or [args.output]])
     return 0
 
 
-def tabulate(folder: Path) -> None:
-    """Print and write the tables, and draw the pictures."""
-    settings, results = read_settings(folder), read_results(folder / "arena.jsonl", fault)
-    rows, unfinished, scaling = collect(results, settings), unfinished_runs(folder, results), scaling_rows(results)
+def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
+    """The settings and the results of several arenas.
+
+    Raises:
+        UserError: They are of different recipes, or hold different results of one run.
+    """
+    settings, results, runs = None, [], {}
+    for folder in folders:
+        found = read_settings(folder)
+        if settings:
+            require_same(folder, found, settings, "leave it out")
+            found["entries"] |= settings["entries"]
+        settings = found
+        for row in read_results(folder / "arena.jsonl", fault):
+            run = tuple(row.get(k) for k in ("kind", "label", "epochs", "lr", "seed", "img_size"))
+            before, row_of_it = runs.setdefault(run, (folder, row))
+            if row_of_it != row:
+                name = " ".join(str(value) for value in run if value is not None)
+                raise UserError(f"{before} and {folder} hold different results of {name}: leave one of them out.")
+            if before is folder:
+                results.append(row)
+    return settings, results
+
+
+def tabulate(folder: Path, sources: Sequence[Path] = ()) -> None:
+    """Print and write the tables, and draw the pictures, of a folder, or of several in a further one."""
+    sources = list({source.resolve(): source for source in sources or [folder]}.values())
+    settings, results = read_together(sources)
+    unfinished = [run for source in sources for run in unfinished_runs(source, results)]
+    rows = collect(results, settings)
+    scaling = scaling_rows(results, rows)
+    folder.mkdir(parents=True, exist_ok=True)
     text = report(rows, unfinished, results, settings)
     print(text, end="", flush=True)
     write_atomically(folder / "arena.md", text)

@@ -1,7 +1,9 @@
 import csv
+import itertools
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +13,7 @@ from PIL import Image
 from timm.data import auto_augment
 from two_processes import start_two
 
-from vim2.classify import train
+from vim2.classify import train, training
 from vim2.classify.cli import main
 from vim2.classify.data import open_train_and_val
 from vim2.classify.options import TrainOptions, apply_recipe
@@ -41,6 +43,22 @@ def test_a_run_learns_and_leaves_its_files(trained):
     assert metrics["args"]["model"] == "test_vim2" and metrics["best"]["ema_top1"] is not None
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(trained.glob(".*"))  # nothing half-written
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_long_epoch_says_how_it_goes_on_where_no_bar_does(bar, data, tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 6).__next__)  # 6 s from look to look
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(training, "has_bar", lambda processes: bar)
+    options = dict(model="test_vim2", data_dir=str(data), img_size=32, device="cpu", workers=0, output=str(tmp_path))
+    (row,) = train(**options, epochs=1, batch_size=8, log_interval=1)["history"]
+    said = [line for line in capsys.readouterr().out.splitlines() if ", step " in line]
+    if bar:
+        assert not said
+        return
+    first, second = said  # every 12 s, of 16 images each
+    assert first.startswith("epoch   1/1, step 2/4 · loss ") and first.endswith(" · 1 images/s")
+    assert second == f"epoch   1/1, step 4/4 · loss {row['train_loss']:.4f} · 1 images/s"
 
 
 def test_timm_reads_the_checkpoint(trained):

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from benchmarks.arena import report
 from benchmarks.arena.models import Entry, adapt, create, dynamic, last_map, parse_entry
@@ -65,6 +66,30 @@ def test_arguments_that_an_image_size_calls_for():
     assert adapt(swin, 96).kwargs["window_size"] == 6
     assert adapt(parse_entry("a=vim2_nano:patch_size=8"), 64).kwargs == dict(patch_size=8)  # it has a stem of its own
     assert adapt(parse_entry("resnet18"), 128, halve=False) == parse_entry("resnet18")
+
+
+def test_an_argument_for_other_sizes_is_one_that_changes_what_is_read():
+    """timm 1.0.29's Swin takes dynamic_img_size without a word, and does not heed it."""
+
+    class Strict(nn.Module):
+        def __init__(self, strict_img_size: bool):
+            super().__init__()
+            self.strict_img_size, self.head = strict_img_size, nn.Linear(3, 10)
+
+        def forward(self, x):
+            assert x.shape[-1] == 64 or not self.strict_img_size
+            return self.head(x.mean((2, 3)))
+
+    def strict_test_model(pretrained=False, strict_img_size=True, **ignored):
+        return Strict(strict_img_size)
+
+    def rigid_test_model(pretrained=False, **ignored):
+        return Strict(True)
+
+    for entrypoint in (strict_test_model, rigid_test_model):
+        timm.models.register_model(entrypoint)
+    assert dynamic(parse_entry("strict_test_model")).kwargs == dict(strict_img_size=False)
+    assert dynamic(parse_entry("rigid_test_model")).kwargs == {}
 
 
 def test_a_patch_convolution_of_half_the_stride_has_half_the_kernel():
@@ -224,6 +249,33 @@ def test_means_deviations_and_what_is_not_finished(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_a_best_rate_at_the_end_of_the_range_is_named():
+    def searched(label: str, *top1) -> list[dict]:
+        outcomes = [dict(top1=value) if value else dict(failed="NaN") for value in top1]
+        run = dict(kind="search", label=label, epochs=1, seed=0)
+        return [{**run, "lr": lr, **outcome} for lr, outcome in zip((5e-4, 1e-3, 2e-3), outcomes)]
+
+    results = searched("low", 9, 8, None) + searched("middle", 8, 9, 8) + searched("high", None, 8, 9)
+    text = report.report([], [], results + searched("none", None, None, None), SETTINGS)
+    assert "beyond which others may be better: low (0.0005), high (0.002)." in text
+    assert "beyond which" not in report.report([], [], searched("middle", 8, 9, 8), SETTINGS)
+
+
+def test_other_sizes_come_in_the_order_of_the_main_table():
+    def scaled(label: str, seed: int, size: int, top1: float) -> dict:
+        run = dict(kind="scale", label=label, epochs=2, lr=1e-3, seed=seed, gflops=1.0)
+        return {**run, "img_size": size, "top1": top1, "top5": 90.0}
+
+    results = [trained("a", 0, 50.0), trained("b", 0, 60.0), trained("b", 1, 62.0)]
+    results += [scaled("a", 0, 128, 40.0), scaled("a", 0, 96, 70.0)]
+    results += [scaled("b", seed, size, 10.0 + seed) for seed in (0, 1) for size in (96, 128)]
+    rows = report.scaling_rows(results, report.collect(results, SETTINGS))
+    found = [(row["label"], row["img_size"], row["top1"], row["seeds"]) for row in rows]
+    assert found == [("b", 96, 10.5, [0, 1]), ("b", 128, 10.5, [0, 1]), ("a", 96, 70.0, [0]), ("a", 128, 40.0, [0])]
+    text = report.scaling_report(rows, results, SETTINGS)
+    assert text.endswith("| b | 10.50 ± 0.71 | 10.50 ± 0.71 |\n| a | 70.00 | 40.00 |\n")
+
+
 def test_labels_of_points_that_lie_together_do_not_cover_one_another():
     fig = report.figure(figsize=(9, 6), dpi=120)
     axes = fig.subplots()
@@ -337,6 +389,37 @@ def test_blank_lines_among_the_results_are_skipped(folder):
     with open(folder / "arena.jsonl", "a") as file:
         file.write("\n \n")
     assert arena.main(["table", str(folder)]) == 0
+
+
+def test_arenas_of_one_recipe_are_put_together(folder, finished, tmp_path, capsys):
+    def change(name: str, **changes) -> None:
+        settings = json.loads((folder / "settings.json").read_text())
+        settings[name] |= changes
+        (folder / "settings.json").write_text(json.dumps(settings))
+
+    other = shutil.copytree(finished, tmp_path / "other")
+    scaled = dict(kind="scale", label="a", epochs=2, lr=1e-3, seed=1, img_size=96, top1=40.0, top5=80.0, gflops=1.0)
+    rows = [trained("test_vim2", 1, 52.0), trained("a", 1, 60.0), scaled]
+    (folder / "arena.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change("entries", a="a=test_resnet")
+    cut_off = dict(args=dict(epochs=4, lr=1e-3, seed=0), history=[{"epoch": 3, "top1": 33.0}])
+    (run := other / "runs/b/epochs4-lr0.001-seed0").mkdir(parents=True)
+    (run / "metrics.json").write_text(json.dumps(cut_off))
+
+    argv = ["table", str(tmp_path / "both"), "--of", str(folder), str(other)]
+    before = (folder / "arena.md").read_text()
+    assert arena.main([*argv, str(other)]) == 0  # one that is named twice counts once
+    table, scaling = ((tmp_path / "both" / name).read_text() for name in ("arena.md", "scaling.md"))
+    assert "| test_vim2 | 1.00 | 0.500 | 0.001 | 2 | 0, 1 | 51.00 ± 1.41 |" in table
+    assert "| a | 1.00 | 0.500 | 0.001 | 2 | 1 | 60.00 |" in table
+    assert table.count("| b | 0.001 | 0 | 3 of 4 | 33.00 | 3 |") == 1
+    assert "| a | 40.00 |" in scaling and (tmp_path / "both/scaling.png").exists()
+    assert (folder / "arena.md").read_text() == before  # they stay as they are
+
+    (other / "arena.jsonl").write_text(json.dumps(trained("a", 1, 61.0)) + "\n")
+    assert "hold different results of train a 2 0.001 1: leave one of them out" in error_of(argv, capsys)
+    change("options", weight_decay=0.1)
+    assert f"{other} holds runs with weight-decay 0.05, not 0.1: leave it out." in error_of(argv, capsys)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"options": {}}', "{", b"\xff"])

@@ -232,7 +232,7 @@ class TrainingRunOptions(RunOptions, group="run"):
     seed: Count = option(42, "of everything random", metavar="N")
     deterministic: bool = option(False, "equal runs on GPUs too, at some cost in speed")
     val_interval: Positive = option(1, "epochs from validation to validation", metavar="N")
-    log_interval: Positive = option(50, "steps between looks at the loss", metavar="N")
+    log_interval: Positive = option(50, "steps between looks at the loss and the speed", metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from ..command.figures import figures_if_possible
 from ..command.graphs import record
 from ..command.options import resolve, resume_options
 from ..command.processes import Processes, start_processes
-from ..command.progress import progress_bar, say
+from ..command.progress import has_bar, progress_bar, say
 from ..command.runs import (
     MAKE_ROOM,
     explain_disk_errors,
@@ -67,6 +67,7 @@ LAST = {
     "world_size": int,
 }
 COLUMNS = {"train_loss", "lr", "unreadable"}
+QUIET = 10.0  # seconds of an epoch without a line, where no bar shows how it goes on
 
 
 def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
@@ -415,6 +416,7 @@ class Run:
         train_mode(self.model, self.frozen)
         steps, accumulated = len(self.loader), o.grad_accum_steps
         total, start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
+        said, steps_said = start, 0
         if self.scheduler:
             self.scheduler.step_update(self.updates)
         for step, (images, target) in enumerate(progress_bar(self.loader, f"epoch {epoch + 1}", self.processes)):
@@ -438,7 +440,13 @@ class Run:
                 if self.scheduler:
                     self.scheduler.step_update(self.updates)
             if (step + 1) % o.log_interval == 0:
-                self.require_finite(epoch, self.mean_loss(total, step + 1))
+                so_far, now = self.mean_loss(total, step + 1), time.perf_counter()
+                self.require_finite(epoch, so_far)
+                if now - said > QUIET and not has_bar(self.processes):
+                    speed = self.images_per_second(step + 1 - steps_said, now - said)
+                    where = f"epoch {epoch + 1:>3}/{o.epochs}, step {step + 1}/{steps}"
+                    say(f"{where} · loss {so_far:.4f} · {speed:.0f} images/s", self.processes)
+                    said, steps_said = now, step + 1
         train_loss = self.mean_loss(total, steps)
         seconds = time.perf_counter() - start
         return {
@@ -446,8 +454,11 @@ class Run:
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "train_loss": train_loss,
             "seconds": seconds,
-            "images_per_second": steps * self.batch_size * self.processes.world_size / seconds,
+            "images_per_second": self.images_per_second(steps, seconds),
         }
+
+    def images_per_second(self, steps: int, seconds: float) -> float:
+        return steps * self.batch_size * self.processes.world_size / seconds
 
     def backward(self, loss: Tensor, is_update: bool) -> None:
         o = self.options

@@ -4,10 +4,11 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from .processes import Processes
 
-__all__ = ["COMPILING", "progress_bar", "say", "say_if_slow"]
+__all__ = ["COMPILING", "has_bar", "progress_bar", "say", "say_if_slow"]
 
 SLOW = 3.0  # seconds
 COMPILING = "The first step takes longer: kernels may have to be compiled, which is done once."
@@ -15,16 +16,18 @@ COMPILING = "The first step takes longer: kernels may have to be compiled, which
 _started = False  # whether this process has made a first step
 
 
+def has_bar(processes: Processes) -> bool:
+    """Whether `progress_bar` shows a bar: for the first process on a terminal, if tqdm is installed."""
+    return processes.is_first and sys.stderr.isatty() and find_spec("tqdm") is not None
+
+
 def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterator:
-    """The same things with a bar, for the first process on a terminal, if tqdm is installed. If the first step ever
-    takes long, as it does where kernels are compiled, it says so."""
-    if processes.is_first and sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            iterable = tqdm(iterable, desc=description, leave=False, dynamic_ncols=True)
+    """The same things with a bar, where `has_bar`. If the first step ever takes long, as it does where kernels are
+    compiled, it says so."""
+    if has_bar(processes):
+        from tqdm import tqdm
+
+        iterable = tqdm(iterable, desc=description, leave=False, dynamic_ncols=True)
     global _started
     for item in iterable:
         if _started:

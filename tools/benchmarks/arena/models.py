@@ -193,5 +193,23 @@ def with_dividing_window(entry: Entry, size: int) -> Entry:
 
 
 def dynamic(entry: Entry) -> Entry:
-    """An adapted entry so that it reads images of other sizes, where its model has an argument for that."""
-    return entry.having(dynamic_img_size=True) if takes(entry, dynamic_img_size=True) else entry
+    """An adapted entry so that it reads images of other sizes, where its model has an argument for that.
+
+    Families, and releases of timm, have different ones, and some take one without a word and do not heed it.
+    """
+    for argument in (dict(dynamic_img_size=True), dict(strict_img_size=False)):
+        if takes(entry, **argument) and reads(candidate := entry.having(**argument), PROBE, 3 * PROBE // 2):
+            return candidate
+    return entry
+
+
+def reads(entry: Entry, *sizes: int) -> bool:
+    """Whether the entry's model reads images of all these sizes."""
+    model = create(entry).eval()
+    try:
+        with torch.no_grad():
+            for size in sizes:
+                model(torch.empty(1, 3, size, size, device="meta"))
+    except Exception:  # families refuse images in ways of their own
+        return False
+    return True

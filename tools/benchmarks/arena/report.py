@@ -147,6 +147,9 @@ def report(rows: list[dict], unfinished: list[dict], results: list[dict], settin
             "aside in these runs alone. The best is used above."
         )
         parts.append(search_table(searched))
+        if ends := at_an_end(searched):
+            text = "The best of these is the lowest or the highest, beyond which others may be better"
+            parts.append(f"{text}: {', '.join(ends)}.")
     if unfinished:
         parts.append("Not finished, and in no figure above:")
         lines = [
@@ -223,18 +226,36 @@ def search_table(rows: list[dict]) -> str:
     return table(["label", "epochs", *(f"{rate:g}" for rate in rates)], lines)
 
 
+def at_an_end(searched: list[dict]) -> list[str]:
+    """The models whose best learning rate is an end of the range that was tried, with it."""
+    groups = defaultdict(list)
+    for row in searched:
+        groups[row["label"], row["epochs"]].append(row)
+    found = []
+    for (label, _), rows in groups.items():
+        rates = [row["lr"] for row in rows]
+        best = max(rows, key=lambda row: row.get("top1", -1))  # those that failed have none
+        if "top1" in best and best["lr"] in (min(rates), max(rates)):
+            found.append(f"{label} ({best['lr']:g})")
+    return found
+
+
 def number(value: float | None, sd: float | None = None, missing: str = ABSENT) -> str:
     if value is None:
         return missing
     return f"{value:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
 
 
-def scaling_rows(results: list[dict]) -> list[dict]:
-    """Accuracy at each image size, over the finished seeds: `label`, `epochs`, `lr`, `img_size`, `top1`, ..."""
+def scaling_rows(results: list[dict], rows: list[dict]) -> list[dict]:
+    """Accuracy at each image size, over the finished seeds: `label`, `epochs`, `lr`, `img_size`, `top1`, ...
+
+    In the order of `rows`, those of `collect`, so that a model has one colour in all pictures.
+    """
     groups, names = defaultdict(list), ("label", "epochs", "lr", "img_size")
     for row in results:
         if row["kind"] == "scale":
             groups[tuple(row[name] for name in names)].append(row)
+    place = {(row["label"], row["epochs"], row["lr"]): i for i, row in enumerate(rows)}
     return [
         {
             **dict(zip(names, key)),
@@ -243,7 +264,7 @@ def scaling_rows(results: list[dict]) -> list[dict]:
             **{k: statistics.fmean(row[k] for row in group) for k in ("top1", "top5")},
             "top1_sd": deviation([row["top1"] for row in group]),
         }
-        for key, group in sorted(groups.items(), key=lambda item: -item[1][0]["top1"])
+        for key, group in sorted(groups.items(), key=lambda item: (place.get(item[0][:3], len(place)), item[0]))
     ]
 
 
