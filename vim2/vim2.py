@@ -138,8 +138,6 @@ class ViM2(nn.Module):
         channel_expand: Inner width of S6 channel mixers over the stage's channels; one number, or one a stage.
         channel_patch: Channels a step of the channel scan.
         mlp_ratio: Hidden width of the MLP over the stage's channels, with channel_mixer="mlp".
-        learn_averages: Whether the weights of averages are trained. Else they stay as they are, 1 if none are loaded,
-            which makes of them the sums of a pre-norm residual network.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last mixer; rates rise linearly from 0 at the first.
 
@@ -163,7 +161,6 @@ class ViM2(nn.Module):
         channel_expand: float | Sequence[float] = (2.0, 2.0, 2.0, 1.0),
         channel_patch: int = 16,
         mlp_ratio: float = 4.0,
-        learn_averages: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -233,9 +230,6 @@ class ViM2(nn.Module):
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )
         self.head_hidden_size = self.num_features
-        for module in self.modules():
-            if isinstance(module, WeightedAverage):
-                module.requires_grad_(learn_averages)
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore

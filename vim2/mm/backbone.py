@@ -45,7 +45,7 @@ class ViM2(BaseModule):
             of a classifier becomes the last stage's output norm. Other kinds are MMEngine's; in a list, as there, the
             checkpoint comes last.
         options: Further constructor arguments of `vim2.ViM2`: in_chans, patch_size, depths, dims, token_mixers,
-            channel_mixer, d_state, token_expand, channel_expand, channel_patch, mlp_ratio, learn_averages.
+            channel_mixer, d_state, token_expand, channel_expand, channel_patch, mlp_ratio.
 
     Raises:
         ValueError: An unknown arch or option, out_indices or frozen_stages out of range; what `vim2.ViM2` raises.
