@@ -21,6 +21,7 @@ from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.command.errors import UserError
 from vim2.ops import backend
+from vim2.ops.operator import is_observed
 from vim2.ops.scan.projected_scan import _scan_parameters
 
 
@@ -308,6 +309,20 @@ def test_counts_whatever_the_default_backend(default, monkeypatch):
     expected = models.count_flops(models.create_model("test_vim2", 64, "meta"), 64)
     monkeypatch.setattr(backend, "DEFAULT_BACKEND", default)
     assert models.count_flops(models.create_model("test_vim2", 64, "meta"), 64) == expected > 0
+
+
+def test_launches_are_those_of_a_step_that_nobody_profiles(monkeypatch):
+    """So layers are replayed in it. On a GPU; here with a profiler of the CPU."""
+    profile = torch.profiler.profile
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile(acc_events=True))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    args, observed = types.SimpleNamespace(device="cpu"), []
+    launches.on_device(lambda: observed.append(is_observed()), args)
+    assert observed == [False] * launches.PROFILED
+    with pytest.raises(ZeroDivisionError):
+        launches.on_device(lambda: 1 / 0, args)
+    with profile():
+        assert is_observed()
 
 
 def test_launches(monkeypatch):

@@ -85,9 +85,15 @@ def is_looked_into() -> bool:
 
 
 class _Own(threading.local):
-    """Dispatch modes of this package that are on in a thread."""
+    """What is on in a thread that asks for no operators.
+
+    Attributes:
+        modes: Dispatch modes of this package.
+        profiler: Whether a profiler is, it sees what the GPU is given to do and nothing else.
+    """
 
     modes = 0
+    profiler = False
 
 
 own = _Own()
@@ -102,7 +108,7 @@ def is_observed() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or (torch._C._autograd._profiler_enabled() and not own.profiler)
         or forward_ad._current_level >= 0
     )
 

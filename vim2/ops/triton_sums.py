@@ -152,8 +152,10 @@ def _keep(table: list[list[int]], device: torch.device) -> Tensor:
         return thread.submit(torch.tensor, table, dtype=torch.int64, device=device).result()
 
 
-@functools.lru_cache(MAX_LAUNCHES)
+@functools.cache
 def launch_sums(sums: tuple[Sum, ...], device: torch.device) -> Sums:
+    """Remembered for good, and so are few of them, as most sizes of a batch make as many parts: a CUDA graph reads the
+    table whenever it is replayed, and nobody knows how long it lives."""
     return Sums(sums, device)
 
 
