@@ -770,11 +770,12 @@ def test_casts_of_what_is_given_are_made_in_one_launch(sums):
 
 
 def test_sums_wait_for_nothing_that_comes_later():
-    """Sums that others read, of parts that are changed afterwards, and of sums, beside two that go together."""
+    """Sums that others read, of parts that are changed afterwards, also by a sum, and of sums, beside two that go
+    together."""
     from vim2.ops.triton_sums import sum_parts
 
     def function(parts):
-        read, changed, inner, outer, plain = (torch.empty(1, 1, 8, device=DEVICE) for _ in range(5))
+        read, changed, inner, outer, plain, early = (torch.empty(1, 1, 8, device=DEVICE) for _ in range(6))
         sum_parts(parts, read)
         twice = read * 2
         memory = parts * 3
@@ -783,11 +784,14 @@ def test_sums_wait_for_nothing_that_comes_later():
         sum_parts(parts, inner)
         sum_parts(inner.unsqueeze(0), outer)
         sum_parts(parts * 5, plain)
-        return twice, changed, outer, plain
+        memory = parts * 7
+        sum_parts(memory, early)
+        sum_parts(parts * 2, memory[0])
+        return twice, changed, outer, plain, early, memory[:1]
 
     owner = Owner(function)
     for seed in range(3):
         parts = torch.randn(4, 1, 1, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        for actual, factor in zip(owner(parts), (2, 3, 1, 5), strict=True):
-            torch.testing.assert_close(actual, parts.sum(0) * factor)
+        for actual, factor in zip(owner(parts), (2, 3, 1, 5, 7, 2), strict=True):
+            torch.testing.assert_close(actual.view(1, 1, 8), parts.sum(0) * factor)
     assert owner.calls == 2

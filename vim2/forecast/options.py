@@ -81,7 +81,9 @@ class ReadingOptions(Options, group="reading"):
     time_column: str | None = option(None, "default: date, time, timestamp, ds, or the first column", metavar="NAME")
     na_values: list[float] = option([], "numbers that stand for a missing value", nargs="*", metavar="X")
     keep_values: list[float] = option([], "numbers such as -9999 to take as they are", nargs="*", metavar="X")
-    missing: str = option("error", "what becomes of missing values", choices=MISSING)
+    missing: str = option(
+        "error", "what becomes of missing values; mask: none is learned from or scored by them", choices=MISSING
+    )
     times: str = option(
         "error",
         "what becomes of irregular time stamps: regular sorts them, keeps the first of equal ones and adds rows "

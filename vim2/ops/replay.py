@@ -456,13 +456,13 @@ class Notebook(TorchDispatchMode):
     def copy(self, source: Tensor, target: Tensor) -> Together | None:
         """A copy in another dtype, where it can be done together with others."""
         from .triton_launch import INTERPRETED
-        from .triton_sums import copy_of
+        from .triton_sums import FLAT, copy_of
 
         if INTERPRETED and target.itemsize < source.itemsize:
             return None  # it cuts digits off, where a GPU rounds as PyTorch does
         tensors = (source,), (target,)
         plain = all(t.dtype in TRITON_DTYPES and t.is_contiguous() for t in (source, target))
-        if not plain or source.device != target.device or not 0 < source.numel() < 2**31:
+        if not plain or source.device != target.device or not 0 < source.numel() < 2**31 - FLAT:
             return None
         return Together(copy_of(source.numel(), source.device), tensors, self.given_to_kernel(tensors))
 
@@ -635,7 +635,7 @@ class Notebook(TorchDispatchMode):
             names = set(NAMES.findall(" ".join(texts)))
             return names.union(*(parts.get(name, ()) for name in names))
 
-        first, last, awaited = [], [], set()
+        first, last, awaited, written = [], [], set(), set()
         for i in reversed(range(len(lines))):
             line = lines[i]
             if line.name in parts:
@@ -645,9 +645,12 @@ class Notebook(TorchDispatchMode):
                 if line.name and sources <= set(self.given):
                     first.append(i)
                     continue
-                if not (sources | targets) & awaited:
+                # Of one launch, nobody knows what is done first: what one reads none of the others writes. Two may
+                # write parts of one tensor, side by side.
+                if not (sources | targets) & awaited and not sources & written:
                     last.append(i)
                     awaited |= sources
+                    written |= targets
                     continue
             awaited |= named(line.text)
         groups = [group if len(group) > 1 else [] for group in (first, last)]
