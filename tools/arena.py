@@ -400,7 +400,7 @@ def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
     """The settings and the results of several arenas.
 
     Raises:
-        UserError: They are of different recipes, or hold different results of one run.
+        UserError: They are of different recipes, or hold different results of one run; or one of them does.
     """
     settings, results, runs = None, [], {}
     for folder in folders:
@@ -411,12 +411,15 @@ def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
         settings = found
         for row in read_results(folder / "arena.jsonl", fault):
             run = tuple(row.get(k) for k in ("kind", "label", "epochs", "lr", "seed", "img_size"))
-            before, row_of_it = runs.setdefault(run, (folder, row))
+            if run not in runs:
+                runs[run] = folder, row
+                results.append(row)
+            before, row_of_it = runs[run]
             if row_of_it != row:
                 name = " ".join(str(value) for value in run if value is not None)
+                if before is folder:
+                    raise UserError(f"{folder / 'arena.jsonl'} holds two results of {name}: delete one of the lines.")
                 raise UserError(f"{before} and {folder} hold different results of {name}: leave one of them out.")
-            if before is folder:
-                results.append(row)
     return settings, results
 
 

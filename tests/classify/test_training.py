@@ -47,7 +47,7 @@ def test_a_run_learns_and_leaves_its_files(trained):
 
 @pytest.mark.parametrize("bar", [False, True])
 def test_a_long_epoch_says_how_it_goes_on_where_no_bar_does(bar, data, tmp_path, capsys, monkeypatch):
-    clock = SimpleNamespace(perf_counter=itertools.count(0, 6).__next__)  # 6 s from look to look
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 3).__next__)  # it is looked at twice a step
     monkeypatch.setattr(training, "time", clock)
     monkeypatch.setattr(training, "has_bar", lambda processes: bar)
     options = dict(model="test_vim2", data_dir=str(data), img_size=32, device="cpu", workers=0, output=str(tmp_path))
@@ -59,6 +59,14 @@ def test_a_long_epoch_says_how_it_goes_on_where_no_bar_does(bar, data, tmp_path,
     first, second = said  # every 12 s, of 16 images each
     assert first.startswith("epoch   1/1, step 2/4 · loss ") and first.endswith(" · 1 images/s")
     assert second == f"epoch   1/1, step 4/4 · loss {row['train_loss']:.4f} · 1 images/s"
+
+
+def test_an_epoch_of_few_long_steps_says_how_it_goes_on(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=itertools.count(0, 11).__next__))
+    options = dict(model="test_vim2", data_dir=str(data), img_size=32, device="cpu", workers=0, output=str(tmp_path))
+    train(**options, epochs=1, batch_size=8)  # of 4 steps, fewer than from look to look
+    said = [line for line in capsys.readouterr().out.splitlines() if ", step " in line]
+    assert [line.split(" · ")[0] for line in said] == [f"epoch   1/1, step {step}/4" for step in (1, 2, 3, 4)]
 
 
 def test_timm_reads_the_checkpoint(trained):

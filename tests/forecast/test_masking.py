@@ -212,14 +212,23 @@ def test_what_cannot_be_masked_is_told(tmp_path, frame):
         fit(data=sparse, **options)
     known = make_frame()
     known.loc[3, "promotion"] = np.nan
-    with pytest.raises(UserError, match="promotion"):
+    with pytest.raises(UserError, match="cannot be masked, and values of promotion are missing: fill them"):
         fit(data=known, future_columns=["promotion"], **options)
+    with pytest.raises(UserError, match="--missing previous to fill them, or choose columns"):  # no mask
+        read_table(known, future_columns=["promotion"])
 
 
 def test_who_begins_late_is_advised_to_mask(frame):
     frame.loc[:250, "north"] = np.nan
     with pytest.raises(UserError, match="Add --missing mask, to learn from what is there: north begins late"):
         read_table(frame)
+
+
+def test_series_are_known_late_by_rows_though_stamps_are_there_twice(frame):
+    frame.loc[:250, "north"] = np.nan
+    twice = pd.concat([frame, frame.iloc[251:255]])
+    with pytest.raises(UserError, match="north begins late"):
+        read_table(twice, times="keep")
 
 
 def test_naive_errors_are_of_known_values(values):

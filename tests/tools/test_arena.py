@@ -418,6 +418,12 @@ def test_arenas_of_one_recipe_are_put_together(folder, finished, tmp_path, capsy
 
     (other / "arena.jsonl").write_text(json.dumps(trained("a", 1, 61.0)) + "\n")
     assert "hold different results of train a 2 0.001 1: leave one of them out" in error_of(argv, capsys)
+    (other / "arena.jsonl").write_text("".join(json.dumps(trained("a", 1, top1)) + "\n" for top1 in (60.0, 60.0)))
+    assert arena.main(argv) == 0  # a line that is there twice counts once, too
+    assert "| a | 1.00 | 0.500 | 0.001 | 2 | 1 | 60.00 |" in (tmp_path / "both/arena.md").read_text()
+    (other / "arena.jsonl").write_text("".join(json.dumps(trained("a", 1, top1)) + "\n" for top1 in (60.0, 61.0)))
+    error = error_of(["table", str(other)], capsys)
+    assert f"{other / 'arena.jsonl'} holds two results of train a 2 0.001 1: delete one of the lines." in error
     change("options", weight_decay=0.1)
     assert f"{other} holds runs with weight-decay 0.05, not 0.1: leave it out." in error_of(argv, capsys)
 

@@ -439,7 +439,9 @@ class Run:
                     self.ema.update(self.model, step=self.updates)
                 if self.scheduler:
                     self.scheduler.step_update(self.updates)
-            if (step + 1) % o.log_interval == 0:
+            # of several processes, all take part in a look, and their clocks differ
+            quiet = self.processes.world_size == 1 and time.perf_counter() - said > QUIET
+            if quiet or (step + 1) % o.log_interval == 0:
                 so_far, now = self.mean_loss(total, step + 1), time.perf_counter()
                 self.require_finite(epoch, so_far)
                 if now - said > QUIET and not has_bar(self.processes):

@@ -215,7 +215,13 @@ def read_table(
         numbers.index = pd.RangeIndex(first_row, first_row + len(index))
     values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
-    future, more = repair_missing(numbers[future_columns], "error" if missing == "mask" else missing, source)
+    if missing == "mask" and numbers[future_columns].isna().any(axis=None):
+        without = numbers[future_columns].isna().any()
+        raise UserError(
+            f"Known-future columns cannot be masked, and values of {', '.join(without[without].index)} are missing: "
+            f"fill them in {source}, or leave these columns out of --future-columns and --targets."
+        )
+    future, more = repair_missing(numbers[future_columns], missing, source, maskable=False)
     repairs += more
     static = static.loc[targets] if static_columns else None
     return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static)
@@ -267,31 +273,32 @@ def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> st
     return name
 
 
-def repair_missing(numbers: pd.DataFrame, how: str, source: str) -> tuple[np.ndarray, list[str]]:
+def repair_missing(numbers: pd.DataFrame, how: str, source: str, maskable: bool = True) -> tuple[np.ndarray, list[str]]:
     counts = numbers.isna().sum()
     counts = counts[counts > 0]
     if counts.empty:
         return numbers.to_numpy(dtype=np.float64), []
     if len(empty := counts[counts == len(numbers)]):
-        raise UserError(f"Column {empty.index[0]} of {source} holds no value at all: leave it out with --targets.")
+        raise UserError(
+            f"Column {empty.index[0]} of {source} holds no value at all: leave it out with --targets, or where a "
+            "forecaster needs it, give rows that reach back to its last value."
+        )
     listed = ", ".join(f"{name} ({count})" for name, count in counts.iloc[:5].items())
     listed += f" and {len(counts) - 5} more columns" if len(counts) > 5 else ""
     if how == "error":
         row = numbers.index[numbers.isna().any(axis=1)][0]
         mostly = counts[2 * counts > len(numbers)].index
-        held = [
-            numbers.loc[numbers[name].first_valid_index() : numbers[name].last_valid_index(), name] for name in mostly
-        ]
-        sparse = [column.name for column in held if 2 * column.isna().sum() > len(column)]
+        known = {name: np.flatnonzero(numbers[name].notna()) for name in mostly}  # by number: stamps may be there twice
+        held = {name: rows[-1] + 1 - rows[0] for name, rows in known.items()}
+        sparse = [name for name in mostly if 2 * len(known[name]) < held[name]]
         if sparse:
             remedy = f"Leave {sparse[0]} out with --targets: most of it would be made up"
-        elif held:
+        elif held and maskable:
             remedy = f"Add --missing mask, to learn from what is there: {mostly[0]} begins late or ends early"
         else:
-            remedy = (
-                "Add --missing interpolate or --missing previous to fill them, or --missing mask to learn from the "
-                "others alone, or choose columns with --targets"
-            )
+            remedy = "Add --missing interpolate or --missing previous to fill them, "
+            remedy += "or --missing mask to learn from the others alone, " if maskable else ""
+            remedy += "or choose columns with --targets"
         raise UserError(f"Values of {source} are missing: {listed}; first at {row}. {remedy}.")
     if how == "mask":
         masked = f"{int(counts.sum())} missing values are masked, neither learned from nor scored: {listed}."
