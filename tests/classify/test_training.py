@@ -69,6 +69,18 @@ def test_an_epoch_of_few_long_steps_says_how_it_goes_on(data, tmp_path, capsys, 
     assert [line.split(" · ")[0] for line in said] == [f"epoch   1/1, step {step}/4" for step in (1, 2, 3, 4)]
 
 
+def test_beside_a_bar_the_loss_is_not_looked_at_at_every_step(data, tmp_path, monkeypatch):
+    """A GPU has to be waited for each time."""
+    looks = []
+    mean_loss = training.Run.mean_loss
+    monkeypatch.setattr(training.Run, "mean_loss", lambda *args: looks.append(args) or mean_loss(*args))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=itertools.count(0, 11).__next__))
+    monkeypatch.setattr(training, "has_bar", lambda processes: True)
+    options = dict(model="test_vim2", data_dir=str(data), img_size=32, device="cpu", workers=0, output=str(tmp_path))
+    train(**options, epochs=1, batch_size=8)
+    assert len(looks) == 1  # at the epoch's end
+
+
 def test_timm_reads_the_checkpoint(trained):
     checkpoint = torch.load(trained / "best.pth", weights_only=True)
     assert checkpoint["class_names"] == ["blue", "green", "red"] and checkpoint["arch"] == "test_vim2"

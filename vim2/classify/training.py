@@ -417,6 +417,7 @@ class Run:
         steps, accumulated = len(self.loader), o.grad_accum_steps
         total, start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
         said, steps_said = start, 0
+        tells = not has_bar(self.processes)  # else no look at the loss, for which a GPU has to be waited for, is due
         if self.scheduler:
             self.scheduler.step_update(self.updates)
         for step, (images, target) in enumerate(progress_bar(self.loader, f"epoch {epoch + 1}", self.processes)):
@@ -440,11 +441,11 @@ class Run:
                 if self.scheduler:
                     self.scheduler.step_update(self.updates)
             # of several processes, all take part in a look, and their clocks differ
-            quiet = self.processes.world_size == 1 and time.perf_counter() - said > QUIET
+            quiet = tells and self.processes.world_size == 1 and time.perf_counter() - said > QUIET
             if quiet or (step + 1) % o.log_interval == 0:
                 so_far, now = self.mean_loss(total, step + 1), time.perf_counter()
                 self.require_finite(epoch, so_far)
-                if now - said > QUIET and not has_bar(self.processes):
+                if tells and now - said > QUIET:
                     speed = self.images_per_second(step + 1 - steps_said, now - said)
                     where = f"epoch {epoch + 1:>3}/{o.epochs}, step {step + 1}/{steps}"
                     say(f"{where} · loss {so_far:.4f} · {speed:.0f} images/s", self.processes)
