@@ -392,7 +392,7 @@ def say(row: dict, key: dict) -> None:
 def table_all(argv: list[str]) -> int:
     """Write tables and pictures of what there is."""
     args, _ = resolve(TableOptions, argv)
-    tabulate(args.folder, [Path(folder) for folder in args.of or [args.output]])
+    tabulate(args.folder, [Path(folder) for folder in args.of or ()])
     return 0
 
 

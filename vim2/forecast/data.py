@@ -215,12 +215,6 @@ def read_table(
         numbers.index = pd.RangeIndex(first_row, first_row + len(index))
     values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
-    if missing == "mask" and numbers[future_columns].isna().any(axis=None):
-        without = numbers[future_columns].isna().any()
-        raise UserError(
-            f"Known-future columns cannot be masked, and values of {', '.join(without[without].index)} are missing: "
-            f"fill them in {source}, or leave these columns out of --future-columns and --targets."
-        )
     future, more = repair_missing(numbers[future_columns], missing, source, maskable=False)
     repairs += more
     static = static.loc[targets] if static_columns else None
@@ -278,6 +272,11 @@ def repair_missing(numbers: pd.DataFrame, how: str, source: str, maskable: bool 
     counts = counts[counts > 0]
     if counts.empty:
         return numbers.to_numpy(dtype=np.float64), []
+    if how == "mask" and not maskable:
+        raise UserError(
+            f"Known-future columns cannot be masked, and values of {', '.join(counts.index)} are missing: "
+            f"fill them in {source}, or leave these columns out of --future-columns and --targets."
+        )
     if len(empty := counts[counts == len(numbers)]):
         raise UserError(
             f"Column {empty.index[0]} of {source} holds no value at all: leave it out with --targets, or where a "

@@ -243,8 +243,10 @@ class Forecaster:
             features = self.future_features(future, times)
             future = torch.tensor(features, dtype=torch.float32)
         device = next(self.model.parameters()).device
-        values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
-        x = last_known(values)[-c.lookback :]
+        rows = table.values[-c.lookback :]
+        if np.isnan(rows[0]).any():  # the value before may lie anywhere
+            rows = table.values
+        x = last_known(torch.tensor(self.scaler.transform(rows), dtype=torch.float32, device=device))[-c.lookback :]
         self.model.eval()
         with torch.no_grad():
             y = self.forecast_windows(x[None], None if future is None else future[None].to(device))[0]

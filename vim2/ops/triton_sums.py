@@ -100,7 +100,7 @@ def _sums_kernel(
     SUMS: tl.constexpr, FIELDS: tl.constexpr,  # the first a power of 2: of those that do not exist no program is
     FEW: tl.constexpr, FLAT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program makes a piece of one sum, of those that the table tells of, as `_table` makes it."""
+    """Each program makes a piece of one sum, of those that the table tells of, as `Sums` makes it."""
     table = table.to(tl.pointer_type(tl.int64))
     firsts = tl.load(table + tl.arange(0, SUMS) * FIELDS)
     at = table + (tl.sum((firsts <= tl.program_id(0)).to(tl.int32), 0) - 1) * FIELDS
@@ -172,6 +172,13 @@ def sum_parts(parts: Tensor, matrix: Tensor, *vectors: Tensor, transposed: bool 
     directions = matrix.numel() // (width * rows)
     launch = sum_parts_of(len(parts), directions, rows, width, len(vectors), transposed, parts.device)
     launch((parts,), (matrix, *vectors))
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sums over parts (parts, ...), contiguous, as a tensor (...) in float32."""
+    total = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    sum_parts(parts.flatten(1).unsqueeze(1), total)
+    return total
 
 
 @functools.lru_cache(MAX_LAUNCHES)

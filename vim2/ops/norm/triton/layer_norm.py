@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_launch import MAX_LAUNCHES, Launch
-from ...triton_sums import sum_parts
+from ...triton_sums import summed
 from .tiles import (
     backward_programs,
     contiguous,
@@ -138,9 +138,7 @@ def layer_norm_triton_backward(
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     if rows:
         launch(grad, x, weight, statistics, grad_x, parts)
-    grad_norm = torch.empty(2, width, dtype=torch.float32, device=x.device)
-    sum_parts(parts, grad_norm)
-    return grad_x, grad_norm
+    return grad_x, summed(parts)
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...triton_launch import MAX_LAUNCHES, Launch
 from ...triton_math import sigmoid
-from ...triton_sums import sum_parts
+from ...triton_sums import summed
 from .tiles import (
     as_rows,
     backward_programs,
@@ -167,10 +167,7 @@ def norm_gate_triton_backward(
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=y.device) if norm else None
     if rows:
         launch(grad, y, gate_rows, weight, bias, statistics if norm else None, grad_y, grad_gate, parts)
-    grad_norm = torch.empty(2, width if norm else 0, dtype=torch.float32, device=y.device)
-    if norm:
-        sum_parts(parts, grad_norm)
-    return grad_y, grad_gate, grad_norm
+    return grad_y, grad_gate, summed(parts) if norm else statistics.new_empty(2, 0)
 
 
 @functools.lru_cache(MAX_LAUNCHES)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_launch import MAX_LAUNCHES, Launch
-from ...triton_sums import sum_parts
+from ...triton_sums import summed
 from .tiles import (
     backward_programs,
     contiguous,
@@ -192,9 +192,7 @@ def weighted_average_triton_backward(
             added = _padded(others[part]) if others and grad_total is None else None
             gradients = (_padded(grad_features[part]), parts, grad_total, added)
             launch(grad, pointers, scale[part], weight, statistics, *gradients)
-        sums = torch.empty(parts.shape[1:], dtype=torch.float32, device=grad.device)
-        sum_parts(parts.unsqueeze(1), sums)
-        return sums
+        return summed(parts)
 
     norm = weight is not None
     if n <= MAX_FEATURES:

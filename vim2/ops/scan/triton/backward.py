@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...triton_launch import INTERPRETED, MAX_LAUNCHES, Launch, Layout, last_axis_contiguous, layout
 from ...triton_math import LANES, LN2, LOG2E, exp2
-from ...triton_sums import sum_parts
+from ...triton_sums import sum_parts, summed
 from ..chunks import TRITON_CHUNK
 from ..operands import Operands
 from . import schedule
@@ -1004,10 +1004,7 @@ def scan_backward(
         grad_delta.copy_(grad_steps)
     if operands.is_low_rank and not plan.factor:
         parts = step_sizes_backward(grad_steps, delta, weight, grad_delta)
-        grad_weight = parts.squeeze(0)
-        if len(parts) > 1:
-            grad_weight = empty(*weight.shape)
-            sum_parts(parts.flatten(1).unsqueeze(1), grad_weight)
+        grad_weight = summed(parts) if len(parts) > 1 else parts.squeeze(0)
     return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_A, grad_D, grad_bias, grad_weight
 
 
