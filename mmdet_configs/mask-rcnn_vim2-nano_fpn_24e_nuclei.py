@@ -5,8 +5,6 @@ _base_ = [
     "./_base_/schedules/adamw_24e_nuclei.py",
 ]
 
-custom_imports = dict(imports=["vim2.mm", "vim2.mm.lazy_masks"], allow_failed_imports=False)
-
 model = dict(
     backbone=dict(arch="nano", drop_path_rate=0.1),
     neck=dict(in_channels=[48, 96, 192, 320]),

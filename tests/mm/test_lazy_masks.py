@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
+import torch.multiprocessing  # noqa: F401  (how tensors go to other processes)
 from pycocotools import mask as coco
 
 import vim2.mm  # noqa: F401  (before mmdet, which needs mmcv's operators)
@@ -92,3 +94,14 @@ def test_masks_serve_where_nothing_crops_them():
     masks.masks = 1 - masks.masks
     np.testing.assert_array_equal(masks[2].masks, 1 - theirs[2].masks)
     np.testing.assert_array_equal(masks.crop(np.array([0, 0, 9, 9])).masks, 1 - theirs.masks[:, :9, :9])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 5, 7)])
+def test_masks_go_to_another_process_without_their_pixels(shape):
+    pixels = np.random.default_rng(0).integers(0, 2, shape, dtype=np.uint8)
+    sent = BitmapMasks(pixels, *shape[1:]).flip()  # a view of them, of negative strides
+    masks = pickle.loads(ForkingPickler.dumps(sent))
+    assert type(masks) is BitmapMasks and (masks.height, masks.width) == shape[1:]
+    assert masks.masks.dtype == np.uint8 and (masks.masks == pixels[:, :, ::-1]).all()
+    large = BitmapMasks(np.zeros((4, 300, 500), dtype=np.uint8), 300, 500)
+    assert len(ForkingPickler.dumps(large)) < 2000 < 4 * 300 * 500 < len(pickle.dumps(large))

@@ -1,16 +1,19 @@
-"""Masks of COCO annotations that are decoded once it is known which of them are needed.
+"""Masks of COCO annotations that are decoded once it is known which of them are needed, and handed on in shared memory.
 
 An image may have hundreds of objects of which a crop keeps few, and decoding them all is then much of the work of
-loading it. Needs `mmdet`, which `vim2.mm` alone does not, hence a config imports this module itself:
+loading it. Decoded, those of a batch are tens of MB, and the process that trains would wait while it reads them from
+those that load. Needs `mmdet`, which `vim2.mm` alone does not, hence a config imports this module itself:
 
     custom_imports = dict(imports=["vim2.mm", "vim2.mm.lazy_masks"], allow_failed_imports=False)
 """
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
+import torch
 from mmdet.datasets.transforms import LoadAnnotations
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.mask import BitmapMasks
@@ -55,6 +58,19 @@ class LazyBitmapMasks(BitmapMasks):
         if "masks" in vars(self) or not len(self):
             return super().crop(bbox)
         return BitmapMasks.cat([BitmapMasks.crop(self[i : i + 1], bbox) for i in range(len(self))])
+
+
+def _by_tensor(masks: BitmapMasks) -> tuple[Callable, tuple]:
+    """How `BitmapMasks` go to another process: PyTorch puts tensors into shared memory, where pickle would send the
+    pixels of arrays through a pipe."""
+    return _of_tensor, (torch.from_numpy(np.ascontiguousarray(masks.masks)), masks.height, masks.width)
+
+
+def _of_tensor(masks: torch.Tensor, height: int, width: int) -> BitmapMasks:
+    return BitmapMasks(masks.numpy(), height, width)
+
+
+ForkingPickler.register(BitmapMasks, _by_tensor)  # between processes alone; files and copies are as ever
 
 
 @TRANSFORMS.register_module()

@@ -1,6 +1,6 @@
 _base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
 
-custom_imports = dict(imports=["vim2.mm"], allow_failed_imports=False)
+custom_imports = dict(imports=["vim2.mm", "vim2.mm.lazy_masks"], allow_failed_imports=False)
 
 # Stochastic depth is VMamba's for all sizes. For weights to start from: backbone.init_cfg, see the README.
 model = dict(
