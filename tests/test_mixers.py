@@ -337,7 +337,7 @@ WAYS_TO_HOLD = (
 def test_features_that_are_handed_on_have_the_gradients_that_autograd_adds_up(how, calls, monkeypatch):
     """Replayed or not, with the same bits but for products that a GPU adds unrounded; and who holds on to a module sees
     it called."""
-    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
     options = dict(token_mixers=2, channel_mixer="none", d_state=1)
     stage = ViM2Stage(8, 8, 2, False, [[0.0] * 2] * 2, **options)
     for block in stage.blocks:
@@ -489,7 +489,7 @@ def test_a_compiler_sees_hooks_of_all_modules():
 
 @needs_triton
 def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeypatch):
-    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
     layer = randomise(MixerLayer(8, FewOperators(), 2, drop_path=0.5)).float().to(DEVICE)
     features = two_features(0)
 
