@@ -337,7 +337,7 @@ WAYS_TO_HOLD = (
 def test_features_that_are_handed_on_have_the_gradients_that_autograd_adds_up(how, calls, monkeypatch):
     """Replayed or not, with the same bits but for products that a GPU adds unrounded; and who holds on to a module sees
     it called."""
-    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
     options = dict(token_mixers=2, channel_mixer="none", d_state=1)
     stage = ViM2Stage(8, 8, 2, False, [[0.0] * 2] * 2, **options)
     for block in stage.blocks:
@@ -489,7 +489,7 @@ def test_a_compiler_sees_hooks_of_all_modules():
 
 @needs_triton
 def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeypatch):
-    monkeypatch.setitem(mixers._SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
     layer = randomise(MixerLayer(8, FewOperators(), 2, drop_path=0.5)).float().to(DEVICE)
     features = two_features(0)
 
@@ -537,3 +537,123 @@ def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeyp
     assert not is_replayed()
     layer(features).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.fixture
+def mixed(calls, monkeypatch):
+    """The stages and layers that were called and not replayed: the first by `_mix`, the others by `_mix_passing`."""
+    mixed = []
+    for kind, name in ((ViM2Stage, "_mix"), (MixerLayer, "_mix_passing")):
+        function = getattr(kind, name)
+
+        def counted(self, *inputs, function=function):
+            mixed.append(self)
+            return function(self, *inputs)
+
+        monkeypatch.setattr(kind, name, counted)
+    return mixed
+
+
+def small_stage(drop_path: float = 0.5) -> ViM2Stage:
+    options = dict(token_mixers=1, d_state=1, token_expand=1.0, channel_expand=0.5, channel_patch=4)
+    return randomise(ViM2Stage(4, 8, 1, True, [[drop_path] * 2], **options)).float().to(DEVICE)
+
+
+def maps(seed: int, grad: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 2, 3, 4, generator=generator).to(DEVICE).requires_grad_(grad)
+
+
+def train(stage: ViM2Stage, forward, seed: int, grad: bool = True, autocast: bool = False) -> list[torch.Tensor | None]:
+    """The output and all gradients of a step, and a random number that is drawn behind it."""
+    x = maps(seed, grad)
+    stage.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        y = forward(x)
+    if y.requires_grad:
+        y.float().square().sum().backward()
+    return [y.detach(), x.grad, torch.rand(1, device=DEVICE), *(p.grad for p in stage.parameters())]
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+FROZEN = {
+    "nothing": lambda name: False,
+    "weights here and there": lambda name: name.endswith(("in_proj.weight", "downsample.norm.bias", "s6.D")),
+    "the blocks": lambda name: name.startswith("blocks"),
+    "the average and patch merging": lambda name: not name.startswith("blocks"),
+    "everything": lambda name: True,
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no gradient of the map"])
+def test_stages_are_replayed_in_training(frozen, grad, mixed):
+    """As one node, with the bits of layers that are called one by one, and with the same paths dropped."""
+    stage = small_stage().train()
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_(not FROZEN[frozen](name))
+    seen = []
+    stage.register_forward_hook(lambda *_: seen.append(1))  # of its own, with which it is replayed all the same
+    for seed in range(3):
+        mixed.clear()
+        actual = train(stage, stage, seed, grad)
+        assert mixed.count(stage) == (seed < 2) and len(seen) == seed + 1 and (seed < 2 or not mixed)
+        assert_same(actual, train(stage, stage._mix, seed, grad))
+    if grad or frozen == "nothing":
+        y = stage(maps(0, grad))
+        assert type(y.grad_fn).__name__ == "_ReplayedBackward"
+    stage.eval()  # nothing is dropped: noted anew
+    mixed.clear()
+    assert_same(train(stage, stage, 3, grad), train(stage, stage._mix, 3, grad))
+    assert mixed.count(stage) == 2
+
+
+@needs_triton
+def test_stages_are_replayed_under_autocast_and_in_inference(mixed):
+    stage = small_stage().train()
+    for seed in range(3):
+        mixed.clear()
+        actual = train(stage, stage, seed, autocast=True)
+        assert mixed.count(stage) == (seed < 2)
+        assert_same(actual, train(stage, stage._mix, seed, autocast=True))
+    stage.eval()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for seed in range(3):
+                mixed.clear()
+                y = stage(maps(seed))
+                assert mixed.count(stage) == (seed < 2) and y.equal(stage._mix(maps(seed)))
+            mixed.clear()
+            assert copy.deepcopy(stage)(maps(2)).equal(y) and len(mixed) == 1
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "how", ["the block", "a layer", "a mixer", "grad_checkpointing", "a checkpoint", "a wrapped layer"]
+)
+def test_of_stages_that_are_called_the_layers_are_replayed(how, mixed, calls, monkeypatch):
+    """All but those that somebody holds on to, or that a checkpoint calls."""
+    stage = small_stage().train()
+    layers = list(stage.blocks[0].layers)
+    seen = hold(stage, how) if "checkpoint" not in how else []
+    stage.grad_checkpointing = how == "grad_checkpointing"
+    forward = functools.partial(checkpoint, stage, use_reentrant=False) if how == "a checkpoint" else stage
+    held = {"a mixer": layers[1:], "a checkpoint": layers, "grad_checkpointing": layers}.get(how, [])
+    for seed in range(3):
+        mixed.clear()
+        calls.clear()
+        actual = train(stage, forward, seed)
+        called = set(map(id, [*mixed, *calls]))
+        assert id(stage) in called and bool(seen) == ("checkpoint" not in how)
+        assert [id(layer) in called for layer in layers] == [seed < 2 or layer in held for layer in layers]
+        with monkeypatch.context() as patch:
+            patch.setattr(mixers, "_is_replayable", lambda inputs: False)
+            expected = train(stage, stage, seed)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)

@@ -336,6 +336,57 @@ def average_and_normalise(features: Sequence[Tensor], average: WeightedAverage, 
     return norm(average(features).contiguous())
 
 
+def call_replayed(
+    module: nn.Module, function: Callable, inputs: Sequence[Tensor], passes: int = 0
+) -> Tensor | Sequence[Tensor]:
+    """function(*inputs), replayed where that can be, see `vim2.ops.replay.replay`.
+
+    Args:
+        module: Whose `forward` calls this, where `is_observed` is not the case. The replays are its own.
+        function: It reads no other tensors than this module's parameters and those of the modules inside it, and what
+            `SETTINGS` has of their kinds.
+        inputs: Tensors.
+        passes: As for `replay`.
+    """
+    settings, parameters = [], []
+    # of this module's own hooks, this runs in their midst
+    if not _is_replayable(inputs) or not _read(module, settings, parameters, is_called=False):
+        return function(*inputs)
+    settings += (len(inputs), passes, torch.is_inference_mode_enabled(), autocast_dtype(inputs[0]))
+    # parameters are read from the modules, too; given here, they are known by where they lie
+    given = len(inputs)
+    of_inputs = lambda *tensors: function(*tensors[:given])  # noqa: E731
+    return replay(module, tuple(settings), of_inputs, (*inputs, *parameters), passes)
+
+
+def _is_replayable(inputs: Sequence[Tensor]) -> bool:
+    """Whether these are plain tensors, and operators on them, the scan too, are Triton's kernels."""
+    if not inputs or any(t.__class__ is not Tensor or t.layout is not torch.strided for t in inputs):
+        return False
+    return resolve_backend(None, *inputs, scan=True) == "triton"
+
+
+def _read(module: nn.Module, settings: list, tensors: list, is_called: bool = True) -> bool:
+    """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
+    all: not where somebody holds on to one that is called (see `is_plain`)."""
+    kind, parameters, modules = module.__class__, module._parameters, module._modules
+    of_kind = SETTINGS.get(kind)
+    if of_kind is None or module._buffers or module._compiled_call_impl is not None:
+        return False
+    if is_called and _is_hooked(module):
+        return False
+    # names, too: who takes a weight out and puts it back changes the order
+    settings.append((kind, of_kind(module), tuple(parameters), tuple(modules)))
+    for parameter in parameters.values():
+        if parameter is not None and (parameter.__class__ is not nn.Parameter or parameter.layout is not torch.strided):
+            return False
+        tensors.append(parameter)
+    for each in modules.values():  # noqa: SIM110  (a generator would take longer than what it asks for)
+        if not _read(each, settings, tensors):
+            return False
+    return True
+
+
 class MixerLayer(nn.Module):
     """One mixer on the normalised weighted average of everything before it."""
 
@@ -349,7 +400,7 @@ class MixerLayer(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         if is_observed():
             return self._mix(*features)
-        return self._replay(self._mix, features, 0)
+        return call_replayed(self, self._mix, features)
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         """The features, to be used from here on in place of those that were given, and this layer's output: where
@@ -358,19 +409,8 @@ class MixerLayer(nn.Module):
         In training their later uses' gradients then come to this layer, whose kernel adds its own, where autograd would
         add up those of all uses one by one.
         """
-        new, *passed = self._replay(self._mix_passing, features, len(features))
+        new, *passed = call_replayed(self, self._mix_passing, features, len(features))
         return (*passed, new)
-
-    def _replay(self, function: Callable, features: Sequence[Tensor], passes: int) -> Tensor | Sequence[Tensor]:
-        """`function` of the features, replayed where that can be, see `vim2.ops.replay.replay`."""
-        settings, parameters = [], []
-        if not _is_replayable(features) or not _read(self, settings, parameters):
-            return function(*features)
-        settings += (len(features), passes, torch.is_inference_mode_enabled(), autocast_dtype(features[0]))
-        # parameters are read from the modules, too; given here, they are known by where they lie
-        given = len(features)
-        mix = lambda *tensors: function(*tensors[:given])  # noqa: E731
-        return replay(self, tuple(settings), mix, (*features, *parameters), passes)
 
     def _mix(self, *features: Tensor) -> Tensor:
         return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
@@ -384,50 +424,6 @@ class MixerLayer(nn.Module):
         else:
             x, passed = average_and_normalise(features, average, norm), features
         return (self.drop_path(self.mixer(x)), *passed)
-
-
-# What the forward passes of modules read besides tensors, of those that a `MixerLayer` may be made of to be replayed.
-_SETTINGS = {
-    MixerLayer: lambda module: None,
-    WeightedAverage: lambda module: None,
-    nn.LayerNorm: lambda module: module.eps,
-    SelectiveTokenMixer: lambda module: None,
-    SelectiveChannelMixer: lambda module: module.channel_patch,
-    S6: lambda module: (tuple(module.orders), module.separate_inputs),
-    nn.Conv1d: lambda module: None,
-    nn.Conv2d: lambda module: None,
-    nn.Linear: lambda module: None,
-    nn.Identity: lambda module: None,
-    DropPath: lambda module: (module.drop_prob, module.scale_by_keep, module.training),
-}
-
-
-def _is_replayable(features: Sequence[Tensor]) -> bool:
-    """Whether these are plain tensors, and operators on them, the scan too, are Triton's kernels."""
-    if not features or any(f.__class__ is not Tensor or f.layout is not torch.strided for f in features):
-        return False
-    return resolve_backend(None, *features, scan=True) == "triton"
-
-
-def _read(module: nn.Module, settings: list, tensors: list) -> bool:
-    """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
-    all: not where somebody holds on to one of them (see `is_plain`)."""
-    kind, parameters, modules = module.__class__, module._parameters, module._modules
-    of_kind = _SETTINGS.get(kind)
-    if of_kind is None or module._buffers or module._compiled_call_impl is not None:
-        return False
-    if kind is not MixerLayer and _is_hooked(module):  # of a layer's own hooks, this runs in their midst
-        return False
-    # names, too: who takes a weight out and puts it back changes the order
-    settings.append((kind, of_kind(module), tuple(parameters), tuple(modules)))
-    for parameter in parameters.values():
-        if parameter is not None and (parameter.__class__ is not nn.Parameter or parameter.layout is not torch.strided):
-            return False
-        tensors.append(parameter)
-    for each in modules.values():  # noqa: SIM110  (a generator would take longer than what it asks for)
-        if not _read(each, settings, tensors):
-            return False
-    return True
 
 
 class MambaMixerBlock(nn.Module):
@@ -493,6 +489,25 @@ class MambaMixerBlock(nn.Module):
         for layer in self.layers:
             features = layer.extend(features)
         return features
+
+
+# What the forward passes of modules read besides tensors, of those that are replayed, alone or as a part of others.
+SETTINGS: dict[type[nn.Module], Callable[[nn.Module], Hashable]] = {
+    MambaMixerBlock: lambda module: None,
+    MixerLayer: lambda module: None,
+    WeightedAverage: lambda module: None,
+    PatchMerging: lambda module: None,
+    nn.LayerNorm: lambda module: module.eps,
+    SelectiveTokenMixer: lambda module: None,
+    SelectiveChannelMixer: lambda module: module.channel_patch,
+    S6: lambda module: (tuple(module.orders), module.separate_inputs),
+    nn.Conv1d: lambda module: None,
+    nn.Conv2d: lambda module: None,
+    nn.Linear: lambda module: None,
+    nn.Identity: lambda module: None,
+    nn.ModuleList: lambda module: None,
+    DropPath: lambda module: (module.drop_prob, module.scale_by_keep, module.training),
+}
 
 
 def hands_on(blocks: Iterable[nn.Module], average: nn.Module, x: Tensor) -> bool:

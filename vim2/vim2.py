@@ -20,8 +20,19 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, compile_kernels, hands_on, is_plain
+from .mixers import (
+    SETTINGS,
+    LayerNorm,
+    MambaMixerBlock,
+    PatchMerging,
+    WeightedAverage,
+    call_replayed,
+    compile_kernels,
+    hands_on,
+    is_plain,
+)
 from .ops.backend import autocast_dtype
+from .ops.operator import is_observed
 
 __all__ = ["ViM2"]  # register_model adds the models
 
@@ -109,6 +120,11 @@ class ViM2Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, in_dim) -> (batch, H, W, dim), where downsampling halves H and W, rounding up."""
+        if self.grad_checkpointing or is_observed():
+            return self._mix(x)
+        return call_replayed(self, self._mix, (x,))
+
+    def _mix(self, x: Tensor) -> Tensor:
         features = (self.downsample(x),)
         hand_on = not self.grad_checkpointing and hands_on(self.blocks, self.average, features[0])
         for block in self.blocks:
@@ -119,6 +135,9 @@ class ViM2Stage(nn.Module):
             else:
                 features += block(*features)
         return self.average(features)
+
+
+SETTINGS[ViM2Stage] = lambda stage: None  # with grad_checkpointing, it is not replayed
 
 
 class ViM2(nn.Module):

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import inspect
 import sys
 
 import pytest
@@ -210,6 +211,35 @@ def test_what_is_not_needed_any_more_is_freed(monkeypatch):
     monkeypatch.setitem(scope, name, counted)
     owner(x)
     assert len(alive) == 5 and alive[-1] <= alive[1]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "of a graph that is kept"])
+def test_a_backward_pass_frees_what_was_saved_as_soon_as_it_has_used_it(kept, monkeypatch):
+    def function(x, weight):
+        for _ in range(5):
+            x = torch.mm(torch.sin(x), weight)
+        return x
+
+    owner = Trainee(function)
+    inputs = [torch.eye(4, device=DEVICE).requires_grad_() for _ in range(2)]
+    owner(*inputs), owner(*inputs)
+    (known,) = (ways for each, ways in module._replays.items() if each is owner)
+    (way,) = known.values()
+    scope = inspect.getclosurevars(way.backward).nonlocals["function"].__globals__
+    name = next(name for name, value in scope.items() if value is torch.mm)
+    saved, alive = [], []
+
+    def counted(*tensors):
+        alive.append(sum(not memory.expired() for memory in saved))
+        return torch.mm(*tensors)
+
+    monkeypatch.setitem(scope, name, counted)
+    y = owner(*inputs)
+    saved += {module._memory(t) for t in y.grad_fn.saved_tensors} - set(map(module._memory, inputs))
+    y.sum().backward(retain_graph=kept)
+    assert len(saved) == 9  # what is multiplied, and what the sine is of
+    assert len(alive) == 10
+    assert all(now == len(saved) if kept else now <= len(saved) - i + 1 for i, now in enumerate(alive))
 
 
 def test_replays_go_with_their_owner_and_are_bounded():

@@ -50,3 +50,15 @@ def test_sums_of_several_launches_in_one_have_the_same_bits():
     launch((parts[0], weight, parts[1]), (*targets[:2], targets[3], targets[2]))
     for target, other in zip(targets, (*expected, weight.float()), strict=True):
         assert torch.equal(target, other)
+
+
+def test_copies_of_many_tensors_of_all_dtypes_in_one_launch():
+    from vim2.ops.triton_sums import copy_of, together
+
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    pairs = [(source, target) for source in dtypes for target in dtypes] * 2
+    sources = [torch.arange(10, device=DEVICE).add(i).to(source) for i, (source, _) in enumerate(pairs)]
+    targets = [torch.full((10,), torch.nan, dtype=target, device=DEVICE) for _, target in pairs]
+    together([copy_of(10, sources[0].device) for _ in pairs], sources[0].device)(tuple(sources), tuple(targets))
+    for i, target in enumerate(targets):
+        assert target.tolist() == [i + j for j in range(10)]

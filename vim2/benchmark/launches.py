@@ -64,7 +64,7 @@ def _times(run: Callable[[], None], args: argparse.Namespace) -> tuple[float, fl
 
 
 def on_device(run: Callable[[], None], args: argparse.Namespace) -> dict[str, float]:
-    """Kernels and copies of a step, and the device's ms in them, by the profiler; of layers that are replayed, as in a
+    """Kernels and copies of a step, and the device's ms in them, by the profiler; of stages that are replayed, as in a
     step that nobody profiles, those of their replays."""
     own.profiler = True
     try:

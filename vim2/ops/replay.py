@@ -54,6 +54,7 @@ MOVES = {
     aten.movedim.int,
     aten.movedim.intlist,
     aten.narrow.default,
+    aten.promote_types.default,
     aten.reshape.default,
     aten.split.sizes,
     aten.tensor_split.sections,
@@ -279,7 +280,8 @@ class BothPasses:
         forward: Takes the function's tensors. Returns its result, and what else `backward` wants.
         given: Which of the function's tensors `backward` wants first.
         layouts: Of the gradients of the result, and of the tensors that are handed on behind it.
-        backward: Takes these gradients, and what it wants. Returns one or None for each of the function's tensors.
+        backward: Takes these gradients, and a list of what it wants, which it empties, so that each of them is freed
+            as soon as it is not needed any more. Returns one or None for each of the function's tensors.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -315,6 +317,10 @@ def note_both(function: Callable, tensors: Sequence[Tensor | None], passes: int)
         return REFUSED
 
 
+# Has a node let go of what it has saved, unless its graph is kept. Other versions of PyTorch may not have it.
+clear_saved = getattr(torch._C._FunctionBase, "maybe_clear_saved_tensors", lambda ctx: None)
+
+
 class _Replayed(torch.autograd.Function):
     """Both passes as one node of autograd's graph."""
 
@@ -333,9 +339,10 @@ class _Replayed(torch.autograd.Function):
         way = ctx.way
         if grad is None:  # nobody used the result
             return None, *others, *(None,) * (len(ctx.needs_input_grad) - 1 - len(others))
-        saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        clear_saved(ctx)  # from here on nobody but that list holds them, which the pass empties
         grads = [_laid_out(t, layout, grad) for t, layout in zip((grad, *others), way.layouts)]
-        return None, *way.backward(*grads, *saved)
+        return None, *way.backward(*grads, saved)
 
 
 def _laid_out(grad: Tensor | None, layout: tuple, other: Tensor) -> Tensor:
@@ -618,7 +625,7 @@ class Notebook(TorchDispatchMode):
         saved = [name for name in names if name not in made and name not in self.given + self.grads]
         result, lines = self.forward
         forward = self.function(self.given, f"({', '.join([result, *saved])},)", lines)
-        backward = self.function([*self.grads, *given, *saved], returned, self.lines)
+        backward = self.function(self.grads, returned, self.lines, [*given, *saved])
         return BothPasses(
             forward=_without_autocast(forward, self.device) if self.autocast else forward,
             given=tuple(self.given.index(name) for name in given),
@@ -677,8 +684,11 @@ class Notebook(TorchDispatchMode):
         )
         return Line(None, self.launch(launch, launch.launch(*tensors), given))  # of the same tensors, as they are still
 
-    def function(self, arguments: Sequence[str], returned: str, lines: Sequence[Line]) -> Callable:
-        """A function of these lines."""
+    def function(
+        self, arguments: Sequence[str], returned: str, lines: Sequence[Line], handed_over: Sequence[str] | None = None
+    ) -> Callable:
+        """A function of these lines. What is `handed_over` comes behind the other arguments in a list, which is left
+        empty."""
         if self.problem:
             raise NotReplayableError(self.problem)
         # From the end to the start: what nobody uses is not made, and what nobody uses any more makes room for others.
@@ -688,12 +698,15 @@ class Notebook(TorchDispatchMode):
             if name and name not in used:
                 continue
             names = set(NAMES.findall(text))
-            if last := sorted(names - used - set(self.given)):
+            if last := sorted(names - used - set(arguments)):
                 written.append(f"    del {', '.join(last)}")
             used |= names
             written.append(f"    {name} = {text}" if name else f"    {text}")
         if self.index >= 0:
             written.append(f"    stream = {self.constant(torch._C._cuda_getCurrentRawStream)}({self.index})")
+        if handed_over is not None:
+            written += ["    handed_over.clear()", f"    [{', '.join(handed_over)}] = handed_over"]
+            arguments = [*arguments, "handed_over"]
         written.append(f"def replay({', '.join(arguments)}):")
         scope = dict(self.constants)
         exec("\n".join(reversed(written)), scope)

@@ -52,45 +52,78 @@ FIELDS = 14  # of a sum in the table
 
 
 @triton.jit
-def _store(targets, target, strides, place, sums, mask):
-    """Sums of a place, which is direction, row and columns, to that one of the targets."""
-    at = place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
-    for i in tl.static_range(len(targets)):
-        if target == i:
-            tl.store(targets[i] + at, sums.to(targets[i].dtype.element_ty), mask=mask)
+def _choose(pointers, number):
+    """The address of one of several tensors, and its dtype's number. Chosen so, and not by a copy of the code for each
+    tensor, many take little longer to compile than few."""
+    address = pointers[0].to(tl.int64)
+    dtype = _dtype(pointers[0])
+    for i in tl.static_range(1, len(pointers)):
+        address = tl.where(number == i, pointers[i].to(tl.int64), address)
+        dtype = tl.where(number == i, _dtype(pointers[i]), dtype)
+    return address, dtype
 
 
 @triton.jit
-def _sum_few(sources, source, offset, strides, targets, target, target_strides, parts, place, mask):
+def _dtype(pointer):
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    return 0 if dtype == tl.float32 else 1 if dtype == tl.bfloat16 else 2
+
+
+@triton.jit
+def _pointer(address, dtype: tl.constexpr):
+    """To what lies at an address, of a dtype that `_dtype` gave this number."""
+    if dtype == 0:
+        return address.to(tl.pointer_type(tl.float32))
+    elif dtype == 1:
+        return address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        return address.to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def _store(target, strides, place, sums, mask):
+    """Sums of a place, which is direction, row and columns, to that one of a target, an address and a dtype."""
+    address, dtype = target
+    at = place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
+    for d in tl.static_range(3):
+        if dtype == d:
+            pointer = _pointer(address, d)
+            tl.store(pointer + at, sums.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_few(source, offset, strides, target, target_strides, parts, place, mask):
     """Of each number by itself."""
+    address, dtype = source
     at = offset + place[0] * strides[1] + place[1] * strides[2] + place[2]
     total = (place[2] * 0).to(tl.float32)
-    for s in tl.static_range(len(sources)):
-        if source == s:
+    for d in tl.static_range(3):
+        if dtype == d:
             for part in range(parts):
-                x = tl.load(sources[s] + part * strides[0] + at, mask=mask, other=0.0)
+                x = tl.load(_pointer(address, d) + part * strides[0] + at, mask=mask, other=0.0)
                 total += x.to(tl.float32)
-    _store(targets, target, target_strides, place, total, mask)
+    _store(target, target_strides, place, total, mask)
 
 
 @triton.jit
 def _sum_many(
-    sources, source, offset, strides, targets, target, target_strides, parts, place, width,
+    source, offset, strides, target, target_strides, parts, place, width,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK columns of a row, PARTS at once."""
+    address, dtype = source
     start = offset + place[0] * strides[1] + place[1] * strides[2]
     inside = place[2] < width
     part = tl.arange(0, PARTS)[:, None]
     at = part * strides[0].to(tl.int32) + place[2][None, :]
     tile = tl.zeros([PARTS, BLOCK], dtype=tl.float32)
-    for s in tl.static_range(len(sources)):
-        if source == s:
+    for d in tl.static_range(3):
+        if dtype == d:
             for first in range(0, parts, PARTS):
-                first_at = sources[s] + first * strides[0] + start
+                first_at = _pointer(address, d) + first * strides[0] + start
                 x = tl.load(first_at + at, mask=(first + part < parts) & inside[None, :], other=0.0)
                 tile += x.to(tl.float32)
-    _store(targets, target, target_strides, place, tl.sum(tile, 0), inside)
+    _store(target, target_strides, place, tl.sum(tile, 0), inside)
 
 
 @triton.jit(do_not_specialize=["table"])
@@ -105,8 +138,8 @@ def _sums_kernel(
     firsts = tl.load(table + tl.arange(0, SUMS) * FIELDS)
     at = table + (tl.sum((firsts <= tl.program_id(0)).to(tl.int32), 0) - 1) * FIELDS
     piece = (tl.program_id(0) - tl.load(at)).to(tl.int32)
-    source = tl.load(at + 1).to(tl.int32)
-    target = tl.load(at + 2).to(tl.int32)
+    source = _choose(sources, tl.load(at + 1))
+    target = _choose(targets, tl.load(at + 2))
     offset = tl.load(at + 3).to(tl.int32)
     parts = tl.load(at + 4).to(tl.int32)
     all_rows = tl.load(at + 5).to(tl.int32)
@@ -118,13 +151,13 @@ def _sums_kernel(
     if parts <= FEW:
         i = piece * FLAT + tl.arange(0, FLAT)
         place = (i // width // rows, i // width % rows, i % width)
-        _sum_few(sources, source, offset, strides, targets, target, target_strides, parts, place, i // width < all_rows)
+        _sum_few(source, offset, strides, target, target_strides, parts, place, i // width < all_rows)
     else:
         blocks = tl.cdiv(width, BLOCK)
         row = piece // blocks
         columns = piece % blocks * BLOCK + tl.arange(0, BLOCK)
         at_row = (row // rows, row % rows, columns)
-        _sum_many(sources, source, offset, strides, targets, target, target_strides, parts, at_row, width, PARTS, BLOCK)
+        _sum_many(source, offset, strides, target, target_strides, parts, at_row, width, PARTS, BLOCK)
 
 
 class Sums(Launch):
