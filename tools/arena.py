@@ -42,6 +42,7 @@ from benchmarks.arena.report import (
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
 from vim2.checkpoints import write_atomically
 from vim2.classify.data import count_classes, open_train_and_val
+from vim2.classify.models import import_models
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
@@ -176,6 +177,7 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
     Raises:
         UserError: Models or data that cannot be used.
     """
+    import_models(options["imports"])
     for text in entries.values():
         adapt(parse_entry(text), options["img_size"], args.stem_stride == "half")
     sources = ("dataset", "data_dir", "train_split", "val_split", "holdout", "class_map")
@@ -197,7 +199,8 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
 
 def absolute(options: dict[str, Any]) -> dict[str, Any]:
     """The options with absolute paths, which mean the same in every working directory."""
-    return {k: os.path.abspath(v) if k in PATHS and v else v for k, v in options.items()}
+    imports = [os.path.abspath(name) if name.endswith(".py") else name for name in options.get("imports", ())]
+    return {**{k: os.path.abspath(v) if k in PATHS and v else v for k, v in options.items()}, "imports": imports}
 
 
 def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
@@ -211,6 +214,8 @@ def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
         saved = read_settings(folder)
         require_same(folder, saved, settings, "choose another OUTPUT, or the same settings")
         settings["entries"] = {**saved["entries"], **settings["entries"]}
+        imports = [*saved["options"].get("imports", ()), *settings["options"]["imports"]]
+        settings["options"]["imports"] = list(dict.fromkeys(imports))
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 

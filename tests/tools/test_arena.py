@@ -205,6 +205,29 @@ def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys,
     assert "not none=test_vim2" in fails("--models", "none=test_vim2")
 
 
+def test_models_of_a_users_own(data, tmp_path, capsys, monkeypatch):
+    """From files that the command names, also where a run of it, or `scale`, starts in another folder."""
+    own = tmp_path / "models_of_a_user.py"
+    own.write_text(
+        "from timm.models import register_model\n"
+        "from vim2.vim2 import test_vim2 as test_model\n"
+        "@register_model\n"
+        "def a_users_own(pretrained=False, **kwargs):\n"
+        "    return test_model(pretrained, **kwargs)\n"
+    )
+    folder = tmp_path / "arena"
+    argv = ["run", folder, "--data-dir", data, "--device", "cpu", "--img-size", 32, "-b", 12, "--epochs", 1, "-j", 0]
+    argv = [*map(str, argv), "--warmup-epochs", "0", "--models"]
+    assert "There is no model a_users_own" in error_of([*argv, "a_users_own"], capsys)
+    monkeypatch.chdir(tmp_path)
+    assert arena.main([*argv, "a_users_own", "--imports", own.name]) == 0
+    monkeypatch.chdir(data.parent)
+    assert arena.main([*argv, "test_resnet"]) == 0  # the folder still knows where its other model came from
+    assert arena.main(["scale", str(folder), "--sizes", "64"]) == 0
+    found = {(row["kind"], row["label"]) for row in lines(folder)}
+    assert found == {(kind, label) for kind in ("train", "scale") for label in ("a_users_own", "test_resnet")}
+
+
 def trained(label: str, seed: int, top1: float, **more) -> dict:
     history = [{"epoch": e, "top1": top1 * e / 2, "seconds": 30.0} for e in (1, 2)]
     row = dict(kind="train", label=label, epochs=2, lr=1e-3, seed=seed, top1=top1, top5=90.0, history=history)
