@@ -1,5 +1,4 @@
-"""Forms of ViM2 that the models have no options for, to be compared with the default (docs/results.md, "What the channel
-mixer is worth").
+"""Forms of ViM2 that the models have no options for, to be compared with the default (docs/results.md).
 
     python tools/arena.py run OUTPUT --imports tools/comparisons/channel_mixers.py --data-dir DIR \\
         --models default=vim2_nano:d_state=1 rank4=vim2_nano_form:d_state=1,dt_rank=4
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from vim2.mixers import S6, SelectiveChannelMixer, SelectiveTokenMixer, WeightedAverage
 from vim2.ops import BIDIRECTIONAL, CROSS_SCAN, FORWARD, selective_scan
-from vim2.vim2 import ViM2, default_cfgs
+from vim2.vim2 import ViM2
+from vim2.vim2 import default_cfgs as known_cfgs
 
 ORDERS = {1: FORWARD, 2: BIDIRECTIONAL, 4: CROSS_SCAN}  # by number of directions
 
@@ -104,6 +104,7 @@ class DecayedAverage(WeightedAverage):
         return self.weights[0]
 
 
+AVERAGES = ("free", "decayed", "frozen", "chained")
 SCANS = {"forward": ForwardS6, "none": NoS6, "embedded": EmbeddedS6, "offset": StepS6, "reading": ReadingS6}
 
 
@@ -130,32 +131,33 @@ class ViM2Form(ViM2):
         averages: str = "free",
         **kwargs,
     ):
+        if averages not in AVERAGES:
+            raise ValueError(f"averages must be one of {', '.join(AVERAGES)}, got {averages!r}.")
         super().__init__(**kwargs)
-        for mixer in self.modules():
-            if isinstance(mixer, SelectiveTokenMixer):
-                s6 = mixer.s6
-                mixer.s6 = S6(mixer.conv.in_channels, ORDERS[token_directions], s6.d_state, s6.dt_rank)
-            elif isinstance(mixer, SelectiveChannelMixer):
-                patch = mixer.channel_patch
-                own = (patch, BIDIRECTIONAL, mixer.s6.d_state, dt_rank)
-                mixer.conv = nn.Conv1d(patch, 2 * patch, d_conv, groups=patch)
+        for module in list(self.modules()):
+            if isinstance(module, SelectiveTokenMixer):
+                s6 = module.s6
+                module.s6 = S6(module.conv.in_channels, ORDERS[token_directions], s6.d_state, s6.dt_rank)
+            elif isinstance(module, SelectiveChannelMixer):
+                patch = module.channel_patch
+                own = (patch, BIDIRECTIONAL, module.s6.d_state, dt_rank)
+                module.conv = nn.Conv1d(patch, 2 * patch, d_conv, groups=patch)
                 if channel_scan == "s6":
-                    mixer.s6 = S6(*own, separate_inputs=True)
+                    module.s6 = S6(*own, separate_inputs=True)
                 else:
-                    mixer.s6 = SCANS[channel_scan](mixer.out_proj.in_features // patch, *own, separate_inputs=True)
+                    module.s6 = SCANS[channel_scan](module.out_proj.in_features // patch, *own, separate_inputs=True)
                 if channel_scan != "none":
-                    mixer.s6.reset_parameters(*step_sizes)
-        parents = [module for module in self.modules() if hasattr(module, "average")]
-        for parent in parents if averages != "free" else ():
-            if averages == "decayed":
+                    module.s6.reset_parameters(*step_sizes)
+            elif isinstance(module, WeightedAverage):
+                module.weight.requires_grad_(averages in ("free", "decayed"))
+                if averages == "chained":
+                    module.weight.data[:-1] = 0
+        if averages == "decayed":
+            for parent in [module for module in self.modules() if hasattr(module, "average")]:
                 parent.average = DecayedAverage(len(parent.average.weight))
-                continue
-            parent.average.weight.requires_grad_(False)
-            if averages == "chained":
-                parent.average.weight.data[:-1] = 0
 
 
-default_cfgs = generate_default_cfgs({"vim2_nano_form": default_cfgs["vim2_tiny"].default.to_dict()})
+default_cfgs = generate_default_cfgs({"vim2_nano_form": known_cfgs["vim2_tiny"].default})
 
 
 @register_model

@@ -85,9 +85,8 @@ def create_model(
     if not timm.is_model(name):
         known = timm.list_models()
         ours = ", ".join(n for n in timm.list_models("vim2*"))
-        raise UserError(
-            f"There is no model {name}{did_you_mean(name, known)} (this package's own: {ours}; yours come with --imports)"
-        )
+        ours += "; yours come with --imports"
+        raise UserError(f"There is no model {name}{did_you_mean(name, known)} (this package's own: {ours})")
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, called)
     if twice := sorted(model_kwargs.keys() & own.keys()):
