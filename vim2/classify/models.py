@@ -78,8 +78,8 @@ def create_model(
         own: Arguments that the command sets itself.
 
     Raises:
-        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights; what
-            `import_models` raises.
+        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, one
+            that does not tell what timm's models do; what `import_models` raises.
     """
     import_models(imports)
     if not timm.is_model(name):
@@ -110,6 +110,11 @@ def create_model(
         raise UserError(f"{problem}: {error}") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise UserError(f"{problem}: {str(error) or type(error).__name__}") from None
+    if lacking := [name for name in ("num_classes", "pretrained_cfg") if not hasattr(model, name)]:
+        raise UserError(
+            f"{name} has no {' and no '.join(lacking)}, as timm's models have: make it by timm.models."
+            "build_model_with_cfg, of a class that keeps its num_classes."
+        )
     check_types(model, model_kwargs, called)
     return model
 
