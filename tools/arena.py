@@ -30,6 +30,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from benchmarks.arena.models import adapt, parse_entry
 from benchmarks.arena.report import (
+    best_rate,
     collect,
     fault,
     plot_all,
@@ -281,10 +282,10 @@ def tasks_of(label: str, args: ArenaOptions, settings: dict[str, Any], results: 
         rows = [find_result(task, results) for task in search]
         if None in rows:
             return search
-        tried = [row for row in rows if "failed" not in row]
-        if not tried:
+        best = best_rate(rows)
+        if best is None:
             return []
-        rates = [max(tried, key=lambda row: row["top1"])["lr"]]
+        rates = [best]
     return [
         {
             **common,
@@ -404,6 +405,8 @@ def table_all(argv: list[str]) -> int:
 def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
     """The settings and the results of several arenas.
 
+    A search for a rate, or a time, is measured in each of them; all are kept, the searches with their `folder`.
+
     Raises:
         UserError: They are of different recipes, or hold different results of one run; or one of them does.
     """
@@ -415,13 +418,18 @@ def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
             found["entries"] |= settings["entries"]
         settings = found
         for row in read_results(folder / "arena.jsonl", fault):
-            run = tuple(row.get(k) for k in ("kind", "label", "epochs", "lr", "seed", "img_size"))
+            name = tuple(row.get(k) for k in ("kind", "label", "epochs", "lr", "seed", "img_size"))
+            run, tagged = name, row
+            if row["kind"] in ("search", "time"):
+                if any(row == other for _, other in runs.values()):  # copied
+                    continue
+                run, tagged = (*name, folder), {**row, "folder": str(folder)}
             if run not in runs:
                 runs[run] = folder, row
-                results.append(row)
+                results.append(tagged)
             before, row_of_it = runs[run]
             if row_of_it != row:
-                name = " ".join(str(value) for value in run if value is not None)
+                name = " ".join(str(value) for value in name if value is not None)
                 if before is folder:
                     raise UserError(f"{folder / 'arena.jsonl'} holds two results of {name}: delete one of the lines.")
                 raise UserError(f"{before} and {folder} hold different results of {name}: leave one of them out.")

@@ -282,6 +282,8 @@ def test_a_best_rate_at_the_end_of_the_range_is_named():
     text = report.report([], [], results + searched("none", None, None, None), SETTINGS)
     assert "beyond which others may be better: low (0.0005), high (0.002)." in text
     assert "beyond which" not in report.report([], [], searched("middle", 8, 9, 8), SETTINGS)
+    assert report.best_rate(searched("even", None, 9, 9)[::-1]) == 1e-3
+    assert report.best_rate(searched("none", None, None, None)) is None
 
 
 def test_other_sizes_come_in_the_order_of_the_main_table():
@@ -449,6 +451,29 @@ def test_arenas_of_one_recipe_are_put_together(folder, finished, tmp_path, capsy
     assert f"{other / 'arena.jsonl'} holds two results of train a 2 0.001 1: delete one of the lines." in error
     change("options", weight_decay=0.1)
     assert f"{other} holds runs with weight-decay 0.05, not 0.1: leave it out." in error_of(argv, capsys)
+
+
+def test_arenas_that_each_search_for_rates_and_time_their_models(folder, finished, tmp_path, capsys):
+    other = shutil.copytree(finished, tmp_path / "other")
+    for path, seed, top1, speed in ((folder, 0, (50.0, 60.0), 100.0), (other, 1, (70.0, 61.0), 300.0)):
+        run = dict(kind="search", label="test_vim2", epochs=1, seed=0)
+        rows = [{**run, "lr": lr, "top1": value} for lr, value in zip((1e-3, 2e-3), top1)]
+        rows.append(dict(kind="time", label="test_vim2", images_per_second=speed, gib=None))
+        rows.append(trained("test_vim2", seed, 50.0, lr=(2e-3, 1e-3)[seed]))
+        (path / "arena.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["table", str(tmp_path / "both"), "--of", str(folder), str(other)]
+    assert arena.main(argv) == 0
+    text = (tmp_path / "both/arena.md").read_text()
+    assert "| test_vim2 | 1 | 50.00 | 60.00 |" in text and "| test_vim2 | 1 | 70.00 | 61.00 |" in text
+    assert "others may be better: test_vim2 (0.002), test_vim2 (0.001)." in text
+    assert text.count("| 50.00 | 90.00 | 200 |") == 2  # the median speed, of both rates
+    (other / "arena.jsonl").write_text((folder / "arena.jsonl").read_text())
+    assert arena.main(argv) == 0  # copied lines count once
+    text = (tmp_path / "both/arena.md").read_text()
+    assert text.count("| test_vim2 | 1 | 50.00 | 60.00 |") == 1 and "| 50.00 | 90.00 | 100 |" in text
+    with open(other / "arena.jsonl", "a") as file:
+        file.write(json.dumps(dict(kind="time", label="test_vim2", images_per_second=99.0, gib=None)))
+    assert "holds two results of time test_vim2" in error_of(["table", str(other)], capsys)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"options": {}}', "{", b"\xff"])
