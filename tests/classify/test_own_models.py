@@ -8,6 +8,7 @@ from classify_helpers import TINY
 
 from vim2.classify.cli import main
 from vim2.classify.models import create_model
+from vim2.export.command import export
 
 OWN = """
 from own_layers import NAME, Mean
@@ -71,6 +72,9 @@ def test_a_model_of_a_file_is_trained_resumed_validated_and_used(own, data, tmp_
     assert main(["validate", "--data-dir", str(data), "-j", "0", *of_run, *imports]) == 0
     image = next(data.glob("val/red/*"))
     assert main(["predict", str(image), *of_run, "--output", str(tmp_path / "predictions"), *imports]) == 0
+    exported = ["--format", "safetensors", "--output", str(tmp_path / "own.safetensors")]
+    export([*of_run[:2], *exported, *imports])
+    assert (tmp_path / "own.safetensors").stat().st_size > 0
     assert create_model("own_net", imports=[str(own)]).layers[0].out_channels == 8  # a second time changes nothing
 
 
