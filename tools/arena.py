@@ -42,6 +42,7 @@ from benchmarks.arena.report import (
 )
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
 from vim2.checkpoints import write_atomically
+from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
 from vim2.classify.models import import_models
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
@@ -188,6 +189,8 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
             f"{options['data_dir']} has no validation images of its own, and those that are set aside cannot both "
             "choose among --lrs and say what the choice is worth: give data with splits, or one rate."
         )
+    if (options["in_memory"] or train.is_packed) and not options["no_aug"]:
+        check_augmentation(options["train_interpolation"])
     classes = options["num_classes"] or (len(names) if names else count_classes(train))
     return {
         "options": absolute(plain(options)),

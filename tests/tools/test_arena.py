@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +348,12 @@ def test_images_without_a_split_of_their_own_cannot_choose_a_rate_too(data, tmp_
     argv = ["run", tmp_path / "out", "--device", "cpu", "--models", "test_vim2", "--data-dir", tmp_path / "whole.npz"]
     assert run_tool(arena.main, [*map(str, argv), "--lrs", "1e-3", "2e-3"]) == 2
     assert "give data with splits, or one rate" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_before_any_run(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    assert "needs kornia" in error_of(run_argv(data, tmp_path / "out"), capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["time", "scale", "table"])
