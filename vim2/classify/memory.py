@@ -246,9 +246,7 @@ def train_loader(
         )
         held, augment = hold(images, transform, (channels, *size), processes, workers), None
     else:
-        check_augmentation(
-            augmentation.get("interpolation", "random")
-        )  # before minutes of decoding
+        check_augmentation(augmentation.get("interpolation", "random"))  # before minutes of decoding
         held = hold_to_train(images, max(size), processes, workers)
         source = tuple(held.images.shape[2:])
         augment = Augmentation(source, tuple(size), normalize, channels, processes.device, **augmentation)
