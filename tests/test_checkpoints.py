@@ -375,6 +375,17 @@ class TestLoading:
         x = images(1, 3, 32, 32)
         assert torch.equal(other.eval().forward_features(x), model.forward_features(x))
 
+    @pytest.mark.parametrize("classifier", [None, ("head.fc", "head.of_teacher"), []])
+    def test_models_whose_config_names_no_classifier_or_stem_or_several(self, model, path, classifier):
+        """As timm's distilled ones name two, and a user's own may name none."""
+        other, smaller = (timm.create_model("test_vim2", num_classes=n) for n in (10, 4))
+        for each in (other, smaller):
+            each.pretrained_cfg |= dict(classifier=classifier, first_conv=None)
+        load_weights(other, path)
+        assert equal(other.state_dict(), model.state_dict())
+        with pytest.raises(ValueError, match="10 classes" if classifier else r"head.fc.bias \(10,\) for \(4,\)"):
+            load_weights(smaller, path)
+
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [

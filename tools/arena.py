@@ -30,6 +30,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from benchmarks.arena.models import adapt, parse_entry
 from benchmarks.arena.report import (
+    best_rate,
     collect,
     fault,
     plot_all,
@@ -41,7 +42,9 @@ from benchmarks.arena.report import (
 )
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
 from vim2.checkpoints import write_atomically
+from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
+from vim2.classify.models import import_models
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
@@ -176,6 +179,7 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
     Raises:
         UserError: Models or data that cannot be used.
     """
+    import_models(options["imports"])
     for text in entries.values():
         adapt(parse_entry(text), options["img_size"], args.stem_stride == "half")
     sources = ("dataset", "data_dir", "train_split", "val_split", "holdout", "class_map")
@@ -185,6 +189,8 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
             f"{options['data_dir']} has no validation images of its own, and those that are set aside cannot both "
             "choose among --lrs and say what the choice is worth: give data with splits, or one rate."
         )
+    if (options["in_memory"] or train.is_packed) and not options["no_aug"]:
+        check_augmentation(options["train_interpolation"])
     classes = options["num_classes"] or (len(names) if names else count_classes(train))
     return {
         "options": absolute(plain(options)),
@@ -197,7 +203,8 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
 
 def absolute(options: dict[str, Any]) -> dict[str, Any]:
     """The options with absolute paths, which mean the same in every working directory."""
-    return {k: os.path.abspath(v) if k in PATHS and v else v for k, v in options.items()}
+    imports = [os.path.abspath(name) if name.endswith(".py") else name for name in options.get("imports", ())]
+    return {**{k: os.path.abspath(v) if k in PATHS and v else v for k, v in options.items()}, "imports": imports}
 
 
 def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
@@ -211,6 +218,8 @@ def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
         saved = read_settings(folder)
         require_same(folder, saved, settings, "choose another OUTPUT, or the same settings")
         settings["entries"] = {**saved["entries"], **settings["entries"]}
+        imports = [*saved["options"].get("imports", ()), *settings["options"]["imports"]]
+        settings["options"]["imports"] = list(dict.fromkeys(imports))
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
@@ -276,10 +285,10 @@ def tasks_of(label: str, args: ArenaOptions, settings: dict[str, Any], results: 
         rows = [find_result(task, results) for task in search]
         if None in rows:
             return search
-        tried = [row for row in rows if "failed" not in row]
-        if not tried:
+        best = best_rate(rows)
+        if best is None:
             return []
-        rates = [max(tried, key=lambda row: row["top1"])["lr"]]
+        rates = [best]
     return [
         {
             **common,
@@ -399,6 +408,8 @@ def table_all(argv: list[str]) -> int:
 def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
     """The settings and the results of several arenas.
 
+    A search for a rate, or a time, is measured in each of them; all are kept, the searches with their `folder`.
+
     Raises:
         UserError: They are of different recipes, or hold different results of one run; or one of them does.
     """
@@ -410,13 +421,18 @@ def read_together(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict]]:
             found["entries"] |= settings["entries"]
         settings = found
         for row in read_results(folder / "arena.jsonl", fault):
-            run = tuple(row.get(k) for k in ("kind", "label", "epochs", "lr", "seed", "img_size"))
+            name = tuple(row.get(k) for k in ("kind", "label", "epochs", "lr", "seed", "img_size"))
+            run, tagged = name, row
+            if row["kind"] in ("search", "time"):
+                if any(row == other for _, other in runs.values()):  # copied
+                    continue
+                run, tagged = (*name, folder), {**row, "folder": str(folder)}
             if run not in runs:
                 runs[run] = folder, row
-                results.append(row)
+                results.append(tagged)
             before, row_of_it = runs[run]
             if row_of_it != row:
-                name = " ".join(str(value) for value in run if value is not None)
+                name = " ".join(str(value) for value in name if value is not None)
                 if before is folder:
                     raise UserError(f"{folder / 'arena.jsonl'} holds two results of {name}: delete one of the lines.")
                 raise UserError(f"{before} and {folder} hold different results of {name}: leave one of them out.")

@@ -7,7 +7,7 @@ import pickle
 import re
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +195,11 @@ def _kind(t: Tensor) -> str:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True, new_head: bool = False) -> None:
-    """Load a checkpoint into a ViM2 that timm has created.
+    """Load a checkpoint into a model that timm has created.
 
     Args:
-        model: Its in_chans may differ from the 3 of a checkpoint: the stem's weights are then adapted as timm does.
+        model: Its pretrained_cfg names its stem and classifier, or several of each, or none. Where its in_chans differs
+            from the 3 of a checkpoint, the stem's weights are adapted as timm does.
         path: Checkpoint.
         use_ema: Prefer the checkpoint's EMA weights.
         new_head: Leave the model's own classifier as it is where the checkpoint's has another number of classes.
@@ -209,20 +210,23 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
     """
     state_dict = read_state_dict(path, use_ema)
     cfg = dict(model.pretrained_cfg)
-    classifier = state_dict.get(cfg["classifier"] + ".weight")
-    if classifier is not None and classifier.dim() == 0:
-        raise ValueError(f"{path} is damaged: its classifier, {cfg['classifier']}.weight, is a single number.")
-    classes = 0 if classifier is None else classifier.shape[0]
+    heads, stems = _weights_of(cfg.get("classifier")), _weights_of(cfg.get("first_conv"))
+    classes = 0 if heads else model.num_classes
+    for head in heads & state_dict.keys():
+        if state_dict[head].dim() == 0:
+            raise ValueError(f"{path} is damaged: its classifier, {head}, is a single number.")
+        classes = state_dict[head].shape[0]
     wanted = model.state_dict()
-    ignored = {cfg["classifier"] + ".weight", cfg["classifier"] + ".bias"} if classes != model.num_classes else set()
+    ignored = (
+        heads | {head.removesuffix("weight") + "bias" for head in heads} if classes != model.num_classes else set()
+    )
     state_dict = {name: value for name, value in state_dict.items() if name not in ignored}
-    stem = cfg["first_conv"] + ".weight"
     missing = sorted(wanted.keys() - state_dict.keys() - ignored)
     unexpected = sorted(state_dict.keys() - wanted.keys())
     reshaped = [
         f"{k} {tuple(state_dict[k].shape)} for {tuple(wanted[k].shape)}"
         for k in sorted(wanted.keys() & state_dict.keys())
-        if _but_for_channels(state_dict[k], k == stem) != _but_for_channels(wanted[k], k == stem)
+        if _but_for_channels(state_dict[k], k in stems) != _but_for_channels(wanted[k], k in stems)
     ]
     if missing or unexpected or reshaped:
         found = "; ".join(
@@ -237,15 +241,22 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             f"{path} has {classes} classes, the model {model.num_classes}: create the model with "
             f"num_classes={classes}, or ask for a new classifier to fine-tune."
         )
-    channels = state_dict[stem].shape[1]
-    if channels != model.in_chans:
-        if channels != 3:  # timm has a rule for colour images only
-            raise ValueError(
-                f"{path} is for images of {channels} channels, the model for {model.in_chans}: "
-                f"create the model with in_chans={channels}."
-            )
-        state_dict[stem] = adapt_input_conv(model.in_chans, state_dict[stem].float())
+    for stem in stems & state_dict.keys():
+        channels, wanted_channels = state_dict[stem].shape[1], wanted[stem].shape[1]
+        if channels != wanted_channels:
+            if channels != 3:  # timm has a rule for colour images only
+                raise ValueError(
+                    f"{path} is for images of {channels} channels, the model for {wanted_channels}: "
+                    f"create the model with in_chans={channels}."
+                )
+            state_dict[stem] = adapt_input_conv(wanted_channels, state_dict[stem].float())
     model.load_state_dict(state_dict, strict=not ignored)
+
+
+def _weights_of(modules: str | Sequence[str] | None) -> set[str]:
+    """The weights of one module, of several, or of none, as timm's configs name them."""
+    names = (modules,) if isinstance(modules, str) else modules or ()
+    return {f"{name}.weight" for name in names}
 
 
 def _but_for_channels(weight: Tensor, is_stem: bool) -> tuple[int, ...]:

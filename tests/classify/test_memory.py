@@ -274,6 +274,7 @@ def test_what_does_not_work_in_memory(opened, monkeypatch):
         with pytest.raises(UserError, match=words):
             memory.train_loader(opened[0], CONFIG, 6, 0, ALONE, **options)
     monkeypatch.setitem(sys.modules, "kornia", None)
+    monkeypatch.setattr(memory, "hold_to_train", None)  # it is told before any image is decoded
     with pytest.raises(UserError, match=r"vim2\[classify\]"):
         memory.train_loader(opened[0], CONFIG, 6, 0, ALONE)
     assert len(memory.train_loader(opened[0], CONFIG, 6, 0, ALONE, no_aug=True, interpolation="bicubic")) == 6

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,29 @@ def test_a_comparison_from_choosing_rates_to_other_sizes(data, tmp_path, capsys,
     assert "not none=test_vim2" in fails("--models", "none=test_vim2")
 
 
+def test_models_of_a_users_own(data, tmp_path, capsys, monkeypatch):
+    """From files that the command names, also where a run of it, or `scale`, starts in another folder."""
+    own = tmp_path / "models_of_a_user.py"
+    own.write_text(
+        "from timm.models import register_model\n"
+        "from vim2.vim2 import test_vim2 as test_model\n"
+        "@register_model\n"
+        "def a_users_own(pretrained=False, **kwargs):\n"
+        "    return test_model(pretrained, **kwargs)\n"
+    )
+    folder = tmp_path / "arena"
+    argv = ["run", folder, "--data-dir", data, "--device", "cpu", "--img-size", 32, "-b", 12, "--epochs", 1, "-j", 0]
+    argv = [*map(str, argv), "--warmup-epochs", "0", "--models"]
+    assert "There is no model a_users_own" in error_of([*argv, "a_users_own"], capsys)
+    monkeypatch.chdir(tmp_path)
+    assert arena.main([*argv, "a_users_own", "--imports", own.name]) == 0
+    monkeypatch.chdir(data.parent)
+    assert arena.main([*argv, "test_resnet"]) == 0  # the folder still knows where its other model came from
+    assert arena.main(["scale", str(folder), "--sizes", "64"]) == 0
+    found = {(row["kind"], row["label"]) for row in lines(folder)}
+    assert found == {(kind, label) for kind in ("train", "scale") for label in ("a_users_own", "test_resnet")}
+
+
 def trained(label: str, seed: int, top1: float, **more) -> dict:
     history = [{"epoch": e, "top1": top1 * e / 2, "seconds": 30.0} for e in (1, 2)]
     row = dict(kind="train", label=label, epochs=2, lr=1e-3, seed=seed, top1=top1, top5=90.0, history=history)
@@ -259,6 +283,8 @@ def test_a_best_rate_at_the_end_of_the_range_is_named():
     text = report.report([], [], results + searched("none", None, None, None), SETTINGS)
     assert "beyond which others may be better: low (0.0005), high (0.002)." in text
     assert "beyond which" not in report.report([], [], searched("middle", 8, 9, 8), SETTINGS)
+    assert report.best_rate(searched("even", None, 9, 9)[::-1]) == 1e-3
+    assert report.best_rate(searched("none", None, None, None)) is None
 
 
 def test_other_sizes_come_in_the_order_of_the_main_table():
@@ -322,6 +348,12 @@ def test_images_without_a_split_of_their_own_cannot_choose_a_rate_too(data, tmp_
     argv = ["run", tmp_path / "out", "--device", "cpu", "--models", "test_vim2", "--data-dir", tmp_path / "whole.npz"]
     assert run_tool(arena.main, [*map(str, argv), "--lrs", "1e-3", "2e-3"]) == 2
     assert "give data with splits, or one rate" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_before_any_run(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    assert "needs kornia" in error_of(run_argv(data, tmp_path / "out"), capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["time", "scale", "table"])
@@ -426,6 +458,29 @@ def test_arenas_of_one_recipe_are_put_together(folder, finished, tmp_path, capsy
     assert f"{other / 'arena.jsonl'} holds two results of train a 2 0.001 1: delete one of the lines." in error
     change("options", weight_decay=0.1)
     assert f"{other} holds runs with weight-decay 0.05, not 0.1: leave it out." in error_of(argv, capsys)
+
+
+def test_arenas_that_each_search_for_rates_and_time_their_models(folder, finished, tmp_path, capsys):
+    other = shutil.copytree(finished, tmp_path / "other")
+    for path, seed, top1, speed in ((folder, 0, (50.0, 60.0), 100.0), (other, 1, (70.0, 61.0), 300.0)):
+        run = dict(kind="search", label="test_vim2", epochs=1, seed=0)
+        rows = [{**run, "lr": lr, "top1": value} for lr, value in zip((1e-3, 2e-3), top1)]
+        rows.append(dict(kind="time", label="test_vim2", images_per_second=speed, gib=None))
+        rows.append(trained("test_vim2", seed, 50.0, lr=(2e-3, 1e-3)[seed]))
+        (path / "arena.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["table", str(tmp_path / "both"), "--of", str(folder), str(other)]
+    assert arena.main(argv) == 0
+    text = (tmp_path / "both/arena.md").read_text()
+    assert "| test_vim2 | 1 | 50.00 | 60.00 |" in text and "| test_vim2 | 1 | 70.00 | 61.00 |" in text
+    assert "others may be better: test_vim2 (0.002), test_vim2 (0.001)." in text
+    assert text.count("| 50.00 | 90.00 | 200 |") == 2  # the median speed, of both rates
+    (other / "arena.jsonl").write_text((folder / "arena.jsonl").read_text())
+    assert arena.main(argv) == 0  # copied lines count once
+    text = (tmp_path / "both/arena.md").read_text()
+    assert text.count("| test_vim2 | 1 | 50.00 | 60.00 |") == 1 and "| 50.00 | 90.00 | 100 |" in text
+    with open(other / "arena.jsonl", "a") as file:
+        file.write(json.dumps(dict(kind="time", label="test_vim2", images_per_second=99.0, gib=None)))
+    assert "holds two results of time test_vim2" in error_of(["table", str(other)], capsys)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"options": {}}', "{", b"\xff"])

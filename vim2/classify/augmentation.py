@@ -6,6 +6,7 @@ operators for a batch, and wait for the device to learn which colours change; so
 functions of colours are used here.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..command.errors import UserError
 
-__all__ = ["Augmentation", "Normalize", "to_device"]
+__all__ = ["Augmentation", "Normalize", "check_augmentation", "to_device"]
 
 INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic")
 ERASED_AREA = (0.02, 1 / 3)  # timm's, of the image
@@ -52,6 +53,21 @@ class Normalize:
         return images.float().sub_(self.mean).div_(self.std)
 
 
+def check_augmentation(interpolation: str) -> None:
+    """What can be said of an `Augmentation` before any image is decoded.
+
+    Raises:
+        UserError: kornia is not installed; an interpolation that there is not on a device.
+    """
+    if importlib.util.find_spec("kornia") is None:
+        raise UserError('Augmenting images in memory needs kornia: pip install "vim2[classify]".')
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"--train-interpolation {interpolation} does not work on images in memory: use one of "
+            f"{', '.join(INTERPOLATIONS)}."
+        )
+
+
 class Augmentation:
     """Random resized crops, flips, colours and erasing, different for each image.
 
@@ -73,7 +89,7 @@ class Augmentation:
         re_count: Up to this many rectangles in an image.
 
     Raises:
-        UserError: kornia is not installed; an interpolation that there is not on a device.
+        UserError: As `check_augmentation`.
     """
 
     def __init__(
@@ -93,16 +109,10 @@ class Augmentation:
         re_mode: str = "const",
         re_count: int = 1,
     ):
-        try:
-            from kornia import enhance
-            from kornia.augmentation.random_generator import ResizedCropGenerator
-        except ImportError:
-            raise UserError('Augmenting images in memory needs kornia: pip install "vim2[classify]".') from None
-        if interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"--train-interpolation {interpolation} does not work on images in memory: use one of "
-                f"{', '.join(INTERPOLATIONS)}."
-            )
+        check_augmentation(interpolation)
+        from kornia import enhance
+        from kornia.augmentation.random_generator import ResizedCropGenerator
+
         self.source, self.size, self.channels = source, size, channels
         self.mean, self.std = normalize.mean / 255, normalize.std / 255
         self.crops = ResizedCropGenerator(size, scale, ratio)

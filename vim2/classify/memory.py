@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..command.errors import UserError
 from ..command.processes import Processes, free_memory
 from ..command.progress import progress_bar, say
-from .augmentation import Augmentation, Normalize, to_device
+from .augmentation import Augmentation, Normalize, check_augmentation, to_device
 from .data import Images
 
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
@@ -246,6 +246,7 @@ def train_loader(
         )
         held, augment = hold(images, transform, (channels, *size), processes, workers), None
     else:
+        check_augmentation(augmentation.get("interpolation", "random"))  # before minutes of decoding
         held = hold_to_train(images, max(size), processes, workers)
         source = tuple(held.images.shape[2:])
         augment = Augmentation(source, tuple(size), normalize, channels, processes.device, **augmentation)

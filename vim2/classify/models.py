@@ -1,10 +1,14 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
+import importlib
 import os
+import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,11 +24,49 @@ from ..command.runs import read_saved
 from .facts import check_model_kwargs, check_types, read_facts
 from .options import InputOptions
 
-__all__ = ["autocast", "compile_model", "create_model", "freeze", "input_config", "load_checkpoint_model"]
+__all__ = [
+    "autocast",
+    "compile_model",
+    "create_model",
+    "freeze",
+    "import_models",
+    "input_config",
+    "load_checkpoint_model",
+]
+
+
+def import_models(names: Sequence[str]) -> None:
+    """Import what registers models of a user's own with timm, once in a process.
+
+    Args:
+        names: Files, `FILE.py`, which find modules beside them as if they were run; or modules that Python finds.
+
+    Raises:
+        UserError: There is no such file or module, it fails, or another module has the file's name.
+    """
+    for name in names:
+        path = Path(name) if name.endswith(".py") else None
+        if path and not path.is_file():
+            raise UserError(f"There is no file {name} for --imports.")
+        if path and str(path.parent.resolve()) not in sys.path:
+            sys.path.append(str(path.parent.resolve()))
+        try:
+            module = importlib.import_module(path.stem if path else name)
+        except (Exception, SystemExit) as error:  # it is a user's own
+            *_, last = traceback.extract_tb(error.__traceback__)
+            where = "" if last.filename.startswith("<") else f" ({last.filename}, line {last.lineno})"
+            raise UserError(f"Cannot import {name}: {type(error).__name__}: {first_line(error)}{where}.") from error
+        found = getattr(module, "__file__", None)
+        if path and not (found and path.samefile(found)):
+            raise UserError(f"Cannot import {name}: {found or 'a module of Python'} has its name; rename the file.")
 
 
 def create_model(
-    name: str, model_kwargs: Mapping[str, Any] | None = None, called: str = "--model-kwargs", **own
+    name: str,
+    model_kwargs: Mapping[str, Any] | None = None,
+    called: str = "--model-kwargs",
+    imports: Sequence[str] = (),
+    **own,
 ) -> nn.Module:
     """`timm.create_model`, with errors that a user can act on.
 
@@ -32,14 +74,18 @@ def create_model(
         name: timm's name.
         model_kwargs: Arguments of the model's constructor, from a user or a file.
         called: What to call these in a message.
+        imports: See `import_models`.
         own: Arguments that the command sets itself.
 
     Raises:
-        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights.
+        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, one
+            that does not tell what timm's models do; what `import_models` raises.
     """
+    import_models(imports)
     if not timm.is_model(name):
         known = timm.list_models()
         ours = ", ".join(n for n in timm.list_models("vim2*"))
+        ours += "; yours come with --imports"
         raise UserError(f"There is no model {name}{did_you_mean(name, known)} (this package's own: {ours})")
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, called)
@@ -64,6 +110,11 @@ def create_model(
         raise UserError(f"{problem}: {error}") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         raise UserError(f"{problem}: {str(error) or type(error).__name__}") from None
+    if lacking := [name for name in ("num_classes", "pretrained_cfg") if not hasattr(model, name)]:
+        raise UserError(
+            f"{name} has no {' and no '.join(lacking)}, as timm's models have: make it by timm.models."
+            "build_model_with_cfg, of a class that keeps its num_classes."
+        )
     check_types(model, model_kwargs, called)
     return model
 
@@ -83,6 +134,7 @@ def load_checkpoint_model(
     pretrained: bool = False,
     use_ema: bool = True,
     num_classes: int | None = None,
+    imports: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model, and what its checkpoint, or timm's pretrained_cfg, tells about it.
 
@@ -93,6 +145,7 @@ def load_checkpoint_model(
         pretrained: Take the weights that come with the model, of timm or of this package, and no checkpoint.
         use_ema: Prefer the checkpoint's moving average.
         num_classes: Classes of the data, where the checkpoint does not tell.
+        imports: See `import_models`.
 
     Raises:
         UserError: No weights, or weights of another model; what a checkpoint tells cannot be true.
@@ -102,7 +155,7 @@ def load_checkpoint_model(
             raise UserError(
                 "Say what to use: --checkpoint FILE, or --model NAME --pretrained for weights of timm or of vim2_nano."
             )
-        created = create_model(model, model_kwargs, pretrained=True)
+        created = create_model(model, model_kwargs, imports=imports, pretrained=True)
         return created, pretrained_facts(created, model)
     content = read_saved(checkpoint)
     facts = read_facts(content, checkpoint)
@@ -115,7 +168,7 @@ def load_checkpoint_model(
         **(facts.get("model_kwargs", {}) if model_kwargs is None else model_kwargs),
     }
     called = f"the arguments in {checkpoint}" if model_kwargs is None else "--model-kwargs"
-    created = create_model(name, {k: v for k, v in known.items() if v is not None}, called)
+    created = create_model(name, {k: v for k, v in known.items() if v is not None}, called, imports)
     load(created, checkpoint, use_ema=use_ema)
     return created, facts
 

@@ -67,6 +67,7 @@ MAY_CHANGE = {
     "device",
     "epochs",
     "experiment",
+    "imports",
     "log_interval",
     "output",
     "resume",
@@ -111,7 +112,14 @@ class SplitOptions(Options, group="splits"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Options, group="model"):
+class ImportOptions(Options, group="model"):
+    imports: list[str] = option(
+        [], "Python files, or modules, that register models of your own with timm", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ImportOptions, group="model"):
     model: str = option("vim2_tiny", "name of a timm model")
     model_kwargs: dict[str, Any] = option({}, "arguments of the model", metavar="K=V")
     num_classes: Positive | None = option(None, "default: as many as the data have", metavar="N")
@@ -260,7 +268,7 @@ class TrainOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointOptions(Options, group="model"):
+class CheckpointOptions(ImportOptions, group="model"):
     checkpoint: str | None = option(None, "best.pth or last.pth of a run, or another file of weights", metavar="FILE")
     model: str | None = option(None, "name of a timm model; default: the checkpoint's")
     model_kwargs: dict[str, Any] | None = option(None, "arguments of it; default: the checkpoint's", metavar="K=V")

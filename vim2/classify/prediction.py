@@ -49,7 +49,9 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     if processes.world_size > 1:
         raise UserError("predict runs in one process: start it without torchrun.")
     files = find_images(o.images)
-    model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
+    model, facts = load_checkpoint_model(
+        o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema, imports=o.imports
+    )
     config = input_config(model, o, o.img_size, facts.get("data_config"))
     names = label_names(facts, o.class_map, model.num_classes)
     # folders may be named as the classes are called here, or as the training data called them

@@ -113,8 +113,8 @@ def recall(
     resumed = resume_options(options, explicit, saved["args"], path, MAY_CHANGE, otherwise)
     if resumed.folder.resolve() != path.parent.resolve():
         find_last(resumed.folder, False, processes)  # it may not be another run's
-    # nothing is downloaded because a file says so
-    return replace(resumed, dataset_download=options.dataset_download), saved
+    # nothing is downloaded or imported because a file says so
+    return replace(resumed, dataset_download=options.dataset_download, imports=options.imports), saved
 
 
 class Run:
@@ -200,6 +200,7 @@ class Run:
         self.model = create_model(
             o.model,
             o.model_kwargs,
+            imports=o.imports,
             pretrained=o.pretrained and not saved,
             num_classes=self.num_classes,
             drop_rate=o.drop,

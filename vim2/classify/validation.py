@@ -41,7 +41,9 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     """
     o, _ = resolve(ValidateOptions, argv, options)
     processes = start_processes(o.device, "vim2 validate")
-    model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
+    model, facts = load_checkpoint_model(
+        o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema, imports=o.imports
+    )
     name = o.model or facts["arch"]
     images = open_images(o, facts, model)
     say_left_out(processes, images)

@@ -43,7 +43,9 @@ def export(argv: Sequence[str]) -> None:
     """
     parser = Parser(prog="vim2 export", description="Write a model for runtimes other than PyTorch, or to share.")
     add = parser.add_argument
-    add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
+    add("--model", metavar="NAME", help="a ViM2, or another model of timm's; default: the checkpoint's")
+    registering = "Python files, or modules, that register models of your own with timm"
+    add("--imports", nargs="+", default=[], metavar="FILE", help=registering)
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
     forecaster = "in place of a model, the forecaster of a run of vim2 forecast fit, or hf-hub:OWNER/NAME"
     add("--forecaster", metavar="DIR", help=forecaster)
@@ -75,7 +77,7 @@ def export(argv: Sequence[str]) -> None:
     weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
     args = parser.parse_args(argv)
     if args.forecaster is not None:
-        for name in ("model", "checkpoint", "pretrained", "features_only", "img_size"):
+        for name in ("model", "imports", "checkpoint", "pretrained", "features_only", "img_size"):
             if getattr(args, name):
                 raise UserError(f"--{name.replace('_', '-')} is for image models, not for --forecaster: leave it out.")
     elif args.model is None and args.checkpoint is None:
@@ -101,9 +103,11 @@ def export(argv: Sequence[str]) -> None:
             raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
         model, facts = ForecasterModule(_forecaster(args.forecaster)), {}
     elif args.checkpoint is None and not args.pretrained:
-        model, facts = create_model(args.model), {}
+        model, facts = create_model(args.model, imports=args.imports), {}
     else:
-        model, facts = load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained)
+        model, facts = load_checkpoint_model(
+            args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports
+        )
     try:
         if args.format in programs:
             _export_program(model, args)

@@ -141,11 +141,13 @@ def check_names(files: Sequence[Path]) -> None:
 def load_model(o: CheckpointOptions) -> tuple[ViM2, dict[str, Any]]:
     """A trained ViM2, or one with random weights, and what its checkpoint tells about itself."""
     if o.checkpoint or o.pretrained:
-        model, facts = load_checkpoint_model(o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema)
+        model, facts = load_checkpoint_model(
+            o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema, imports=o.imports
+        )
     elif o.model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model, facts = create_model(o.model, o.model_kwargs), {}
+            model, facts = create_model(o.model, o.model_kwargs, imports=o.imports), {}
     else:
         raise UserError("Say what to draw: --checkpoint FILE, or --model NAME for a model before its training.")
     if not isinstance(model, ViM2):

@@ -12,6 +12,7 @@ from vim2.command.figures import figure, save, whole_numbers
 from vim2.command.tables import ABSENT, table
 
 __all__ = [
+    "best_rate",
     "collect",
     "fault",
     "plot_all",
@@ -70,8 +71,10 @@ def collect(results: list[dict], settings: dict) -> list[dict]:
         `top1_sd`, `top5_sd` (None for one seed); `images_per_second`, `minutes` of training, `gib`; `curve`, top-1
         over the epochs, means over the seeds; `timed`, whether the costs are those of a run alone on its device.
     """
-    groups, times = defaultdict(list), {row["label"]: row for row in results if row["kind"] == "time"}
+    groups, times = defaultdict(list), defaultdict(list)
     for row in results:
+        if row["kind"] == "time":
+            times[row["label"]].append(row)
         if row["kind"] == "train" and "failed" not in row:
             groups[row["label"], row["epochs"], row["lr"]].append(row)
     rows = []
@@ -80,9 +83,9 @@ def collect(results: list[dict], settings: dict) -> list[dict]:
         speed = statistics.median(row["images_per_second"] for row in group)
         minutes = statistics.fmean(row["train_seconds"] for row in group) / 60
         gib, alone = group[0]["gib"], times.get(label)
-        if alone:
-            minutes = epochs * settings["images"] / alone["images_per_second"] / 60
-            speed, gib = alone["images_per_second"], alone["gib"]
+        if alone:  # in several arenas, it may be
+            speed = statistics.median(row["images_per_second"] for row in alone)
+            minutes, gib = epochs * settings["images"] / speed / 60, alone[0]["gib"]
         rows.append(
             {
                 "label": label,
@@ -218,26 +221,35 @@ def costs_note(rows: list[dict], results: list[dict]) -> str:
 
 def search_table(rows: list[dict]) -> str:
     rates = sorted({row["lr"] for row in rows})
-    cells = {(row["label"], row["epochs"], row["lr"]): number(row.get("top1"), missing="failed") for row in rows}
-    lines = [
-        [label, str(epochs), *(cells.get((label, epochs, rate), ABSENT) for rate in rates)]
-        for label, epochs in dict.fromkeys((row["label"], row["epochs"]) for row in rows)
-    ]
+    lines = []
+    for (label, epochs, _), group in searches(rows).items():
+        cells = {row["lr"]: number(row.get("top1"), missing="failed") for row in group}
+        lines.append([label, str(epochs), *(cells.get(rate, ABSENT) for rate in rates)])
     return table(["label", "epochs", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def at_an_end(searched: list[dict]) -> list[str]:
     """The models whose best learning rate is an end of the range that was tried, with it."""
-    groups = defaultdict(list)
-    for row in searched:
-        groups[row["label"], row["epochs"]].append(row)
     found = []
-    for (label, _), rows in groups.items():
-        rates = [row["lr"] for row in rows]
-        best = max(rows, key=lambda row: row.get("top1", -1))  # those that failed have none
-        if "top1" in best and best["lr"] in (min(rates), max(rates)):
-            found.append(f"{label} ({best['lr']:g})")
+    for (label, *_), rows in searches(searched).items():
+        rates, best = [row["lr"] for row in rows], best_rate(rows)
+        if best in (min(rates), max(rates)):
+            found.append(f"{label} ({best:g})")
     return found
+
+
+def searches(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows of one search each, by label, length and the arena that made it."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["label"], row["epochs"], row.get("folder")].append(row)
+    return groups
+
+
+def best_rate(rows: list[dict]) -> float | None:
+    """The learning rate that a search has found best, the lowest of several; None where all have failed."""
+    tried = [row for row in rows if "failed" not in row]
+    return max(tried, key=lambda row: (row["top1"], -row["lr"]))["lr"] if tried else None
 
 
 def number(value: float | None, sd: float | None = None, missing: str = ABSENT) -> str:

@@ -12,6 +12,7 @@ import torch
 from vim2.benchmark.measuring import GIB, machine
 from vim2.benchmark.models import count_flops, count_parameters
 from vim2.classify import train, validate
+from vim2.classify.models import import_models
 from vim2.classify.options import ValidateOptions
 from vim2.command.errors import DivergenceError
 
@@ -53,6 +54,7 @@ def time_entry(task: dict) -> dict:
 
 def train_in(folder: Path, task: dict, epochs: int, lr: float, seed: int) -> dict:
     options, size = dict(task["options"]), task["options"]["img_size"]
+    import_models(options.get("imports", ()))
     entry = adapt(parse_entry(task["entry"]), size, task["halve"])
     if not takes(entry, drop_path_rate=0.1):
         options["drop_path"] = None
@@ -104,6 +106,7 @@ def scale_run(task: dict) -> dict:
     Returns:
         `top1`, `top5` and `gflops` at that size.
     """
+    import_models(task["options"].get("imports", ()))
     entry, size = adapt(parse_entry(task["entry"]), task["options"]["img_size"], task["halve"]), task["key"]["img_size"]
     entry = dynamic(entry)
     folder = run_folder(task["output"], task["run"])

@@ -1,0 +1,111 @@
+"""Models of a user's own, from files and modules that register them with timm."""
+
+import sys
+
+import pytest
+import torch
+from classify_helpers import TINY
+
+from vim2.classify.cli import main
+from vim2.classify.models import create_model
+from vim2.export.command import export
+
+OWN = """
+from own_layers import NAME, Mean
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+default_cfgs = generate_default_cfgs({"own_net": {"input_size": (3, 32, 32)}})
+
+class Own(nn.Module):
+    def __init__(self, num_classes=1000, in_chans=3, drop_rate=0.0, width=8):
+        super().__init__()
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.layers = nn.Sequential(nn.Conv2d(in_chans, width, 4, 4), nn.GELU(), Mean(), nn.Linear(width, num_classes))
+
+    def forward(self, x):
+        return self.layers(x)
+
+@register_model
+def own_net(pretrained=False, **kwargs):
+    return build_model_with_cfg(Own, NAME, pretrained, **kwargs)
+
+@register_model
+def bare_net(pretrained=False, **kwargs):
+    return Own()
+"""
+LAYERS = """
+from torch import nn
+
+NAME = "own_net"
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A file that registers a model, and one beside it that it imports."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_layers.py").write_text(LAYERS)
+    (folder / "own_models.py").write_text(OWN)
+    return folder / "own_models.py"
+
+
+@pytest.fixture(autouse=True)
+def clean_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_a_model_of_a_file_is_trained_resumed_validated_and_used(own, data, tmp_path, fails):
+    run = tmp_path / "run"
+    argv = ["train", "--data-dir", data, *TINY, "--output", tmp_path, "--experiment", "run", "--epochs", 1]
+    argv = [*map(str, argv), "--model", "own_net", "--model-kwargs", "width=6"]
+    imports = ["--imports", str(own)]
+    assert "yours come with --imports" in fails(*argv, "--model", "another_net")
+    assert "bare_net has no pretrained_cfg" in fails(*argv, "--model", "bare_net", "--model-kwargs", *imports)
+    assert main([*argv, *imports]) == 0
+    assert main([*argv, "--epochs", "2", "--resume", *imports]) == 0
+    of_run = ["--checkpoint", str(run / "best.pth"), "--device", "cpu"]
+    assert main(["validate", "--data-dir", str(data), "-j", "0", *of_run, *imports]) == 0
+    image = next(data.glob("val/red/*"))
+    assert main(["predict", str(image), *of_run, "--output", str(tmp_path / "predictions"), *imports]) == 0
+    exported = ["--format", "safetensors", "--output", str(tmp_path / "own.safetensors")]
+    export([*of_run[:2], *exported, *imports])
+    assert (tmp_path / "own.safetensors").stat().st_size > 0
+    assert create_model("own_net", imports=[str(own)]).layers[0].out_channels == 8  # a second time changes nothing
+
+
+def test_a_checkpoint_imports_nothing(own, data, tmp_path):
+    """A file that a checkpoint names may be anybody's: only the command line is believed."""
+    argv = ["train", "--data-dir", data, *TINY, "--output", tmp_path, "--experiment", "run", "--epochs", 1]
+    assert main([*map(str, argv), "--imports", str(own)]) == 0
+    (trap := tmp_path / "trap.py").write_text("raise SystemExit('run by a checkpoint')")
+    last = tmp_path / "run" / "last.pth"
+    content = torch.load(last, weights_only=True)
+    content["args"]["imports"] = [str(trap)]
+    torch.save(content, last)
+    assert main([*map(str, argv), "--epochs", "2", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.py", None, "There is no file missing.py for --imports"),
+        ("no_such_package.models", None, "Cannot import no_such_package.models: ModuleNotFoundError: No module named"),
+        ("faulty.py", "def f(:", "Cannot import faulty.py: SyntaxError: invalid syntax (faulty.py, line 1)."),
+        ("failing.py", "\n1 / 0", "Cannot import failing.py: ZeroDivisionError: division by zero ("),
+        ("ending.py", "raise SystemExit(3)", "Cannot import ending.py: SystemExit: 3 ("),
+        ("json.py", "", "has its name; rename the file"),
+        ("sys.py", "", "a module of Python has its name; rename the file"),
+    ],
+)
+def test_what_cannot_be_imported_is_told_in_one_line(name, content, words, tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "x.png").touch()
+    error = fails("predict", "x.png", "--model", "test_vim2", "--pretrained", "--imports", name)
+    assert words in error
