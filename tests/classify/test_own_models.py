@@ -8,6 +8,7 @@ from classify_helpers import TINY
 
 from vim2.classify.cli import main
 from vim2.classify.models import create_model, import_models
+from vim2.command.errors import UserError
 from vim2.export.command import export
 
 OWN = """
@@ -80,6 +81,8 @@ def test_a_model_of_a_file_is_trained_resumed_validated_and_used(own, data, tmp_
     exported = ["--format", "safetensors", "--output", str(tmp_path / "own.safetensors")]
     export([*of_run[:2], *exported, *imports])
     assert (tmp_path / "own.safetensors").stat().st_size > 0
+    with pytest.raises(UserError, match="Own has no num_features, which timm's config tells"):
+        export([*of_run[:2], "--format", "timm", "--output", str(tmp_path / "own"), *imports])
     assert create_model("own_net", imports=[str(own)]).layers[0].out_channels == 8  # a second time changes nothing
 
 
