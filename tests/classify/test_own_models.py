@@ -1,13 +1,18 @@
 """Models of a user's own, from files and modules that register them with timm."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from classify_helpers import TINY
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vim2.classify.cli import main
 from vim2.classify.models import create_model, import_models
+from vim2.classify.options import TrainOptions
+from vim2.classify.training import Run
 from vim2.command.errors import UserError
 from vim2.export.command import export
 
@@ -101,6 +106,19 @@ def test_a_model_that_cannot_be_trained_is_told_in_one_line(fault, words, own, d
     assert words in error
     if "=" in fault:
         assert f"({own}, line " in error
+
+
+def test_unused_parameters_cannot_be_trained_by_several_processes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model[1].register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        run = SimpleNamespace(trained=DistributedDataParallel(model), num_classes=3, options=TrainOptions(model="mine"))
+        Run.scores(run, torch.zeros(2, 3, 2, 2)).sum().backward()
+        with pytest.raises(UserError, match="mine has parameters that its scores do not depend on"):
+            Run.scores(run, torch.zeros(2, 3, 2, 2))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_package_is_imported_as_one(tmp_path):

@@ -444,9 +444,7 @@ class Run:
             wait = self.processes.world_size > 1 and not is_update
             with self.trained.no_sync() if wait else nullcontext():
                 with self.autocast():
-                    scores = self.trained(images)
-                    check_scores(scores, (len(images), self.num_classes), "The model, in training,")
-                    loss = self.criterion(scores, target)
+                    loss = self.criterion(self.scores(images), target)
                 self.backward(loss / part, is_update)
             total += loss.detach()
             if is_update:
@@ -475,6 +473,24 @@ class Run:
             "seconds": seconds,
             "images_per_second": self.images_per_second(steps, seconds),
         }
+
+    def scores(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, classes), in training.
+
+        Raises:
+            UserError: The model, which may be a user's own, cannot be trained so.
+        """
+        try:
+            scores = self.trained(images)
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):  # of DistributedDataParallel, at its second step
+                raise
+            raise UserError(
+                f"{self.options.model} has parameters that its scores do not depend on, which several processes cannot "
+                "train: leave these out of it, or train in one process."
+            ) from None
+        check_scores(scores, (len(images), self.num_classes), "The model, in training,")
+        return scores
 
     def images_per_second(self, steps: int, seconds: float) -> float:
         return steps * self.batch_size * self.processes.world_size / seconds
