@@ -218,9 +218,20 @@ def settle(folder: Path, settings: dict[str, Any], results: list[dict]) -> None:
         saved = read_settings(folder)
         require_same(folder, saved, settings, "choose another OUTPUT, or the same settings")
         settings["entries"] = {**saved["entries"], **settings["entries"]}
-        imports = [*saved["options"].get("imports", ()), *settings["options"]["imports"]]
-        settings["options"]["imports"] = list(dict.fromkeys(imports))
+        settings["options"]["imports"] = joined(saved["options"].get("imports", ()), settings["options"]["imports"])
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def joined(saved: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The imports of an arena and further ones, without files that have been moved or deleted since."""
+
+    def module(name: str) -> str:
+        path = Path(name)
+        return (path.parent.name if path.name == "__init__.py" else path.stem) if name.endswith(".py") else name
+
+    anew = {module(name) for name in given}
+    there = [name for name in saved if os.path.isfile(name) or not name.endswith(".py")]
+    return [*(name for name in there if module(name) not in anew), *given]
 
 
 def require_same(folder: Path, saved: dict[str, Any], settings: dict[str, Any], otherwise: str) -> None:
@@ -354,6 +365,9 @@ def prepare(args: TimeOptions | ScaleOptions) -> tuple[dict[str, Any], list[str]
     settings = read_settings(args.folder)
     if not any(row["kind"] == "train" for row in read_results(args.folder / "arena.jsonl", fault)):
         raise UserError(f"No run in {args.folder} is finished yet: arena.py run goes on with them.")
+    for name in settings["options"].get("imports", ()):
+        if name.endswith(".py") and not os.path.isfile(name):
+            raise UserError(f"There is no {name} any more: repeat arena.py run with --imports and where it is now.")
     settings["options"]["device"] = args.device or settings["options"]["device"]
     return settings, places(args, settings["options"]["device"])
 

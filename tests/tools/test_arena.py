@@ -22,6 +22,7 @@ from benchmarks.arena.models import Entry, adapt, create, dynamic, last_map, par
 from tools import arena
 from vim2.checkpoints import read_checkpoint
 from vim2.classify import validate
+from vim2.command.errors import UserError
 from vim2.command.runs import own_folder
 
 
@@ -227,6 +228,35 @@ def test_models_of_a_users_own(data, tmp_path, capsys, monkeypatch):
     assert arena.main(["scale", str(folder), "--sizes", "64"]) == 0
     found = {(row["kind"], row["label"]) for row in lines(folder)}
     assert found == {(kind, label) for kind in ("train", "scale") for label in ("a_users_own", "test_resnet")}
+
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    own = own.rename(elsewhere / own.name)
+    monkeypatch.delitem(sys.modules, own.stem)
+    assert f"There is no {tmp_path / own.name} any more: repeat arena.py run with --imports" in error_of(
+        ["time", str(folder)], capsys
+    )
+    assert arena.main([*argv, "a_users_own", "--imports", str(own)]) == 0
+    assert json.loads((folder / "settings.json").read_text())["options"]["imports"] == [str(own)]
+
+
+def test_a_users_own_need_not_have_all_that_timms_models_have():
+    class Plain(nn.Module):
+        def __init__(self, drop_path_rate=0.0, **kwargs):
+            super().__init__()
+            self.num_classes = 10
+            self.rates = [rate.item() for rate in torch.linspace(0, drop_path_rate, 3)]  # no meta tensor's
+            self.layers = nn.Sequential(nn.Conv2d(3, 10, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        def forward(self, x):
+            return self.layers(x)
+
+    def plain_model(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+        return Plain(**kwargs)
+
+    timm.models.register_model(plain_model)
+    assert adapt(parse_entry("plain_model"), 64, halve=False).kwargs == {"img_size": 64}
+    with pytest.raises(UserError, match=r"the stride of plain_model cannot be measured .* --stem-stride keep"):
+        adapt(parse_entry("plain_model"), 64)
 
 
 def trained(label: str, seed: int, top1: float, **more) -> dict:

@@ -79,3 +79,15 @@ def test_inputs_of_a_models_scans():
     gate = torch.nn.functional.silu(mixer.in_proj(x[0, row, column]).chunk(2)[1])
     by_hand = mixer.out_proj((y.sum(1).flatten() * gate).float())
     torch.testing.assert_close(by_hand, output[0, row, column], rtol=1e-3, atol=1e-6)
+
+
+def test_a_scan_of_a_users_own_is_not_looked_into():
+    """Its matrices may be others than those of its parameters."""
+
+    class Own(S6):
+        pass
+
+    model = timm.create_model("test_vim2")
+    first, *others = mixers_of(model, SelectiveChannelMixer).items()
+    first[1].s6 = Own(8, BIDIRECTIONAL, separate_inputs=True)
+    assert list(mixers_of(model, SelectiveChannelMixer).items()) == others

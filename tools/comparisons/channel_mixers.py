@@ -3,7 +3,8 @@
     python tools/arena.py run OUTPUT --imports tools/comparisons/channel_mixers.py --data-dir DIR \\
         --models default=vim2_nano:d_state=1 rank4=vim2_nano_form:d_state=1,dt_rank=4
 
-`vim2_nano_form` takes the arguments of `vim2_nano` and those of `ViM2Form`, and without these is the same model.
+`vim2_nano_form` takes the arguments of `vim2_nano` and those of `ViM2Form`, and without these is the same model, but
+for its weights and the size of its images, where none is given.
 """
 
 import torch
@@ -123,7 +124,7 @@ class ViM2Form(ViM2):
 
     def __init__(
         self,
-        dt_rank: int = 1,
+        dt_rank: int | None = None,
         d_conv: int = 4,
         step_sizes: tuple[float, float] = (0.001, 0.1),
         channel_scan: str = "s6",
@@ -131,8 +132,10 @@ class ViM2Form(ViM2):
         averages: str = "free",
         **kwargs,
     ):
-        if averages not in AVERAGES:
-            raise ValueError(f"averages must be one of {', '.join(AVERAGES)}, got {averages!r}.")
+        known = {"channel_scan": ("s6", *SCANS), "token_directions": tuple(ORDERS), "averages": AVERAGES}
+        for name, value in zip(known, (channel_scan, token_directions, averages)):
+            if value not in known[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known[name]))}, got {value!r}.")
         super().__init__(**kwargs)
         for module in list(self.modules()):
             if isinstance(module, SelectiveTokenMixer):
@@ -140,7 +143,8 @@ class ViM2Form(ViM2):
                 module.s6 = S6(module.conv.in_channels, ORDERS[token_directions], s6.d_state, s6.dt_rank)
             elif isinstance(module, SelectiveChannelMixer):
                 patch = module.channel_patch
-                own = (patch, BIDIRECTIONAL, module.s6.d_state, dt_rank)
+                rank = module.s6.dt_rank if dt_rank is None else dt_rank
+                own = (patch, BIDIRECTIONAL, module.s6.d_state, rank)
                 module.conv = nn.Conv1d(patch, 2 * patch, d_conv, groups=patch)
                 if channel_scan == "s6":
                     module.s6 = S6(*own, separate_inputs=True)

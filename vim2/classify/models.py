@@ -1,6 +1,7 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
 import importlib
+import importlib.util
 import os
 import sys
 import textwrap
@@ -39,26 +40,62 @@ def import_models(names: Sequence[str]) -> None:
     """Import what registers models of a user's own with timm, once in a process.
 
     Args:
-        names: Files, `FILE.py`, which find modules beside them as if they were run; or modules that Python finds.
+        names: Files, `FILE.py`, which find modules beside them as if they were run, or a package's `__init__.py`; or
+            modules that Python finds.
 
     Raises:
         UserError: There is no such file or module, it fails, or another module has the file's name.
     """
     for name in names:
-        path = Path(name) if name.endswith(".py") else None
-        if path and not path.is_file():
-            raise UserError(f"There is no file {name} for --imports.")
-        if path and str(path.parent.resolve()) not in sys.path:
-            sys.path.append(str(path.parent.resolve()))
+        module = add_to_path(name) if name.endswith(".py") else name
         try:
-            module = importlib.import_module(path.stem if path else name)
+            importlib.import_module(module)
         except (Exception, SystemExit) as error:  # it is a user's own
-            *_, last = traceback.extract_tb(error.__traceback__)
-            where = "" if last.filename.startswith("<") else f" ({last.filename}, line {last.lineno})"
-            raise UserError(f"Cannot import {name}: {type(error).__name__}: {first_line(error)}{where}.") from error
-        found = getattr(module, "__file__", None)
-        if path and not (found and path.samefile(found)):
-            raise UserError(f"Cannot import {name}: {found or 'a module of Python'} has its name; rename the file.")
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing and f"{name}.".startswith(f"{missing}."):
+                raise UserError(
+                    f"There is no module {name} for --imports: give a file, FILE.py, or what is installed or in "
+                    "PYTHONPATH."
+                ) from None
+            reason = f"{type(error).__name__}: {first_line(error)}{place(error, [name])}"
+            raise UserError(f"Cannot import {name}: {reason}.") from error
+
+
+def add_to_path(name: str) -> str:
+    """Let Python find a file, or the package whose `__init__.py` it is; returns the module's name.
+
+    Raises:
+        UserError: There is no such file, or its name is another module's, or none that can be imported.
+    """
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"There is no file {name} for --imports.")
+    home = file.parent.resolve()
+    home = home if file.name == "__init__.py" else home / file.stem
+    if "." in home.name:
+        raise UserError(f"Cannot import {name}: {home.name} is no name of a module, for its dot; rename it.")
+    if str(home.parent) not in sys.path:
+        sys.path.append(str(home.parent))
+    try:
+        spec = importlib.util.find_spec(home.name)
+        found = spec and spec.origin
+    except ValueError:  # of `__main__`
+        found = None
+    if not (found and os.path.exists(found) and file.samefile(found)):
+        other = found if found and os.path.isabs(found) else "a module of Python"
+        raise UserError(f"Cannot import {name}: {other} has its name; rename the file.")
+    return home.name
+
+
+def place(error: BaseException, imports: Sequence[str]) -> str:
+    """Where in a user's own files, or what these import from their folders, an error was raised; "" if elsewhere."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.isabs(frame.filename)]
+    folders = tuple(os.path.join(Path(name).parent.resolve(), "") for name in imports if name.endswith(".py"))
+    if folders:
+        frames = [frame for frame in frames if frame.filename.startswith(folders)]
+    else:
+        frames = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def create_model(
@@ -92,7 +129,8 @@ def create_model(
     if twice := sorted(model_kwargs.keys() & own.keys()):
         raise UserError(f"{called} hold {twice[0]}, which an option of this command sets: use that.")
     listed = textwrap.shorten(", ".join(f"{k}={v!r}" for k, v in model_kwargs.items()), 200, placeholder=" ...")
-    problem = f"{name} cannot be made with {'these ' if called.startswith('-') else ''}{called} ({listed})"
+    given = f" with {'these ' if called.startswith('-') else ''}{called} ({listed})" if model_kwargs else ""
+    problem = f"{name} cannot be made{given}"
     try:
         model = timm.create_model(name, **own, **model_kwargs)
     except RuntimeError as error:
@@ -105,15 +143,23 @@ def create_model(
             arch = name.partition(".")[0]
             known = ", ".join(timm.list_models(f"{arch}.*", pretrained=True)) or f"{arch} alone"
             raise UserError(f"There are no weights {name}: take {known}.") from None
-        if not model_kwargs:
+        if not (model_kwargs or imports):
             raise
-        raise UserError(f"{problem}: {error}") from None
+        raise UserError(f"{problem}: {error}{place(error, imports)}") from (error if imports else None)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        raise UserError(f"{problem}: {str(error) or type(error).__name__}") from None
-    if lacking := [name for name in ("num_classes", "pretrained_cfg") if not hasattr(model, name)]:
+        reason = f"{str(error) or type(error).__name__}{place(error, imports)}"
+        raise UserError(f"{problem}: {reason}") from (error if imports else None)
+    classes = own.get("num_classes", getattr(model, "num_classes", None))
+    told = {
+        f"num_classes{'' if classes is None else f' of {classes}'}": getattr(model, "num_classes", ()) == classes,
+        "parameters": isinstance(model, nn.Module) and any(True for _ in model.parameters()),
+        "pretrained_cfg": "input_size" in (getattr(model, "pretrained_cfg", None) or ()),
+    }
+    if not all(told.values()):
+        lacking = " and no ".join(what for what, is_told in told.items() if not is_told)
         raise UserError(
-            f"{name} has no {' and no '.join(lacking)}, as timm's models have: make it by timm.models."
-            "build_model_with_cfg, of a class that keeps its num_classes."
+            f"{name} has no {lacking}, as timm's models have: make it by timm.models.build_model_with_cfg, of a class "
+            "that keeps its num_classes."
         )
     check_types(model, model_kwargs, called)
     return model
@@ -231,14 +277,18 @@ def input_config(
     try:
         config = resolve_data_config({**wanted, "input_size": (in_chans, *size)}, pretrained_cfg=default)
     except AssertionError as error:
-        raise UserError(f"Cannot resolve the model's input: {error}") from None
+        raise UserError(f"Cannot resolve the model's input: {first_line(error)}") from None
     if in_chans == 1:  # of grey images, where the defaults are of RGB
         config.update({k: (sum(config[k]) / len(config[k]),) for k in ("mean", "std")})
     return config
 
 
 def check_reads(
-    model: nn.Module, input_size: Sequence[int], context: Callable = nullcontext, called: str = "The model"
+    model: nn.Module,
+    input_size: Sequence[int],
+    context: Callable = nullcontext,
+    called: str = "The model",
+    classes: int | None = None,
 ) -> None:
     """Make sure that a model takes images of a size, before anything is written or trained.
 
@@ -247,18 +297,28 @@ def check_reads(
         input_size: Channels, height and width.
         context: Of `autocast`.
         called: What to call the model in the message.
+        classes: How many scores it shall give an image; None where it may give whatever it does.
 
     Raises:
-        UserError: It fails on them.
+        UserError: It fails on them, or gives something else.
     """
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), context():
-            model.eval()(torch.zeros(1, *input_size, device=device))
+            scores = model.eval()(torch.zeros(1, *input_size, device=device))
     except Exception as error:  # every family has its own ways to fail
         size = " x ".join(map(str, input_size[1:]))
         reason = first_line(error)
         raise UserError(f"{called} cannot read images of {size} pixels ({reason}): change --img-size.") from None
+    if classes is not None:
+        check_scores(scores, (1, classes), called)
+
+
+def check_scores(scores: Any, shape: tuple[int, ...], called: str = "The model") -> None:
+    """Raises UserError where a model, called so, has given something else than scores of a shape, (images, classes)."""
+    found = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    if found != shape:
+        raise UserError(f"{called} gives {found} for images, not scores of their classes, {shape}: change its forward.")
 
 
 def freeze(model: nn.Module, stages: int) -> list[nn.Module]:

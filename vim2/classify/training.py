@@ -48,7 +48,17 @@ from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
 from .fingerprints import fingerprint
-from .models import autocast, check_reads, compile_model, create_model, freeze, input_config, load, train_mode
+from .models import (
+    autocast,
+    check_reads,
+    check_scores,
+    compile_model,
+    create_model,
+    freeze,
+    input_config,
+    load,
+    train_mode,
+)
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
 
@@ -218,10 +228,13 @@ class Run:
                 self.processes,
             )
         if o.grad_checkpointing:
-            self.model.set_grad_checkpointing()
+            try:
+                self.model.set_grad_checkpointing()
+            except (AssertionError, AttributeError):  # timm's models without it, and models without its method
+                raise UserError(f"{o.model} has no gradient checkpointing: leave --grad-checkpointing out.") from None
         self.model.to(self.processes.device)
         self.autocast = autocast(self.processes.device, o.amp, o.amp_dtype)
-        check_reads(self.model, self.data_config["input_size"], self.autocast)
+        check_reads(self.model, self.data_config["input_size"], self.autocast, classes=self.num_classes)
         self.ema = None
         if o.model_ema:
             self.ema = ModelEmaV3(self.model, decay=o.model_ema_decay, use_warmup=o.model_ema_warmup)
@@ -431,7 +444,7 @@ class Run:
             wait = self.processes.world_size > 1 and not is_update
             with self.trained.no_sync() if wait else nullcontext():
                 with self.autocast():
-                    loss = self.criterion(self.trained(images), target)
+                    loss = self.criterion(self.scores(images), target)
                 self.backward(loss / part, is_update)
             total += loss.detach()
             if is_update:
@@ -460,6 +473,24 @@ class Run:
             "seconds": seconds,
             "images_per_second": self.images_per_second(steps, seconds),
         }
+
+    def scores(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, classes), in training.
+
+        Raises:
+            UserError: The model, which may be a user's own, cannot be trained so.
+        """
+        try:
+            scores = self.trained(images)
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):  # of DistributedDataParallel, at its second step
+                raise
+            raise UserError(
+                f"{self.options.model} has parameters that its scores do not depend on, which several processes cannot "
+                "train: leave these out of it, or train in one process."
+            ) from None
+        check_scores(scores, (len(images), self.num_classes), "The model, in training,")
+        return scores
 
     def images_per_second(self, steps: int, seconds: float) -> float:
         return steps * self.batch_size * self.processes.world_size / seconds

@@ -93,7 +93,8 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
         class_map = {name: i for i, name in enumerate(names)}
     elif names and class_map is not None:
         class_map = choose_classes(class_map, names, model.num_classes)
-    mode = "L" if getattr(model, "in_chans", 3) == 1 else "RGB"
+    # a user's own model need not tell its channels
+    mode = "L" if (getattr(model, "in_chans", None) or facts.get("in_chans")) == 1 else "RGB"
     opened = (options.dataset, options.data_dir, options.split)
     found = class_names(open_split(*opened, mode=mode, download=options.dataset_download))
     # folders of classes that the model does not know would otherwise be left out without a word

@@ -161,10 +161,14 @@ def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output} is a file: choose another --output, for a folder.")
+    if not hasattr(model, "num_features"):
+        name = type(model).__name__
+        raise UserError(f"{name} has no num_features, which timm's config tells: keep that number in the model.")
     channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
     model_args = {**facts.get("model_kwargs", {}), **channels}
     export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
-    print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after import vim2")
+    after = f"what registers it ({', '.join(args.imports)})" if args.imports else "import vim2"
+    print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after {after}")
 
 
 def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

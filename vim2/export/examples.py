@@ -31,8 +31,15 @@ def examples(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[
 
 
 def first_convolution(model: nn.Module) -> Tensor:
-    """The weight of the convolution that reads the images, (features, channels, kernel height, kernel width)."""
-    return next(weight for weight in model.parameters() if weight.dim() == 4)
+    """The weight of the convolution that reads the images, (features, channels, kernel height, kernel width).
+
+    Raises:
+        UserError: The model has none.
+    """
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            return weight
+    raise UserError(f"{type(model).__name__} has no convolution, which would tell the channels of its images.")
 
 
 def _images(model: nn.Module, img_size: tuple[int, int] | None) -> dict[str, tuple[Tensor, dict[int, str]]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..command.errors import UserError, did_you_mean
 from ..command.images import first_names
-from ..mixers import MixerLayer, SelectiveChannelMixer, SelectiveTokenMixer
+from ..mixers import S6, MixerLayer, SelectiveChannelMixer, SelectiveTokenMixer
 from ..vim2 import ViM2
 
 __all__ = [
@@ -30,11 +30,14 @@ OPTIONS = {SelectiveTokenMixer: "--layer", SelectiveChannelMixer: "--channel-lay
 
 
 def mixers_of(model: ViM2, kind: type[nn.Module]) -> dict[str, nn.Module]:
-    """The mixers of a class, by the names of their layers (such as stages.0.blocks.0.layers.1), from first to last."""
+    """The mixers of a class, by the names of their layers (such as stages.0.blocks.0.layers.1), from first to last; but
+    for those with a scan of a user's own, of which nothing is known."""
     return {
         name: layer.mixer
         for name, layer in model.named_modules()
-        if isinstance(layer, MixerLayer) and isinstance(layer.mixer, kind)
+        if isinstance(layer, MixerLayer)
+        and isinstance(layer.mixer, kind)
+        and type(getattr(layer.mixer, "s6", None)) in (S6, type(None))
     }
 
 

@@ -73,7 +73,8 @@ def create(entry: Entry, **kwargs) -> nn.Module:
     """
     if not timm.is_model(entry.model):
         known = timm.list_models()
-        raise UserError(f"There is no model {entry.model}{did_you_mean(entry.model, known) or '.'}")
+        close = did_you_mean(entry.model, known)
+        raise UserError(f"There is no model {entry.model}{close or '; yours come with --imports.'}")
     try:
         return on_meta(entry.model, **entry.kwargs, **kwargs)
     except Exception as error:  # every family has its own ways to refuse an argument
@@ -83,8 +84,11 @@ def create(entry: Entry, **kwargs) -> nn.Module:
 
 
 def on_meta(name: str, **kwargs) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **kwargs)
+    except RuntimeError:  # a constructor that reads values, such as rates of stochastic depth, which there are none of
+        return timm.create_model(name, **kwargs).to("meta")
 
 
 def takes(entry: Entry, **more) -> bool:
@@ -125,14 +129,23 @@ def adapt(entry: Entry, size: int, halve: bool = True) -> Entry:
         if "window_size" not in entry.kwargs:
             adapted = with_dividing_window(adapted, size)
         adapted = adapted.having(img_size=size)
-    check_reads(create(adapted), (3, size, size), called=f"{entry.label}: {entry.model}")
+    model = create(adapted)
+    called = f"{entry.label}: {entry.model}"
+    check_reads(model, (3, size, size), called=called, classes=getattr(model, "num_classes", None))
     return adapted
 
 
 def with_half_stem(entry: Entry) -> Entry:
     """The entry with half the stride, by the first of the rules that does it."""
     probe = {"img_size": PROBE} if takes(entry, img_size=PROBE) else {}
-    wanted = 2 * last_map(create(entry, **probe), PROBE)
+    model = create(entry, **probe)
+    try:
+        wanted = 2 * last_map(model, PROBE)
+    except Exception as error:  # a user's own need not have what it takes
+        raise UserError(
+            f"{entry.label}: the stride of {entry.model} cannot be measured ({first_line(error)}): give it timm's "
+            "forward_intermediates, or train all with --stem-stride keep."
+        ) from None
     stem = first_strided(create(entry))
     candidates = (
         [entry.having(patch_size=stem.stride[0] // 2), replace(entry, model=half_stem(entry.model))] if stem else []
@@ -184,9 +197,11 @@ def with_dividing_window(entry: Entry, size: int) -> Entry:
     model = create(entry, img_size=PROBE)  # in small maps, windows shrink to the map
     ordinary = next((m.window_size for m in model.modules() if hasattr(m, "window_size")), None)
     ordinary = ordinary[0] if isinstance(ordinary, tuple) else ordinary
+    if not isinstance(ordinary, int) or not hasattr(model, "feature_info"):
+        return entry
     sides = [size // info["reduction"] for info in model.feature_info]
     windows = [w for w in range(2, max(sides) + 1) if all(side % w == 0 for side in sides if side > w)]
-    if not isinstance(ordinary, int) or not windows:
+    if not windows:
         return entry
     window = min(windows, key=lambda w: (abs(w - ordinary), -w))
     return entry.having(window_size=window) if takes(entry, img_size=size, window_size=window) else entry
