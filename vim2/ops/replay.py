@@ -113,7 +113,8 @@ def replay(
         function: It returns one tensor, or a tuple of them where no gradient is wanted, changes none that it is given,
             and allocates, computes and launches the same for all tensors that lie alike.
         tensors: Nothing is noted while two of them share memory. Those of which the function knows without being given
-            them, as of a module's parameters, are leaves of autograd's graph.
+            them, as of a module's parameters, are `Parameter`s; for gradients nothing is noted while one is no leaf of
+            autograd's graph.
         passes: So many of the first tensors are handed on: the function returns them, or others of the same values in
             their place, in a tuple behind its one result. Gradients of what is done with those come to this backward
             pass.
@@ -298,6 +299,8 @@ def note_both(function: Callable, tensors: Sequence[Tensor | None], passes: int)
         return PATIENCE  # all that is done would become part of the graph
     if _share_memory(tensors) or any(t is not None and t._backward_hooks for t in tensors):
         return PATIENCE  # hooks would see gradients of ours
+    if any(isinstance(t, Parameter) and not t.is_leaf for t in tensors):
+        return PATIENCE  # the function reads it where it is, and not the leaf below that stands for it
     leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     notebook = Notebook(leaves)
