@@ -1,6 +1,7 @@
 """Masks that are decoded where a crop keeps them: the samples of MMDetection's own LoadAnnotations."""
 
 import copy
+import multiprocessing
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
@@ -105,3 +106,19 @@ def test_masks_go_to_another_process_without_their_pixels(shape):
     assert masks.masks.dtype == np.uint8 and (masks.masks == pixels[:, :, ::-1]).all()
     large = BitmapMasks(np.zeros((4, 300, 500), dtype=np.uint8), 300, 500)
     assert len(ForkingPickler.dumps(large)) < 2000 < 4 * 300 * 500 < len(pickle.dumps(large))
+
+
+def add(masks: list[BitmapMasks], sums) -> None:
+    for each in masks:
+        sums.put(int(each.masks.sum()))
+
+
+def test_masks_are_given_to_a_process_that_is_started():
+    """As those of a data set that keeps some, where its loader's workers are spawned."""
+    context = multiprocessing.get_context("spawn")
+    masks = [BitmapMasks(np.full((2, 5, 7), i, dtype=np.uint8), 5, 7) for i in range(3)]
+    sums = context.SimpleQueue()
+    process = context.Process(target=add, args=(masks, sums))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and [sums.get() for _ in masks] == [0, 70, 140]

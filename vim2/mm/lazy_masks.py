@@ -7,8 +7,10 @@ those that load. Needs `mmdet`, which `vim2.mm` alone does not, hence a config i
     custom_imports = dict(imports=["vim2.mm", "vim2.mm.lazy_masks"], allow_failed_imports=False)
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -63,6 +65,8 @@ class LazyBitmapMasks(BitmapMasks):
 def _by_tensor(masks: BitmapMasks) -> tuple[Callable, tuple]:
     """How `BitmapMasks` go to another process: PyTorch puts tensors into shared memory, where pickle would send the
     pixels of arrays through a pipe."""
+    if get_spawning_popen() is not None:  # a process is started, before which nobody would keep the tensor alive
+        return masks.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     return _of_tensor, (torch.from_numpy(np.ascontiguousarray(masks.masks)), masks.height, masks.width)
 
 
