@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import pickle
+import shutil
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -106,6 +107,15 @@ def test_masks_go_to_another_process_without_their_pixels(shape):
     assert masks.masks.dtype == np.uint8 and (masks.masks == pixels[:, :, ::-1]).all()
     large = BitmapMasks(np.zeros((4, 300, 500), dtype=np.uint8), 300, 500)
     assert len(ForkingPickler.dumps(large)) < 2000 < 4 * 300 * 500 < len(pickle.dumps(large))
+
+
+def test_masks_leave_half_of_the_shared_memory_to_images(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 2, (4, 100, 100), dtype=np.uint8)
+    for free, goes in (52_000, False), (100_000, True):
+        usage = type(shutil.disk_usage("/"))(100_000, 100_000 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        sent = ForkingPickler.dumps(BitmapMasks(pixels, 100, 100))
+        assert (len(sent) < 2000) == goes and (pickle.loads(sent).masks == pixels).all()
 
 
 def add(masks: list[BitmapMasks], sums) -> None:
