@@ -615,6 +615,31 @@ def test_stages_are_replayed_in_training(frozen, grad, mixed):
 
 
 @needs_triton
+def test_parameters_that_are_computed_have_their_gradients(mixed):
+    """As where a hyper-network fills a frozen model's weights in place: with such a weight nothing is noted, but what
+    was noted with a leaf is replayed."""
+    stage = small_stage().train()
+    norm = stage.blocks[0].layers[0].norm
+    source = torch.ones(8, device=DEVICE, requires_grad=True)
+
+    def gradient(forward, seed: int):
+        norm.weight = nn.Parameter(torch.empty(8, device=DEVICE), requires_grad=False)
+        norm.weight.copy_(source * 2)
+        assert not norm.weight.is_leaf
+        torch.manual_seed(seed)
+        return torch.autograd.grad(forward(maps(seed)).square().sum(), source)
+
+    for seed in range(5):
+        mixed.clear()
+        actual = gradient(stage, seed)
+        assert mixed.count(stage) == (seed < 3)
+        assert_same(actual, gradient(stage._mix, seed))
+        if seed > 1:
+            norm.weight = nn.Parameter(torch.ones(8, device=DEVICE))
+            train(stage, stage, seed, grad=False)
+
+
+@needs_triton
 def test_stages_are_replayed_under_autocast_and_in_inference(mixed):
     stage = small_stage().train()
     for seed in range(3):

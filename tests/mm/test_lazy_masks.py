@@ -1,7 +1,9 @@
 """Masks that are decoded where a crop keeps them: the samples of MMDetection's own LoadAnnotations."""
 
 import copy
+import multiprocessing
 import pickle
+import shutil
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -105,3 +107,28 @@ def test_masks_go_to_another_process_without_their_pixels(shape):
     assert masks.masks.dtype == np.uint8 and (masks.masks == pixels[:, :, ::-1]).all()
     large = BitmapMasks(np.zeros((4, 300, 500), dtype=np.uint8), 300, 500)
     assert len(ForkingPickler.dumps(large)) < 2000 < 4 * 300 * 500 < len(pickle.dumps(large))
+
+
+def test_masks_leave_half_of_the_shared_memory_to_images(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 2, (4, 100, 100), dtype=np.uint8)
+    for free, goes in (52_000, False), (100_000, True):
+        usage = type(shutil.disk_usage("/"))(100_000, 100_000 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        sent = ForkingPickler.dumps(BitmapMasks(pixels, 100, 100))
+        assert (len(sent) < 2000) == goes and (pickle.loads(sent).masks == pixels).all()
+
+
+def add(masks: list[BitmapMasks], sums) -> None:
+    for each in masks:
+        sums.put(int(each.masks.sum()))
+
+
+def test_masks_are_given_to_a_process_that_is_started():
+    """As those of a data set that keeps some, where its loader's workers are spawned."""
+    context = multiprocessing.get_context("spawn")
+    masks = [BitmapMasks(np.full((2, 5, 7), i, dtype=np.uint8), 5, 7) for i in range(3)]
+    sums = context.SimpleQueue()
+    process = context.Process(target=add, args=(masks, sums))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and [sums.get() for _ in masks] == [0, 70, 140]

@@ -17,7 +17,7 @@ theirs.
 A profile has the time of the device in every kind of operator, and on a GPU the floor under it: the time that this card
 takes to move the operators' inputs and outputs once (at the rate of a copy, measured in the same run), to multiply (at
 the rate of a large product, likewise), or to compute the scans' exponentials (16 a clock and multiprocessor). Operators
-are called one by one for it: layers are not replayed, and gradients that they hand on in training are added up by
+are called one by one for it: stages are not replayed, and gradients that they hand on in training are added up by
 kernels of their own. One of training also has what operators keep for the backward pass, besides parameters and images:
 memory that several keep stands with the first of them.
 """

@@ -16,7 +16,7 @@ from .profiles import operator_family
 
 def measure_kept(name: str, size: int, batch: int, args: argparse.Namespace) -> list[dict]:
     """Of a model's training step, the rows of `kept_for` its loss."""
-    model = create_model(name, size, args.device).train()  # a new one: a layer that is replayed is one node
+    model = create_model(name, size, args.device).train()  # a new one: a stage that is replayed is one node
     image = random_image(size, batch, args)
     with autocast(args):
         loss = model(image).float().mean()

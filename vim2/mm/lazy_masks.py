@@ -7,8 +7,11 @@ those that load. Needs `mmdet`, which `vim2.mm` alone does not, hence a config i
     custom_imports = dict(imports=["vim2.mm", "vim2.mm.lazy_masks"], allow_failed_imports=False)
 """
 
+import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -62,8 +65,21 @@ class LazyBitmapMasks(BitmapMasks):
 
 def _by_tensor(masks: BitmapMasks) -> tuple[Callable, tuple]:
     """How `BitmapMasks` go to another process: PyTorch puts tensors into shared memory, where pickle would send the
-    pixels of arrays through a pipe."""
+    pixels of arrays through a pipe, as is done where that cannot be."""
+    # For a process that is only being started, nobody would keep the tensor alive until it reads it.
+    if get_spawning_popen() is not None or not _has_room(masks.masks.nbytes):
+        return masks.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     return _of_tensor, (torch.from_numpy(np.ascontiguousarray(masks.masks)), masks.height, masks.width)
+
+
+def _has_room(size: int) -> bool:
+    """Whether half of the shared memory stays free when so many bytes go there. A container may have no more than 64
+    MB, and a loader that has no room for an image waits forever."""
+    try:
+        memory = shutil.disk_usage("/dev/shm")
+    except OSError:  # as where it is no folder
+        return True
+    return memory.free - size >= memory.total / 2
 
 
 def _of_tensor(masks: torch.Tensor, height: int, width: int) -> BitmapMasks:

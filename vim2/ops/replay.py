@@ -32,6 +32,7 @@ MAX_OPERATOR_REPLAYS = 1024  # of an operator, which all layers of all models sh
 # Calls with such tensors that are made as ever before one is noted, which takes as long as some: images may come in
 # more sizes than can be remembered.
 PATIENCE = 3
+MAX_TENSORS = 480  # of a launch of many: of arguments of a kernel, drivers before CUDA 12.1 take 4 KiB
 REFUSED = object()  # in place of the replay of what cannot be noted
 
 NAMES = re.compile(r"\b(?:given|made|part|other)\d+\b|\bgrad\b")  # of tensors, in lines
@@ -113,7 +114,8 @@ def replay(
         function: It returns one tensor, or a tuple of them where no gradient is wanted, changes none that it is given,
             and allocates, computes and launches the same for all tensors that lie alike.
         tensors: Nothing is noted while two of them share memory. Those of which the function knows without being given
-            them, as of a module's parameters, are leaves of autograd's graph.
+            them, as of a module's parameters, are `Parameter`s; for gradients nothing is noted while one is no leaf of
+            autograd's graph.
         passes: So many of the first tensors are handed on: the function returns them, or others of the same values in
             their place, in a tuple behind its one result. Gradients of what is done with those come to this backward
             pass.
@@ -298,6 +300,8 @@ def note_both(function: Callable, tensors: Sequence[Tensor | None], passes: int)
         return PATIENCE  # all that is done would become part of the graph
     if _share_memory(tensors) or any(t is not None and t._backward_hooks for t in tensors):
         return PATIENCE  # hooks would see gradients of ours
+    if any(isinstance(t, Parameter) and not t.is_leaf for t in tensors):
+        return PATIENCE  # the function reads it where it is, and not the leaf below that stands for it
     leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     notebook = Notebook(leaves)
@@ -635,7 +639,7 @@ class Notebook(TorchDispatchMode):
 
     def gather(self, lines: Sequence[Line]) -> list[Line]:
         """The same, but of what may be done together that which wants nothing but what was given is done at the start,
-        in one launch, and that which nobody waits for at the end, in another."""
+        in one launch, and that which nobody waits for at the end, in another; very many tensors, in several."""
         parts = {line.name: NAMES.findall(line.text) for line in lines if line.name and line.name.startswith("part")}
 
         def named(*texts: str) -> set[str]:
@@ -669,8 +673,16 @@ class Notebook(TorchDispatchMode):
                 allocation = Line(line.name, self.allocation(line.together.tensors[1][0]))
                 (at_start if i in groups[0] else body).append(allocation)
         for group, where in zip(groups, (at_start, at_end)):
-            if group:
-                where.append(self.together([lines[i].together for i in group]))
+            part, count = [], 0
+            for i in group:
+                tensors = sum(map(len, lines[i].together.tensors))
+                if part and count + tensors > MAX_TENSORS:
+                    where.append(self.together(part))
+                    part, count = [], 0
+                part.append(lines[i].together)
+                count += tensors
+            if part:
+                where.append(self.together(part))
         return [*at_start, *body, *at_end]
 
     def together(self, each: Sequence[Together]) -> Line:
