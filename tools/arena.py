@@ -44,7 +44,7 @@ from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entr
 from vim2.checkpoints import write_atomically
 from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
-from vim2.classify.models import import_models
+from vim2.classify.models import import_models, module_home
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
@@ -226,8 +226,7 @@ def joined(saved: Sequence[str], given: Sequence[str]) -> list[str]:
     """The imports of an arena and further ones, without files that have been moved or deleted since."""
 
     def module(name: str) -> str:
-        path = Path(name)
-        return (path.parent.name if path.name == "__init__.py" else path.stem) if name.endswith(".py") else name
+        return module_home(name).name if name.endswith(".py") else name
 
     anew = {module(name) for name in given}
     there = [name for name in saved if os.path.isfile(name) or not name.endswith(".py")]

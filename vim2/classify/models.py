@@ -33,6 +33,7 @@ __all__ = [
     "import_models",
     "input_config",
     "load_checkpoint_model",
+    "module_home",
 ]
 
 
@@ -70,8 +71,7 @@ def add_to_path(name: str) -> str:
     file = Path(name)
     if not file.is_file():
         raise UserError(f"There is no file {name} for --imports.")
-    home = file.parent.resolve()
-    home = home if file.name == "__init__.py" else home / file.stem
+    home = module_home(name)
     if "." in home.name:
         raise UserError(f"Cannot import {name}: {home.name} is no name of a module, for its dot; rename it.")
     if str(home.parent) not in sys.path:
@@ -85,6 +85,13 @@ def add_to_path(name: str) -> str:
         other = found if found and os.path.isabs(found) else "a module of Python"
         raise UserError(f"Cannot import {name}: {other} has its name; rename the file.")
     return home.name
+
+
+def module_home(name: str) -> Path:
+    """Where the module of a file lies, without its ending; of an `__init__.py`, its package's folder."""
+    file = Path(name)
+    folder = file.parent.resolve()
+    return folder if file.name == "__init__.py" else folder / file.stem
 
 
 def place(error: BaseException, imports: Sequence[str]) -> str:
