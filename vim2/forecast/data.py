@@ -54,7 +54,7 @@ class Table:
         times: Time stamps of the rows.
         values: Targets, (rows, M), float64; NaN where a value is missing and masked.
         columns: M names.
-        future: Known-future features, (rows + further, C), float64, C may be 0.
+        future: Known-future features, (rows + further, C), float64, C may be 0; NaN where one is missing and masked.
         future_columns: C names.
         future_times: Time stamps of the rows of `future`: those of the targets, and any that follow.
         repairs: What was changed in the file's data, a sentence each.
@@ -131,9 +131,9 @@ def read_table(
         na_values: Numbers that stand for a missing value.
         keep_values: Numbers that look as if they did, but are to be taken as they are.
         missing: What becomes of missing values: "error", "interpolate" (linearly between neighbours, ends repeated),
-            "previous" (the value before, where there is none the one after) or "mask" (of targets, they stay missing:
-            forecasts see the value before, and none is trained or scored by them; so series may begin and end at
-            different times).
+            "previous" (the value before, where there is none the one after) or "mask" (they stay missing: of targets,
+            forecasts see the value before, and none is trained or scored by them, so that series may begin and end at
+            different times; known-future features are then at their mean).
         times: What becomes of time stamps that are out of order, twice there, or not a constant step apart: "error",
             "regular" (sort, keep the first of equal ones, add missing rows, whose values `missing` then fills), or
             "keep" (take the rows as they are, each as one step).
@@ -215,7 +215,7 @@ def read_table(
         numbers.index = pd.RangeIndex(first_row, first_row + len(index))
     values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
-    future, more = repair_missing(numbers[future_columns], missing, source, maskable=False)
+    future, more = repair_missing(numbers[future_columns], missing, source, targets=False)
     repairs += more
     static = static.loc[targets] if static_columns else None
     return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static)
@@ -267,19 +267,14 @@ def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> st
     return name
 
 
-def repair_missing(numbers: pd.DataFrame, how: str, source: str, maskable: bool = True) -> tuple[np.ndarray, list[str]]:
-    counts = numbers.isna().sum()
+def repair_missing(numbers: pd.DataFrame, how: str, source: str, targets: bool = True) -> tuple[np.ndarray, list[str]]:
+    counts, option = numbers.isna().sum(), "--targets" if targets else "--future-columns"
     counts = counts[counts > 0]
     if counts.empty:
         return numbers.to_numpy(dtype=np.float64), []
-    if how == "mask" and not maskable:
-        raise UserError(
-            f"Known-future columns cannot be masked, and values of {', '.join(counts.index)} are missing: "
-            f"fill them in {source}, or leave these columns out of --future-columns and --targets."
-        )
     if len(empty := counts[counts == len(numbers)]):
         raise UserError(
-            f"Column {empty.index[0]} of {source} holds no value at all: leave it out with --targets, or where a "
+            f"Column {empty.index[0]} of {source} holds no value at all: leave it out with {option}, or where a "
             "forecaster needs it, give rows that reach back to its last value."
         )
     listed = ", ".join(f"{name} ({count})" for name, count in counts.iloc[:5].items())
@@ -291,17 +286,16 @@ def repair_missing(numbers: pd.DataFrame, how: str, source: str, maskable: bool 
         held = {name: rows[-1] + 1 - rows[0] for name, rows in known.items()}
         sparse = [name for name in mostly if 2 * len(known[name]) < held[name]]
         if sparse:
-            remedy = f"Leave {sparse[0]} out with --targets: most of it would be made up"
-        elif held and maskable:
+            remedy = f"Leave {sparse[0]} out with {option}: most of it would be made up"
+        elif held:
             remedy = f"Add --missing mask, to learn from what is there: {mostly[0]} begins late or ends early"
         else:
-            remedy = "Add --missing interpolate or --missing previous to fill them, "
-            remedy += "or --missing mask to learn from the others alone, " if maskable else ""
-            remedy += "or choose columns with --targets"
+            remedy = "Add --missing interpolate or --missing previous to fill them, or --missing mask to learn from "
+            remedy += f"the others alone, or choose columns with {option}"
         raise UserError(f"Values of {source} are missing: {listed}; first at {row}. {remedy}.")
     if how == "mask":
-        masked = f"{int(counts.sum())} missing values are masked, neither learned from nor scored: {listed}."
-        return numbers.to_numpy(dtype=np.float64), [masked]
+        masked = "are masked, neither learned from nor scored" if targets else "of known columns stand at their mean"
+        return numbers.to_numpy(dtype=np.float64), [f"{int(counts.sum())} missing values {masked}: {listed}."]
     # by rows, not by time: rows are the model's steps
     filled = numbers.interpolate(limit_direction="both") if how == "interpolate" else numbers.ffill().bfill()
     verb = "interpolated" if how == "interpolate" else "filled with the value before"

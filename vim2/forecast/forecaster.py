@@ -156,7 +156,8 @@ class Forecaster:
         return values, torch.tensor(features, dtype=torch.float32, device=device)
 
     def future_features(self, future: np.ndarray, times: pd.DatetimeIndex) -> np.ndarray | None:
-        parts = [self.future_scaler.transform(future)] if self.future_columns else []
+        # 0, the mean of the training rows, is what says least of a feature that is missing
+        parts = [np.nan_to_num(self.future_scaler.transform(future), nan=0.0)] if self.future_columns else []
         if self.calendar:
             parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
