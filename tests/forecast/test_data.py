@@ -113,7 +113,7 @@ def test_what_cannot_be_used_as_it_is(tmp_path, change, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("above", ["Report of 2024\n", "# made by hand\n\n"])
+@pytest.mark.parametrize("above", ["Report of 2024\n", "# made by hand\n\n", "# made\n# by hand\n"])
 def test_lines_above_the_header_are_told(tmp_path, above):
     path = write_csv(tmp_path / "a.csv")
     path.write_text(above + path.read_text())

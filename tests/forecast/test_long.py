@@ -133,6 +133,13 @@ def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
         read_table(nullable)
 
 
+def test_an_index_of_ids_and_time_stamps_is_that_of_a_long_table():
+    long = melt(make_frame())
+    table, expected = read_table(long.set_index(["unique_id", "ds"])), read_table(long)
+    assert table.ids == expected.ids and table.times.equals(expected.times)
+    np.testing.assert_array_equal(table.values, expected.values)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -141,6 +148,10 @@ def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
         (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "row 8 has no ds"),
         (lambda f: f.replace({"unique_id": {"south": "ds"}}), "two columns ds"),
         (
+            lambda f: f.replace({"unique_id": {"south": 1, "north": "1"}}),
+            "two series that are both called 1, as a",
+        ),
+        (
             lambda f: f.assign(promotion=np.arange(len(f))),
             "promotion of DataFrame differs between series at 2024",
         ),
@@ -148,7 +159,7 @@ def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
         (lambda f: f.assign(ds=range(len(f))), "holds numbers, such as 0"),
         (lambda f: f.drop(columns="promotion"), "no column promotion"),
     ],
-    ids=["twice", "no id", "no time", "id of a column", "differs", "text", "numbers", "lacks future"],
+    ids=["twice", "no id", "no time", "id of a column", "1 and '1'", "differs", "text", "numbers", "lacks future"],
 )
 def test_long_tables_that_are_none(change, words):
     with pytest.raises(UserError, match=words):

@@ -1,6 +1,6 @@
 """Time series: read from files and DataFrames with stated repairs, split, standardised, cut into windows."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from os import PathLike
@@ -141,7 +141,8 @@ def read_table(
             possible in all rows, of several the one in which rows are a constant step apart.
         freq: Of a table without time stamps, how far apart its rows are, as pandas names it: "h", "15min", "MS". A time
             column then need not be there, or counts the rows.
-        start: The time stamp of such a table's first row; by default rows are counted, from 0 or by their time column.
+        start: The time stamp of such a table's first row; by default rows are counted, from 0, or as their time column,
+            or the first, counts them.
         static_columns: Of a long table, names of columns that describe a series, such as its region.
 
     Raises:
@@ -169,7 +170,7 @@ def read_table(
         index = LONG[1]
     first_row = None
     if freq:
-        frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source)
+        frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source, asked)
         repairs += more
         time_column = "date"
     index = time_column or index
@@ -222,28 +223,31 @@ def read_table(
 
 
 def stamp_frame(
-    frame: pd.DataFrame, named: str | None, freq: str, start: str | None, source: str
+    frame: pd.DataFrame, named: str | None, freq: str, start: str | None, source: str, wanted: Collection[str] = ()
 ) -> tuple[pd.DataFrame, int | None, list[str]]:
     """A table without time stamps with a column of them, date; the number of its first row if it has no start; what was
     left out.
 
     Args:
         frame: As read.
-        named: Its column that counts the rows, if it is known.
+        named: Its column that counts the rows, if it is known; otherwise one of TIME_NAMES, or the first, such as year,
+            if that counts them.
         freq, start, source: As in `read_table`.
+        wanted: Columns that were asked for as series.
 
     Raises:
         UserError: As `stamp_rows`; the column does not count the rows.
     """
     named = named or next((c for c in frame.columns if c.lower() in TIME_NAMES), None)
+    if named is None and len(frame.columns) > 1 and len(frame) > 1:
+        leading = frame.columns[0]
+        named = leading if leading not in wanted and counted(frame[leading]) is not None else None
     first, notes = 0, []
     if named is not None:
         if named not in frame.columns:
             raise UserError(f"{source} has no column {named}{did_you_mean(named, frame.columns)}")
-        column = frame[named]
-        numbers = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
-        dated = pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().any()
-        if dated or (numbers % 1 != 0).any() or (numbers.diff().iloc[1:] != 1).any():
+        numbers = counted(frame[named])
+        if numbers is None:
             raise UserError(
                 f"Column {named} of {source} does not count the rows, one by one, and --freq is for rows without time "
                 "stamps: leave --freq out, or rename that column if it is a series."
@@ -254,6 +258,13 @@ def stamp_frame(
     frame = frame.copy()
     frame.insert(0, "date", stamp_rows(len(frame), freq, start))
     return frame, None if start else first, notes
+
+
+def counted(column: pd.Series) -> pd.Series | None:
+    """The numbers of a column that counts the rows, one by one from any of them; None of another."""
+    numbers = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
+    dated = pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().any()
+    return None if dated or (numbers % 1 != 0).any() or (numbers.diff().iloc[1:] != 1).any() else numbers
 
 
 def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> str:

@@ -28,6 +28,9 @@ TIMES = ("error", "regular", "keep")
 ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
 DATES = ("detect", *ORDERS)
 WORDS = {"D": "day", "M": "month", "Y": "year"}
+# What pandas called steps before 2.2, and calls them now.
+OLD_STEPS = {"H": ["h"], "T": ["min"], "S": ["s"], "L": ["ms"], "BM": ["BMS", "BME"], "M": ["MS", "ME"]}
+OLD_STEPS |= {"Q": ["QS", "QE"], "A": ["YS", "YE"], "Y": ["YS", "YE"]}
 DATE = re.compile(
     r"\s*(?:[A-Za-z]{2,9}[.,]?\s+)?"  # a weekday
     r"(?P<time>\d{1,2}:\d{2}(?::\d{2})?\s+)?"
@@ -261,7 +264,14 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
     try:
         step = pd.tseries.frequencies.to_offset(freq)
     except ValueError:
-        raise UserError(f"--freq {freq} is no step that pandas knows: give one such as h, 15min, D, W or MS.") from None
+        count, name = re.fullmatch(r"(\d*)(.*)", freq, re.DOTALL).groups()
+        now = " or ".join(count + each for each in OLD_STEPS.get(name, ()))
+        meant = f"; did you mean {now}?" if now else ""
+        raise UserError(
+            f"--freq {freq} is no step that pandas knows{meant}: give one such as h, 15min, D, W or MS."
+        ) from None
+    if step.n < 1:
+        raise UserError(f"--freq {freq} does not go forward: give a step such as h, 15min, D, W or MS.")
     try:
         first = pd.Timestamp(start or 0)
         stamps = pd.date_range(first, periods=rows, freq=step)
@@ -271,10 +281,10 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
             f"{what} makes no time stamps for {rows} rows ({first_line(error)}): give a step such as h, 15min, D, W or "
             "MS, and a start such as 2024-01-31."
         ) from None
-    if step.n < 1:
-        raise UserError(f"--freq {freq} goes back: give a step such as h, 15min, D, W or MS.")
-    if start and (first.tz is not None or stamps[0] != first):
-        raise UserError(f"--start {start} has a UTC offset, or does not lie on a step of {freq}: give another.")
+    if start and first.tz is not None:
+        raise UserError(f"--start {start} has a UTC offset: give it without, or write time stamps into the file.")
+    if start and stamps[0] != first:
+        raise UserError(f"--start {start} does not lie on a step of {freq}: give another, such as {stamps[0]}.")
     return stamps
 
 
