@@ -261,6 +261,7 @@ def test_static_columns_reach_the_model_and_are_kept_with_it(tmp_path):
         (dict(region=np.nan), "region", "region of DataFrame holds nothing for series north"),
         (dict(region="hills"), "region", "region is the same for all series"),
         (dict(size=np.inf), "size", r"infinite|the same"),
+        (dict(size=[1e300] * 400 + [-1e300] * 400 + [0.0] * 400), "size", "size holds .* an infinite deviation"),
         (dict(size=np.arange(1200)), "size", "size of DataFrame changes for series north"),
     ],
 )

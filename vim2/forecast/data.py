@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
-from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
+from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to_float64
 from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
@@ -252,7 +252,7 @@ def stamp_frame(
                 f"Column {named} of {source} does not count the rows, one by one, and --freq is for rows without time "
                 "stamps: leave --freq out, or rename that column if it is a series."
             )
-        first = int(numbers.iloc[0])
+        first = int(numbers[0])
         frame = frame.drop(columns=named)
         notes.append(f"Column {named} counts the rows.")
     frame = frame.copy()
@@ -260,11 +260,12 @@ def stamp_frame(
     return frame, None if start else first, notes
 
 
-def counted(column: pd.Series) -> pd.Series | None:
+def counted(column: pd.Series) -> np.ndarray | None:
     """The numbers of a column that counts the rows, one by one from any of them; None of another."""
-    numbers = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
-    dated = pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().any()
-    return None if dated or (numbers % 1 != 0).any() or (numbers.diff().iloc[1:] != 1).any() else numbers
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return None
+    numbers = to_float64(column)
+    return numbers if (numbers % 1 == 0).all() and (np.diff(numbers) == 1).all() else None
 
 
 def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> str:
@@ -331,9 +332,14 @@ def static_features(static: pd.DataFrame) -> np.ndarray:
             )
         if pd.api.types.is_any_real_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             numbers = column.to_numpy(np.float64)[:, None]
-            if not np.isfinite(numbers).all():
-                raise UserError(f"Static column {name} holds infinite numbers: correct them, or leave it out.")
-            parts.append(Scaler.fit(numbers).transform(numbers))
+            with np.errstate(over="ignore", invalid="ignore"):
+                scaler = Scaler.fit(numbers)
+            if not (np.isfinite(numbers).all() and np.isfinite(scaler.std).all()):
+                raise UserError(
+                    f"Static column {name} holds infinite numbers, or such as have an infinite deviation: correct "
+                    "them, or leave it out."
+                )
+            parts.append(scaler.transform(numbers))
         else:
             parts.append(pd.get_dummies(column.astype(str)).to_numpy(np.float64))
     return np.concatenate(parts, axis=1).astype(np.float32)

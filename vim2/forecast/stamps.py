@@ -1,6 +1,7 @@
 """Time stamps: orders of day and month, UTC offsets, the step from row to row, and the table that has no gap."""
 
 import calendar
+import datetime
 import re
 import warnings
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
     date, hours = (time, names.get("time")) if time.lower() != "time" else (names.get("date"), time)
     if date is None or hours is None:
         return frame, time, []
-    days, clock = (frame[name].astype(object) if is_text(frame[name]) else [None] for name in (date, hours))
+    days, clock = (written(frame[name]) for name in (date, hours))
     if not all(isinstance(cell, str) and TIME_OF_DAY.fullmatch(cell) for cell in clock):
         return frame, time, []
     if not all(isinstance(cell, str) and not re.search(r"\d\s*[:T]", cell) for cell in days):
@@ -109,6 +110,20 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
     joined = days + " " + clock.str.strip().str.replace(".", ":")
     frame = frame.assign(**{date: joined}).drop(columns=hours)
     return frame, date, [f"Columns {date} and {hours} were read together as the time stamps."]
+
+
+def written(column: pd.Series) -> pd.Series | list[None]:
+    """A column of dates or times of day as text, such as spreadsheets are read to; of others, one cell that is none."""
+    if (
+        pd.api.types.is_datetime64_any_dtype(column)
+        and column.dt.tz is None
+        and (column == column.dt.normalize()).all()
+    ):
+        return column.dt.strftime("%Y-%m-%d").astype(object)
+    if not is_text(column):
+        return [None]
+    parts = (datetime.date, datetime.time)
+    return column.astype(object).map(lambda cell: str(cell) if type(cell) in parts else cell)
 
 
 def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd.DatetimeIndex, str, list[str]]:
