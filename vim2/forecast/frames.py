@@ -184,7 +184,7 @@ def decode(data: bytes, path: Path) -> tuple[str, list[str]]:
         except UnicodeDecodeError:
             encoding = "latin-1"
             text = data.decode(encoding)
-        notes = [f"{path.name} is not UTF-8; it was read as {encoding}."]
+        notes = [f"{path.name} is not UTF-8; it was read as {encoding}: save it as UTF-8 if names look wrong."]
     if "\0" in text:
         raise UserError(f"{path} is no text: is it a .csv file?")
     if "\r" in text:
