@@ -119,8 +119,8 @@ def read_table(
 ) -> Table:
     """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
 
-    Rows at the end that hold known-future columns but no target are the future to forecast. A table with the columns
-    unique_id, ds and y is taken as a long one, of a row for each series and time step, in any order.
+    Rows at the end that hold no target, with known-future columns or without, are the future to forecast. A table with
+    the columns unique_id, ds and y is taken as a long one, of a row for each series and time step, in any order.
 
     Args:
         data: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet; or a DataFrame, which is not changed.
@@ -205,12 +205,12 @@ def read_table(
     refuse_extremes(numbers, source)
     numbers, more = repair_times(numbers, times, source)
     repairs += more
-    rows = len(numbers)
-    if future_columns:  # rows without any target at the end are the future
-        filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
-        rows = int(filled[-1]) + 1 if len(filled) else 0
-    if rows == 0:
+    filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
+    if not len(filled):
         raise UserError(f"{source} has no row with a value of {', '.join(targets[:3])}.")
+    rows = int(filled[-1]) + 1
+    if rows < len(numbers) and not future_columns:  # which otherwise say what these rows are for
+        repairs.append(f"{len(numbers) - rows} rows at the end have no value: they are the time to forecast.")
     index = numbers.index
     if first_row is not None:  # what messages call the rows
         numbers.index = pd.RangeIndex(first_row, first_row + len(index))
