@@ -188,6 +188,20 @@ def test_predict_continues_a_wide_frame(trained, tmp_path, capsys):
         forecaster.predict([1, 2])
 
 
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/Sao_Paulo"])
+def test_a_forecast_is_in_the_time_zone_of_the_frame(trained, zone):
+    """Over changes to and from summer time, of hours in UTC and of days by the time on the clock."""
+    forecaster, frame = Forecaster.from_pretrained(trained), ahead()
+    frame["date"] = pd.date_range("2018-10-25", periods=len(frame), freq="h", tz=zone)
+    index = forecaster.predict(frame).index
+    assert index.equals(pd.DatetimeIndex(frame["date"][400:]).rename("date")) and str(index.tz) == zone
+    long = forecaster.predict(melt(frame, ["promotion"], COLUMNS))
+    assert str(long["ds"].dt.tz) == zone and (long["ds"][:12].to_numpy() == frame["date"][400:].to_numpy()).all()
+    days = pd.date_range("2017-09-24", periods=len(frame), freq="D").tz_localize(zone, nonexistent="shift_forward")
+    daily = forecaster.predict(frame.assign(date=days), times="keep")
+    assert daily.index.equals(days[400:].rename("date")) and str(daily.index.tz) == zone
+
+
 def test_predict_continues_a_long_frame(trained, tmp_path):
     forecaster, frame = Forecaster.from_pretrained(trained), ahead()
     wide, long = forecaster.predict(frame), forecaster.predict(melt(frame, ["promotion"], COLUMNS[::-1]))

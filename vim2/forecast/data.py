@@ -1,5 +1,6 @@
 """Time series: read from files and DataFrames with stated repairs, split, standardised, cut into windows."""
 
+import datetime
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Table:
         ids: Of a long table, the series' ids by the name of their column; None of a wide one.
         first_row: The first row's number, where rows are counted and their time stamps stand for none.
         static: Of a long table, the columns that were asked for as static, a row for each target.
+        zone: Time zone of a DataFrame's time stamps, which are in UTC here, or the time on the clock without it.
     """
 
     times: pd.DatetimeIndex
@@ -75,6 +77,7 @@ class Table:
     ids: dict[str, Any] | None = None
     first_row: int | None = None
     static: pd.DataFrame | None = None
+    zone: datetime.tzinfo | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -85,6 +88,15 @@ class Table:
         if self.first_row is not None:
             return pd.RangeIndex(self.first_row + start, self.first_row + end, name="row")
         return self.times[start:end].rename("date")
+
+    def in_zone(self, times: pd.Index) -> pd.Index:
+        """Labels as `labels` has them, time stamps in the DataFrame's own time zone if it has one."""
+        if self.zone is None or not isinstance(times, pd.DatetimeIndex):
+            return times
+        if times.tz is not None:
+            return times.tz_convert(self.zone)
+        # a midnight that a change of the clock skips, or has twice
+        return times.tz_localize(self.zone, nonexistent="shift_forward", ambiguous=np.ones(len(times), dtype=bool))
 
     @property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -192,6 +204,7 @@ def read_table(
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
+    zone = getattr(frame[time_column].dtype, "tz", None)
     stamps, dates, more = parse_times(frame[time_column], source, dates)
     repairs += more
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
@@ -219,7 +232,9 @@ def read_table(
     future, more = repair_missing(numbers[future_columns], missing, source, targets=False)
     repairs += more
     static = static.loc[targets] if static_columns else None
-    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static)
+    return Table(
+        index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static, zone
+    )
 
 
 def stamp_frame(
