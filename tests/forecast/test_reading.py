@@ -289,6 +289,45 @@ def test_data_frames(frame):
     assert (nullable.values == expected.values).all()
 
 
+@pytest.mark.parametrize(
+    ("write", "step", "told"),
+    [
+        (lambda d: d.strftime("%G-W%V"), "7D", "Of spans of time such as 2019-W01, the first day"),
+        (lambda d: d.strftime("%GW%V"), "7D", "such as 2019W01"),
+        (lambda d: d.strftime("%G-W%V-%u"), "7D", "such as 2019-W01-1"),
+        (lambda d: d.strftime("%YM%m"), "MS", "such as 2019M01"),
+        (lambda d: f"Q{d.quarter} {d.year}", "QS", "such as Q1 2019"),
+        (lambda d: d.strftime("%Y%m"), "MS", "Column year holds months, such as 201901."),
+        (lambda d: d.year, "YS", "Column year holds years, such as 2019."),
+    ],
+    ids=["week", "compact week", "day of a week", "month", "quarter", "month in digits", "year"],
+)
+def test_weeks_months_quarters_and_years(tmp_path, write, step, told):
+    start = "2018-12-31" if step == "7D" else "2019-01-01"  # the Monday of the first week
+    times = pd.date_range(start, periods=100, freq=step)
+    frame = pd.DataFrame({"year": [write(d) for d in times], "a": np.arange(100) ** 0.5})
+    for data in (frame, write_csv(tmp_path / "a.csv", frame)):
+        table = read_table(data)
+        assert table.times.tolist() == times.tolist() and table.columns == ["a"] and told in " ".join(table.repairs)
+    long = frame.rename(columns={"year": "ds", "a": "y"})
+    long = pd.concat([long.assign(unique_id="late")[50:], long.assign(unique_id="early")])
+    assert read_table(long, missing="mask").times.tolist() == times.tolist()
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["2020-W52", "2020-W53", "2021-W53"], "row 3: '2021-W53' is no time stamp"),
+        (["2020M11", "2020M12", "2020M13"], "row 3: '2020M13' is no time stamp"),
+        ([2000, 2001, 2003], "holds numbers, such as 2000"),
+        ([201911, 201912, 201913], "holds numbers, such as 201911"),
+    ],
+)
+def test_spans_of_time_that_are_none(cells, words):
+    with pytest.raises(UserError, match=words):
+        read_table(pd.DataFrame({"date": cells, "a": [1.0, 2.0, 4.0]}))
+
+
 def test_columns_of_arrow_are_those_of_numpy(frame):
     pa = pytest.importorskip("pyarrow", reason="Arrow's types need it")
     frame = frame.assign(a=frame["a"].astype(float).round(2).where(frame.index != 3), b=frame["b"].astype(float))

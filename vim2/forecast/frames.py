@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
-from .stamps import is_date
+from .stamps import first_days, is_date
 
 __all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
@@ -481,8 +481,12 @@ def order_of_time(stamps: pd.Index) -> np.ndarray:
     """Places of time stamps from first to last. Dates in text that is not in ISO's order, such as 31/01/2024, stay as
     they are: which is which is found out later."""
     if is_text(stamps.to_series()):
+        written = [str(stamp).strip() for stamp in stamps]
+        if all(map(str.isdecimal, written)):  # 20240131, 202401
+            return np.array(sorted(range(len(written)), key=lambda place: int(written[place])))
+        spans = first_days(written)
         try:
-            stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce")
+            stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce") if spans is None else spans
         except ValueError:  # of UTC offsets that change
             return np.arange(len(stamps))
         if stamps.hasnans:

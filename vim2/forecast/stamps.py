@@ -16,6 +16,7 @@ from .cells import is_number, is_text
 __all__ = [
     "DATES",
     "find_step",
+    "first_days",
     "is_date",
     "join_time_of_day",
     "parse_times",
@@ -46,12 +47,17 @@ OFFSET = re.compile(
 )
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
 COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
+# Spans that stand for their first day: 2024-W05 and 2024-W05-3 (of ISO 8601), 2024M01 of statistics offices, Q1 2024.
+WEEK = re.compile(r"(\d{4})-?[Ww](\d{2})(?:-?([1-7]))?")
+MONTH = re.compile(r"(\d{4})[ -]?[Mm](\d{2})")
+QUARTER = re.compile(r"[Qq]([1-4])[ /-]?(\d{4})")
+YEARS = ("year", "yr", "date", "ds", "time", "period")  # what a column of years may be called
 ZERO = pd.Timedelta(0)
 
 
 def is_date(text: str) -> bool:
     """Whether a cell is a date, in any way of writing it, and no other number."""
-    if COMPACT.fullmatch(text.strip()):
+    if COMPACT.fullmatch(text.strip()) or any(span.fullmatch(text.strip()) for span in (WEEK, MONTH, QUARTER)):
         return True
     if is_number(text) or not any(c.isdigit() for c in text):
         return False
@@ -157,6 +163,13 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
         stamps = pd.DatetimeIndex(pd.to_datetime(column.astype(str), format="%Y%m%d", errors="coerce"))
         refuse_missing(stamps.isna(), column, called)
         return stamps, "detect", []
+    texts = [str(cell).strip() for cell in column]
+    if (spans := first_days(texts)) is not None:
+        refuse_missing(spans.isna(), column, called)
+        return spans, "detect", [f"Of spans of time such as {texts[0]}, the first day is the time stamp."]
+    if (spans := years_or_months(texts, column.name)) is not None:
+        of = "years" if len(texts[0]) == 4 else "months"
+        return spans, "detect", [f"Column {column.name} holds {of}, such as {texts[0]}."]
     if pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all():
         raise UserError(
             f"{called} holds numbers, such as {column.iloc[0]}: give dates such as 2024-01-31 13:00:00, name another "
@@ -193,6 +206,37 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
     raise UserError(
         f"{called} has days before months in some rows and after them in others: give dates such as 2024-01-31."
     )
+
+
+def first_days(cells: list[str]) -> pd.DatetimeIndex | None:
+    """First days of weeks, months or quarters, NaT for one that is none; None where the first cell is none of them."""
+    if not any(span.fullmatch(cells[0]) for span in (WEEK, MONTH, QUARTER)):
+        return None
+    days = []
+    for cell in cells:
+        day = pd.NaT
+        with suppress(ValueError):  # of a week or month that the year has not
+            if match := WEEK.fullmatch(cell):
+                day = datetime.date.fromisocalendar(*(int(part or 1) for part in match.groups()))
+            elif match := MONTH.fullmatch(cell):
+                day = datetime.date(int(match[1]), int(match[2]), 1)
+            elif match := QUARTER.fullmatch(cell):
+                day = datetime.date(int(match[2]), 3 * int(match[1]) - 2, 1)
+        days.append(day)
+    return pd.DatetimeIndex(pd.to_datetime(pd.Series(days, dtype=object), errors="coerce"))
+
+
+def years_or_months(cells: list[str], name: str) -> pd.DatetimeIndex | None:
+    """First days of years, 1990, or months, 199001, that are written as numbers; None where cells may be other numbers:
+    they must lie as far apart each, and years stand in a column that is called so."""
+    of_years = name.lower() in YEARS and all(re.fullmatch(r"1[5-9]\d\d|2[01]\d\d", cell) for cell in cells)
+    if not of_years and not all(re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])", cell) for cell in cells):
+        return None
+    months = np.array([12 * int(cell[:4]) + int(cell[4:] or 1) for cell in cells])
+    steps = np.diff(months)
+    if len(steps) == 0 or steps[0] <= 0 or (steps != steps[0]).any():
+        return None
+    return pd.DatetimeIndex(pd.to_datetime([f"{cell[:4]}-{cell[4:] or '01'}-01" for cell in cells], format="ISO8601"))
 
 
 def minutes(sign: str | None, hours: str | None, rest: str | None) -> int:
