@@ -25,12 +25,15 @@ vim2, and with it PyTorch, is imported in functions: a process that runs tasks l
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -209,7 +212,8 @@ class _Process:
         if self.process is None:
             self.connection, other = _SPAWN.Pipe()
             self.process = _SPAWN.Process(target=_serve, args=(other, self.worker, self.gpu))
-            self.process.start()
+            with _ctrl_c_put_off():
+                self.process.start()
             other.close()  # so that the process's end is the connection's
         self.connection.send(task)
         return self.connection
@@ -233,6 +237,18 @@ class _Process:
             self.process = None
 
 
+@contextmanager
+def _ctrl_c_put_off() -> Iterator[None]:
+    """Processes that are started meanwhile never learn of Ctrl-C, which a terminal sends to them as well: the one that
+    started them says that it was stopped, and stops them."""
+    resource_tracker.ensure_running()  # which `multiprocessing` else starts in the midst of this, and then ends it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | None) -> None:
     """The life of a process: tasks come in, results or error messages go out."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -242,7 +258,7 @@ def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | No
     while True:
         try:
             task = connection.recv()
-        except (EOFError, KeyboardInterrupt):  # nobody waits for results any more
+        except EOFError:  # nobody waits for results any more
             return
         try:
             answer = worker(task), None
