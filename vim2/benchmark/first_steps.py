@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from ..command.own_models import import_models
 from .measuring import seconds
 from .models import create_model, model_steps, random_image
 
@@ -31,6 +32,7 @@ def measure_first_steps(name: str, args: argparse.Namespace) -> Iterator[dict]:
 
 def _time_first_steps(name: str, size: int, batch: int, args: argparse.Namespace, folder: str) -> dict:
     os.environ.update({cache: os.path.join(folder, cache) for cache in CACHES})
+    import_models(args.imports)
     steps = model_steps(create_model(name, size, args.device), args)
     image = random_image(size, batch, args)
 
