@@ -324,7 +324,7 @@ def own_benchmarked(pretrained=False, **kwargs):
 def test_models_of_ones_own(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (own := tmp_path / "own_benchmarked.py").write_text(OWN)
-    options = ["benchmark", *"--device cpu --img-size 32 --model own_benchmarked".split()]
+    options = ["benchmark", *["--device", "cpu", "--img-size", "32", "--model", "own_benchmarked"]]
     assert main(options) == 2 and "yours come with --imports" in capfd.readouterr().err
     options += ["--imports", str(own)]
     assert main([*options, "--count"]) == 0

@@ -25,15 +25,12 @@ vim2, and with it PyTorch, is imported in functions: a process that runs tasks l
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -209,10 +206,12 @@ class _Process:
 
     def start(self, task: dict) -> Connection:
         """Begin a task. The connection is ready when it has ended, one way or another."""
+        from vim2.command.processes import ctrl_c_put_off
+
         if self.process is None:
             self.connection, other = _SPAWN.Pipe()
             self.process = _SPAWN.Process(target=_serve, args=(other, self.worker, self.gpu))
-            with _ctrl_c_put_off():
+            with ctrl_c_put_off():
                 self.process.start()
             other.close()  # so that the process's end is the connection's
         self.connection.send(task)
@@ -235,18 +234,6 @@ class _Process:
             self.process.join()
             self.connection.close()
             self.process = None
-
-
-@contextmanager
-def _ctrl_c_put_off() -> Iterator[None]:
-    """Processes that are started meanwhile never learn of Ctrl-C, which a terminal sends to them as well: the one that
-    started them says that it was stopped, and stops them."""
-    resource_tracker.ensure_running()  # which `multiprocessing` else starts in the midst of this, and then ends it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | None) -> None:
