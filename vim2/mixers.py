@@ -342,7 +342,7 @@ def call_replayed(
     """function(*inputs), replayed where that can be, see `vim2.ops.replay.replay`.
 
     Args:
-        module: Whose `forward` calls this, where `is_observed` is not the case. The replays are its own.
+        module: Whose `forward` calls this. The replays are its own.
         function: It reads no other tensors than this module's parameters and those of the modules inside it, and what
             `SETTINGS` has of their kinds.
         inputs: Tensors.
@@ -350,7 +350,7 @@ def call_replayed(
     """
     settings, parameters = [], []
     # of this module's own hooks, this runs in their midst
-    if not _is_replayable(inputs) or not _read(module, settings, parameters, is_called=False):
+    if is_observed() or not _is_replayable(inputs) or not _read(module, settings, parameters, is_called=False):
         return function(*inputs)
     settings += (len(inputs), passes, torch.is_inference_mode_enabled(), autocast_dtype(inputs[0]))
     # parameters are read from the modules, too; given here, they are known by where they lie
@@ -398,8 +398,6 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        if is_observed():
-            return self._mix(*features)
         return call_replayed(self, self._mix, features)
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
