@@ -171,6 +171,46 @@ def test_modules_that_somebody_holds_on_to_are_called(index):
         assert layer(inputs).equal(expected)
 
 
+def in_place_of(conv: nn.Module, **changes) -> nn.Module:
+    settings = dict(kernel_size=conv.kernel_size[0], padding=conv.padding[0], groups=conv.groups) | changes
+    return type(conv)(conv.in_channels, conv.out_channels, **settings, dtype=torch.float64)
+
+
+OTHERS = {
+    "a larger convolution": lambda mixer: dict(conv=in_place_of(mixer.conv, kernel_size=5, padding=2)),
+    "a dilated one": lambda mixer: dict(conv=in_place_of(mixer.conv, dilation=2, padding=2)),
+    "one without a bias": lambda mixer: dict(conv=in_place_of(mixer.conv, bias=False)),
+    "one around a torus": lambda mixer: dict(conv=in_place_of(mixer.conv, padding_mode="circular")),
+    "a norm without parameters": lambda mixer: dict(out_norm=nn.LayerNorm(16, elementwise_affine=False)),
+    "one of a weight alone": lambda mixer: dict(out_norm=nn.LayerNorm(16, bias=False, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_modules_in_their_place_are_what_is_computed(other):
+    layer = layers_of_every_kind()[0]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    before = layer([x])
+    ((name, module),) = OTHERS[other](layer.mixer).items()
+    setattr(layer.mixer, name, module)
+    after = layer([x])
+    seen = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer([x]), after)
+    assert seen and not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_convolutions_along_sequences_without_a_bias_are_called(index):
+    layer = layers_of_every_kind()[index]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        layer.mixer.conv.bias.zero_()
+    expected = layer([x])
+    layer.mixer.conv.register_parameter("bias", None)
+    torch.testing.assert_close(layer([x]), expected)
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_pruned_and_adapted_weights_count(index):
     layer = layers_of_every_kind()[index]
@@ -235,6 +275,9 @@ def test_layers_are_replayed_in_inference(kind, autocast, calls):
         layer.norm.weight = nn.Parameter(layer.norm.weight * 2)
         z = layer(two_features(2))
         assert len(calls) == 3 and z.equal(layer._mix(*two_features(2))) and not z.equal(y)
+        if kind is SelectiveTokenMixer:
+            layer.mixer.conv.padding_mode = "circular"
+            assert layer(two_features(2)).equal(layer._mix(*two_features(2))) and not layer(two_features(2)).equal(z)
 
 
 @needs_triton

@@ -56,7 +56,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is just its parameters, so that an operator which reads them may stand for it and others.
 
     It is not where somebody holds on to it: pruning, hooks, adapters, offloading and sharding change its class, its
-    `forward` or its parameters' class, or add hooks. Then it must be called. Hooks of all modules at once count as
+    `forward` or its parameters' class, or add hooks. Then it must be called, as must one that was put in its place and
+    has no bias, or no parameters. Hooks of all modules at once count as
     well, but for those of PyTorch's ModuleTracker, as in FlopCounterMode, where hooks are set for what autograd saves
     (checkpoints, `torch.autograd.graph.save_on_cpu`): they may be on in one of a checkpoint's two forward passes only,
     and it wants the same tensors saved in both. They change nothing, and are not told of the modules passed over.
@@ -65,8 +66,23 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: Of a mixer.
         kind: The class that it was made as.
     """
-    parameters = module._parameters.values()
-    return type(module) is kind and not _is_hooked(module) and not any(map(is_traceable_wrapper_subclass, parameters))
+    if type(module) is not kind or _is_hooked(module):
+        return False
+    return not any(p is None or is_traceable_wrapper_subclass(p) for p in module._parameters.values())
+
+
+def is_plain_conv(conv: nn.Module, kind: type[nn.Module], padding: int = 0) -> bool:
+    """`is_plain`, of a depth-wise convolution, for which an operator may stand that knows no other than this: each
+    channel's own at every place, with so many zeros around."""
+    if not is_plain(conv, kind):
+        return False
+    ones = (1,) * len(conv.kernel_size)
+    return conv_settings(conv) == (ones, (padding,) * len(ones), ones, conv.in_channels, "zeros")
+
+
+def conv_settings(conv: nn.Module) -> tuple:
+    """What a convolution does with its weight."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -229,7 +245,7 @@ class SelectiveTokenMixer(nn.Module):
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         conv, norm = self.conv, self.out_norm
         projected = self.in_proj(x)
-        if is_plain(conv, nn.Conv2d):
+        if is_plain_conv(conv, nn.Conv2d, padding=1) and conv.kernel_size == (3, 3):
             value, gate = depthwise_conv_silu_of_half(projected, conv.weight, conv.bias)
         else:
             value, gate = projected.chunk(2, dim=-1)
@@ -289,7 +305,7 @@ class SelectiveChannelMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         projected, conv = self.in_proj(x), self.conv
-        if is_plain(conv, nn.Conv1d):
+        if is_plain_conv(conv, nn.Conv1d):
             steps, gate = directional_conv_silu_of_half(projected, conv.weight, conv.bias)
         else:
             value, gate = projected.chunk(2, dim=-1)
@@ -300,7 +316,7 @@ class SelectiveChannelMixer(nn.Module):
 
 def convolve_both_ways(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """`vim2.ops.directional_conv_silu` with the parameters of a module: (n, steps, P) -> (n, steps, 2, P)."""
-    if is_plain(conv, nn.Conv1d):
+    if is_plain_conv(conv, nn.Conv1d):
         return directional_conv_silu(x, conv.weight, conv.bias)
     x = x.transpose(1, 2)
     padding = (conv.kernel_size[0] - 1, 0)
@@ -499,8 +515,8 @@ SETTINGS: dict[type[nn.Module], Callable[[nn.Module], Hashable]] = {
     SelectiveTokenMixer: lambda module: None,
     SelectiveChannelMixer: lambda module: module.channel_patch,
     S6: lambda module: (tuple(module.orders), module.separate_inputs),
-    nn.Conv1d: lambda module: None,
-    nn.Conv2d: lambda module: None,
+    nn.Conv1d: conv_settings,
+    nn.Conv2d: conv_settings,
     nn.Linear: lambda module: None,
     nn.Identity: lambda module: None,
     nn.ModuleList: lambda module: None,
