@@ -658,6 +658,20 @@ def test_stages_are_replayed_in_training(frozen, grad, mixed):
 
 
 @needs_triton
+def test_stages_are_replayed_with_a_default_device(mixed):
+    stage = small_stage().train()
+    torch.set_default_device(DEVICE)
+    try:
+        for seed in range(3):
+            mixed.clear()
+            actual = train(stage, stage, seed)
+            assert mixed.count(stage) == (seed < 2)
+            assert_same(actual, train(stage, stage._mix, seed))
+    finally:
+        torch.set_default_device(None)
+
+
+@needs_triton
 def test_parameters_that_are_computed_have_their_gradients(mixed):
     """As where a hyper-network fills a frozen model's weights in place: with such a weight nothing is noted, but what
     was noted with a leaf is replayed."""
