@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from vim2 import mixers
 from vim2.mixers import (
     MambaMixerBlock,
     MixerLayer,
@@ -24,7 +23,7 @@ from vim2.mixers import (
     SelectiveTokenMixer,
     WeightedAverage,
 )
-from vim2.ops import backend, replay, selective_scan_fn
+from vim2.ops import backend, modules, replay, selective_scan_fn
 from vim2.tsm2 import TimeMixer, VariateMixer
 from vim2.vim2 import ViM2Stage
 
@@ -380,7 +379,7 @@ WAYS_TO_HOLD = (
 def test_features_that_are_handed_on_have_the_gradients_that_autograd_adds_up(how, calls, monkeypatch):
     """Replayed or not, with the same bits but for products that a GPU adds unrounded; and who holds on to a module sees
     it called."""
-    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(modules.SETTINGS, FewOperators, lambda module: None)
     options = dict(token_mixers=2, channel_mixer="none", d_state=1)
     stage = ViM2Stage(8, 8, 2, False, [[0.0] * 2] * 2, **options)
     for block in stage.blocks:
@@ -532,7 +531,7 @@ def test_a_compiler_sees_hooks_of_all_modules():
 
 @needs_triton
 def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeypatch):
-    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(modules.SETTINGS, FewOperators, lambda module: None)
     layer = randomise(MixerLayer(8, FewOperators(), 2, drop_path=0.5)).float().to(DEVICE)
     features = two_features(0)
 
@@ -735,7 +734,7 @@ def test_of_stages_that_are_called_the_layers_are_replayed(how, mixed, calls, mo
         assert id(stage) in called and bool(seen) == ("checkpoint" not in how)
         assert [id(layer) in called for layer in layers] == [seed < 2 or layer in held for layer in layers]
         with monkeypatch.context() as patch:
-            patch.setattr(mixers, "_is_replayable", lambda inputs: False)
+            patch.setattr(modules, "_is_replayable", lambda inputs: False)
             expected = train(stage, stage, seed)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)

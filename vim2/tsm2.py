@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .mixers import S6, WeightedAverage, average_and_normalise, convolve_both_ways, is_plain_conv
+from .mixers import S6, WeightedAverage, average_and_normalise, convolve_both_ways
 from .ops import BIDIRECTIONAL, FORWARD, causal_conv_silu, norm_gate
+from .ops.modules import is_plain_conv
 
 __all__ = ["TSM2", "TSM2Config", "TimeMixer", "VariateMixer"]
 

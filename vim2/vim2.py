@@ -20,18 +20,9 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .mixers import (
-    SETTINGS,
-    LayerNorm,
-    MambaMixerBlock,
-    PatchMerging,
-    WeightedAverage,
-    call_replayed,
-    compile_kernels,
-    hands_on,
-    is_plain,
-)
+from .mixers import LayerNorm, MambaMixerBlock, PatchMerging, WeightedAverage, hands_on
 from .ops.backend import autocast_dtype
+from .ops.modules import SETTINGS, call_replayed, compile_kernels, is_plain
 
 __all__ = ["ViM2"]  # register_model adds the models
 
