@@ -35,6 +35,7 @@ from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.processes import require_backend
+from ..command.runs import make_folder
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .first_steps import measure_first_steps
@@ -172,6 +173,8 @@ def benchmark(argv: list[str]) -> None:
         UserError: Anything that the user can put right.
     """
     args = parse(argv)
+    if args.output:
+        make_folder(args.output)
     for name in args.models:
         for size in args.img_size:
             model_size(name, size, args.device)  # what it refuses is said before anything is measured
