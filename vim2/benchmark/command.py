@@ -36,6 +36,7 @@ from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.own_models import import_models
 from ..command.processes import require_backend
+from ..command.runs import make_folder
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .first_steps import measure_first_steps
@@ -176,6 +177,8 @@ def benchmark(argv: list[str]) -> None:
     """
     args = parse(argv)
     import_models(args.imports)
+    if args.output:
+        make_folder(args.output)
     for name in args.models:
         for size in args.img_size:
             model_size(name, size, args.device)  # what it refuses is said before anything is measured
