@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from vim2 import mixers
 from vim2.mixers import (
     MambaMixerBlock,
     MixerLayer,
@@ -24,7 +23,7 @@ from vim2.mixers import (
     SelectiveTokenMixer,
     WeightedAverage,
 )
-from vim2.ops import backend, replay, selective_scan_fn
+from vim2.ops import backend, modules, replay, selective_scan_fn
 from vim2.tsm2 import TimeMixer, VariateMixer
 from vim2.vim2 import ViM2Stage
 
@@ -171,6 +170,46 @@ def test_modules_that_somebody_holds_on_to_are_called(index):
         assert layer(inputs).equal(expected)
 
 
+def in_place_of(conv: nn.Module, **changes) -> nn.Module:
+    settings = dict(kernel_size=conv.kernel_size[0], padding=conv.padding[0], groups=conv.groups) | changes
+    return type(conv)(conv.in_channels, conv.out_channels, **settings, dtype=torch.float64)
+
+
+OTHERS = {
+    "a larger convolution": lambda mixer: dict(conv=in_place_of(mixer.conv, kernel_size=5, padding=2)),
+    "a dilated one": lambda mixer: dict(conv=in_place_of(mixer.conv, dilation=2, padding=2)),
+    "one without a bias": lambda mixer: dict(conv=in_place_of(mixer.conv, bias=False)),
+    "one around a torus": lambda mixer: dict(conv=in_place_of(mixer.conv, padding_mode="circular")),
+    "a norm without parameters": lambda mixer: dict(out_norm=nn.LayerNorm(16, elementwise_affine=False)),
+    "one of a weight alone": lambda mixer: dict(out_norm=nn.LayerNorm(16, bias=False, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_modules_in_their_place_are_what_is_computed(other):
+    layer = layers_of_every_kind()[0]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    before = layer([x])
+    ((name, module),) = OTHERS[other](layer.mixer).items()
+    setattr(layer.mixer, name, module)
+    after = layer([x])
+    seen = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer([x]), after)
+    assert seen and not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_convolutions_along_sequences_without_a_bias_are_called(index):
+    layer = layers_of_every_kind()[index]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        layer.mixer.conv.bias.zero_()
+    expected = layer([x])
+    layer.mixer.conv.register_parameter("bias", None)
+    torch.testing.assert_close(layer([x]), expected)
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_pruned_and_adapted_weights_count(index):
     layer = layers_of_every_kind()[index]
@@ -235,6 +274,9 @@ def test_layers_are_replayed_in_inference(kind, autocast, calls):
         layer.norm.weight = nn.Parameter(layer.norm.weight * 2)
         z = layer(two_features(2))
         assert len(calls) == 3 and z.equal(layer._mix(*two_features(2))) and not z.equal(y)
+        if kind is SelectiveTokenMixer:
+            layer.mixer.conv.padding_mode = "circular"
+            assert layer(two_features(2)).equal(layer._mix(*two_features(2))) and not layer(two_features(2)).equal(z)
 
 
 @needs_triton
@@ -337,7 +379,7 @@ WAYS_TO_HOLD = (
 def test_features_that_are_handed_on_have_the_gradients_that_autograd_adds_up(how, calls, monkeypatch):
     """Replayed or not, with the same bits but for products that a GPU adds unrounded; and who holds on to a module sees
     it called."""
-    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(modules.SETTINGS, FewOperators, lambda module: None)
     options = dict(token_mixers=2, channel_mixer="none", d_state=1)
     stage = ViM2Stage(8, 8, 2, False, [[0.0] * 2] * 2, **options)
     for block in stage.blocks:
@@ -489,7 +531,7 @@ def test_a_compiler_sees_hooks_of_all_modules():
 
 @needs_triton
 def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeypatch):
-    monkeypatch.setitem(mixers.SETTINGS, FewOperators, lambda module: None)
+    monkeypatch.setitem(modules.SETTINGS, FewOperators, lambda module: None)
     layer = randomise(MixerLayer(8, FewOperators(), 2, drop_path=0.5)).float().to(DEVICE)
     features = two_features(0)
 
@@ -615,6 +657,20 @@ def test_stages_are_replayed_in_training(frozen, grad, mixed):
 
 
 @needs_triton
+def test_stages_are_replayed_with_a_default_device(mixed):
+    stage = small_stage().train()
+    torch.set_default_device(DEVICE)
+    try:
+        for seed in range(3):
+            mixed.clear()
+            actual = train(stage, stage, seed)
+            assert mixed.count(stage) == (seed < 2)
+            assert_same(actual, train(stage, stage._mix, seed))
+    finally:
+        torch.set_default_device(None)
+
+
+@needs_triton
 def test_parameters_that_are_computed_have_their_gradients(mixed):
     """As where a hyper-network fills a frozen model's weights in place: with such a weight nothing is noted, but what
     was noted with a leaf is replayed."""
@@ -678,7 +734,7 @@ def test_of_stages_that_are_called_the_layers_are_replayed(how, mixed, calls, mo
         assert id(stage) in called and bool(seen) == ("checkpoint" not in how)
         assert [id(layer) in called for layer in layers] == [seed < 2 or layer in held for layer in layers]
         with monkeypatch.context() as patch:
-            patch.setattr(mixers, "_is_replayable", lambda inputs: False)
+            patch.setattr(modules, "_is_replayable", lambda inputs: False)
             expected = train(stage, stage, seed)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)

@@ -44,7 +44,6 @@ from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entr
 from vim2.checkpoints import write_atomically
 from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
-from vim2.classify.models import import_models, module_home
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
@@ -63,6 +62,8 @@ from vim2.command.options import (
     plain,
     resolve,
 )
+from vim2.command.own_models import import_models, module_home
+from vim2.command.runs import make_folder
 
 # What the arena says to `vim2.classify.train` itself, and what says it to the arena
 OWN = {"model": "--models", "model_kwargs": "--models", "lr": "--lrs", "seed": "--seeds", "recipe": "--epochs"}
@@ -459,7 +460,7 @@ def tabulate(folder: Path, sources: Sequence[Path] = ()) -> None:
     unfinished = [run for source in sources for run in unfinished_runs(source, results)]
     rows = collect(results, settings)
     scaling = scaling_rows(results, rows)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "OUTPUT")
     text = report(rows, unfinished, results, settings)
     print(text, end="", flush=True)
     write_atomically(folder / "arena.md", text)

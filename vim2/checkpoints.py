@@ -24,6 +24,7 @@ except ImportError:  # there are no such locks on Windows
     fcntl = None
 
 __all__ = [
+    "NotWritten",
     "check_weights",
     "convert_vmamba",
     "explain_load_error",
@@ -297,11 +298,18 @@ def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLik
     write_atomically(path, serialize(halves, metadata={"format": "pt"}))
 
 
+class NotWritten(OSError):
+    """A file that could not be written; what was there before is unchanged. Its `strerror` says so in a sentence."""
+
+
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     """Replace a file's contents in one step, and remove what was left where that was killed before.
 
+    Text becomes UTF-8. Of a file's name that is none, the bytes that Python holds as lone surrogates stand as JSON has
+    them, as `\\udce4`.
+
     Raises:
-        OSError: The disk is full or cannot be written; what was at `path` is untouched.
+        NotWritten: The disk is full or cannot be written; what was at `path` is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -310,7 +318,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         remove_leftovers(path.parent, path.name)
         with open(temporary, "wb") as file:
             try_lock(file.fileno())  # until it is closed: for remove_leftovers, it has a writer
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
             if fcntl is not None:
@@ -322,7 +330,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        raise OSError(
+        raise NotWritten(
             error.errno, f"Could not write {path} ({error.strerror}); what was there before is unchanged"
         ) from None
 

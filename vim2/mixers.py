@@ -3,19 +3,14 @@
 Maps are channels-last, (batch, H, W, C). Where the paper is silent, docs/architecture.md says what was chosen and why.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from timm.models import swin_transformer
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.module_tracker import ModuleTracker
 
 from .ops import (
     BIDIRECTIONAL,
@@ -28,13 +23,11 @@ from .ops import (
     weighted_average,
     weighted_average_norm,
 )
-from .ops.ahead import compile_ahead
-from .ops.backend import autocast_dtype, resolve_backend
 from .ops.conv.depthwise import depthwise_conv_silu_of_half
 from .ops.conv.directional import directional_conv_silu_of_half
+from .ops.modules import SETTINGS, call_replayed, is_itself, is_plain, is_plain_conv
 from .ops.norm.weighted_average import weighted_average_norm_passing
-from .ops.operator import hands_out_what_is_saved, is_observed
-from .ops.replay import replay
+from .ops.operator import is_observed
 
 __all__ = ["S6", "MambaMixerBlock", "MixerLayer", "SelectiveChannelMixer", "SelectiveTokenMixer", "WeightedAverage"]
 
@@ -50,66 +43,6 @@ torch.fx.wrap("weighted_average")
 torch.fx.wrap("weighted_average_norm")
 
 CHANNEL_MIXERS = ("s6", "mlp", "none")
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is just its parameters, so that an operator which reads them may stand for it and others.
-
-    It is not where somebody holds on to it: pruning, hooks, adapters, offloading and sharding change its class, its
-    `forward` or its parameters' class, or add hooks. Then it must be called. Hooks of all modules at once count as
-    well, but for those of PyTorch's ModuleTracker, as in FlopCounterMode, where hooks are set for what autograd saves
-    (checkpoints, `torch.autograd.graph.save_on_cpu`): they may be on in one of a checkpoint's two forward passes only,
-    and it wants the same tensors saved in both. They change nothing, and are not told of the modules passed over.
-
-    Args:
-        module: Of a mixer.
-        kind: The class that it was made as.
-    """
-    parameters = module._parameters.values()
-    return type(module) is kind and not _is_hooked(module) and not any(map(is_traceable_wrapper_subclass, parameters))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of a module does more than, or something else than, the `forward` of its class."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
-    hooked = before or after or module._backward_pre_hooks or module._backward_hooks
-    if hooked or "forward" in module.__dict__:
-        return True
-    return torch_modules._has_any_global_hook() and not (hands_out_what_is_saved() and _are_all_hooks_trackers())
-
-
-def _are_all_hooks_trackers() -> bool:
-    """Whether of the hooks of all modules at once each is one of a ModuleTracker."""
-    hooks = itertools.chain(
-        torch_modules._global_forward_pre_hooks.values(),
-        torch_modules._global_forward_hooks.values(),
-        torch_modules._global_backward_pre_hooks.values(),
-        torch_modules._global_backward_hooks.values(),
-    )
-    return all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
-
-
-def compile_kernels(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Before a module's function is first called with such a tensor, in training and in inference: compile the kernels
-    that its passes take, side by side (`vim2.ops.ahead`). Where somebody would see it called once more, each is
-    compiled when it is launched, as ever."""
-    if is_observed() or x.__class__ is not Tensor:
-        return
-    known = _compiled.setdefault(module, set())
-    key = torch.is_grad_enabled(), autocast_dtype(x), x.dtype, x.device
-    if key in known:
-        return
-    known.add(key)
-    parameters = tuple(module.parameters())  # of which DataParallel's copies, new ones at each call, have none
-    if not parameters or resolve_backend(None, x, scan=True) != "triton":
-        return
-    # one call more would change statistics or the like, which are buffers, and be seen by hooks, a tracker's too
-    hooked = torch_modules._has_any_global_hook() or any(map(_is_hooked, module.modules()))
-    if next(module.buffers(), None) is None and not hooked:
-        compile_ahead(lambda x, *_: function(x), (x, *parameters))
-
-
-_compiled: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 def inner_width(dim: int, ratio: float) -> int:
@@ -229,7 +162,7 @@ class SelectiveTokenMixer(nn.Module):
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         conv, norm = self.conv, self.out_norm
         projected = self.in_proj(x)
-        if is_plain(conv, nn.Conv2d):
+        if is_plain_conv(conv, nn.Conv2d, padding=1) and conv.kernel_size == (3, 3):
             value, gate = depthwise_conv_silu_of_half(projected, conv.weight, conv.bias)
         else:
             value, gate = projected.chunk(2, dim=-1)
@@ -289,7 +222,7 @@ class SelectiveChannelMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, H, W, dim) -> (batch, H, W, dim)."""
         projected, conv = self.in_proj(x), self.conv
-        if is_plain(conv, nn.Conv1d):
+        if is_plain_conv(conv, nn.Conv1d):
             steps, gate = directional_conv_silu_of_half(projected, conv.weight, conv.bias)
         else:
             value, gate = projected.chunk(2, dim=-1)
@@ -300,7 +233,7 @@ class SelectiveChannelMixer(nn.Module):
 
 def convolve_both_ways(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """`vim2.ops.directional_conv_silu` with the parameters of a module: (n, steps, P) -> (n, steps, 2, P)."""
-    if is_plain(conv, nn.Conv1d):
+    if is_plain_conv(conv, nn.Conv1d):
         return directional_conv_silu(x, conv.weight, conv.bias)
     x = x.transpose(1, 2)
     padding = (conv.kernel_size[0] - 1, 0)
@@ -336,57 +269,6 @@ def average_and_normalise(features: Sequence[Tensor], average: WeightedAverage, 
     return norm(average(features).contiguous())
 
 
-def call_replayed(
-    module: nn.Module, function: Callable, inputs: Sequence[Tensor], passes: int = 0
-) -> Tensor | Sequence[Tensor]:
-    """function(*inputs), replayed where that can be, see `vim2.ops.replay.replay`.
-
-    Args:
-        module: Whose `forward` calls this, where `is_observed` is not the case. The replays are its own.
-        function: It reads no other tensors than this module's parameters and those of the modules inside it, and what
-            `SETTINGS` has of their kinds.
-        inputs: Tensors.
-        passes: As for `replay`.
-    """
-    settings, parameters = [], []
-    # of this module's own hooks, this runs in their midst
-    if not _is_replayable(inputs) or not _read(module, settings, parameters, is_called=False):
-        return function(*inputs)
-    settings += (len(inputs), passes, torch.is_inference_mode_enabled(), autocast_dtype(inputs[0]))
-    # parameters are read from the modules, too; given here, they are known by where they lie
-    given = len(inputs)
-    of_inputs = lambda *tensors: function(*tensors[:given])  # noqa: E731
-    return replay(module, tuple(settings), of_inputs, (*inputs, *parameters), passes)
-
-
-def _is_replayable(inputs: Sequence[Tensor]) -> bool:
-    """Whether these are plain tensors, and operators on them, the scan too, are Triton's kernels."""
-    if not inputs or any(t.__class__ is not Tensor or t.layout is not torch.strided for t in inputs):
-        return False
-    return resolve_backend(None, *inputs, scan=True) == "triton"
-
-
-def _read(module: nn.Module, settings: list, tensors: list, is_called: bool = True) -> bool:
-    """Collect all that a module's forward pass, and those of the modules inside it, depend on. Returns whether that is
-    all: not where somebody holds on to one that is called (see `is_plain`)."""
-    kind, parameters, modules = module.__class__, module._parameters, module._modules
-    of_kind = SETTINGS.get(kind)
-    if of_kind is None or module._buffers or module._compiled_call_impl is not None:
-        return False
-    if is_called and _is_hooked(module):
-        return False
-    # names, too: who takes a weight out and puts it back changes the order
-    settings.append((kind, of_kind(module), tuple(parameters), tuple(modules)))
-    for parameter in parameters.values():
-        if parameter is not None and (parameter.__class__ is not nn.Parameter or parameter.layout is not torch.strided):
-            return False
-        tensors.append(parameter)
-    for each in modules.values():  # noqa: SIM110  (a generator would take longer than what it asks for)
-        if not _read(each, settings, tensors):
-            return False
-    return True
-
-
 class MixerLayer(nn.Module):
     """One mixer on the normalised weighted average of everything before it."""
 
@@ -398,8 +280,6 @@ class MixerLayer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        if is_observed():
-            return self._mix(*features)
         return call_replayed(self, self._mix, features)
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -491,23 +371,17 @@ class MambaMixerBlock(nn.Module):
         return features
 
 
-# What the forward passes of modules read besides tensors, of those that are replayed, alone or as a part of others.
-SETTINGS: dict[type[nn.Module], Callable[[nn.Module], Hashable]] = {
-    MambaMixerBlock: lambda module: None,
-    MixerLayer: lambda module: None,
-    WeightedAverage: lambda module: None,
-    PatchMerging: lambda module: None,
-    nn.LayerNorm: lambda module: module.eps,
-    SelectiveTokenMixer: lambda module: None,
-    SelectiveChannelMixer: lambda module: module.channel_patch,
-    S6: lambda module: (tuple(module.orders), module.separate_inputs),
-    nn.Conv1d: lambda module: None,
-    nn.Conv2d: lambda module: None,
-    nn.Linear: lambda module: None,
-    nn.Identity: lambda module: None,
-    nn.ModuleList: lambda module: None,
-    DropPath: lambda module: (module.drop_prob, module.scale_by_keep, module.training),
-}
+SETTINGS.update(
+    {
+        MambaMixerBlock: lambda module: None,
+        MixerLayer: lambda module: None,
+        WeightedAverage: lambda module: None,
+        PatchMerging: lambda module: None,
+        SelectiveTokenMixer: lambda module: None,
+        SelectiveChannelMixer: lambda module: module.channel_patch,
+        S6: lambda module: (tuple(module.orders), module.separate_inputs),
+    }
+)
 
 
 def hands_on(blocks: Iterable[nn.Module], average: nn.Module, x: Tensor) -> bool:
@@ -516,12 +390,7 @@ def hands_on(blocks: Iterable[nn.Module], average: nn.Module, x: Tensor) -> bool
     features: they would not be those that others are given, and gradients for them not those of all uses."""
     if not (torch.is_grad_enabled() and x.__class__ is Tensor and x.requires_grad) or is_observed():
         return False
-    return _is_itself(average, WeightedAverage) and all(
-        _is_itself(block, MambaMixerBlock) and all(_is_itself(layer, MixerLayer) for layer in block.layers)
+    return is_itself(average, WeightedAverage) and all(
+        is_itself(block, MambaMixerBlock) and all(is_itself(layer, MixerLayer) for layer in block.layers)
         for block in blocks
     )
-
-
-def _is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of a module is one of the `forward` of this class, and no more."""
-    return type(module) is kind and module._compiled_call_impl is None and not _is_hooked(module)

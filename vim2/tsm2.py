@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .mixers import S6, WeightedAverage, average_and_normalise, convolve_both_ways, is_plain
+from .mixers import S6, WeightedAverage, average_and_normalise, convolve_both_ways
 from .ops import BIDIRECTIONAL, FORWARD, causal_conv_silu, norm_gate
+from .ops.modules import is_plain_conv
 
 __all__ = ["TSM2", "TSM2Config", "TimeMixer", "VariateMixer"]
 
@@ -169,7 +170,7 @@ class TimeMixer(nn.Module):
         """(batch, variates, patches, dim) -> (batch, variates, patches, dim)."""
         value, gate = self.in_proj(x).flatten(0, 1).chunk(2, dim=-1)
         conv = self.conv
-        if is_plain(conv, nn.Conv1d):
+        if is_plain_conv(conv, nn.Conv1d):
             value = causal_conv_silu(value, conv.weight, conv.bias)
         else:
             steps = F.pad(value, (0, 0, conv.kernel_size[0] - 1, 0)).transpose(1, 2)

@@ -303,6 +303,40 @@ def test_a_model_whose_flops_cannot_be_counted(reads_values, tmp_path, capsys):
     assert f"{reads_values} does not run on images of 64 x 64 pixels: " in capsys.readouterr().err
 
 
+OWN = """
+from timm.models import register_model
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, fault=None):
+        super().__init__()
+        self.fault, self.fc = fault, nn.Linear(3 * 32 * 32, 2)
+
+    def forward(self, x):
+        return self.fc(x[self.fault] if self.fault else x.flatten(1))
+
+@register_model
+def own_benchmarked(pretrained=False, **kwargs):
+    return Own(kwargs.get("fault"))
+"""
+
+
+def test_models_of_ones_own(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (own := tmp_path / "own_benchmarked.py").write_text(OWN)
+    options = ["benchmark", *["--device", "cpu", "--img-size", "32", "--model", "own_benchmarked"]]
+    assert main(options) == 2 and "yours come with --imports" in capfd.readouterr().err
+    options += ["--imports", str(own)]
+    assert main([*options, "--count"]) == 0
+    assert "| own_benchmarked | 32 | 1 | 0.01 | 0.00 |" in capfd.readouterr().out
+    assert main([*options, "--first-step", "--infer"]) == 0  # in a process that has not imported the file
+    assert "| own_benchmarked | 32 | 1 | 0." in capfd.readouterr().out
+    options[options.index("own_benchmarked")] += ":fault=a"
+    assert main(options) == 2
+    told = capfd.readouterr().err
+    assert "own_benchmarked:fault=a does not run on images of 32 x 32 pixels: " in told and f"({own}, line 11)" in told
+
+
 @pytest.mark.parametrize("default", ["numba", "mamba_ssm"])
 def test_counts_whatever_the_default_backend(default, monkeypatch):
     """They are counted on tensors without data, which these backends could not take."""
@@ -465,6 +499,7 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
         ("--device cpu --compilations", "give --torchcompile"),
         ("--torchcompile-mode reduce-overhead", "wants --torchcompile"),
         ("--plot --profile --output x", "--plot draws"),
+        (f"--count --model test_vim2 --output {__file__}", "Cannot make the folder"),
         ("--device cpu --ops mamba_ssm", "The mamba_ssm backend needs"),
     ],
 )

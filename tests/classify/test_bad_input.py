@@ -47,7 +47,7 @@ def test_commands_and_options(fails, argv, words):
         (["--train-interpolation", "cubic"], "bicubic"),
         (["--torchcompile", "inductr"], "did you mean inductor?"),
         (["--img-size", "31"], "at least 32"),
-        (["--img-size", "32", "--model-kwargs", "patch_size=64"], "cannot read images of 32 x 32 pixels"),
+        (["--img-size", "32", "--model-kwargs", "patch_size=64"], "change --img-size, to 64 for one."),
         (["--model-kwargs", "depths"], "NAME=VALUE"),
         (["--num-classes", "2"], "3 classes"),
         (["--freeze", "6"], "0 to 5"),

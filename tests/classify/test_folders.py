@@ -103,13 +103,18 @@ def test_only_ordinary_images_of_a_tar_are_read(tmp_path, capsys):
     pipe.type, link.type, link.linkname = tarfile.FIFOTYPE, tarfile.SYMTYPE, "/etc/passwd"
     files = dict.fromkeys(("a/1.png", "a/2.png", "b/1.png", "b/2.png", "a/deep/1.png", "top.png"), image)
     files |= dict.fromkeys((".git/1.png", ".git/2.png", "a/._1.png", "../a/9.png", "a/note.txt", "a/2.gif"), image)
-    path = make_tar(tmp_path / "odd.tar", {**files, "pipe": pipe, "link": link})
+    folders = {name: tarfile.TarInfo(name) for name in ("a", "empty", "empty/in", "text")}
+    for folder in folders.values():
+        folder.type = tarfile.DIRTYPE
+    files["text/note.txt"] = b"no image"
+    path = make_tar(tmp_path / "odd.tar", {**folders, **files, "pipe": pipe, "link": link})
     images = open_split("", path, "train")
     assert [images.filename(i) for i in range(len(images))] == [f"{path}/{n}.png" for n in ("a/1", "a/2", "b/1", "b/2")]
     assert images.dataset.reader.left_out == (
         f"Left out of {path}: 1 beside the class folders (top.png); 1 deeper than the class folders (a/deep/1.png); "
         "3 hidden (.git, a/._1.png, ..); 2 neither file nor folder (a/pipe.png, a/link.png); "
-        "1 named as other images than .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp (a/2.gif)."
+        "1 named as other images than .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp (a/2.gif); "
+        "2 without an image (empty/in, text)."
     )
 
 

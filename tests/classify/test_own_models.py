@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vim2.classify.cli import main
-from vim2.classify.models import create_model, import_models
+from vim2.classify.models import create_model
 from vim2.classify.options import TrainOptions
 from vim2.classify.training import Run
 from vim2.command.errors import UserError
+from vim2.command.own_models import import_models
 from vim2.export.command import export
 
 OWN = """
@@ -30,7 +31,7 @@ class Own(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(in_chans, width, 4, 4), nn.GELU(), Mean(), nn.Linear(width, num_classes))
 
     def forward(self, x):
-        y = self.layers(x)
+        y = self.layers(x.unsqueeze(0) if self.fault == "its own" else x)
         if self.fault == "in training" and self.training:
             return y, y
         return {"scores": y} if self.fault == "a dict" else y
@@ -95,6 +96,7 @@ def test_a_model_of_a_file_is_trained_resumed_validated_and_used(own, data, tmp_
     ("fault", "words"),
     [
         ("other classes", "own_net has no num_classes of 3, as timm's models have: make it by"),
+        ("its own", "The model fails on images of any size (RuntimeError: "),
         ("a dict", "The model gives a dict for images, not scores of their classes, (1, 3): change its forward."),
         ("in training", "The model, in training, gives a tuple for images, not scores of their classes, (8, 3)"),
         ("width=-1", "own_net cannot be made with these --model-kwargs (width=-1): "),
@@ -104,7 +106,7 @@ def test_a_model_that_cannot_be_trained_is_told_in_one_line(fault, words, own, d
     argv = ["train", "--data-dir", data, *TINY, "--output", tmp_path, "--model", "own_net", "--imports", own]
     error = fails(*argv, "--model-kwargs", fault if "=" in fault else f"fault={fault}")
     assert words in error
-    if "=" in fault:
+    if "=" in fault or fault == "its own":
         assert f"({own}, line " in error
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import numpy as np
@@ -79,6 +80,43 @@ def test_prediction_of_images_and_globs(trained, tmp_path):
     one = predict(images=tmp_path / "mine" / "1.webp", checkpoint=trained / "best.pth", output=tmp_path / "b")
     assert one[0]["top"][0]["probability"] == pytest.approx(found[1]["top"][0]["probability"], rel=1e-4)
     assert (tmp_path / "b" / "predictions.png").exists()
+
+
+def test_photographs_that_lie_on_their_side_are_the_same_to_all_commands(trained, tmp_path):
+    """Upright, both are half blue and half red, in columns; what a camera held askew stores is in rows."""
+    columns = np.zeros((40, 40, 3), dtype=np.uint8)
+    columns[:, :20], columns[:, 20:] = COLOURS["blue"], COLOURS["red"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    for split in ("plain", "turned"):
+        (tmp_path / split / "blue").mkdir(parents=True)
+    Image.fromarray(columns).save(tmp_path / "plain" / "blue" / "0.png")
+    Image.fromarray(np.rot90(columns)).save(tmp_path / "turned" / "blue" / "0.png", exif=exif)
+    losses, found = {}, {}
+    for split in ("plain", "turned"):
+        options = dict(checkpoint=trained / "best.pth", output=tmp_path)
+        for in_memory in (False, True):
+            (row,) = validate(data_dir=tmp_path, split=split, workers=0, in_memory=in_memory, **options)
+            losses[split, in_memory] = row["loss"]
+        found[split] = predict(images=[tmp_path / split], **options)[0]["top"]
+    assert losses["turned", False] == losses["plain", False] == pytest.approx(losses["turned", True], rel=1e-6)
+    assert found["turned"] == found["plain"]
+    by_label = {t["label"]: t["probability"] for t in found["plain"]}
+    assert -np.log(by_label["blue"]) == pytest.approx(losses["plain", False], rel=1e-4)
+
+
+def test_names_that_are_not_utf_8(trained, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/k\xe4se"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    make_image(tmp_path / "0.png", COLOURS["red"], 0)
+    os.rename(tmp_path / "0.png", folder + b"/\xdc.png")
+    predict(images=[os.fsdecode(folder)], checkpoint=trained / "best.pth", output=tmp_path)
+    (told,) = json.loads((tmp_path / "predictions.json").read_text(encoding="utf-8"))
+    assert os.fsencode(told["file"]) == folder + b"/\xdc.png"
+    assert (tmp_path / "predictions.png").exists()
 
 
 def test_a_class_map_names_the_classes(data, trained, tmp_path):

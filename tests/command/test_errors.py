@@ -1,9 +1,11 @@
+import errno
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 
+from vim2.checkpoints import NotWritten
 from vim2.command.errors import Command, UserError, run_command
 
 COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(extra="pictures"), "none": Command()}
@@ -18,6 +20,8 @@ def main(monkeypatch):
     def end(argv):
         endings = {"stop": KeyboardInterrupt(), "full": torch.OutOfMemoryError(), "bad": UserError("What is\nwrong.")}
         endings["lacks"] = ModuleNotFoundError("No module named 'nowhere.at'", name="nowhere.at")
+        endings["closed"] = NotWritten(errno.EROFS, "Could not write a.json (Read-only file system)")
+        endings["disk"] = OSError(errno.ENOSPC, "No space left on device")
         if argv:
             raise endings[argv[0]]
 
@@ -43,6 +47,12 @@ def main(monkeypatch):
         (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]", or nowhere')),
         (["train", "full"], 2, "sample.py: error: The GPU's memory is full: use less.\n"),
         (["predict", "full"], 2, "sample.py: error: The GPU's memory is full: use a smaller --batch-size.\n"),
+        (["train", "disk"], 2, "sample.py: error: No space left on device: make room.\n"),
+        (
+            ["train", "closed"],
+            2,
+            "sample.py: error: Could not write a.json (Read-only file system): choose another folder to write to.\n",
+        ),
         (["train", "stop"], 130, "sample.py: stopped; it goes on with --resume\n"),
         (["predict", "stop"], 130, "sample.py: stopped\n"),
     ],

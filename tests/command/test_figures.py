@@ -2,7 +2,7 @@
 
 import pytest
 
-from vim2.command.figures import figure, from_zero, save, whole_numbers
+from vim2.command.figures import figure, from_zero, save, shorten, whole_numbers
 
 pytest.importorskip("matplotlib")
 
@@ -18,6 +18,15 @@ def test_markers_at_the_top_are_drawn_whole():
     radius = axes.lines[0].get_markersize() / 2 * fig.dpi / 72
     assert room > radius
     assert axes.get_ylim()[0] == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["$5 or $6", "k\udce4se", "x" * 30])
+def test_any_text_is_drawn_as_it_stands(text):
+    fig = figure()
+    title = fig.subplots().set_title(shorten(text))
+    fig.draw_without_rendering()
+    assert len(title.get_text().replace("\\", "")) == min(len(text), 24)
 
 
 @pytest.mark.filterwarnings("error")

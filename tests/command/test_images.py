@@ -85,19 +85,18 @@ def test_the_first_frame_counts(name, tmp_path):
     assert read_pixels(path).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_photographs_are_turned_where_that_is_asked_for(tmp_path):
+def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned to the right
     path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 4)), exif=exif)
-    assert read_image(path).size == (8, 4) and read_image(path, upright=True).size == (4, 8)
-    assert read_pixels(path).size == (4, 8)
+    assert read_image(path).size == read_pixels(path).size == (4, 8)
     turned = read_pixels(save(tmp_path / "a.png", RAMP, exif=exif), "L")
     assert np.asarray(turned).T.tolist() == SCALED
 
 
 def test_damaged_exif_data_are_ignored(tmp_path):
     path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 4)), exif=b"Exif\0\0" + b"no exif data")
-    assert read_image(path, upright=True).size == (8, 4)
+    assert read_image(path).size == (8, 4)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -131,6 +130,9 @@ def test_a_folder_of_images(tmp_path):
     for name, target in links.items():
         (root / name).symlink_to(target)
     os.mkfifo(root / "b" / "pipe.png")
+    for name in ("empty/in", "text"):
+        (root / name).mkdir(parents=True)
+    (root / "text" / "note.txt").touch()
     found = ImageFolder(root)
     assert found.images == ["a/x/1.JPG", "b/2.png", "b/3.png", "b/10.png", "c/1.png"]
     assert {why: sorted(names) for why, names in found.left_out.items()} == {
@@ -138,6 +140,7 @@ def test_a_folder_of_images(tmp_path):
         "linked back or to nothing": ["0-again", "a/up", "b/broken.png", "b/self", "loop", "up"],
         "neither file nor folder": ["b/pipe.png", "b/zero.png"],
         "named as other images than .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp": ["a/2.HEIC"],
+        "without an image": ["empty/in", "text"],
     }
     line = describe_left_out("root", found.left_out)
     assert "3 hidden (" in line and "and 3 more" in line and "\n" not in line

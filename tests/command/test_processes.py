@@ -1,10 +1,15 @@
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from vim2 import TSM2, TSM2Config
 from vim2.classify.cli import main as classify
 from vim2.command.errors import UserError
-from vim2.command.processes import choose_device, start_processes
+from vim2.command.processes import choose_device, ctrl_c_put_off, start_processes
 from vim2.export.onnx import export_onnx
 from vim2.forecast.cli import main as forecast
 from vim2.ops import backend
@@ -73,3 +78,23 @@ def test_launching_wrongly(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match=r"torchrun --no-python --nproc-per-node=2 vim2 x \.\.\."):
         start_processes("cpu", "vim2 x")
+
+
+def test_ctrl_c_is_not_for_those_that_are_started_while_it_is_put_off():
+    """They go on, until one asks for it, and then end without a word."""
+    code = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+from vim2.command.processes import die_of_ctrl_c
+print("goes on", flush=True)
+die_of_ctrl_c()
+print("is not stopped")
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with ctrl_c_put_off():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    assert process.communicate() == ("goes on\n", "") and process.returncode == -signal.SIGINT

@@ -1,5 +1,7 @@
 """What a run says while it goes on."""
 
+import io
+import sys
 import time
 from contextlib import nullcontext
 
@@ -15,6 +17,14 @@ def test_a_line_is_said_only_where_it_takes_long(capsys):
     with progress.say_if_slow("quick", seconds=60):
         pass
     assert capsys.readouterr().out == "slow\n"
+
+
+def test_what_the_output_cannot_write_is_escaped(monkeypatch):
+    """Names of files that are not UTF-8 are lone surrogates to Python."""
+    for encoding, written in (("utf-8", "käse\\udce4 · 1\n"), ("ascii", "k\\xe4se\\udce4 \\xb7 1\n")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        progress.say("käse\udce4 · 1")
+        assert sys.stdout.buffer.getvalue() == written.encode()
 
 
 def test_the_first_step_of_a_process_is_explained_and_no_other(monkeypatch):

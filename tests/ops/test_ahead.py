@@ -8,8 +8,7 @@ import torch
 from devices import DEVICE, needs_triton
 from torch.utils.module_tracker import ModuleTracker
 
-from vim2 import mixers
-from vim2.ops import norm_gate
+from vim2.ops import modules, norm_gate
 from vim2.ops.ahead import compile_ahead
 
 pytestmark = needs_triton
@@ -81,9 +80,9 @@ def test_what_fails_is_left_to_fail_by_itself(compiled):
 
 def test_a_model_asks_once_for_training_and_once_for_inference(monkeypatch):
     asked = []
-    monkeypatch.setattr(mixers, "compile_ahead", lambda function, tensors: asked.append(len(tensors)))
-    monkeypatch.setattr(mixers, "resolve_backend", lambda *tensors, **options: "triton")
-    monkeypatch.setattr(mixers, "_is_replayable", lambda features: False)
+    monkeypatch.setattr(modules, "compile_ahead", lambda function, tensors: asked.append(len(tensors)))
+    monkeypatch.setattr(modules, "resolve_backend", lambda *tensors, **options: "triton")
+    monkeypatch.setattr(modules, "_is_replayable", lambda features: False)
     model = timm.create_model("test_vim2")
     for _ in range(2):
         for enabled in (True, False):
@@ -94,8 +93,8 @@ def test_a_model_asks_once_for_training_and_once_for_inference(monkeypatch):
 
 @pytest.mark.parametrize("what", ["a hook", "a batch norm's statistics", "a tracker of all modules"])
 def test_a_model_that_would_notice_is_not_called_more_often(what, monkeypatch):
-    monkeypatch.setattr(mixers, "compile_ahead", lambda *arguments: pytest.fail("asked"))
-    monkeypatch.setattr(mixers, "resolve_backend", lambda *tensors, **options: "triton")
+    monkeypatch.setattr(modules, "compile_ahead", lambda *arguments: pytest.fail("asked"))
+    monkeypatch.setattr(modules, "resolve_backend", lambda *tensors, **options: "triton")
     model = timm.create_model("test_vim2")
     if what == "a hook":
         model.patch_embed.register_forward_hook(lambda *arguments: None)

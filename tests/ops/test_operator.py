@@ -5,10 +5,12 @@ import contextlib
 import pytest
 import torch
 from devices import DEVICE, needs_triton
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import norm_gate, selective_scan_fn, weighted_average, weighted_average_norm
+from vim2.ops.operator import is_observed
 
 NAMES = ("u", "delta", "A", "B")
 TRITON = pytest.param("triton", marks=needs_triton)
@@ -151,6 +153,21 @@ def test_eager_calls_are_not_dispatched(monkeypatch):
 
 
 @needs_triton
+def test_a_default_device_does_not_look():
+    """As those who set one for all tensors of a program do not; who looks besides does."""
+    torch.set_default_device(DEVICE)
+    try:
+        assert not is_observed()
+        with BaseTorchFunctionMode():
+            assert is_observed()
+        assert not is_observed()
+    finally:
+        torch.set_default_device(None)
+    assert not is_observed()
+    with BaseTorchFunctionMode():
+        assert is_observed()
+
+
 def test_a_profiler_sees_them():
     function, make = CASES["norm_gate"]
     inputs = make()

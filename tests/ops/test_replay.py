@@ -116,6 +116,19 @@ def test_options_of_zero_are_options():
     assert owner.calls == 2
 
 
+def test_options_of_false_are_options_where_they_say_something():
+    """For which there is no default, or another."""
+
+    def solve(x, y):
+        return torch.linalg.solve_triangular(x, y, upper=False, left=False)
+
+    owner = Owner(solve)
+    for seed in range(3):
+        x, y = gated_inputs(seed)[1].view(-1, 4, 4)[:2] + 4 * torch.eye(4, device=DEVICE)
+        assert torch.equal(owner(x.clone(), y.clone()), solve(x, y))
+    assert owner.calls == 2
+
+
 def test_settings_are_told_apart():
     for owner in (Owner(gated), Owner(gated)):
         for settings in (1, 2, 1, 2, 1):
@@ -318,6 +331,44 @@ def test_memory_that_ran_out_while_noting_is_tried_for_again(monkeypatch):
         assert_same_bits(both_passes(owner, inputs, 0), both_passes(gated, inputs, 0))
         spare += [True] * (seed == 2)
     assert owner.calls == 3 + 2 + 1  # plain ones, failed ones, noted
+
+
+@pytest.mark.parametrize("kind", [Owner, Trainee])
+def test_nothing_is_noted_while_it_is_captured(kind, monkeypatch):
+    captured = [True]
+    monkeypatch.setattr(module, "is_captured", lambda tensors: captured[0])
+    owner = kind(gated)
+    inputs = [t.requires_grad_() for t in gated_inputs(0)]
+    for _ in range(4):
+        assert torch.equal(owner(*inputs), gated(*inputs))
+    assert owner.calls == 4
+    captured[0] = False
+    for _ in range(3):
+        owner(*inputs)
+    assert owner.calls == 5
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there are no CUDA graphs")
+def test_a_graph_of_what_would_be_noted_next():
+    """Two weights are cast, which replays do in one launch of its own memory."""
+
+    def function(x, weight, other):
+        return F.linear(torch.sin(F.linear(x, weight)), other)
+
+    owner = Owner(function)
+    x, weight, other = torch.randn(3, 8, 8, device=DEVICE)
+    x, weight, other = x.clone(), weight.clone(), other.clone()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        owner(x, weight, other)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = owner(x, weight, other)
+        x.mul_(2)
+        graph.replay()
+        assert torch.equal(y, function(x, weight, other))
+        for _ in range(2):
+            assert torch.equal(owner(x, weight, other), y)
+    assert owner.calls == 3
 
 
 def test_errors_are_those_of_a_plain_call():

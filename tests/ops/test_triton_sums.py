@@ -57,8 +57,9 @@ def test_copies_of_many_tensors_of_all_dtypes_in_one_launch():
 
     dtypes = torch.float32, torch.bfloat16, torch.float16
     pairs = [(source, target) for source in dtypes for target in dtypes] * 2
-    sources = [torch.arange(10, device=DEVICE).add(i).to(source) for i, (source, _) in enumerate(pairs)]
+    numbers = [torch.tensor([-0.0, 0.0, *range(i, i + 8)], device=DEVICE) for i in range(len(pairs))]
+    sources = [each.to(source) for each, (source, _) in zip(numbers, pairs)]
     targets = [torch.full((10,), torch.nan, dtype=target, device=DEVICE) for _, target in pairs]
     together([copy_of(10, sources[0].device) for _ in pairs], sources[0].device)(tuple(sources), tuple(targets))
-    for i, target in enumerate(targets):
-        assert target.tolist() == [i + j for j in range(10)]
+    for target, each in zip(targets, numbers, strict=True):
+        assert torch.equal(target.float(), each) and torch.equal(target.signbit(), each.signbit())

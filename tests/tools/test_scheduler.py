@@ -2,15 +2,19 @@
 
 from common.scheduler import find_result, read_results, run_tasks, visible_gpus
 
+import functools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+TOOLS = Path(sys.modules["common.scheduler"].__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -178,12 +182,47 @@ def test_what_runs_ends_with_a_command_that_is_killed(tmp_path):
         "if __name__ == '__main__':\n"
         f"    run_tasks(work, [dict(key=dict(name='a'))], Path({str(tmp_path / 'results.jsonl')!r}))\n"
     )
-    tools = Path(sys.modules["common.scheduler"].__file__).parents[1]
-    paths = os.pathsep.join([str(tools), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": paths}) as command:
         wait_for(lambda: running.exists() and running.read_text())
         command.kill()
     wait_for(lambda: not alive(int(running.read_text())))
+
+
+def test_ctrl_c_is_told_once(tmp_path):
+    """A terminal sends it to all processes of a command: one says so, as each would that begins as tools do."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "import vim2_cli\n"
+        "vim2_cli.start()\n"
+        "from common.scheduler import run_tasks\n"
+        "def work(task):\n"
+        "    Path(task['key']['name']).touch()\n"
+        "    time.sleep(60)\n"
+        "def main(argv):\n"
+        "    tasks = [dict(key=dict(name=name)) for name in sys.argv[1:]]\n"
+        "    run_tasks(work, tasks, Path(sys.argv[1] + '.jsonl'), jobs=2)\n"
+        "if __name__ == '__main__':\n"
+        "    from common.command import run_tool\n"
+        "    sys.exit(run_tool(main))\n"
+    )
+    running = [tmp_path / "a", tmp_path / "b"]
+    paths = os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, str(script), *map(str, running)],
+        env={**os.environ, "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a program in the background ignores Ctrl-C, and so would those that it starts
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as command:
+        wait_for(lambda: all(path.exists() for path in running))
+        os.killpg(command.pid, signal.SIGINT)
+        assert command.stderr.read() == "stopped\n"
+    assert command.returncode == 130
 
 
 def wait_for(condition):

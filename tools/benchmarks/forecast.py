@@ -24,6 +24,7 @@ import torch
 from vim2 import TSM2, TSM2Config
 from vim2.checkpoints import write_atomically
 from vim2.command.processes import require_backend
+from vim2.command.runs import make_folder
 from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
 from vim2.forecast.options import FitOptions, fill_open, model_config
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     require_backend(device.type)
+    make_folder(args.output)
     amp = args.amp
     name = (
         torch.cuda.get_device_name(device)

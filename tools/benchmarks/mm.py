@@ -38,6 +38,7 @@ from vim2.benchmark.profiles import device_rates, profile_step
 from vim2.benchmark.reporting import figure, profile_table
 from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
+from vim2.command.runs import make_folder
 from vim2.command.tables import table
 from vim2.mm.runner import check_device, load_config
 
@@ -226,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.profile and args.count:
         raise UserError("--count measures no times: leave out --profile.")
     check_device(args.device)
+    if args.output:
+        make_folder(args.output)
     args.device_type = args.device.partition(":")[0]
     args.torchcompile = args.channels_last = False  # what `vim2 benchmark` asks for
     args.modes = {mode for mode in ("infer", "train") if getattr(args, mode)} or {"infer", "train"}

@@ -206,10 +206,13 @@ class _Process:
 
     def start(self, task: dict) -> Connection:
         """Begin a task. The connection is ready when it has ended, one way or another."""
+        from vim2.command.processes import ctrl_c_put_off
+
         if self.process is None:
             self.connection, other = _SPAWN.Pipe()
             self.process = _SPAWN.Process(target=_serve, args=(other, self.worker, self.gpu))
-            self.process.start()
+            with ctrl_c_put_off():
+                self.process.start()
             other.close()  # so that the process's end is the connection's
         self.connection.send(task)
         return self.connection
@@ -242,7 +245,7 @@ def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | No
     while True:
         try:
             task = connection.recv()
-        except (EOFError, KeyboardInterrupt):  # nobody waits for results any more
+        except EOFError:  # nobody waits for results any more
             return
         try:
             answer = worker(task), None

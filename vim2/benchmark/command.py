@@ -34,7 +34,9 @@ from torch._inductor import list_mode_options
 from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.own_models import import_models
 from ..command.processes import require_backend
+from ..command.runs import make_folder
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .first_steps import measure_first_steps
@@ -57,6 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--model", nargs="+", metavar="NAME[:K=V,...]", help=models)
     add("--compare", nargs="+", default=[], metavar="timm:NAME", help="others to measure in the same run")
+    own = "Python files, or modules, that register models of your own with timm"
+    add("--imports", nargs="+", default=[], metavar="FILE", help=own)
     scans = "only the selective scan, at vim2_tiny's stages, 4 directions, N = 16; default: what is fast here"
     add("--ops", nargs="*", choices=BACKENDS[1:], metavar="BACKEND", help=scans)
     add("--profile", action="store_true", help="only where the models' time goes, and memory in training")
@@ -128,7 +132,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = (args.model or ([] if ops else ["vim2_tiny"])) + args.compare
     args.models = [name.removeprefix("timm:") for name in args.models]
     args.ops = (args.ops or scan_backends(args.device_type)) if ops else []
-    scanning = args.modes and any("vim2" in name for name in args.models)
+    scanning = args.modes and (args.imports or any("vim2" in name for name in args.models))
     for name in [*args.ops, *[None] * bool(scanning)]:
         require_backend(args.device_type, name)
     args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
@@ -172,6 +176,9 @@ def benchmark(argv: list[str]) -> None:
         UserError: Anything that the user can put right.
     """
     args = parse(argv)
+    import_models(args.imports)
+    if args.output:
+        make_folder(args.output)
     for name in args.models:
         for size in args.img_size:
             model_size(name, size, args.device)  # what it refuses is said before anything is measured

@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from ..command.own_models import import_models
+from ..command.processes import ctrl_c_put_off, die_of_ctrl_c
 from .measuring import seconds
 from .models import create_model, model_steps, random_image
 
@@ -26,11 +28,15 @@ def measure_first_steps(name: str, args: argparse.Namespace) -> Iterator[dict]:
             tempfile.TemporaryDirectory() as folder,
             ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
         ):
-            yield process.submit(_time_first_steps, name, size, batch, args, folder).result()
+            with ctrl_c_put_off():
+                row = process.submit(_time_first_steps, name, size, batch, args, folder)
+            yield row.result()
 
 
 def _time_first_steps(name: str, size: int, batch: int, args: argparse.Namespace, folder: str) -> dict:
+    die_of_ctrl_c()
     os.environ.update({cache: os.path.join(folder, cache) for cache in CACHES})
+    import_models(args.imports)
     steps = model_steps(create_model(name, size, args.device), args)
     image = random_image(size, batch, args)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..command.errors import UserError, first_line
+from ..command.own_models import place_in
 from .measuring import autocast, measure
 
 CHANNELS = 3  # of images
@@ -67,7 +68,8 @@ def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
         raise UserError(f"{text} has an in_chans, and images have {CHANNELS} channels here: leave it out.")
     if not timm.is_model(name):
         raise UserError(
-            f"there is no model {name!r}; timm.list_models() names all, {vim2_names()} are of this package."
+            f"there is no model {name!r}; timm.list_models() names all, {vim2_names()} are of this package, and yours "
+            "come with --imports."
         )
     with torch.device(device):
         try:  # models with fixed windows or positions want to know it
@@ -76,8 +78,13 @@ def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
             pass
         try:
             return timm.create_model(name, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name} cannot be made with {kwargs}: {first_line(error)}") from None
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{name} cannot be made with {kwargs}: {first_line(error)}{where(name, error)}") from None
+
+
+def where(name: str, error: BaseException) -> str:
+    """Where in a user's own files a model, by timm's name, has failed; "" elsewhere."""
+    return place_in(timm.model_entrypoint(name).__module__, error)
 
 
 def vim2_names() -> str:
@@ -117,8 +124,9 @@ def model_size(name: str, size: int, device: str) -> tuple[int, float | None]:
         model = create_model(name, size, device).eval()
         with torch.inference_mode():
             model(torch.zeros(1, CHANNELS, size, size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name} does not run on images of {size} x {size} pixels: {first_line(error)}") from None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = f"{first_line(error)}{where(parse_model(name)[0], error)}"
+        raise UserError(f"{name} does not run on images of {size} x {size} pixels: {told}") from None
     _say_not_counted(name, reason)
     return count_parameters(model), None
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..checkpoints import convert_vmamba, read_state_dict, save_checkpoint
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.progress import say
 from ..command.runs import keep_source
 
 __all__ = ["convert"]
@@ -43,9 +44,9 @@ def convert(argv: Sequence[str]) -> None:
     num_classes = "" if classes == 1000 else f", num_classes={classes}"
     total = sum(value.numel() for value in converted.values()) / 1e6
     given = sum(value.numel() for value in state_dict.values()) / 1e6
-    print(
+    say(
         f"Converted {len(state_dict)} weights ({given:.2f} M parameters) into {variant} ({total:.2f} M), {args.output}."
     )
-    print("Its channel mixers are new and add nothing yet; fine-tuning lets them.\nUse it with\n")
-    print("    import timm, vim2")
-    print(f"    model = timm.create_model({variant!r}, checkpoint_path={args.output!r}{num_classes})")
+    say("Its channel mixers are new and add nothing yet; fine-tuning lets them.\nUse it with\n")
+    say("    import timm, vim2")
+    say(f"    model = timm.create_model({variant!r}, checkpoint_path={args.output!r}{num_classes})")

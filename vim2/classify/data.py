@@ -18,7 +18,7 @@ from timm.data import ImageDataset, auto_augment, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..command.errors import UserError
-from ..command.images import UnreadableImage, first_names, read_image, to_8_bits
+from ..command.images import UnreadableImage, first_names, read_image, to_8_bits, upright
 from ..command.processes import Processes
 from ..command.progress import say
 from .folders import SPLITS, ClassFolderReader, find_split, is_tar, open_class_folders, read_class_map
@@ -96,6 +96,7 @@ class Images(Dataset):
             else:
                 image, target = self.dataset[index]
                 image.load()
+                upright(image)
         except (UnreadableImage, *UNREADABLE):
             self.unreadable[index] = 1
             return None

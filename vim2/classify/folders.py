@@ -21,6 +21,7 @@ from timm.utils import natural_key
 
 from ..command.errors import UserError, first_line
 from ..command.images import (
+    EMPTY,
     HIDDEN,
     OTHER_SUFFIXES,
     SPECIAL,
@@ -161,6 +162,7 @@ def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, in
     """The `members` and `left_out` of a `TarFolder`. Size and time of change tell whether the file is the same."""
     members: dict[str, tuple[int, int] | bytes] = {}
     left_out: dict[str, dict[str, None]] = {HIDDEN: {}, SPECIAL: {}, UNKNOWN: {}}
+    folders: dict[str, None] = {}
     held, free = 0, free_memory(torch.device("cpu"))
     try:
         compressed = _is_compressed(path)
@@ -170,8 +172,9 @@ def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, in
                 parts = name.split("/")
                 hidden = next((i for i, part in enumerate(parts) if part.startswith(".")), None)
                 if member.isdir():
-                    continue
-                if hidden is not None:
+                    if hidden is None and name != ".":
+                        folders[name] = None
+                elif hidden is not None:
                     left_out[HIDDEN]["/".join(parts[: hidden + 1])] = None
                 elif not member.isreg() or member.issparse():
                     left_out[SPECIAL][name] = None
@@ -192,6 +195,8 @@ def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, in
     except Exception as error:  # tarfile and the readers of compressed files each have their own ways to fail
         reason = first_line(error).rstrip(":")
         raise UserError(f"{path} is no tar archive, or damaged ({reason}): copy or download it again.") from None
+    held_by = {os.path.dirname(name) for names in (members, folders, *left_out.values()) for name in names}
+    left_out[EMPTY] = dict.fromkeys(name for name in folders if name not in held_by)
     order = sorted(members, key=lambda name: (natural_key(name), name))
     return {name: members[name] for name in order}, {why: list(names) for why, names in left_out.items()}
 

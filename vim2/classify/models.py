@@ -1,15 +1,10 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
-import importlib
-import importlib.util
 import os
-import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,6 +16,7 @@ import vim2  # noqa: F401  registers the models
 
 from ..checkpoints import load_weights
 from ..command.errors import UserError, did_you_mean, first_line
+from ..command.own_models import import_models, place, place_in
 from ..command.runs import read_saved
 from .facts import check_model_kwargs, check_types, read_facts
 from .options import InputOptions
@@ -30,79 +26,11 @@ __all__ = [
     "compile_model",
     "create_model",
     "freeze",
-    "import_models",
     "input_config",
     "load_checkpoint_model",
-    "module_home",
 ]
 
-
-def import_models(names: Sequence[str]) -> None:
-    """Import what registers models of a user's own with timm, once in a process.
-
-    Args:
-        names: Files, `FILE.py`, which find modules beside them as if they were run, or a package's `__init__.py`; or
-            modules that Python finds.
-
-    Raises:
-        UserError: There is no such file or module, it fails, or another module has the file's name.
-    """
-    for name in names:
-        module = add_to_path(name) if name.endswith(".py") else name
-        try:
-            importlib.import_module(module)
-        except (Exception, SystemExit) as error:  # it is a user's own
-            missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            if missing and f"{name}.".startswith(f"{missing}."):
-                raise UserError(
-                    f"There is no module {name} for --imports: give a file, FILE.py, or what is installed or in "
-                    "PYTHONPATH."
-                ) from None
-            reason = f"{type(error).__name__}: {first_line(error)}{place(error, [name])}"
-            raise UserError(f"Cannot import {name}: {reason}.") from error
-
-
-def add_to_path(name: str) -> str:
-    """Let Python find a file, or the package whose `__init__.py` it is; returns the module's name.
-
-    Raises:
-        UserError: There is no such file, or its name is another module's, or none that can be imported.
-    """
-    file = Path(name)
-    if not file.is_file():
-        raise UserError(f"There is no file {name} for --imports.")
-    home = module_home(name)
-    if "." in home.name:
-        raise UserError(f"Cannot import {name}: {home.name} is no name of a module, for its dot; rename it.")
-    if str(home.parent) not in sys.path:
-        sys.path.append(str(home.parent))
-    try:
-        spec = importlib.util.find_spec(home.name)
-        found = spec and spec.origin
-    except ValueError:  # of `__main__`
-        found = None
-    if not (found and os.path.exists(found) and file.samefile(found)):
-        other = found if found and os.path.isabs(found) else "a module of Python"
-        raise UserError(f"Cannot import {name}: {other} has its name; rename the file.")
-    return home.name
-
-
-def module_home(name: str) -> Path:
-    """Where the module of a file lies, without its ending; of an `__init__.py`, its package's folder."""
-    file = Path(name)
-    folder = file.parent.resolve()
-    return folder if file.name == "__init__.py" else folder / file.stem
-
-
-def place(error: BaseException, imports: Sequence[str]) -> str:
-    """Where in a user's own files, or what these import from their folders, an error was raised; "" if elsewhere."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.isabs(frame.filename)]
-    folders = tuple(os.path.join(Path(name).parent.resolve(), "") for name in imports if name.endswith(".py"))
-    if folders:
-        frames = [frame for frame in frames if frame.filename.startswith(folders)]
-    else:
-        frames = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+USUAL_SIDES = (28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)  # of images, pixels
 
 
 def create_model(
@@ -310,15 +238,39 @@ def check_reads(
         UserError: It fails on them, or gives something else.
     """
     device = next(model.parameters()).device
-    try:
+
+    def scores_of(*size: int) -> Any:
         with torch.no_grad(), context():
-            scores = model.eval()(torch.zeros(1, *input_size, device=device))
+            return model.eval()(torch.zeros(1, input_size[0], *size, device=device))
+
+    try:
+        scores = scores_of(*input_size[1:])
     except Exception as error:  # every family has its own ways to fail
-        size = " x ".join(map(str, input_size[1:]))
-        reason = first_line(error)
-        raise UserError(f"{called} cannot read images of {size} pixels ({reason}): change --img-size.") from None
+        side = next((side for side in sides_near(model, input_size[-1]) if succeeds(scores_of, side, side)), None)
+        if side is None:
+            reason = f"{type(error).__name__}: {first_line(error)}{place_in(type(model).__module__, error)}"
+            raise UserError(f"{called} fails on images of any size ({reason}): change its forward.") from error
+        size, reason = " x ".join(map(str, input_size[1:])), first_line(error)
+        raise UserError(
+            f"{called} cannot read images of {size} pixels ({reason}): change --img-size, to {side} for one."
+        ) from None
     if classes is not None:
         check_scores(scores, (1, classes), called)
+
+
+def sides_near(model: nn.Module, side: int) -> list[int]:
+    """Sides of images that a model may take, its own and usual ones, the nearest to this side first."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (side,))[-1]
+    return sorted({own, *USUAL_SIDES}, key=lambda other: (abs(other - side), other))
+
+
+def succeeds(function: Callable, *args) -> bool:
+    """Whether a call raises no error."""
+    try:
+        function(*args)
+    except Exception:
+        return False
+    return True
 
 
 def check_scores(scores: Any, shape: tuple[int, ...], called: str = "The model") -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoints import NotWritten
+
 __all__ = [
     "Command",
     "DivergenceError",
@@ -127,7 +129,7 @@ def run_main(
     stopped: str = "stopped",
     one_voice: bool = False,
 ) -> int:
-    """Call a command's function; a UserError, a full disk and Ctrl-C become one line on stderr.
+    """Call a command's function; a UserError, what cannot be written and Ctrl-C become one line on stderr.
 
     Args:
         main: The function. It may return an exit code.
@@ -137,7 +139,7 @@ def run_main(
         one_voice: As in `Command`.
 
     Returns:
-        The exit code: 2 after a UserError or with a full disk, 130 where stopped, else that of `main`, or 0.
+        The exit code: 2 after a UserError or where nothing can be written, 130 where stopped, else that of `main` or 0.
     """
     try:
         code = main(argv)
@@ -151,9 +153,10 @@ def run_main(
             print(f"{prefix}error: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _FULL and not isinstance(error, NotWritten):
             raise
-        print(f"{prefix}error: {error.strerror or error}: make room.", file=sys.stderr)
+        remedy = "make room" if error.errno in _FULL else "choose another folder to write to"
+        print(f"{prefix}error: {error.strerror or error}: {remedy}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prefix}{stopped}", file=sys.stderr)

@@ -15,6 +15,7 @@ from timm.utils import natural_key
 from .errors import UserError
 
 __all__ = [
+    "EMPTY",
     "HIDDEN",
     "OTHER_SUFFIXES",
     "SPECIAL",
@@ -28,6 +29,7 @@ __all__ = [
     "read_image",
     "read_pixels",
     "to_8_bits",
+    "upright",
 ]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -39,6 +41,7 @@ HIDDEN = "hidden"
 LINKED_BACK = "linked back or to nothing"
 SPECIAL = "neither file nor folder"
 CLOSED = "not allowed to be opened"
+EMPTY = "without an image"
 UNKNOWN = f"named as other images than {', '.join(SUFFIXES)}"
 
 
@@ -51,12 +54,11 @@ def is_image(name: str, suffixes: Sequence[str] = SUFFIXES) -> bool:
     return os.path.splitext(name)[1].lower() in suffixes
 
 
-def read_image(file: str | os.PathLike | BinaryIO, upright: bool = False) -> Image.Image:
-    """Decode an image, of an animated one the first frame.
+def read_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Decode an image, of an animated one the first frame, and turn it `upright`.
 
     Args:
         file: Its path, or an open file.
-        upright: Turn it as its EXIF data say. Photographs carry their rotation aside.
 
     Raises:
         UnreadableImage: It is missing, damaged, larger than Pillow allows, or no image.
@@ -67,14 +69,18 @@ def read_image(file: str | os.PathLike | BinaryIO, upright: bool = False) -> Ima
             raise OSError("it is no ordinary file")
         with Image.open(file) as image:
             image.load()
-            if upright:
-                with contextlib.suppress(Exception):  # damaged EXIF data, which say nothing of the pixels
-                    ImageOps.exif_transpose(image, in_place=True)
-            return image
+            return upright(image)
     except Exception as error:  # Pillow's readers each have their own ways to fail on a damaged file
         reason = "no format of an image is known in it" if isinstance(error, UnidentifiedImageError) else ""
         reason = reason or getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"{file} is no image that can be read ({reason}): leave it out or replace it.") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image as it is to be seen, turned in place. Photographs carry their rotation aside, in EXIF data."""
+    with contextlib.suppress(Exception):  # damaged EXIF data, which say nothing of the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
@@ -107,13 +113,13 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
 
 
 def read_pixels(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
-    """As `read_image`, turned as its EXIF data say, with 8 bits a channel, as `to_8_bits` makes them.
+    """As `read_image`, with 8 bits a channel, as `to_8_bits` makes them.
 
     Raises:
         UnreadableImage: As `read_image`.
         UserError: As `to_8_bits`.
     """
-    image = read_image(path, upright=True)
+    image = read_image(path)
     try:
         return to_8_bits(image, mode)
     except ValueError as error:
@@ -125,7 +131,8 @@ class ImageFolder:
     """The images in a folder and the folders in it.
 
     Links are followed, but no folder is entered twice, nor one above. Hidden files and folders, links that lead back or
-    to nothing, pipes, devices and images of other formats are left out.
+    to nothing, pipes, devices and images of other formats are left out, and so are folders in which there is nothing to
+    mention, such as of a class whose images are missing.
 
     Attributes:
         path: The folder.
@@ -160,6 +167,7 @@ class ImageFolder:
                     raise UserError(f"{self.path} cannot be listed ({error.strerror}): check --data-dir.") from None
                 self._leave_out(CLOSED, name)
                 continue
+            is_empty = True
             for entry in entries:
                 inner = f"{name}/{entry.name}" if name else entry.name
                 kind = self._kind(entry)
@@ -171,6 +179,11 @@ class ImageFolder:
                     self.images.append(inner)
                 elif is_image(inner, OTHER_SUFFIXES):
                     self._leave_out(UNKNOWN, inner)
+                else:
+                    continue
+                is_empty = False
+            if is_empty and name:
+                self._leave_out(EMPTY, name)
         self.images.sort(key=lambda name: (natural_key(name), name))
 
     def __str__(self) -> str:

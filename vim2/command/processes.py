@@ -1,7 +1,11 @@
 """Devices, and the processes that work together: one by default, several under torchrun."""
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -10,7 +14,15 @@ from torch import Tensor
 from ..ops import backend
 from .errors import UserError, first_line
 
-__all__ = ["Processes", "choose_device", "free_memory", "require_backend", "start_processes"]
+__all__ = [
+    "Processes",
+    "choose_device",
+    "ctrl_c_put_off",
+    "die_of_ctrl_c",
+    "free_memory",
+    "require_backend",
+    "start_processes",
+]
 
 
 @dataclass(frozen=True)
@@ -142,3 +154,21 @@ def start_processes(device: str | None, command: str) -> Processes:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"The processes could not connect: {first_line(error)}", one_process=True) from None
     return Processes(device, dist.get_rank(), world_size)
+
+
+@contextmanager
+def ctrl_c_put_off() -> Iterator[None]:
+    """Processes that are started meanwhile do not learn of Ctrl-C, which a terminal sends to them as well, unless they
+    ask for it by `die_of_ctrl_c`: the one that started them says that it was stopped, and stops them."""
+    resource_tracker.ensure_running()  # else `multiprocessing` starts it in the midst of this, and then ends it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def die_of_ctrl_c() -> None:
+    """From now on, or at once if it came while it was put off, Ctrl-C ends this process without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

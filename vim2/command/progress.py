@@ -51,6 +51,9 @@ def say_if_slow(text: str, processes: Processes | None = None, seconds: float = 
 
 
 def say(text: str, processes: Processes | None = None) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, once for all processes. What the output cannot write, such as odd names of files, is escaped."""
     if processes is None or processes.is_first:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError as error:
+            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)

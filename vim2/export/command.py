@@ -15,6 +15,7 @@ from ..classify import validate
 from ..classify.models import check_reads, create_model, load_checkpoint_model
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.progress import say
 from ..command.runs import keep_source
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
@@ -151,11 +152,11 @@ def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
     else:
         export_pt2(model, args.output, img_size=size, device=device)
         kind, run = f"AOTInductor's package for {device}", run_pt2
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
+    say(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
     if args.compare:
         name, exported = run(args.output, device)
         sizes = [size] if size or isinstance(model, ForecasterModule) else SIZES
-        print(compare(model.eval().to(device), name, exported, sizes, args.batch_size or [1]))
+        say(compare(model.eval().to(device), name, exported, sizes, args.batch_size or [1]))
 
 
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -168,7 +169,7 @@ def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespa
     model_args = {**facts.get("model_kwargs", {}), **channels}
     export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
     after = f"what registers it ({', '.join(args.imports)})" if args.imports else "import vim2"
-    print(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after {after}")
+    say(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after {after}")
 
 
 def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -186,7 +187,7 @@ def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Name
         save_half_precision(model.state_dict(), args.output)
     except ValueError as error:
         raise UserError(error) from None
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, half precision")
+    say(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, half precision")
 
 
 def _check_rounding(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -201,7 +202,7 @@ def _check_rounding(model: nn.Module, facts: dict[str, Any], args: argparse.Name
         save_checkpoint({**facts, "arch": args.model or facts["arch"], "state_dict": rounded}, after)
         common = dict(model=args.model, data_dir=args.data_dir, split=args.split or "validation", output=folder)
         was, now = (validate(checkpoint=path, **common)[0]["top1"] for path in (args.checkpoint, after))
-    print(f"top-1: {was:.2f} % before, {now:.2f} % in half precision")
+    say(f"top-1: {was:.2f} % before, {now:.2f} % in half precision")
     if was - now > MAX_LOSS:
         raise UserError(
             f"Half precision costs {was - now:.2f} points of top-1 accuracy, more than {MAX_LOSS}: keep the checkpoint."

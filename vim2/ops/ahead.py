@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import autocast_off
-from .replay import is_elsewhere, is_watched
+from .replay import is_captured, is_elsewhere, is_watched
 
 MAX_THREADS = 16
 
@@ -37,7 +37,7 @@ def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
     from .triton_launch import INTERPRETED, has_hooks, notes
 
     gpus = [t.get_device() for t in tensors if t.is_cuda][:1]
-    if INTERPRETED or has_hooks() or is_elsewhere(tensors) or (gpus and torch.cuda.is_current_stream_capturing()):
+    if INTERPRETED or has_hooks() or is_elsewhere(tensors) or is_captured(tensors):
         return
     if is_watched() or any(t._backward_hooks for t in tensors):  # who would see what is thrown away
         return

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils import _device
 from torch.utils import _pytree as pytree
 
 
@@ -105,7 +106,8 @@ def is_observed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > own.modes
-        or torch._C._len_torch_function_stack() > 0
+        # a default device, for tensors that are made without one, is a mode, too, in which there is nothing to see
+        or torch._C._len_torch_function_stack() > (_device.CURRENT_DEVICE is not None)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or (torch._C._autograd._profiler_enabled() and not own.profiler)

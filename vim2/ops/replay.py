@@ -243,6 +243,12 @@ def is_elsewhere(tensors: Sequence[Tensor | None]) -> bool:
     return first is not None and first.is_cuda and first.get_device() != torch._C._cuda_getDevice()
 
 
+def is_captured(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether what is done with tensors becomes part of a CUDA graph, in which there is no place for what noting does
+    besides: it launches more, and prepares memory that the graph must not own."""
+    return any(t is not None and t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
+
+
 def is_watched() -> bool:
     """Whether autograd is asked for what one node cannot give: what is saved between the passes to be handed to others,
     or an error traced to where it arose."""
@@ -255,7 +261,7 @@ def _layout(t: Tensor) -> tuple:
 
 def note(function: Callable, tensors: Sequence[Tensor | None]) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
     """The replay of a function, or REFUSED, or PATIENCE if it can be tried again; and its result for these tensors."""
-    if _share_memory(tensors):
+    if _share_memory(tensors) or is_captured(tensors):
         return PATIENCE, function(*tensors)
     notebook = Notebook(tensors)
     way = REFUSED
@@ -295,13 +301,13 @@ class BothPasses:
 def note_both(function: Callable, tensors: Sequence[Tensor | None], passes: int) -> Any:
     """A function's `BothPasses`, REFUSED, or PATIENCE where this is no time to note. It `passes` on the first tensors
     as that of `replay` does."""
-    on_gpu = [t.get_device() for t in tensors if t is not None and t.is_cuda][:1]
-    if on_gpu and torch.cuda.is_current_stream_capturing():
-        return PATIENCE  # all that is done would become part of the graph
+    if is_captured(tensors):
+        return PATIENCE
     if _share_memory(tensors) or any(t is not None and t._backward_hooks for t in tensors):
         return PATIENCE  # hooks would see gradients of ours
     if any(isinstance(t, Parameter) and not t.is_leaf for t in tensors):
         return PATIENCE  # the function reads it where it is, and not the leaf below that stands for it
+    on_gpu = [t.get_device() for t in tensors if t is not None and t.is_cuda][:1]
     leaves = [t if t is None or t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in tensors]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     notebook = Notebook(leaves)
@@ -494,8 +500,10 @@ class Notebook(TorchDispatchMode):
         given = [self.text(value) for value in arguments]
         # left out is what says nothing, which not all ways of calling take
         unsaid = None, False, torch.strided
-        options = {name: value for name, value in options.items() if not any(value is each for each in unsaid)}
-        given += [f"{name}={self.text(value)}" for name, value in options.items()]
+        for argument in function._schema.arguments:
+            said = not argument.has_default_value() or argument.default_value not in (None, False)
+            if argument.name in options and (said or not any(options[argument.name] is each for each in unsaid)):
+                given.append(f"{argument.name}={self.text(options[argument.name])}")
         return f"{self.constant(QUICKER.get(function, function))}({', '.join(given)})"
 
     def take_launch(self, launch, tensors, form) -> None:

@@ -96,7 +96,7 @@ def _sum_few(source, offset, strides, target, target_strides, parts, place, mask
     """Of each number by itself."""
     address, dtype = source
     at = offset + place[0] * strides[1] + place[1] * strides[2] + place[2]
-    total = (place[2] * 0).to(tl.float32)
+    total = (place[2] * 0).to(tl.float32) * -1.0  # of a copy of -0.0, to which 0.0 would add up to 0.0
     for d in tl.static_range(3):
         if dtype == d:
             for part in range(parts):

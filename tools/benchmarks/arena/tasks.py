@@ -12,9 +12,9 @@ import torch
 from vim2.benchmark.measuring import GIB, machine
 from vim2.benchmark.models import count_flops, count_parameters
 from vim2.classify import train, validate
-from vim2.classify.models import import_models
 from vim2.classify.options import ValidateOptions
 from vim2.command.errors import DivergenceError
+from vim2.command.own_models import import_models
 
 from .models import Entry, adapt, create, dynamic, parse_entry, takes
 

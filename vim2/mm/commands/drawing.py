@@ -19,6 +19,7 @@ from ...checkpoints import write_atomically
 from ...command.errors import UserError
 from ...command.images import SUFFIXES, ImageFolder, describe_left_out, read_pixels
 from ...command.options import Parser
+from ...command.progress import say
 from ...command.runs import explain_disk_errors
 from ..runner import add_config_arguments, check_device, checkpoint_errors, load_config
 
@@ -41,7 +42,7 @@ def find_images(paths: list[Path]) -> list[Path]:
             if not inside:
                 raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}). {left_out}")
             if left_out:
-                print(left_out)
+                say(left_out)
             images += inside
         else:
             images.append(path)
@@ -138,8 +139,8 @@ def predict(argv: Sequence[str]) -> None:
             write_atomically(args.out_dir / drawn.name, drawn.read_bytes())
         if is_detector:
             scores = sample.pred_instances.scores
-            print(f"{path}: {int((scores >= args.score_thr).sum())} objects")
-    print(f"\n{len(images)} pictures in {args.out_dir}")
+            say(f"{path}: {int((scores >= args.score_thr).sum())} objects")
+    say(f"\n{len(images)} pictures in {args.out_dir}")
 
 
 def load_rgb(path: Path) -> np.ndarray:

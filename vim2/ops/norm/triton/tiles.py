@@ -49,7 +49,7 @@ def store_norm_parts(gnorm_ptr, gweight, gbias, E, BLOCK_E: tl.constexpr):
 @functools.lru_cache(None)
 def row_tile(width: int, elements: int) -> dict[str, int]:
     """Whole rows of about this many elements a thread, with four warps up to 128 * elements columns."""
-    block = max(triton.next_power_of_2(width), 16)
+    block = _row_block(width)
     warps = min(max(block // (32 * elements), 4), 16)
     return dict(BLOCK_ROWS=max(128 * elements // block, 1), BLOCK_E=block, num_warps=warps)
 
@@ -59,11 +59,16 @@ def summing_tile(width: int) -> tuple[dict[str, int], int]:
     """The tile of a kernel that sums over rows for each column, in registers: of few warps, in which columns lie one
     beside another, so that sums over columns stay within one. Returns also how many programs a multiprocessor has
     registers for."""
-    block = max(triton.next_power_of_2(width), 16)
+    block = _row_block(width)
     elements, warps = (8, 24) if block <= 256 else (16, 16 if block <= 512 else 12)  # a thread; a multiprocessor
     num_warps = min(max(block // (32 * elements), 1), 16)
     tile = dict(BLOCK_ROWS=max(32 * num_warps * elements // block, 1), BLOCK_E=block, num_warps=num_warps)
     return tile, max(warps // num_warps, 1)
+
+
+def _row_block(width: int) -> int:
+    """Columns of a tile that has rows of this width whole."""
+    return max(triton.next_power_of_2(width), 16)
 
 
 def forward_programs(rows: int, tile: dict[str, int], device: torch.device) -> int:
