@@ -113,6 +113,13 @@ def test_what_cannot_be_used_as_it_is(tmp_path, change, words):
         assert word in str(error.value)
 
 
+def test_columns_that_spaces_separate_are_told(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(make_frame(300).to_string(index=False))
+    with pytest.raises(UserError, match=r"has one column only, .* must separate columns"):
+        read_table(path)
+
+
 @pytest.mark.parametrize("missing", ["error", "interpolate", "previous", "mask"])
 def test_rows_at_the_end_without_values_are_the_time_to_forecast(tmp_path, missing):
     frame = make_frame(100)

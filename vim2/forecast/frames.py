@@ -206,7 +206,7 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     header_lines = lines.line_num
     if len(header) < 2 and not untimed:
         rest = text.split("\n", header_lines)[-1].lstrip("\n")
-        rows = (next(csv.reader([row], delimiter=find_separator(row))) for row in rest.split("\n", SAMPLE) if row)
+        rows = (next(csv.reader([row], delimiter=find_separator(row))) for row in rest.split("\n")[:SAMPLE] if row)
         second = next((row for row in rows if len(row) > 1), [])
         if second and not all(map(is_number, second)):  # 1,5 is one number
             raise UserError(
