@@ -355,8 +355,6 @@ def test_days_and_times_of_day_as_a_spreadsheet_is_read():
         (lambda f: f.set_index([f["date"], pd.Index(range(60))]), "an index of several levels: give it one"),
         (lambda f: f.set_index(["date", "a"], drop=False), "an index of several levels: .* as no column is"),
         (lambda f: pd.concat({"x": f}, axis=1), "columns of several levels: give them one, as .droplevel"),
-        (lambda f: f["a"], r"a pandas DataFrame, got pandas.Series: give its .to_frame\(\)"),
-        (lambda f: [f], "a pandas DataFrame, got list.$"),
         (lambda f: f.set_axis(["date", "a", "a"], axis=1), "two columns a"),
         (lambda f: f.set_index("date", drop=False), "both called date"),
         (lambda f: f.assign(c=f["date"]), "Column c of DataFrame holds datetime64"),
