@@ -2,7 +2,7 @@
 
 import pytest
 
-from vim2.command.figures import figure, from_zero, shorten, whole_numbers
+from vim2.command.figures import figure, from_zero, save, shorten, whole_numbers
 
 pytest.importorskip("matplotlib")
 
@@ -49,3 +49,15 @@ def test_epochs_are_whole_numbers(epochs):
     seen = [tick for tick in axes.get_xticks() if low <= tick <= high]
     assert seen and all(tick == round(tick) for tick in seen)
     assert epochs > 3 or seen == list(range(1, epochs + 1))
+
+
+@pytest.mark.filterwarnings("error")
+def test_characters_that_the_font_lacks_are_told_once(tmp_path, capsys):
+    fig = figure()
+    fig.subplots().set_title("\u58f2\u4e0a, \u58f2\u4e0a")
+    save(fig, tmp_path / "sales.png")
+    out = capsys.readouterr().out
+    assert "sales.png has boxes in place of 2 characters (" in out and out.count("\u58f2") == out.count("\u4e0a") == 1
+    assert (tmp_path / "sales.png").stat().st_size > 1000
+    save(figure(), tmp_path / "plain.png")
+    assert not capsys.readouterr().out

@@ -113,7 +113,19 @@ def test_what_cannot_be_used_as_it_is(tmp_path, change, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("above", ["Report of 2024\n", "# made by hand\n\n"])
+@pytest.mark.parametrize("missing", ["error", "interpolate", "previous", "mask"])
+def test_rows_at_the_end_without_values_are_the_time_to_forecast(tmp_path, missing):
+    frame = make_frame(100)
+    ahead = pd.DataFrame({"date": pd.date_range(frame["date"].iloc[-1], periods=7, freq="h")[1:]})
+    path = write_csv(tmp_path / "a.csv", pd.concat([frame, ahead]))
+    for data in (path, pd.concat([frame, ahead])):
+        table = read_table(data, missing=missing)
+        np.testing.assert_allclose(table.values, frame.drop(columns="date"))
+        assert table.future_times[100:].tolist() == ahead["date"].tolist()
+        assert "6 rows at the end have no value: they are the time to forecast." in table.repairs
+
+
+@pytest.mark.parametrize("above", ["Report of 2024\n", "# made by hand\n\n", "# made\n# by hand\n"])
 def test_lines_above_the_header_are_told(tmp_path, above):
     path = write_csv(tmp_path / "a.csv")
     path.write_text(above + path.read_text())

@@ -133,6 +133,13 @@ def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
         read_table(nullable)
 
 
+def test_an_index_of_ids_and_time_stamps_is_that_of_a_long_table():
+    long = melt(make_frame())
+    table, expected = read_table(long.set_index(["unique_id", "ds"])), read_table(long)
+    assert table.ids == expected.ids and table.times.equals(expected.times)
+    np.testing.assert_array_equal(table.values, expected.values)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -141,6 +148,10 @@ def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
         (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "row 8 has no ds"),
         (lambda f: f.replace({"unique_id": {"south": "ds"}}), "two columns ds"),
         (
+            lambda f: f.replace({"unique_id": {"south": 1, "north": "1"}}),
+            "two series that are both called 1, as a",
+        ),
+        (
             lambda f: f.assign(promotion=np.arange(len(f))),
             "promotion of DataFrame differs between series at 2024",
         ),
@@ -148,7 +159,7 @@ def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
         (lambda f: f.assign(ds=range(len(f))), "holds numbers, such as 0"),
         (lambda f: f.drop(columns="promotion"), "no column promotion"),
     ],
-    ids=["twice", "no id", "no time", "id of a column", "differs", "text", "numbers", "lacks future"],
+    ids=["twice", "no id", "no time", "id of a column", "1 and '1'", "differs", "text", "numbers", "lacks future"],
 )
 def test_long_tables_that_are_none(change, words):
     with pytest.raises(UserError, match=words):
@@ -175,6 +186,20 @@ def test_predict_continues_a_wide_frame(trained, tmp_path, capsys):
         forecaster.predict(make_frame())
     with pytest.raises(UserError, match=r"path or a pandas DataFrame, got list\.$"):
         forecaster.predict([1, 2])
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/Sao_Paulo"])
+def test_a_forecast_is_in_the_time_zone_of_the_frame(trained, zone):
+    """Over changes to and from summer time, of hours in UTC and of days by the time on the clock."""
+    forecaster, frame = Forecaster.from_pretrained(trained), ahead()
+    frame["date"] = pd.date_range("2018-10-25", periods=len(frame), freq="h", tz=zone)
+    index = forecaster.predict(frame).index
+    assert index.equals(pd.DatetimeIndex(frame["date"][400:]).rename("date")) and str(index.tz) == zone
+    long = forecaster.predict(melt(frame, ["promotion"], COLUMNS))
+    assert str(long["ds"].dt.tz) == zone and (long["ds"][:12].to_numpy() == frame["date"][400:].to_numpy()).all()
+    days = pd.date_range("2017-09-24", periods=len(frame), freq="D").tz_localize(zone, nonexistent="shift_forward")
+    daily = forecaster.predict(frame.assign(date=days), times="keep")
+    assert daily.index.equals(days[400:].rename("date")) and str(daily.index.tz) == zone
 
 
 def test_predict_continues_a_long_frame(trained, tmp_path):
@@ -250,6 +275,7 @@ def test_static_columns_reach_the_model_and_are_kept_with_it(tmp_path):
         (dict(region=np.nan), "region", "region of DataFrame holds nothing for series north"),
         (dict(region="hills"), "region", "region is the same for all series"),
         (dict(size=np.inf), "size", r"infinite|the same"),
+        (dict(size=[1e300] * 400 + [-1e300] * 400 + [0.0] * 400), "size", "size holds .* an infinite deviation"),
         (dict(size=np.arange(1200)), "size", "size of DataFrame changes for series north"),
     ],
 )

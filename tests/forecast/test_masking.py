@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from devices import DEVICE
+from devices import DEVICE, needs_gpu
 
 pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 
@@ -211,11 +211,51 @@ def test_what_cannot_be_masked_is_told(tmp_path, frame):
     with pytest.raises(UserError, match="No series has 6 known values in a row"):
         fit(data=sparse, **options)
     known = make_frame()
-    known.loc[3, "promotion"] = np.nan
-    with pytest.raises(UserError, match="cannot be masked, and values of promotion are missing: fill them"):
+    known.loc[:290, "promotion"] = np.nan
+    with pytest.raises(UserError, match="hold no value of promotion: leave it out with --future-columns"):
         fit(data=known, future_columns=["promotion"], **options)
-    with pytest.raises(UserError, match="--missing previous to fill them, or choose columns"):  # no mask
+    known.loc[3:, "promotion"] = 0.0
+    with pytest.raises(UserError, match="to learn from the others alone, or choose columns with --future-"):
         read_table(known, future_columns=["promotion"])
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_known_columns_stand_at_their_mean_where_they_are_missing(tmp_path, members):
+    frame = make_frame()
+    frame.loc[390:, ["north", "south", "level"]] = np.nan
+    frame.loc[[100, 101, 200, 310, 393], "promotion"] = np.nan
+    frame.loc[150:160, "south"] = np.nan
+    options = {**OPTIONS, "members": members, "future_columns": ["promotion"], "missing": "mask"}
+    run = fit(data=frame, output=str(tmp_path), **options)
+    assert "5 missing values of known columns stand at their mean: promotion (5)." in run["repairs"]
+    forecaster = Forecaster.from_pretrained(run["folder"])
+    mean = frame["promotion"][: run["rows"]["train"]].mean()
+    assert forecaster.future_scaler.mean == pytest.approx([mean])
+    table = forecaster.read(frame)
+    _, features = forecaster.tensors(table, "cpu")
+    assert features.isfinite().all() and not features[[100, 101, 200, 310, 393]].any()
+    ahead = forecaster.predict(frame)
+    assert len(ahead) == 6 and np.isfinite(ahead.to_numpy()).all()
+    pd.testing.assert_frame_equal(ahead, forecaster.predict(frame.fillna({"promotion": mean})), rtol=1e-4)
+    other = forecaster.predict(frame.fillna({"promotion": 5.0}))
+    assert not np.allclose(ahead, other)
+    scores = evaluate(data=frame, checkpoint=run["folder"], output=str(tmp_path), device=DEVICE)["scores"]
+    assert all(np.isfinite(row["mse"]) for row in scores.values())
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"quantiles": [0.1, 0.5, 0.9]}, {"loss": "mse"}], ids=str)
+def test_masks_train_the_same_on_a_gpu(tmp_path, frame, options):
+    """Without chance, with CUDA graphs and without, and much as on the CPU."""
+    given = {**OPTIONS, "dropout": 0.0, "head_dropout": 0.0, "frequency_mask": 0.0, "missing": "mask", **options}
+    runs = [
+        fit(data=frame, output=str(tmp_path), experiment=f"{device} {graph}", **given | how)
+        for device, graph in (("cuda", False), ("cuda", True), ("cpu", False))
+        for how in [dict(device=device, cuda_graph=graph)]
+    ]
+    for run in runs[1:]:
+        assert run["history"][0]["train_loss"] == pytest.approx(runs[0]["history"][0]["train_loss"], rel=1e-3)
+        assert run["committee"]["val_mse"] == pytest.approx(runs[0]["committee"]["val_mse"], rel=1e-2)
 
 
 def test_who_begins_late_is_advised_to_mask(frame):

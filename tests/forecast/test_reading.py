@@ -289,10 +289,35 @@ def test_data_frames(frame):
     assert (nullable.values == expected.values).all()
 
 
+def test_columns_of_arrow_are_those_of_numpy(frame):
+    pa = pytest.importorskip("pyarrow", reason="Arrow's types need it")
+    frame = frame.assign(a=frame["a"].astype(float).round(2).where(frame.index != 3), b=frame["b"].astype(float))
+    expected = read_table(frame, missing="mask")
+    as_arrow = frame.assign(a=frame["a"].astype(pd.ArrowDtype(pa.decimal128(20, 2))))
+    for given in (as_arrow, frame.convert_dtypes(dtype_backend="pyarrow")):
+        table = read_table(given, missing="mask")
+        np.testing.assert_array_equal(table.values, expected.values)
+        assert table.times.equals(expected.times)
+
+
+def test_days_and_times_of_day_as_a_spreadsheet_is_read():
+    frame = make_frame(100)
+    expected = read_table(frame)
+    date = frame["date"]
+    for days in (date.dt.normalize(), date.dt.date, date.dt.strftime("%d/%m/%Y")):
+        table = read_table(frame.assign(date=days, Time=date.dt.time))
+        assert table.times.equals(expected.times) and table.columns == expected.columns
+        assert any("Columns date and Time were read together" in note for note in table.repairs)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: f.set_index(["date", "a"]), "several levels"),
+        (lambda f: f.set_index([f["date"], pd.Index(range(60))]), "an index of several levels: give it one"),
+        (lambda f: f.set_index(["date", "a"], drop=False), "an index of several levels: .* as no column is"),
+        (lambda f: pd.concat({"x": f}, axis=1), "columns of several levels: give them one, as .droplevel"),
+        (lambda f: f["a"], r"a pandas DataFrame, got pandas.Series: give its .to_frame\(\)"),
+        (lambda f: [f], "a pandas DataFrame, got list.$"),
         (lambda f: f.set_axis(["date", "a", "a"], axis=1), "two columns a"),
         (lambda f: f.set_index("date", drop=False), "both called date"),
         (lambda f: f.assign(c=f["date"]), "Column c of DataFrame holds datetime64"),

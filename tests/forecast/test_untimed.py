@@ -40,6 +40,13 @@ def test_a_column_that_counts_the_rows_tells_their_numbers(tmp_path, frame):
     assert table.columns == ["north", "south"] and table.labels(0, 1)[0] == 7 and table.season == 7
     long = numbered.melt("ds", var_name="unique_id", value_name="y")
     assert read_table(long, freq="D").labels(0, 1)[0] == 7
+    yearly = frame.copy()
+    yearly.insert(0, "Year", range(1900, 2000))
+    table = read_table(write(tmp_path / "b.csv", yearly), freq="YS")
+    assert table.columns == ["north", "south"] and table.labels(100, 101)[0] == 2000
+    assert "Column Year counts the rows." in table.repairs
+    assert read_table(yearly, freq="YS", targets=["Year"]).columns == ["Year"]
+    assert read_table(yearly[["north", "Year"]], freq="YS").columns == ["north", "Year"]
 
 
 def test_one_series_without_a_header(tmp_path, frame):
@@ -54,8 +61,11 @@ def test_one_series_without_a_header(tmp_path, frame):
         (lambda f: f[["north"]], {}, "one column only, .*--freq"),
         (lambda f: f, {"start": "2024"}, "--start is for rows without time stamps"),
         (lambda f: f, {"freq": "banana"}, "--freq banana is no step that pandas knows: give"),
-        (lambda f: f, {"freq": "-1h"}, "goes back"),
-        (lambda f: f, {"freq": "MS", "start": "2024-01-15"}, "does not lie on a step of MS"),
+        (lambda f: f, {"freq": "2M"}, r"no step that pandas knows; did you mean 2MS or 2ME\?: give"),
+        (lambda f: f, {"freq": "-1h"}, "does not go forward"),
+        (lambda f: f, {"freq": "0h"}, "--freq 0h does not go forward: give"),
+        (lambda f: f, {"freq": "MS", "start": "2024-01-15"}, "not lie on a step of MS: .* such as 2024-02-01"),
+        (lambda f: f, {"freq": "h", "start": "2024-01-15T00:00+01:00"}, "has a UTC offset: give it without"),
         (lambda f: f, {"freq": "h", "start": "soon"}, "--start soon makes no time stamps"),
         (lambda f: make_frame(100), {"freq": "h"}, "Column date .* does not count the rows"),
         (lambda f: f.assign(time=[0, *range(99)]), {"freq": "h"}, "Column time .* does not count the rows"),

@@ -2,8 +2,11 @@
 
 import io
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ..checkpoints import write_atomically
 from .errors import UserError
@@ -61,10 +64,24 @@ def whole_numbers(axis, most: int | str = "auto") -> None:
 
 
 def save(fig, path: str | os.PathLike) -> None:
-    """Write a figure as a PNG, in one step."""
+    """Write a figure as a PNG, in one step, and say so where the font lacks characters: matplotlib warns of each."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=120)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fig.savefig(buffer, format="png", dpi=120)
+    lacking = {}
+    for warning in caught:
+        if glyph := re.match(r"Glyph (\d+) .* missing from font", str(warning.message)):
+            lacking[chr(int(glyph[1]))] = None
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     write_atomically(path, buffer.getvalue())
+    if lacking:
+        shown = "".join(filter(str.isprintable, lacking))[:8]
+        say(
+            f"{Path(path).name} has boxes in place of {len(lacking)} characters{f' ({shown})' * bool(shown)}, which "
+            "matplotlib's font lacks: name one that has them as font.family in a matplotlibrc."
+        )
 
 
 def shorten(text: str, length: int = 24) -> str:

@@ -8,7 +8,16 @@ import pandas as pd
 
 from ..command.errors import UserError
 
-__all__ = ["is_number", "is_text", "number_texts", "parse_numbers", "refuse_extremes", "refuse_sentinels", "rewrite"]
+__all__ = [
+    "is_number",
+    "is_text",
+    "number_texts",
+    "parse_numbers",
+    "refuse_extremes",
+    "refuse_sentinels",
+    "rewrite",
+    "to_float64",
+]
 
 SENTINELS = (-9999.0, -999.0, -99999.0, -999.9, -9999.9, 9999.0, 99999.0, 999999.0)
 SPACES = re.compile(r"(?<=\d)[ '\u2019\u00a0\u202f](?=\d{3}(?!\d))")  # between thousands
@@ -113,6 +122,14 @@ def beside_integers(cells: Iterable[str]) -> bool:
     return bool(whole) and all(len(c.lstrip("+-")) <= 3 for c in whole) and any(c.endswith("0") for c in grouped)
 
 
+def to_float64(column: pd.Series) -> np.ndarray:
+    """Cells as float64, NaN for those that are missing or no numbers."""
+    # what holds numbers is not parsed: pandas loses the missing ones of Arrow's decimals there
+    if not pd.api.types.is_any_real_numeric_dtype(column):
+        column = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
+    return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
 def parse_numbers(column: pd.Series, name: str) -> np.ndarray:
     """A column as float64, NaN where it is empty.
 
@@ -126,7 +143,7 @@ def parse_numbers(column: pd.Series, name: str) -> np.ndarray:
                 f"Column {column.name} of {name} holds {column.dtype}, no numbers: leave it out with --targets."
             )
         column = column.astype(object)
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers = to_float64(column)
     wrong = np.flatnonzero((np.isnan(numbers) & column.notna().to_numpy()) | np.isinf(numbers))
     if len(wrong):
         cell = column.iloc[wrong[0]]

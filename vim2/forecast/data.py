@@ -1,6 +1,7 @@
 """Time series: read from files and DataFrames with stated repairs, split, standardised, cut into windows."""
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from os import PathLike
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
-from .cells import is_text, parse_numbers, refuse_extremes, refuse_sentinels, rewrite
+from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to_float64
 from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
@@ -54,7 +55,7 @@ class Table:
         times: Time stamps of the rows.
         values: Targets, (rows, M), float64; NaN where a value is missing and masked.
         columns: M names.
-        future: Known-future features, (rows + further, C), float64, C may be 0.
+        future: Known-future features, (rows + further, C), float64, C may be 0; NaN where one is missing and masked.
         future_columns: C names.
         future_times: Time stamps of the rows of `future`: those of the targets, and any that follow.
         repairs: What was changed in the file's data, a sentence each.
@@ -62,6 +63,7 @@ class Table:
         ids: Of a long table, the series' ids by the name of their column; None of a wide one.
         first_row: The first row's number, where rows are counted and their time stamps stand for none.
         static: Of a long table, the columns that were asked for as static, a row for each target.
+        zone: Time zone of a DataFrame's time stamps, which are in UTC here, or the time on the clock without it.
     """
 
     times: pd.DatetimeIndex
@@ -75,6 +77,7 @@ class Table:
     ids: dict[str, Any] | None = None
     first_row: int | None = None
     static: pd.DataFrame | None = None
+    zone: datetime.tzinfo | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -85,6 +88,15 @@ class Table:
         if self.first_row is not None:
             return pd.RangeIndex(self.first_row + start, self.first_row + end, name="row")
         return self.times[start:end].rename("date")
+
+    def in_zone(self, times: pd.Index) -> pd.Index:
+        """Labels as `labels` has them, time stamps in the DataFrame's own time zone if it has one."""
+        if self.zone is None or not isinstance(times, pd.DatetimeIndex):
+            return times
+        if times.tz is not None:
+            return times.tz_convert(self.zone)
+        # a midnight that a change of the clock skips, or has twice
+        return times.tz_localize(self.zone, nonexistent="shift_forward", ambiguous=np.ones(len(times), dtype=bool))
 
     @property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -119,8 +131,8 @@ def read_table(
 ) -> Table:
     """Read series from a file of one row a time step. Nothing is repaired, or left out, without being asked for.
 
-    Rows at the end that hold known-future columns but no target are the future to forecast. A table with the columns
-    unique_id, ds and y is taken as a long one, of a row for each series and time step, in any order.
+    Rows at the end that hold no target, with known-future columns or without, are the future to forecast. A table with
+    the columns unique_id, ds and y is taken as a long one, of a row for each series and time step, in any order.
 
     Args:
         data: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet; or a DataFrame, which is not changed.
@@ -131,9 +143,9 @@ def read_table(
         na_values: Numbers that stand for a missing value.
         keep_values: Numbers that look as if they did, but are to be taken as they are.
         missing: What becomes of missing values: "error", "interpolate" (linearly between neighbours, ends repeated),
-            "previous" (the value before, where there is none the one after) or "mask" (of targets, they stay missing:
-            forecasts see the value before, and none is trained or scored by them; so series may begin and end at
-            different times).
+            "previous" (the value before, where there is none the one after) or "mask" (they stay missing: of targets,
+            forecasts see the value before, and none is trained or scored by them, so that series may begin and end at
+            different times; known-future features are then at their mean).
         times: What becomes of time stamps that are out of order, twice there, or not a constant step apart: "error",
             "regular" (sort, keep the first of equal ones, add missing rows, whose values `missing` then fills), or
             "keep" (take the rows as they are, each as one step).
@@ -141,7 +153,8 @@ def read_table(
             possible in all rows, of several the one in which rows are a constant step apart.
         freq: Of a table without time stamps, how far apart its rows are, as pandas names it: "h", "15min", "MS". A time
             column then need not be there, or counts the rows.
-        start: The time stamp of such a table's first row; by default rows are counted, from 0 or by their time column.
+        start: The time stamp of such a table's first row; by default rows are counted, from 0, or as their time column,
+            or the first, counts them.
         static_columns: Of a long table, names of columns that describe a series, such as its region.
 
     Raises:
@@ -169,7 +182,7 @@ def read_table(
         index = LONG[1]
     first_row = None
     if freq:
-        frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source)
+        frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source, asked)
         repairs += more
         time_column = "date"
     index = time_column or index
@@ -191,6 +204,7 @@ def read_table(
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
+    zone = getattr(frame[time_column].dtype, "tz", None)
     stamps, dates, more = parse_times(frame[time_column], source, dates)
     repairs += more
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
@@ -204,56 +218,69 @@ def read_table(
     refuse_extremes(numbers, source)
     numbers, more = repair_times(numbers, times, source)
     repairs += more
-    rows = len(numbers)
-    if future_columns:  # rows without any target at the end are the future
-        filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
-        rows = int(filled[-1]) + 1 if len(filled) else 0
-    if rows == 0:
+    filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
+    if not len(filled):
         raise UserError(f"{source} has no row with a value of {', '.join(targets[:3])}.")
+    rows = int(filled[-1]) + 1
+    if rows < len(numbers) and not future_columns:  # which otherwise say what these rows are for
+        repairs.append(f"{len(numbers) - rows} rows at the end have no value: they are the time to forecast.")
     index = numbers.index
     if first_row is not None:  # what messages call the rows
         numbers.index = pd.RangeIndex(first_row, first_row + len(index))
     values, more = repair_missing(numbers[targets].iloc[:rows], missing, source)
     repairs += more
-    future, more = repair_missing(numbers[future_columns], missing, source, maskable=False)
+    future, more = repair_missing(numbers[future_columns], missing, source, targets=False)
     repairs += more
     static = static.loc[targets] if static_columns else None
-    return Table(index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static)
+    return Table(
+        index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static, zone
+    )
 
 
 def stamp_frame(
-    frame: pd.DataFrame, named: str | None, freq: str, start: str | None, source: str
+    frame: pd.DataFrame, named: str | None, freq: str, start: str | None, source: str, wanted: Collection[str] = ()
 ) -> tuple[pd.DataFrame, int | None, list[str]]:
     """A table without time stamps with a column of them, date; the number of its first row if it has no start; what was
     left out.
 
     Args:
         frame: As read.
-        named: Its column that counts the rows, if it is known.
+        named: Its column that counts the rows, if it is known; otherwise one of TIME_NAMES, or the first, such as year,
+            if that counts them.
         freq, start, source: As in `read_table`.
+        wanted: Columns that were asked for as series.
 
     Raises:
         UserError: As `stamp_rows`; the column does not count the rows.
     """
     named = named or next((c for c in frame.columns if c.lower() in TIME_NAMES), None)
+    if named is None and len(frame.columns) > 1 and len(frame) > 1:
+        leading = frame.columns[0]
+        named = leading if leading not in wanted and counted(frame[leading]) is not None else None
     first, notes = 0, []
     if named is not None:
         if named not in frame.columns:
             raise UserError(f"{source} has no column {named}{did_you_mean(named, frame.columns)}")
-        column = frame[named]
-        numbers = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
-        dated = pd.api.types.is_datetime64_any_dtype(column) or numbers.isna().any()
-        if dated or (numbers % 1 != 0).any() or (numbers.diff().iloc[1:] != 1).any():
+        numbers = counted(frame[named])
+        if numbers is None:
             raise UserError(
                 f"Column {named} of {source} does not count the rows, one by one, and --freq is for rows without time "
                 "stamps: leave --freq out, or rename that column if it is a series."
             )
-        first = int(numbers.iloc[0])
+        first = int(numbers[0])
         frame = frame.drop(columns=named)
         notes.append(f"Column {named} counts the rows.")
     frame = frame.copy()
     frame.insert(0, "date", stamp_rows(len(frame), freq, start))
     return frame, None if start else first, notes
+
+
+def counted(column: pd.Series) -> np.ndarray | None:
+    """The numbers of a column that counts the rows, one by one from any of them; None of another."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return None
+    numbers = to_float64(column)
+    return numbers if (numbers % 1 == 0).all() and (np.diff(numbers) == 1).all() else None
 
 
 def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> str:
@@ -267,19 +294,14 @@ def choose_time_column(frame: pd.DataFrame, name: str | None, source: str) -> st
     return name
 
 
-def repair_missing(numbers: pd.DataFrame, how: str, source: str, maskable: bool = True) -> tuple[np.ndarray, list[str]]:
-    counts = numbers.isna().sum()
+def repair_missing(numbers: pd.DataFrame, how: str, source: str, targets: bool = True) -> tuple[np.ndarray, list[str]]:
+    counts, option = numbers.isna().sum(), "--targets" if targets else "--future-columns"
     counts = counts[counts > 0]
     if counts.empty:
         return numbers.to_numpy(dtype=np.float64), []
-    if how == "mask" and not maskable:
-        raise UserError(
-            f"Known-future columns cannot be masked, and values of {', '.join(counts.index)} are missing: "
-            f"fill them in {source}, or leave these columns out of --future-columns and --targets."
-        )
     if len(empty := counts[counts == len(numbers)]):
         raise UserError(
-            f"Column {empty.index[0]} of {source} holds no value at all: leave it out with --targets, or where a "
+            f"Column {empty.index[0]} of {source} holds no value at all: leave it out with {option}, or where a "
             "forecaster needs it, give rows that reach back to its last value."
         )
     listed = ", ".join(f"{name} ({count})" for name, count in counts.iloc[:5].items())
@@ -291,17 +313,16 @@ def repair_missing(numbers: pd.DataFrame, how: str, source: str, maskable: bool 
         held = {name: rows[-1] + 1 - rows[0] for name, rows in known.items()}
         sparse = [name for name in mostly if 2 * len(known[name]) < held[name]]
         if sparse:
-            remedy = f"Leave {sparse[0]} out with --targets: most of it would be made up"
-        elif held and maskable:
+            remedy = f"Leave {sparse[0]} out with {option}: most of it would be made up"
+        elif held:
             remedy = f"Add --missing mask, to learn from what is there: {mostly[0]} begins late or ends early"
         else:
-            remedy = "Add --missing interpolate or --missing previous to fill them, "
-            remedy += "or --missing mask to learn from the others alone, " if maskable else ""
-            remedy += "or choose columns with --targets"
+            remedy = "Add --missing interpolate or --missing previous to fill them, or --missing mask to learn from "
+            remedy += f"the others alone, or choose columns with {option}"
         raise UserError(f"Values of {source} are missing: {listed}; first at {row}. {remedy}.")
     if how == "mask":
-        masked = f"{int(counts.sum())} missing values are masked, neither learned from nor scored: {listed}."
-        return numbers.to_numpy(dtype=np.float64), [masked]
+        masked = "are masked, neither learned from nor scored" if targets else "of known columns stand at their mean"
+        return numbers.to_numpy(dtype=np.float64), [f"{int(counts.sum())} missing values {masked}: {listed}."]
     # by rows, not by time: rows are the model's steps
     filled = numbers.interpolate(limit_direction="both") if how == "interpolate" else numbers.ffill().bfill()
     verb = "interpolated" if how == "interpolate" else "filled with the value before"
@@ -326,9 +347,14 @@ def static_features(static: pd.DataFrame) -> np.ndarray:
             )
         if pd.api.types.is_any_real_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
             numbers = column.to_numpy(np.float64)[:, None]
-            if not np.isfinite(numbers).all():
-                raise UserError(f"Static column {name} holds infinite numbers: correct them, or leave it out.")
-            parts.append(Scaler.fit(numbers).transform(numbers))
+            with np.errstate(over="ignore", invalid="ignore"):
+                scaler = Scaler.fit(numbers)
+            if not (np.isfinite(numbers).all() and np.isfinite(scaler.std).all()):
+                raise UserError(
+                    f"Static column {name} holds infinite numbers, or such as have an infinite deviation: correct "
+                    "them, or leave it out."
+                )
+            parts.append(scaler.transform(numbers))
         else:
             parts.append(pd.get_dummies(column.astype(str)).to_numpy(np.float64))
     return np.concatenate(parts, axis=1).astype(np.float32)

@@ -156,7 +156,8 @@ class Forecaster:
         return values, torch.tensor(features, dtype=torch.float32, device=device)
 
     def future_features(self, future: np.ndarray, times: pd.DatetimeIndex) -> np.ndarray | None:
-        parts = [self.future_scaler.transform(future)] if self.future_columns else []
+        # 0, the mean of the training rows, is what says least of a feature that is missing
+        parts = [np.nan_to_num(self.future_scaler.transform(future), nan=0.0)] if self.future_columns else []
         if self.calendar:
             parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
@@ -191,9 +192,11 @@ class Forecaster:
         Returns:
             Of a wide table, a column a variate by time stamps, an index called date, or by numbers of rows that are
             counted, called row; with quantiles a column a variate and level, such as sales_q0.1. Of a long one, columns
-            unique_id, ds and TSM2, with quantiles TSM2_q0.1 and so on, series after series.
+            unique_id, ds and TSM2, with quantiles TSM2_q0.1 and so on, series after series. Time stamps are in the time
+            zone of the DataFrame's, if these have one.
         """
         levels = [f"_q{level!r}" for level in self.model.config.quantiles] or [""]
+        times = table.in_zone(times)
         values = values.reshape(len(times), len(self.columns), len(levels))
         if table.ids is None:
             columns = {f"{c}{q}": values[:, i, j] for i, c in enumerate(self.columns) for j, q in enumerate(levels)}

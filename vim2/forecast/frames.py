@@ -59,7 +59,10 @@ NAMELESS = re.compile(r"Unnamed: \d+(\.\d+)*")  # as pandas calls a column witho
 def require_data(data: object) -> None:
     """Raise for data that are neither a path nor a DataFrame."""
     if not isinstance(data, str | PathLike | pd.DataFrame):
-        raise UserError(f"data must be a file's path or a pandas DataFrame, got {type(data).__name__}.")
+        kind = type(data)
+        called = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+        remedy = next((f": give its .{how}()" for how in ("to_frame", "to_pandas") if hasattr(data, how)), "")
+        raise UserError(f"data must be a file's path or a pandas DataFrame, got {called}{remedy}.")
 
 
 def describe(data: str | PathLike | pd.DataFrame) -> str:
@@ -115,9 +118,16 @@ def read_frame(
 
 def index_to_column(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str | None, list[str]]:
     """A DataFrame whose index of time stamps became its first column; one that counts the rows is left out."""
+    if frame.columns.nlevels > 1:
+        raise UserError(f"{name} has columns of several levels: give them one, as .droplevel(0, axis=1) does.")
+    if frame.index.nlevels > 1:  # such as unique_id and ds
+        levels = list(frame.index.names)
+        if None in levels or set(levels) & set(frame.columns) or len(set(levels)) < len(levels):
+            raise UserError(
+                f"{name} has an index of several levels: give it one, or name them as no column is, to be columns."
+            )
+        frame = frame.reset_index()
     index, time, notes = frame.index, None, []
-    if frame.columns.nlevels > 1 or index.nlevels > 1:
-        raise UserError(f"{name} has columns or an index of several levels: give it one of each.")
     frame = frame.set_axis([str(c) for c in frame.columns], axis=1).reset_index(drop=True)
     if isinstance(index, pd.PeriodIndex):
         index = index.to_timestamp()
@@ -174,7 +184,7 @@ def decode(data: bytes, path: Path) -> tuple[str, list[str]]:
         except UnicodeDecodeError:
             encoding = "latin-1"
             text = data.decode(encoding)
-        notes = [f"{path.name} is not UTF-8; it was read as {encoding}."]
+        notes = [f"{path.name} is not UTF-8; it was read as {encoding}: save it as UTF-8 if names look wrong."]
     if "\0" in text:
         raise UserError(f"{path} is no text: is it a .csv file?")
     if "\r" in text:
@@ -196,8 +206,9 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     header_lines = lines.line_num
     if len(header) < 2 and not untimed:
         rest = text.split("\n", header_lines)[-1].lstrip("\n")
-        second = next(csv.reader(io.StringIO(rest), delimiter=find_separator(rest)), [])
-        if len(second) > 1 and not all(map(is_number, second)):  # 1,5 is one number
+        rows = (next(csv.reader([row], delimiter=find_separator(row))) for row in rest.split("\n", SAMPLE) if row)
+        second = next((row for row in rows if len(row) > 1), [])
+        if second and not all(map(is_number, second)):  # 1,5 is one number
             raise UserError(
                 f"{path} begins with a line of one cell, {header[0]!r}, and its rows have more: take out what stands "
                 "above the line of names."
@@ -429,6 +440,9 @@ def widen(
             "one out, or add their values."
         )
     names = [str(i) for i in ids]
+    if len(names) > len(set(names)):
+        refused = next(one for i, one in enumerate(names) if one in names[:i])
+        raise UserError(f"{name} has two series that are both called {refused}, as a number and as text: rename one.")
     refuse_equal_names([time, *names, *future], name)
     order = order_of_time(stamps)
     rows = np.argsort(order)[rows]

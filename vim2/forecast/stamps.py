@@ -1,6 +1,7 @@
 """Time stamps: orders of day and month, UTC offsets, the step from row to row, and the table that has no gap."""
 
 import calendar
+import datetime
 import re
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ TIMES = ("error", "regular", "keep")
 ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
 DATES = ("detect", *ORDERS)
 WORDS = {"D": "day", "M": "month", "Y": "year"}
+# What pandas called steps before 2.2, and calls them now.
+OLD_STEPS = {"H": ["h"], "T": ["min"], "S": ["s"], "L": ["ms"], "BM": ["BMS", "BME"], "M": ["MS", "ME"]}
+OLD_STEPS |= {"Q": ["QS", "QE"], "A": ["YS", "YE"], "Y": ["YS", "YE"]}
 DATE = re.compile(
     r"\s*(?:[A-Za-z]{2,9}[.,]?\s+)?"  # a weekday
     r"(?P<time>\d{1,2}:\d{2}(?::\d{2})?\s+)?"
@@ -98,7 +102,7 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
     date, hours = (time, names.get("time")) if time.lower() != "time" else (names.get("date"), time)
     if date is None or hours is None:
         return frame, time, []
-    days, clock = (frame[name].astype(object) if is_text(frame[name]) else [None] for name in (date, hours))
+    days, clock = (written(frame[name]) for name in (date, hours))
     if not all(isinstance(cell, str) and TIME_OF_DAY.fullmatch(cell) for cell in clock):
         return frame, time, []
     if not all(isinstance(cell, str) and not re.search(r"\d\s*[:T]", cell) for cell in days):
@@ -106,6 +110,20 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
     joined = days + " " + clock.str.strip().str.replace(".", ":")
     frame = frame.assign(**{date: joined}).drop(columns=hours)
     return frame, date, [f"Columns {date} and {hours} were read together as the time stamps."]
+
+
+def written(column: pd.Series) -> pd.Series | list[None]:
+    """A column of dates or times of day as text, such as spreadsheets are read to; of others, one cell that is none."""
+    if (
+        pd.api.types.is_datetime64_any_dtype(column)
+        and column.dt.tz is None
+        and (column == column.dt.normalize()).all()
+    ):
+        return column.dt.strftime("%Y-%m-%d").astype(object)
+    if not is_text(column):
+        return [None]
+    parts = (datetime.date, datetime.time)
+    return column.astype(object).map(lambda cell: str(cell) if type(cell) in parts else cell)
 
 
 def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd.DatetimeIndex, str, list[str]]:
@@ -261,7 +279,14 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
     try:
         step = pd.tseries.frequencies.to_offset(freq)
     except ValueError:
-        raise UserError(f"--freq {freq} is no step that pandas knows: give one such as h, 15min, D, W or MS.") from None
+        count, name = re.fullmatch(r"(\d*)(.*)", freq, re.DOTALL).groups()
+        now = " or ".join(count + each for each in OLD_STEPS.get(name, ()))
+        meant = f"; did you mean {now}?" if now else ""
+        raise UserError(
+            f"--freq {freq} is no step that pandas knows{meant}: give one such as h, 15min, D, W or MS."
+        ) from None
+    if step.n < 1:
+        raise UserError(f"--freq {freq} does not go forward: give a step such as h, 15min, D, W or MS.")
     try:
         first = pd.Timestamp(start or 0)
         stamps = pd.date_range(first, periods=rows, freq=step)
@@ -271,10 +296,10 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
             f"{what} makes no time stamps for {rows} rows ({first_line(error)}): give a step such as h, 15min, D, W or "
             "MS, and a start such as 2024-01-31."
         ) from None
-    if step.n < 1:
-        raise UserError(f"--freq {freq} goes back: give a step such as h, 15min, D, W or MS.")
-    if start and (first.tz is not None or stamps[0] != first):
-        raise UserError(f"--start {start} has a UTC offset, or does not lie on a step of {freq}: give another.")
+    if start and first.tz is not None:
+        raise UserError(f"--start {start} has a UTC offset: give it without, or write time stamps into the file.")
+    if start and stamps[0] != first:
+        raise UserError(f"--start {start} does not lie on a step of {freq}: give another, such as {stamps[0]}.")
     return stamps
 
 

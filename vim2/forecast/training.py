@@ -149,13 +149,16 @@ class Run:
         split = make_split(len(self.table), o.split, o.lookback, o.horizon)
         if not split.val:
             raise UserError("There are no rows to validate on: choose another --split.")
-        without = np.isnan(self.table.values[: split.train]).all(axis=0)
-        if without.any():
-            names = ", ".join(np.array(self.table.columns)[without])
-            raise UserError(
-                f"The {split.train} rows to train on hold no value of {names}: leave it out with --targets, or choose "
-                "another --split."
-            )
+        for values, names, named in (
+            (self.table.values, self.table.columns, "--targets"),
+            (self.table.future, self.table.future_columns, "--future-columns"),
+        ):
+            without = np.isnan(values[: split.train]).all(axis=0)
+            if without.any():
+                raise UserError(
+                    f"The {split.train} rows to train on hold no value of {', '.join(np.array(names)[without])}: leave "
+                    f"it out with {named}, or choose another --split."
+                )
         scaler = Scaler.fit(self.table.values[: split.train])
         self.notes = list(self.table.repairs)
         by_size = [name for name in o.to_dict() if getattr(o, name) != getattr(given, name)]
