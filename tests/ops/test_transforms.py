@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from devices import DEVICE, needs_triton
 from torch.autograd import forward_ad
 
-from vim2.mixers import SelectiveTokenMixer
-from vim2.ops import selective_scan, selective_scan_jit_flops
+from vim2.mixers import MixerLayer, SelectiveTokenMixer
+from vim2.ops import backend, selective_scan, selective_scan_jit_flops
 
 DELTA, B, A = torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 2), -torch.rand(1, 3, 2)
 MIXER = SelectiveTokenMixer(3, d_state=2)
@@ -32,7 +33,32 @@ def test_transforms_are_refused(transform, function):
         "jvp": lambda: torch.func.jvp(function, (u,), (u,)),
         "jacrev": lambda: torch.func.jacrev(function)(u),
     }
-    with pytest.raises(RuntimeError, match=r"knows no torch\.func transforms"):
+    with pytest.raises(RuntimeError, match=r"know no torch\.func transforms"):
+        calls[transform]()
+
+
+@needs_triton
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "jacrev", "forward mode"])
+def test_kernels_before_a_scan_refuse_them_as_well(transform, monkeypatch):
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", "triton")
+    layer = MixerLayer(3, SelectiveTokenMixer(3, d_state=2), 1).to(DEVICE)
+    u = torch.randn(1, 3, 3, 3, device=DEVICE)
+
+    def function(u):
+        return layer([u])
+
+    def forward_mode():
+        with forward_ad.dual_level():
+            function(forward_ad.make_dual(u, u))
+
+    calls = {
+        "vmap": lambda: torch.func.vmap(lambda u: function(u[None]))(u),
+        "grad": lambda: torch.func.grad(lambda u: function(u).sum())(u),
+        "jvp": lambda: torch.func.jvp(function, (u,), (u,)),
+        "jacrev": lambda: torch.func.jacrev(function)(u),
+        "forward mode": forward_mode,
+    }
+    with pytest.raises(RuntimeError, match=r"vim2's operators (know|have) no"):
         calls[transform]()
 
 

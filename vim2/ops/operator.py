@@ -27,11 +27,11 @@ def refuse_transforms(*tensors: Tensor) -> None:
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
-            "vim2's scan knows no torch.func transforms (vmap, grad, jvp, jacrev, ...): loop over samples in place of "
-            "vmap, and use torch.autograd.grad or backward()."
+            "vim2's operators know no torch.func transforms (vmap, grad, jvp, jacrev, ...): loop over samples in place "
+            "of vmap, and use torch.autograd.grad or backward()."
         )
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("vim2's scan has no forward-mode derivatives: use backward().")
+        raise RuntimeError("vim2's operators have no forward-mode derivatives: use backward().")
 
 
 def refuse_second_derivatives() -> None:
@@ -166,6 +166,7 @@ class Operator:
 
     def __call__(self, *args):
         if is_observed():
+            refuse_transforms(*(t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)))
             return self.registered(*args)
         needs_gradient = False
         for argument in args:
