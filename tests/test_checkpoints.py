@@ -290,6 +290,15 @@ class TestReading:
         subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
         assert read_checkpoint(tmp_path / "weights.pth").keys() == weights.keys()
 
+    @pytest.mark.parametrize("key", [None, "model", "model_ema"])
+    def test_the_remedy_for_a_whole_model_works(self, model, key, tmp_path, monkeypatch):
+        torch.save(model if key is None else {key: model, "epoch": 3}, tmp_path / "file.pth")
+        with pytest.raises(ValueError, match="python -c") as error:
+            read_checkpoint(tmp_path / "file.pth")
+        monkeypatch.chdir(tmp_path)
+        exec(re.search(r'python -c "(.*)"$', str(error.value))[1], {})
+        assert equal(read_state_dict(tmp_path / "weights.pth"), model.state_dict())
+
     @pytest.mark.parametrize("key", ["state_dict", "model", None])
     @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
     def test_wrappers_prefixes(self, model, tmp_path, key, prefix):

@@ -73,8 +73,10 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         raise ValueError(
             f"{path} holds more than weights ({wanted}), and loading that would run code from the file. "
             f'If you trust it, keep its weights alone: python -c "import torch; '
-            f"c = torch.load('{path}', 'cpu', weights_only=False); "
-            f"torch.save({{k: c[k] for k in c if k in {_WEIGHT_KEYS}}}, 'weights.pth')\""
+            # a whole model has weights, too, alone or in a dictionary
+            "of = lambda c: c.state_dict() if isinstance(c, torch.nn.Module) else c; "
+            f"c = of(torch.load('{path}', 'cpu', weights_only=False)); "
+            f"torch.save({{k: of(c[k]) for k in c if k in {_WEIGHT_KEYS}}} or c, 'weights.pth')\""
         ) from None
 
 

@@ -51,8 +51,11 @@ def assert_same_elsewhere(program, model, cases, folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_any_batch_and_size(tmp_path):
-    model = randomised(timm.create_model("test_vim2", features_only=True, out_indices=(0,), **TINY))
+@pytest.mark.parametrize("width", [8, 32], ids=["rank 1", "rank 2"])
+def test_any_batch_and_size(width, tmp_path):
+    model = randomised(
+        timm.create_model("test_vim2", features_only=True, out_indices=(0,), **{**TINY, "dims": (width,)})
+    )
     program = export_program(model)
     cases = [(torch.randn(shape),) for shape in ((1, 3, 64, 64), (2, 3, 97, 71), (3, 3, 36, 128))]
     assert_same_elsewhere(program, model, cases, tmp_path)

@@ -22,6 +22,9 @@ def in_full(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:
     """The input, (batch, L, K or 1, E), the step sizes, (batch, L, K, E), and A, B, C and D as operands have them, in
     the dtype of the arithmetic."""
     u, delta, A, B, C, D, bias = operands.with_full_delta()
+    # the product of a low-rank factor comes permuted, and to compare its strides, tracing would guard against batches
+    # of 1: torch.export.load(...).module() refused them
+    delta = delta.contiguous()
     dtype = compute_dtype(u, delta, A, B, C)
     u, delta, A, B, C, D, bias = (t.to(dtype) for t in (u, delta, A, B, C, D, bias))
     delta = delta + bias
