@@ -31,6 +31,8 @@ class Own(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(in_chans, width, 4, 4), nn.GELU(), Mean(), nn.Linear(width, num_classes))
 
     def forward(self, x):
+        if self.fault == "28 pixels" and x.shape[-1] != 28:
+            raise ValueError("no digits")
         y = self.layers(x.unsqueeze(0) if self.fault == "its own" else x)
         if self.fault == "in training" and self.training:
             return y, y
@@ -43,6 +45,12 @@ def own_net(pretrained=False, **kwargs):
 @register_model
 def bare_net(pretrained=False, **kwargs):
     return Own()
+
+@register_model
+def torch_net(pretrained=False, num_classes=1000, **kwargs):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(7, num_classes))
+    model.num_classes, model.pretrained_cfg = num_classes, dict(default_cfgs["own_net"].default.to_dict())
+    return model
 """
 LAYERS = """
 from torch import nn
@@ -96,7 +104,8 @@ def test_a_model_of_a_file_is_trained_resumed_validated_and_used(own, data, tmp_
     ("fault", "words"),
     [
         ("other classes", "own_net has no num_classes of 3, as timm's models have: make it by"),
-        ("its own", "The model fails on images of any size (RuntimeError: "),
+        ("its own", "The model fails on images of 32 x 32 pixels, and of any usual size (RuntimeError: "),
+        ("28 pixels", "leave --img-size out, and give its pretrained_cfg an input_size of (3, 28, 28)."),
         ("a dict", "The model gives a dict for images, not scores of their classes, (1, 3): change its forward."),
         ("in training", "The model, in training, gives a tuple for images, not scores of their classes, (8, 3)"),
         ("width=-1", "own_net cannot be made with these --model-kwargs (width=-1): "),
@@ -108,6 +117,12 @@ def test_a_model_that_cannot_be_trained_is_told_in_one_line(fault, words, own, d
     assert words in error
     if "=" in fault or fault == "its own":
         assert f"({own}, line " in error
+
+
+def test_files_of_pytorch_are_not_told_as_ones_own(own, data, tmp_path, fails):
+    argv = ["train", "--data-dir", data, *TINY, "--output", tmp_path, "--model", "torch_net", "--imports", own]
+    error = fails(*argv)
+    assert error.rstrip().endswith("): change the model, its arguments or --img-size.") and ", line " not in error
 
 
 def test_unused_parameters_cannot_be_trained_by_several_processes():
@@ -147,6 +162,7 @@ def test_a_checkpoint_imports_nothing(own, data, tmp_path):
     ("name", "content", "words"),
     [
         ("missing.py", None, "There is no file missing.py for --imports"),
+        ("./no_such_file", None, "There is no module ./no_such_file for --imports: give a file, FILE.py, or"),
         ("no_such_package.models", None, "There is no module no_such_package.models for --imports: give a file, FILE"),
         ("faulty.py", "def f(:", "Cannot import faulty.py: SyntaxError: invalid syntax (faulty.py, line 1)."),
         ("failing.py", "\n1 / 0", "Cannot import failing.py: ZeroDivisionError: division by zero ("),

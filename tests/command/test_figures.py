@@ -1,5 +1,8 @@
 """vim2/command/figures.py: what all pictures share."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 
 from vim2.command.figures import figure, from_zero, save, shorten, whole_numbers
@@ -59,5 +62,10 @@ def test_characters_that_the_font_lacks_are_told_once(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "sales.png has boxes in place of 2 characters (" in out and out.count("\u58f2") == out.count("\u4e0a") == 1
     assert (tmp_path / "sales.png").stat().st_size > 1000
+    of_old = SimpleNamespace(
+        savefig=lambda *_, **__: warnings.warn(r"Glyph 8364 (\N{EURO SIGN}) missing from current font.", stacklevel=2)
+    )
+    save(of_old, tmp_path / "old.png")  # of Matplotlib before 3.9
+    assert "old.png has boxes in place of 1 character (" in capsys.readouterr().out
     save(figure(), tmp_path / "plain.png")
     assert not capsys.readouterr().out

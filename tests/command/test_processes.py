@@ -80,6 +80,12 @@ def test_launching_wrongly(monkeypatch):
         start_processes("cpu", "vim2 x")
 
 
+def test_where_signals_cannot_be_put_off(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask")  # Windows has none
+    with ctrl_c_put_off():
+        pass
+
+
 def test_ctrl_c_is_not_for_those_that_are_started_while_it_is_put_off():
     """They go on, until one asks for it, and then end without a word."""
     code = """

@@ -120,6 +120,16 @@ def test_mistakes(argv, says, tmp_path, capsys, monkeypatch):
     assert error.count("\n") == 1 and says in error
 
 
+def test_weights_that_cannot_be_written(tmp_path, capsys):
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_vim2").state_dict(), file)
+    output = file / "a.safetensors"
+    command = ["export", "--model", "test_vim2", "--checkpoint", str(file), "--format", "safetensors"]
+    assert main([*command, "--output", str(output)]) == 2
+    told = f"Could not write {output} (File exists); what was there before is unchanged: choose another --output."
+    assert capsys.readouterr().err == f"vim2: error: {told}\n"
+
+
 def test_what_is_said_of_shipped_weights_is_not_said_of_others(tmp_path):
     export_timm(timm.create_model("vim2_nano", num_classes=3), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

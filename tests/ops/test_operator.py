@@ -1,6 +1,7 @@
 """Operators are called without PyTorch's dispatcher where nobody looks, and through it where somebody does."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,6 +154,11 @@ def test_eager_calls_are_not_dispatched(monkeypatch):
 
 
 @needs_triton
+def is_observed_by_a_mode() -> bool:
+    with BaseTorchFunctionMode():
+        return is_observed()
+
+
 def test_a_default_device_does_not_look():
     """As those who set one for all tensors of a program do not; who looks besides does."""
     torch.set_default_device(DEVICE)
@@ -160,7 +166,11 @@ def test_a_default_device_does_not_look():
         assert not is_observed()
         with BaseTorchFunctionMode():
             assert is_observed()
+        with torch.device("cpu"):  # within the other
+            assert not is_observed()
         assert not is_observed()
+        with ThreadPoolExecutor(1) as pool:  # a thread of its own has no default device, and modes of its own
+            assert pool.submit(is_observed_by_a_mode).result()
     finally:
         torch.set_default_device(None)
     assert not is_observed()

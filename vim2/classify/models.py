@@ -19,7 +19,7 @@ from ..command.errors import UserError, did_you_mean, first_line
 from ..command.own_models import import_models, place, place_in
 from ..command.runs import read_saved
 from .facts import check_model_kwargs, check_types, read_facts
-from .options import InputOptions
+from .options import MIN_SIDE, InputOptions
 
 __all__ = [
     "autocast",
@@ -247,13 +247,18 @@ def check_reads(
         scores = scores_of(*input_size[1:])
     except Exception as error:  # every family has its own ways to fail
         side = next((side for side in sides_near(model, input_size[-1]) if succeeds(scores_of, side, side)), None)
-        if side is None:
-            reason = f"{type(error).__name__}: {first_line(error)}{place_in(type(model).__module__, error)}"
-            raise UserError(f"{called} fails on images of any size ({reason}): change its forward.") from error
         size, reason = " x ".join(map(str, input_size[1:])), first_line(error)
-        raise UserError(
-            f"{called} cannot read images of {size} pixels ({reason}): change --img-size, to {side} for one."
-        ) from None
+        if side is None:
+            where = place_in(type(model).__module__, error)
+            remedy = "its forward" if where else "the model, its arguments or --img-size"
+            reason = f"{type(error).__name__}: {reason}{where}"
+            raise UserError(
+                f"{called} fails on images of {size} pixels, and of any usual size ({reason}): change {remedy}."
+            ) from error
+        remedy = f"change --img-size, to {side} for one"
+        if side < MIN_SIDE:  # which the option does not take
+            remedy = f"leave --img-size out, and give its pretrained_cfg an input_size of {(input_size[0], side, side)}"
+        raise UserError(f"{called} cannot read images of {size} pixels ({reason}): {remedy}.") from None
     if classes is not None:
         check_scores(scores, (1, classes), called)
 

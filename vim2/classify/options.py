@@ -76,7 +76,8 @@ MAY_CHANGE = {
     "workers",
 }
 
-Pixels = Annotated[int, Between(32, words="must be at least 32 pixels")]
+MIN_SIDE = 32  # of images, pixels
+Pixels = Annotated[int, Between(MIN_SIDE, words=f"must be at least {MIN_SIDE} pixels")]
 PositiveShare = Annotated[float, Between(0, 1, "(]")]
 
 

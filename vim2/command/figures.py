@@ -71,15 +71,16 @@ def save(fig, path: str | os.PathLike) -> None:
         fig.savefig(buffer, format="png", dpi=120)
     lacking = {}
     for warning in caught:
-        if glyph := re.match(r"Glyph (\d+) .* missing from font", str(warning.message)):
+        if glyph := re.match(r"Glyph (\d+) .* missing from (?:current )?font", str(warning.message)):
             lacking[chr(int(glyph[1]))] = None
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     write_atomically(path, buffer.getvalue())
     if lacking:
         shown = "".join(filter(str.isprintable, lacking))[:8]
+        number = f"{len(lacking)} character{'s' * (len(lacking) > 1)}"
         say(
-            f"{Path(path).name} has boxes in place of {len(lacking)} characters{f' ({shown})' * bool(shown)}, which "
+            f"{Path(path).name} has boxes in place of {number}{f' ({shown})' * bool(shown)}, which "
             "matplotlib's font lacks: name one that has them as font.family in a matplotlibrc."
         )
 

@@ -29,7 +29,7 @@ def import_models(names: Sequence[str]) -> None:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:  # it is a user's own
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            if missing and f"{name}.".startswith(f"{missing}."):
+            if module.startswith(".") or (missing and f"{name}.".startswith(f"{missing}.")):
                 raise UserError(
                     f"There is no module {name} for --imports: give a file, FILE.py, or what is installed or in "
                     "PYTHONPATH."
@@ -83,6 +83,7 @@ def place(error: BaseException, imports: Sequence[str]) -> str:
 
 
 def place_in(module: str, error: BaseException) -> str:
-    """As `place`, in the folder of a module that is loaded; "" if it is timm's or of this package, or has no file."""
+    """As `place`, in the folder of a module that is loaded; "" if it is of PyTorch, timm or this package, or has no
+    file."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    return place(error, [file]) if file and module.partition(".")[0] not in ("timm", "vim2") else ""
+    return place(error, [file]) if file and module.partition(".")[0] not in ("timm", "torch", "vim2") else ""

@@ -160,6 +160,9 @@ def start_processes(device: str | None, command: str) -> Processes:
 def ctrl_c_put_off() -> Iterator[None]:
     """Processes that are started meanwhile do not learn of Ctrl-C, which a terminal sends to them as well, unless they
     ask for it by `die_of_ctrl_c`: the one that started them says that it was stopped, and stops them."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
     resource_tracker.ensure_running()  # else `multiprocessing` starts it in the midst of this, and then ends it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -171,4 +174,5 @@ def ctrl_c_put_off() -> Iterator[None]:
 def die_of_ctrl_c() -> None:
     """From now on, or at once if it came while it was put off, Ctrl-C ends this process without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -154,10 +154,10 @@ def identity(path: Path) -> tuple[int, ...] | None:
 
 
 def make_folder(folder: Path, output: str = "--output") -> None:
-    """Make a run's folder before it trains, so that one which cannot be made does not cost an epoch.
+    """Make a folder for what a command will write, before it works, so that one which cannot be made costs nothing.
 
     Args:
-        folder: The run's.
+        folder: The command's.
         output: What messages call it.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from ..checkpoints import save_checkpoint, save_half_precision
+from ..checkpoints import NotWritten, save_checkpoint, save_half_precision
 from ..classify import validate
 from ..classify.models import check_reads, create_model, load_checkpoint_model
 from ..command.errors import UserError
@@ -116,6 +116,8 @@ def export(argv: Sequence[str]) -> None:
             _export_timm(model, facts, args)
         else:
             _export_weights(model, facts, args)
+    except NotWritten as error:
+        raise UserError(f"{error.strerror}: choose another --output.") from None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None

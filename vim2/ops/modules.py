@@ -25,7 +25,6 @@ __all__ = [
     "SETTINGS",
     "call_replayed",
     "compile_kernels",
-    "conv_settings",
     "is_itself",
     "is_plain",
     "is_plain_conv",

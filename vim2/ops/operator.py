@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils import _device
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -106,13 +106,19 @@ def is_observed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > own.modes
-        # a default device, for tensors that are made without one, is a mode, too, in which there is nothing to see
-        or torch._C._len_torch_function_stack() > (_device.CURRENT_DEVICE is not None)
+        or (torch._C._len_torch_function_stack() > 0 and _does_a_function_mode_look())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or (torch._C._autograd._profiler_enabled() and not own.profiler)
         or forward_ad._current_level >= 0
     )
+
+
+def _does_a_function_mode_look() -> bool:
+    """Whether one of this thread's function modes is another than a default device, for tensors that are made without
+    one, in which there is nothing to see."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(mode.__class__ is not DeviceContext for mode in modes)
 
 
 def hands_out_what_is_saved() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import BACKENDS, autocast_off, check_tensors, compute_dtype, resolve_backend
-from ..operator import refuse_second_derivatives, refuse_transforms, register_operator, require_fit
+from ..operator import refuse_second_derivatives, register_operator, require_fit
 from .chunks import kept_dtype, kept_every
 from .operands import Operands
 from .orders import ORDERS
@@ -49,7 +49,6 @@ def scan(
         ValueError: An unknown backend, or one that does not know these sizes; a delta_softplus that is no truth value.
         RuntimeError: A backend that is not there.
     """
-    refuse_transforms(*operands)
     if delta_softplus not in (True, False):
         raise ValueError(f"delta_softplus must be True or False, got {delta_softplus!r}.")
     backend = resolve_backend(backend, *operands, scan=True)
