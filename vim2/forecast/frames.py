@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
-from .stamps import first_days, is_date
+from .stamps import first_days, is_date, to_unordered_stamps
 
 __all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
@@ -478,8 +478,8 @@ def widen(
 
 
 def order_of_time(stamps: pd.Index) -> np.ndarray:
-    """Places of time stamps from first to last. Dates in text that is not in ISO's order, such as 31/01/2024, stay as
-    they are: which is which is found out later."""
+    """Places of time stamps from first to last. Dates in text of which day and month are not known, such as 01/02/2024,
+    stay as they are: which is which is found out later."""
     if is_text(stamps.to_series()):
         written = [str(stamp).strip() for stamp in stamps]
         if all(map(str.isdecimal, written)):  # 20240131, 202401
@@ -489,6 +489,8 @@ def order_of_time(stamps: pd.Index) -> np.ndarray:
             stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce") if spans is None else spans
         except ValueError:  # of UTC offsets that change
             return np.arange(len(stamps))
+        if stamps.hasnans:
+            stamps = to_unordered_stamps(written)
         if stamps.hasnans:
             return np.arange(len(stamps))
     return np.argsort(stamps.to_numpy(), kind="stable")
