@@ -326,6 +326,8 @@ def test_weeks_months_quarters_and_years(tmp_path, write, step, told):
     for data in (frame, write_csv(tmp_path / "a.csv", frame)):
         table = read_table(data)
         assert table.times.tolist() == times.tolist() and table.columns == ["a"] and told in " ".join(table.repairs)
+    indexed = read_table(frame.set_index("year"))
+    assert indexed.times.equals(times) and indexed.columns == ["a"] and told in " ".join(indexed.repairs)
     long = frame.rename(columns={"year": "ds", "a": "y"})
     long = pd.concat([long.assign(unique_id="late")[50:], long.assign(unique_id="early")])
     for rows in (long, long[::-1], long.sample(frac=1, random_state=0)):
@@ -365,6 +367,17 @@ def test_years_and_months_with_gaps_or_backwards_where_the_column_is_surely_one(
 def test_spans_of_time_that_are_none(cells, words):
     with pytest.raises(UserError, match=words):
         read_table(pd.DataFrame({"date": cells, "a": [1.0, 2.0, 4.0]}))
+
+
+def test_months_without_a_header_lose_no_row(tmp_path):
+    rows = "".join(f"{month},{month % 7}\n" for month in (*range(202301, 202313), *range(202401, 202413)))
+    assert "holds numbers, such as 202302" in refusal(tmp_path, rows)
+    assert len(read(tmp_path, "month,a\n" + rows).values) == 24
+
+
+def test_an_index_of_years_beside_time_stamps_is_left_out(frame):
+    years = frame.set_index(pd.Index(range(1950, 2010), name="year"))
+    assert read_table(years).columns == ["a", "b"]
 
 
 def test_columns_of_arrow_are_those_of_numpy(frame):

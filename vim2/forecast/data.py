@@ -17,6 +17,7 @@ from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to
 from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
+    TIME_NAMES,
     TIMES,
     find_step,
     join_time_of_day,
@@ -44,7 +45,6 @@ __all__ = [
     "where_known",
 ]
 
-TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
 MISSING = ("error", "interpolate", "previous", "mask")
 SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
 

@@ -15,6 +15,7 @@ from .cells import is_number, is_text
 
 __all__ = [
     "DATES",
+    "TIME_NAMES",
     "find_step",
     "first_days",
     "is_date",
@@ -32,6 +33,7 @@ __all__ = [
 TIMES = ("error", "regular", "keep")
 ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
 DATES = ("detect", *ORDERS)
+TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
 WORDS = {"D": "day", "M": "month", "Y": "year"}
 # What pandas called steps before 2.2, and calls them now.
 OLD_STEPS = {"H": ["h"], "T": ["min"], "S": ["s"], "L": ["ms"], "BM": ["BMS", "BME"], "M": ["MS", "ME"]}
@@ -256,6 +258,8 @@ def years_or_months(cells: list[str], name: str, named: bool = False) -> pd.Date
     """First days of years, 1990, or months, 199001, that are written as numbers; None where cells may be other numbers:
     they must rise or fall throughout, by equal steps unless the column is called so or was `named` as that of the time
     stamps, and years need a column that is called a time."""
+    if re.fullmatch(r"\d{4}(\d\d)?", name.strip()):  # a first row in the place of a header
+        return None
     words = set(re.findall("[a-z]+", name.lower()))
     of_years = named or not words.isdisjoint(YEARS)
     of_years = of_years and all(re.fullmatch(r"1[5-9]\d\d|2[01]\d\d", cell) for cell in cells)
