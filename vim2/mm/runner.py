@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ __all__ = [
     "build_data",
     "build_runner",
     "check_device",
+    "check_output",
     "check_parts",
     "checkpoint_errors",
     "choose_work_dir",
@@ -194,6 +196,23 @@ def removed_unless_started(folder: Path) -> Iterator[None]:
         raise
 
 
+def check_output(folder: Path, option: str) -> None:
+    """Make the folder that a command writes to and try to write there, before anything is computed.
+
+    Args:
+        folder: What an option of the command names.
+        option: That one, for the message.
+
+    Raises:
+        UserError: It is a file, or may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"Nothing can be written into {folder} ({error.strerror}): choose another {option}.") from None
+
+
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The Runner of a config.
 
@@ -206,14 +225,16 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
         args: With those of `add_launcher_arguments`.
 
     Raises:
-        UserError: What the config asks for cannot be built, or not on a CPU; a number that is not finite; no checkpoint
-            to resume from that can be read; VIM2_SCAN_BACKEND names a backend that cannot be used here.
+        UserError: The work dir cannot be written to; what the config asks for cannot be built, or not on a CPU; a
+            number that is not finite; no checkpoint to resume from that can be read; VIM2_SCAN_BACKEND names a backend
+            that cannot be used here.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
     for name in ("optim_wrapper", "param_scheduler"):
         _check_numbers(config.get(name), name)
     register_backend("local", _AtomicBackend, force=True, prefixes="")
+    check_output(Path(config.work_dir), "--work-dir")
     remove_leftovers(config.work_dir)
     if config.get("resume") and not config.get("load_from"):
         hook = (config.get("default_hooks") or {}).get("checkpoint") or {}

@@ -21,7 +21,7 @@ from ...command.images import SUFFIXES, ImageFolder, describe_left_out, read_pix
 from ...command.options import Parser
 from ...command.progress import say
 from ...command.runs import explain_disk_errors
-from ..runner import add_config_arguments, check_device, checkpoint_errors, load_config
+from ..runner import add_config_arguments, check_device, check_output, checkpoint_errors, load_config
 
 __all__ = ["predict"]
 
@@ -56,19 +56,6 @@ def find_images(paths: list[Path]) -> list[Path]:
     return images
 
 
-def check_output(folder: Path) -> None:
-    """Make the folder for the pictures and try to write there, before anything is computed.
-
-    Raises:
-        UserError: It is a file, or may not be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"Nothing can be written into {folder} ({error.strerror}): choose another --out-dir.") from None
-
-
 def load_model(config, path: str, device: str) -> nn.Module:
     """The config's model with a checkpoint's weights, and the names and colours of the classes it was trained on."""
     try:
@@ -101,7 +88,7 @@ def predict(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     check_device(args.device)
     images = find_images(args.images)
-    check_output(args.out_dir)
+    check_output(args.out_dir, "--out-dir")
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)
     model = load_model(config, args.checkpoint, args.device)
