@@ -215,7 +215,7 @@ def test_what_cannot_be_masked_is_told(tmp_path, frame):
     with pytest.raises(UserError, match="hold no value of promotion: leave it out with --future-columns"):
         fit(data=known, future_columns=["promotion"], **options)
     known.loc[3:, "promotion"] = 0.0
-    with pytest.raises(UserError, match="to learn from the others alone, or choose columns with --future-"):
+    with pytest.raises(UserError, match="to have them at their mean, or choose columns with --future-"):
         read_table(known, future_columns=["promotion"])
 
 

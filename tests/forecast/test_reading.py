@@ -296,11 +296,28 @@ def test_data_frames(frame):
         (lambda d: d.strftime("%GW%V"), "7D", "such as 2019W01"),
         (lambda d: d.strftime("%G-W%V-%u"), "7D", "such as 2019-W01-1"),
         (lambda d: d.strftime("%YM%m"), "MS", "such as 2019M01"),
+        (lambda d: f"{d.year}M{d.month}", "MS", "such as 2019M1"),
         (lambda d: f"Q{d.quarter} {d.year}", "QS", "such as Q1 2019"),
+        (lambda d: f"{d.year}-Q{d.quarter}", "QS", "such as 2019-Q1"),
+        (lambda d: f"{d.year} Q{d.quarter}", "QS", "such as 2019 Q1"),
+        (lambda d: d.strftime("%b %Y"), "MS", ""),
         (lambda d: d.strftime("%Y%m"), "MS", "Column year holds months, such as 201901."),
         (lambda d: d.year, "YS", "Column year holds years, such as 2019."),
+        (lambda d: float(d.year), "YS", "Column year holds years, such as 2019."),
     ],
-    ids=["week", "compact week", "day of a week", "month", "quarter", "month in digits", "year"],
+    ids=[
+        *(
+            "week",
+            "compact week",
+            "day of a week",
+            "month",
+            "short month",
+            "quarter",
+            "year and quarter",
+            "spaced quarter",
+        ),
+        *("name of a month", "month in digits", "year", "year as a float"),
+    ],
 )
 def test_weeks_months_quarters_and_years(tmp_path, write, step, told):
     start = "2018-12-31" if step == "7D" else "2019-01-01"  # the Monday of the first week
@@ -309,9 +326,32 @@ def test_weeks_months_quarters_and_years(tmp_path, write, step, told):
     for data in (frame, write_csv(tmp_path / "a.csv", frame)):
         table = read_table(data)
         assert table.times.tolist() == times.tolist() and table.columns == ["a"] and told in " ".join(table.repairs)
+    indexed = read_table(frame.set_index("year"))
+    assert indexed.times.equals(times) and indexed.columns == ["a"] and told in " ".join(indexed.repairs)
     long = frame.rename(columns={"year": "ds", "a": "y"})
     long = pd.concat([long.assign(unique_id="late")[50:], long.assign(unique_id="early")])
-    assert read_table(long, missing="mask").times.tolist() == times.tolist()
+    for rows in (long, long[::-1], long.sample(frac=1, random_state=0)):
+        assert read_table(rows, missing="mask").times.tolist() == times.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "form"), [("Fiscal Year", "YS", "%Y"), ("month", "MS", "%Y%m"), ("Jahr", "YS", "%Y")]
+)
+def test_years_and_months_with_gaps_or_backwards_where_the_column_is_surely_one(name, step, form):
+    times = pd.date_range("1990-01-01", periods=30, freq=step)
+    frame = pd.DataFrame({name: times.strftime(form).astype(int), "a": np.arange(30.0) ** 0.5})
+    column = name if name == "Jahr" else None
+    if column:
+        with pytest.raises(UserError, match="if they are years or months, say so with --time-column Jahr; give"):
+            read_table(frame)
+    for rows, words in ((frame.drop(index=7), "1 come after a gap"), (frame[::-1], "29 go back")):
+        with pytest.raises(UserError, match=words):
+            read_table(rows, time_column=column)
+        table = read_table(rows, times="regular", missing="interpolate", time_column=column)
+        assert table.times.tolist() == times.tolist()
+    twice = pd.concat([frame, frame]).sort_values(name)  # such as years beside a column of quarters
+    with pytest.raises(UserError, match="holds numbers"):
+        read_table(twice, time_column=column)
 
 
 @pytest.mark.parametrize(
@@ -321,11 +361,23 @@ def test_weeks_months_quarters_and_years(tmp_path, write, step, told):
         (["2020M11", "2020M12", "2020M13"], "row 3: '2020M13' is no time stamp"),
         ([2000, 2001, 2003], "holds numbers, such as 2000"),
         ([201911, 201912, 201913], "holds numbers, such as 201911"),
+        ([2000.0, np.nan, 2002.0], "is empty in row 2"),
     ],
 )
 def test_spans_of_time_that_are_none(cells, words):
     with pytest.raises(UserError, match=words):
         read_table(pd.DataFrame({"date": cells, "a": [1.0, 2.0, 4.0]}))
+
+
+def test_months_without_a_header_lose_no_row(tmp_path):
+    rows = "".join(f"{month},{month % 7}\n" for month in (*range(202301, 202313), *range(202401, 202413)))
+    assert "holds numbers, such as 202302" in refusal(tmp_path, rows)
+    assert len(read(tmp_path, "month,a\n" + rows).values) == 24
+
+
+def test_an_index_of_years_beside_time_stamps_is_left_out(frame):
+    years = frame.set_index(pd.Index(range(1950, 2010), name="year"))
+    assert read_table(years).columns == ["a", "b"]
 
 
 def test_columns_of_arrow_are_those_of_numpy(frame):
@@ -337,6 +389,9 @@ def test_columns_of_arrow_are_those_of_numpy(frame):
         table = read_table(given, missing="mask")
         np.testing.assert_array_equal(table.values, expected.values)
         assert table.times.equals(expected.times)
+    zoned = frame.assign(date=frame["date"].dt.tz_localize("Europe/Berlin"))
+    expected, table = (read_table(f, missing="mask") for f in (zoned, zoned.convert_dtypes(dtype_backend="pyarrow")))
+    assert str(table.zone) == str(expected.zone) == "Europe/Berlin" and table.times.equals(expected.times)
 
 
 def test_days_and_times_of_day_as_a_spreadsheet_is_read():

@@ -69,6 +69,14 @@ def test_one_series_without_a_header(tmp_path, frame):
         (lambda f: f, {"freq": "h", "start": "soon"}, "--start soon makes no time stamps"),
         (lambda f: make_frame(100), {"freq": "h"}, "Column date .* does not count the rows"),
         (lambda f: f.assign(time=[0, *range(99)]), {"freq": "h"}, "Column time .* does not count the rows"),
+        (
+            lambda f: f.set_axis(pd.date_range("2020", periods=100, freq="MS").strftime("%Y%m")).reset_index(
+                names="month"
+            ),
+            {"freq": "MS"},
+            "Column month .* does not count the rows, .*: leave --freq out, or if that column is a series, rename it",
+        ),
+        (lambda f: f.assign(time=[*range(99), np.inf]), {"freq": "h"}, "Column time .* does not count the rows"),
         (lambda f: f.assign(north=[np.nan, *f.north[1:]]), {"freq": "h"}, "north .1.; first at 0"),
     ],
 )

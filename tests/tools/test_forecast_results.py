@@ -63,6 +63,11 @@ def test_a_run_cell_by_cell_and_its_table(results_tool, tmp_path):
     (tmp_path / "before.jsonl").rename(tmp_path / "results.jsonl")
     code, _, error = results_tool("run", "--set", "epochs=2", "--seeds", "0")
     assert code == 2 and "choose another output folder" in error  # other settings are not taken for another seed
+    single = [{k: v for k, v in row.items() if "members_alone" not in k} for row in rows]  # of members=1
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    code, out, _ = results_tool("table")
+    assert code == 0 and "|  |  | " in out
+    assert "0 cells to run, 2 done before" in results_tool("run", *SMALL, "--seeds", "0")[1]
 
 
 def test_comparisons_that_validate_only(results_tool, tmp_path):

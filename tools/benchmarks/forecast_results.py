@@ -222,7 +222,8 @@ def tables(rows: list[dict]) -> str:
                 averages = []
                 for seed in sorted(seeds):
                     of_seed = [next(row for row in group if row["seed"] == seed) for group in cells.values()]
-                    averages.append({k: sum(row[k] for row in of_seed) / len(of_seed) for k in COLUMNS})
+                    shared = [k for k in COLUMNS if all(k in row for row in of_seed)]
+                    averages.append({k: sum(row[k] for row in of_seed) / len(of_seed) for k in shared})
                 paper = sum(PAPER[name]) / len(HORIZONS)
                 lines.append(line(f"{name} | average", averages, paper, DUET[name], len(seeds)))
     many = [cell for cell in sorted(by_cell, key=lambda cell: (cell[1], cell[2])) if cell[1] in MANY]
@@ -249,6 +250,7 @@ BANDS = ("quantiles_coverage", "quantiles_crps", "without_conformal_coverage", "
 SEASON = "seasonal_naive_mse"
 COLUMNS = ("mse", "mae", "mase", "tsm2_weight", "TSM2_members_alone_mse", "linear_members_alone_mse")
 COLUMNS += ("ridge_mse", "ridge_mae", "last_value_mse")
+OF_COMMITTEES = ("TSM2_members_alone_mse", "linear_members_alone_mse")  # which a single TSM2 (members=1) has not
 KEY_NUMBERS, VALIDATION = ("horizon", "seed"), ("epoch", "val_mse", "ridge_val_mse")  # that every row has
 
 
@@ -257,7 +259,7 @@ def fault(row: dict) -> str:
     if bad := [name for name in ("name", "label") if not isinstance(row.get(name), str)]:
         return f"has no text as its {bad[0]}"
     names = (*KEY_NUMBERS, *VALIDATION, *(COLUMNS if "mse" in row else ()))
-    bad = [name for name in names if not is_number(row.get(name))]
+    bad = [name for name in names if not (is_number(row.get(name)) or (name in OF_COMMITTEES and name not in row))]
     return f"has no number as its {bad[0]}" if bad else ""
 
 
@@ -271,8 +273,8 @@ def line(start: str, group: list[dict], paper: float, duet: float | None = None,
 
 def columns(group: list[dict], names: Sequence[str]) -> list[str]:
     """Cells of a table from the rows of its seeds: means, two with deviations; an MSE below ridge's in bold."""
-    means = {k: statistics.fmean(row[k] for row in group) for k in names}
-    cells = [f"{means[k]:.2f}" if k == "tsm2_weight" else f"{means[k]:.4f}" for k in names]
+    means = {k: statistics.fmean(row[k] for row in group) for k in names if all(k in row for row in group)}
+    cells = [f"{means[k]:.{2 if k == 'tsm2_weight' else 4}f}" if k in means else "" for k in names]
     if len(group) > 1:
         for i in range(2):
             cells[i] += f" ± {statistics.stdev(row[names[i]] for row in group):.4f}"

@@ -17,14 +17,17 @@ from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to
 from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
+    TIME_NAMES,
     TIMES,
     find_step,
     join_time_of_day,
+    number_cells,
     parse_times,
     repair_times,
     stamp_rows,
     to_step,
     usual_gap,
+    years_or_months,
 )
 
 __all__ = [
@@ -42,7 +45,6 @@ __all__ = [
     "where_known",
 ]
 
-TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
 MISSING = ("error", "interpolate", "previous", "mask")
 SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
 
@@ -180,7 +182,7 @@ def read_table(
         frame, ids, static, more = widen(frame, future_columns, source, static_columns)
         repairs += more
         index = LONG[1]
-    first_row = None
+    first_row, named = None, time_column is not None
     if freq:
         frame, first_row, more = stamp_frame(frame, time_column or index, freq, start, source, asked)
         repairs += more
@@ -204,8 +206,9 @@ def read_table(
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
-    zone = getattr(frame[time_column].dtype, "tz", None)
-    stamps, dates, more = parse_times(frame[time_column], source, dates)
+    stamps, dates, more = parse_times(frame[time_column], source, dates, named)
+    dated = pd.api.types.is_datetime64_any_dtype(frame[time_column])
+    zone = pd.DatetimeIndex(frame[time_column]).tz if dated else None  # Arrow's types tell it so, too
     repairs += more
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
     repairs += more
@@ -246,7 +249,7 @@ def stamp_frame(
     Args:
         frame: As read.
         named: Its column that counts the rows, if it is known; otherwise one of TIME_NAMES, or the first, such as year,
-            if that counts them.
+            if that counts them. Months, 202401, do not, and are refused there, so that they are not forecast.
         freq, start, source: As in `read_table`.
         wanted: Columns that were asked for as series.
 
@@ -256,7 +259,8 @@ def stamp_frame(
     named = named or next((c for c in frame.columns if c.lower() in TIME_NAMES), None)
     if named is None and len(frame.columns) > 1 and len(frame) > 1:
         leading = frame.columns[0]
-        named = leading if leading not in wanted and counted(frame[leading]) is not None else None
+        told = counted(frame[leading]) is not None or years_or_months(number_cells(frame[leading]), leading) is not None
+        named = leading if leading not in wanted and told else None
     first, notes = 0, []
     if named is not None:
         if named not in frame.columns:
@@ -265,7 +269,7 @@ def stamp_frame(
         if numbers is None:
             raise UserError(
                 f"Column {named} of {source} does not count the rows, one by one, and --freq is for rows without time "
-                "stamps: leave --freq out, or rename that column if it is a series."
+                "stamps: leave --freq out, or if that column is a series, rename it and name it with --targets."
             )
         first = int(numbers[0])
         frame = frame.drop(columns=named)
@@ -277,9 +281,11 @@ def stamp_frame(
 
 def counted(column: pd.Series) -> np.ndarray | None:
     """The numbers of a column that counts the rows, one by one from any of them; None of another."""
-    if pd.api.types.is_datetime64_any_dtype(column):
+    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
         return None
     numbers = to_float64(column)
+    if np.isinf(numbers).any():
+        return None
     return numbers if (numbers % 1 == 0).all() and (np.diff(numbers) == 1).all() else None
 
 
@@ -317,8 +323,9 @@ def repair_missing(numbers: pd.DataFrame, how: str, source: str, targets: bool =
         elif held:
             remedy = f"Add --missing mask, to learn from what is there: {mostly[0]} begins late or ends early"
         else:
-            remedy = "Add --missing interpolate or --missing previous to fill them, or --missing mask to learn from "
-            remedy += f"the others alone, or choose columns with {option}"
+            masked = "learn from the others alone" if targets else "have them at their mean"
+            remedy = "Add --missing interpolate or --missing previous to fill them, or --missing mask to "
+            remedy += f"{masked}, or choose columns with {option}"
         raise UserError(f"Values of {source} are missing: {listed}; first at {row}. {remedy}.")
     if how == "mask":
         masked = "are masked, neither learned from nor scored" if targets else "of known columns stand at their mean"

@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
-from .stamps import first_days, is_date
+from .stamps import TIME_NAMES, first_days, is_date, number_cells, to_unordered_stamps, years_or_months
 
 __all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
@@ -131,7 +131,7 @@ def index_to_column(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str |
     frame = frame.set_axis([str(c) for c in frame.columns], axis=1).reset_index(drop=True)
     if isinstance(index, pd.PeriodIndex):
         index = index.to_timestamp()
-    dated = isinstance(index, pd.DatetimeIndex)
+    dated = isinstance(index, pd.DatetimeIndex) or holds_years(index, frame)
     if dated or not pd.api.types.is_numeric_dtype(index):
         column = str(index.name if index.name is not None else "date" if dated else "index")
         if column in frame.columns:
@@ -144,6 +144,15 @@ def index_to_column(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str |
     if frame.empty:
         raise UserError(f"{name} has no rows.")
     return frame, time, notes
+
+
+def holds_years(index: pd.Index, frame: pd.DataFrame) -> bool:
+    """Whether an index of numbers holds years, as one called year does, or months, for a table without time stamps."""
+    if not pd.api.types.is_numeric_dtype(index) or (isinstance(index, pd.RangeIndex) and index.name is None):
+        return False
+    timed = any(c.lower() in TIME_NAMES or pd.api.types.is_datetime64_any_dtype(frame[c]) for c in frame.columns)
+    name = "" if index.name is None else str(index.name)
+    return not timed and years_or_months(number_cells(index), name) is not None
 
 
 def refuse_equal_names(names: list[str], source: str | Path) -> None:
@@ -478,8 +487,8 @@ def widen(
 
 
 def order_of_time(stamps: pd.Index) -> np.ndarray:
-    """Places of time stamps from first to last. Dates in text that is not in ISO's order, such as 31/01/2024, stay as
-    they are: which is which is found out later."""
+    """Places of time stamps from first to last. Dates in text of which day and month are not known, such as 01/02/2024,
+    stay as they are: which is which is found out later."""
     if is_text(stamps.to_series()):
         written = [str(stamp).strip() for stamp in stamps]
         if all(map(str.isdecimal, written)):  # 20240131, 202401
@@ -489,6 +498,8 @@ def order_of_time(stamps: pd.Index) -> np.ndarray:
             stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce") if spans is None else spans
         except ValueError:  # of UTC offsets that change
             return np.arange(len(stamps))
+        if stamps.hasnans:
+            stamps = to_unordered_stamps(written)
         if stamps.hasnans:
             return np.arange(len(stamps))
     return np.argsort(stamps.to_numpy(), kind="stable")

@@ -15,20 +15,25 @@ from .cells import is_number, is_text
 
 __all__ = [
     "DATES",
+    "TIME_NAMES",
     "find_step",
     "first_days",
     "is_date",
     "join_time_of_day",
+    "number_cells",
     "parse_times",
     "repair_times",
     "stamp_rows",
     "to_step",
+    "to_unordered_stamps",
     "usual_gap",
+    "years_or_months",
 ]
 
 TIMES = ("error", "regular", "keep")
 ORDERS = {"day-first": "DMY", "month-first": "MDY", "year-first": "YMD"}
 DATES = ("detect", *ORDERS)
+TIME_NAMES = ("date", "datetime", "time", "timestamp", "ds")
 WORDS = {"D": "day", "M": "month", "Y": "year"}
 # What pandas called steps before 2.2, and calls them now.
 OLD_STEPS = {"H": ["h"], "T": ["min"], "S": ["s"], "L": ["ms"], "BM": ["BMS", "BME"], "M": ["MS", "ME"]}
@@ -47,11 +52,13 @@ OFFSET = re.compile(
 )
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
 COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
-# Spans that stand for their first day: 2024-W05 and 2024-W05-3 (of ISO 8601), 2024M01 of statistics offices, Q1 2024.
-WEEK = re.compile(r"(\d{4})-?[Ww](\d{2})(?:-?([1-7]))?")
-MONTH = re.compile(r"(\d{4})[ -]?[Mm](\d{2})")
-QUARTER = re.compile(r"[Qq]([1-4])[ /-]?(\d{4})")
-YEARS = ("year", "yr", "date", "ds", "time", "period")  # what a column of years may be called
+# Spans that stand for their first day: 2024-W05 and 2024-W05-3 (of ISO 8601), 2024M01 or 2024M1 of statistics offices,
+# Q1 2024 and 2024-Q1.
+WEEK = re.compile(r"(\d{4})[ -]?[Ww](\d{1,2})(?:-?([1-7]))?")
+MONTH = re.compile(r"(\d{4})[ -]?[Mm](\d{1,2})")
+QUARTER = re.compile(r"[Qq](?P<quarter>[1-4])[ /-]?(?P<year>\d{4})|(?P<first>\d{4})[ :/-]?[Qq](?P<then>[1-4])")
+SPANS = ("year", "years", "yr", "month", "months", "yyyymm")  # words in the names of columns that surely hold these
+YEARS = (*SPANS, "date", "ds", "time", "period")  # and in those of columns that may hold years
 ZERO = pd.Timedelta(0)
 
 
@@ -77,6 +84,14 @@ def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
         stamps = pd.DatetimeIndex([pd.NaT] * len(cells))
     dated = [bool(re.search(r"\d{4}", cell)) for cell in cells]
     return stamps.where(np.array(dated) & (stamps.tz is None))
+
+
+def to_unordered_stamps(cells: list[str]) -> pd.DatetimeIndex:
+    """As `to_stamps`; NaT alone where parts of a date may stand in several orders, such as 01/02/2024."""
+    dates = filter(None, map(DATE.fullmatch, cells))
+    if any(len(date["first"]) < 4 for date in dates):
+        return pd.DatetimeIndex([pd.NaT] * len(cells))
+    return to_stamps(cells)
 
 
 def with_century(cell: str) -> str:
@@ -132,7 +147,9 @@ def written(column: pd.Series) -> pd.Series | list[None]:
     return column.astype(object).map(lambda cell: str(cell) if type(cell) in parts else cell)
 
 
-def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd.DatetimeIndex, str, list[str]]:
+def parse_times(
+    column: pd.Series, name: str, dates: str = "detect", named: bool = False
+) -> tuple[pd.DatetimeIndex, str, list[str]]:
     """Time stamps of a column, those with an offset in UTC.
 
     Where dates can be read in several orders, that is taken in which they are a constant step apart; likewise the time
@@ -142,6 +159,7 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
         column: Dates as text or as pandas has them.
         name: What messages call the file.
         dates: One of DATES.
+        named: The column was named as that of the time stamps.
 
     Returns:
         Time stamps, the order that dates were read in ("detect" where there was no choice), and notes.
@@ -152,28 +170,30 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
     called = f"The time column {column.name} of {name}"
     if isinstance(column.dtype, pd.PeriodDtype):
         column = column.dt.to_timestamp()
+    refuse_missing(column.isna().to_numpy(), column, called)
     if pd.api.types.is_datetime64_any_dtype(column):
         local = pd.DatetimeIndex(column)
-        refuse_missing(local.isna(), column, called)
         if local.tz is None:
             return local, "detect", []
         stamps, notes = choose_clock(local.tz_convert("UTC"), local.tz_localize(None))
         return stamps, "detect", notes
-    if all(COMPACT.fullmatch(str(cell).strip()) for cell in column):
-        stamps = pd.DatetimeIndex(pd.to_datetime(column.astype(str), format="%Y%m%d", errors="coerce"))
+    texts = number_cells(column)
+    if all(COMPACT.fullmatch(cell) for cell in texts):
+        stamps = pd.DatetimeIndex(pd.to_datetime(texts, format="%Y%m%d", errors="coerce"))
         refuse_missing(stamps.isna(), column, called)
         return stamps, "detect", []
-    texts = [str(cell).strip() for cell in column]
     if (spans := first_days(texts)) is not None:
         refuse_missing(spans.isna(), column, called)
         return spans, "detect", [f"Of spans of time such as {texts[0]}, the first day is the time stamp."]
-    if (spans := years_or_months(texts, column.name)) is not None:
+    if (spans := years_or_months(texts, column.name, named)) is not None:
         of = "years" if len(texts[0]) == 4 else "months"
         return spans, "detect", [f"Column {column.name} holds {of}, such as {texts[0]}."]
     if pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all():
+        spans = years_or_months(texts, column.name, named=True) is not None
+        years = f"if they are years or months, say so with --time-column {column.name}; " if spans else ""
         raise UserError(
-            f"{called} holds numbers, such as {column.iloc[0]}: give dates such as 2024-01-31 13:00:00, name another "
-            "column with --time-column, or say with --freq how far apart rows without time stamps are."
+            f"{called} holds numbers, such as {column.iloc[0]}: {years}give dates such as 2024-01-31 13:00:00, name "
+            "another column with --time-column, or say with --freq how far apart rows without time stamps are."
         )
     with suppress(ValueError):  # mixed offsets
         iso = pd.DatetimeIndex(pd.to_datetime(column, format="ISO8601", errors="coerce"))
@@ -208,6 +228,13 @@ def parse_times(column: pd.Series, name: str, dates: str = "detect") -> tuple[pd
     )
 
 
+def number_cells(column: pd.Series) -> list[str]:
+    """Cells as text, whole numbers without the zero that a column of floats writes behind them, such as 2019.0."""
+    cells = [str(cell).strip() for cell in column]
+    whole = all(re.fullmatch(r"\d+\.0+", cell) for cell in cells)
+    return [cell.partition(".")[0] for cell in cells] if whole else cells
+
+
 def first_days(cells: list[str]) -> pd.DatetimeIndex | None:
     """First days of weeks, months or quarters, NaT for one that is none; None where the first cell is none of them."""
     if not any(span.fullmatch(cells[0]) for span in (WEEK, MONTH, QUARTER)):
@@ -221,20 +248,28 @@ def first_days(cells: list[str]) -> pd.DatetimeIndex | None:
             elif match := MONTH.fullmatch(cell):
                 day = datetime.date(int(match[1]), int(match[2]), 1)
             elif match := QUARTER.fullmatch(cell):
-                day = datetime.date(int(match[2]), 3 * int(match[1]) - 2, 1)
+                year, quarter = match["year"] or match["first"], match["quarter"] or match["then"]
+                day = datetime.date(int(year), 3 * int(quarter) - 2, 1)
         days.append(day)
     return pd.DatetimeIndex(pd.to_datetime(pd.Series(days, dtype=object), errors="coerce"))
 
 
-def years_or_months(cells: list[str], name: str) -> pd.DatetimeIndex | None:
+def years_or_months(cells: list[str], name: str, named: bool = False) -> pd.DatetimeIndex | None:
     """First days of years, 1990, or months, 199001, that are written as numbers; None where cells may be other numbers:
-    they must lie as far apart each, and years stand in a column that is called so."""
-    of_years = name.lower() in YEARS and all(re.fullmatch(r"1[5-9]\d\d|2[01]\d\d", cell) for cell in cells)
+    they must rise or fall throughout, by equal steps unless the column is called so or was `named` as that of the time
+    stamps, and years need a column that is called a time."""
+    if re.fullmatch(r"\d{4}(\d\d)?", name.strip()):  # a first row in the place of a header
+        return None
+    words = set(re.findall("[a-z]+", name.lower()))
+    of_years = named or not words.isdisjoint(YEARS)
+    of_years = of_years and all(re.fullmatch(r"1[5-9]\d\d|2[01]\d\d", cell) for cell in cells)
     if not of_years and not all(re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])", cell) for cell in cells):
         return None
     months = np.array([12 * int(cell[:4]) + int(cell[4:] or 1) for cell in cells])
     steps = np.diff(months)
-    if len(steps) == 0 or steps[0] <= 0 or (steps != steps[0]).any():
+    if len(steps) == 0 or not ((steps > 0).all() or (steps < 0).all()):
+        return None
+    if not named and words.isdisjoint(SPANS) and (steps != steps[0]).any():
         return None
     return pd.DatetimeIndex(pd.to_datetime([f"{cell[:4]}-{cell[4:] or '01'}-01" for cell in cells], format="ISO8601"))
 
