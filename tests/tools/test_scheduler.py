@@ -1,6 +1,6 @@
 """tools/common/scheduler.py: what runs, in which order, where, until when, and what is left after failures."""
 
-from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+from common.scheduler import _Process, find_result, read_results, run_tasks, visible_gpus
 
 import functools
 import json
@@ -223,6 +223,20 @@ def test_ctrl_c_is_told_once(tmp_path):
         os.killpg(command.pid, signal.SIGINT)
         assert command.stderr.read() == "stopped\n"
     assert command.returncode == 130
+
+
+def test_ctrl_c_while_a_process_is_started_stops_it_too(tmp_path, monkeypatch):
+    start = _Process.start
+
+    def stopped(self, task):
+        start(self, task)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Process, "start", stopped)
+    before = multiprocessing.active_children()
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(work, [task("a", until=tmp_path / "never")], tmp_path / "results.jsonl")
+    assert multiprocessing.active_children() == before
 
 
 def wait_for(condition):

@@ -172,8 +172,9 @@ def _run_tasks(worker, tasks, path, rows, jobs, minutes, gpus, then) -> tuple[li
                     break  # smaller ones behind it must not keep it waiting for ever
                 if time.monotonic() + latest.get(task.get("group"), 0) < end:
                     queue.remove(task)
-                    process = idle.popleft()
+                    process = idle[0]
                     running[process.start(task)] = process, task, time.monotonic()
+                    idle.popleft()  # not before: Ctrl-C comes as soon as it has started, and it is to be stopped then
                     free -= places(task)
             ready = wait(list(running), timeout=max(0, min(end - time.monotonic(), 3600))) if running else []
             if not ready and (not running or time.monotonic() >= end):
