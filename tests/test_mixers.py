@@ -277,6 +277,8 @@ def test_layers_are_replayed_in_inference(kind, autocast, calls):
         if kind is SelectiveTokenMixer:
             layer.mixer.conv.padding_mode = "circular"
             assert layer(two_features(2)).equal(layer._mix(*two_features(2))) and not layer(two_features(2)).equal(z)
+            layer.mixer.conv.padding = [1, 1]  # as PyTorch takes it, too
+            assert layer(two_features(2)).equal(layer._mix(*two_features(2)))
 
 
 @needs_triton

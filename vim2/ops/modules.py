@@ -60,8 +60,9 @@ def is_plain_conv(conv: nn.Module, kind: type[nn.Module], padding: int = 0) -> b
 
 
 def conv_settings(conv: nn.Module) -> tuple:
-    """What a convolution does with its weight."""
-    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    """What a convolution does with its weight; lists, which somebody may have set, as tuples."""
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return tuple(tuple(each) if isinstance(each, list) else each for each in settings)
 
 
 def _is_hooked(module: nn.Module) -> bool:
