@@ -492,7 +492,7 @@ def order_of_time(stamps: pd.Index) -> np.ndarray:
     if is_text(stamps.to_series()):
         written = [str(stamp).strip() for stamp in stamps]
         if all(map(str.isdecimal, written)):  # 20240131, 202401
-            return np.array(sorted(range(len(written)), key=lambda place: int(written[place])))
+            return np.argsort([int(cell) for cell in written], kind="stable")
         spans = first_days(written)
         try:
             stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce") if spans is None else spans
