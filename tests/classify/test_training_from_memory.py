@@ -17,7 +17,7 @@ LEARNT = ("train_loss", "val_loss", "ema_val_loss", "top1", "ema_top1", "lr")
 RANDOM = [
     *("--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5", "--recount", "2", "--scale", "0.3", "1"),
     *("--drop-path", "0.2", "--drop", "0.1", "--model-ema", "--model-ema-decay", "0.9"),
-    *("--grad-accum-steps", "3", "--clip-grad", "1"),
+    *("--grad-accum-steps", "3", "--clip-grad", "1", "--aa", "rand-m9-mstd0.5-inc1"),
 ]
 
 
@@ -67,6 +67,20 @@ def test_a_run_on_a_pack_learns_and_serves_everything_else(pack, data, tmp_path,
     assert scores["loss"] == pytest.approx(run["best"]["val_loss"], rel=1e-5)
     found = predict(images=[str(data / "val" / "red" / "0.png")], checkpoint=checkpoint, output=str(tmp_path))
     assert {top["label"] for top in found[0]["top"]} == {"red", "green", "blue"}
+
+
+def test_a_pack_is_trained_on_with_the_recipe(pack, tmp_path):
+    argv = ["--data-dir", str(pack), *TINY, "--recipe", "imagenet", "--epochs", "1", "--output", str(tmp_path)]
+    run = train(argv)
+    assert json.loads((tmp_path / "test_vim2-colours" / "metrics.json").read_text())["args"]["aa"].startswith("rand-m9")
+    assert run["history"][0]["train_loss"] > 0
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "3a"])
+def test_policies_from_class_folders_in_memory(data, tmp_path, policy):
+    argv = ["--data-dir", str(data), "--in-memory", *TINY, "--in-chans", "1", "--aa", policy]
+    run = train([*argv, "--epochs", "1", "--output", str(tmp_path)])
+    assert run["history"][0]["train_loss"] > 0
 
 
 def test_accuracy_from_memory_is_that_from_files(data, pack, trained, tmp_path):
@@ -135,7 +149,8 @@ def test_two_processes_train_from_memory(data, tmp_path):
 
 def test_what_cannot_be_trained_on(fails, data, pack, tmp_path):
     common = [*TINY, "--output", tmp_path]
-    assert "--aa rand-m9" in fails("train", "--data-dir", pack, *common, "--aa", "rand-m9")
+    assert "--aa random" in fails("train", "--data-dir", pack, *common, "--aa", "random")
+    assert "--aa augmix-m3" in fails("train", "--data-dir", pack, *common, "--aa", "augmix-m3")
     assert "for one split only" in fails("train", "--data-dir", pack.parent, "--train-split", pack.name, *common)
     names = ["--train-split", "a.npz", "--val-split", "b.npz"]
     assert "pack itself" in fails("train", "--data-dir", pack, *names, *common)

@@ -8,25 +8,23 @@ functions of colours are used here.
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..command.errors import UserError
+from ..command.processes import to_device
+from .policies import Operations, Policy, draw_interpolation
 
-__all__ = ["Augmentation", "Normalize", "check_augmentation", "to_device"]
+__all__ = ["Augmentation", "Normalize", "check_augmentation"]
 
 INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic")
 ERASED_AREA = (0.02, 1 / 3)  # timm's, of the image
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ATTEMPTS = 10  # to find a rectangle that fits into the image
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, for which a GPU's host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def per_channel(values: Sequence[float], channels: int, device: torch.device) -> Tensor:
@@ -69,7 +67,7 @@ def check_augmentation(interpolation: str) -> None:
 
 
 class Augmentation:
-    """Random resized crops, flips, colours and erasing, different for each image.
+    """Random resized crops, flips, a policy, colours and erasing, different for each image.
 
     Args:
         source: Height and width of the images that are held, in pixels.
@@ -84,6 +82,7 @@ class Augmentation:
         color_jitter: Brightness, contrast and saturation are multiplied by factors up to this far from 1, in an order
             that is drawn for each batch.
         interpolation: "nearest", "bilinear", "bicubic", or "random", which draws one of the last two for each batch.
+        policy: What comes after flips, and in place of `color_jitter` unless it is a policy that timm jitters besides.
         re_prob: Probability of random erasing, after normalising.
         re_mode: What it leaves: "const" (zeros), "rand" (a random colour for each rectangle), "pixel" (noise).
         re_count: Up to this many rectangles in an image.
@@ -105,6 +104,7 @@ class Augmentation:
         vflip: float = 0.0,
         color_jitter: float = 0.4,
         interpolation: str = "random",
+        policy: Policy | None = None,
         re_prob: float = 0.0,
         re_mode: str = "const",
         re_count: int = 1,
@@ -117,7 +117,8 @@ class Augmentation:
         self.mean, self.std = normalize.mean / 255, normalize.std / 255
         self.crops = ResizedCropGenerator(size, scale, ratio)
         self.flips = (hflip, vflip)
-        self.color_jitter = color_jitter
+        self.policy = policy
+        self.color_jitter = color_jitter if policy is None or policy.jitters_color else 0.0
         self.colours = (
             enhance.adjust_brightness_accumulative,
             enhance.adjust_contrast_with_mean_subtraction,
@@ -147,19 +148,24 @@ class Augmentation:
             columns.append(draw_rectangles(n, *self.size, self.re_prob, self.re_count).flatten(1))
         return torch.cat(columns, 1)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+    def draw_epoch(self, batches: int, batch_size: int) -> Iterator[tuple[Tensor, Operations | None]]:
+        """What `__call__` takes besides the images, batch by batch, on their device."""
+        numbers = to_device(self.draw(batches * batch_size), self.rows.device).split(batch_size)
+        operations = self.policy.draw(batches, batch_size) if self.policy else repeat(None)
+        return zip(numbers, operations)
+
+    def __call__(self, images: Tensor, numbers: Tensor, operations: Operations | None = None) -> Tensor:
         """Augment a batch.
 
         Args:
             images: (B, C, H, W) uint8.
             numbers: (B, k), of `draw`, on the images' device.
+            operations: Of the policy, if there is one.
 
         Returns:
             (B, C, height, width) float32, normalised.
         """
-        mode = self.interpolation
-        if mode == "random":
-            mode = ("bilinear", "bicubic")[torch.randint(2, ()).item()]  # drawn on the CPU
+        mode = draw_interpolation(self.interpolation)
         x_scale, x_shift, y_scale, y_shift = numbers[:, :4, None].unbind(1)
         x = torch.addcmul(x_shift, x_scale, self.columns)
         y = torch.addcmul(y_shift, y_scale, self.rows)
@@ -167,6 +173,8 @@ class Augmentation:
         images = F.grid_sample(images / 255, grid, mode, padding_mode="border", align_corners=False)
         if mode == "bicubic":
             images.clamp_(0, 1)  # it overshoots at edges
+        if operations is not None:
+            images = self.policy(images.mul_(255).round_(), operations).div_(255)
         if self.color_jitter > 0:
             for i in torch.randperm(3).tolist():
                 images = self.colours[i](images, numbers[:, 4 + i])

@@ -21,10 +21,11 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..command.errors import UserError
-from ..command.processes import Processes, free_memory
+from ..command.processes import Processes, free_memory, to_device
 from ..command.progress import progress_bar, say
-from .augmentation import Augmentation, Normalize, check_augmentation, to_device
+from .augmentation import Augmentation, Normalize, check_augmentation
 from .data import Images
+from .policies import Policy
 
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
 
@@ -173,12 +174,11 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self) * self.batch_size
         order = to_device(torch.tensor(list(self.sampler)[:n]), self.device)
-        numbers = to_device(self.augment.draw(n), self.device) if self.augment else None
-        for start in range(0, n, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            images = self.held.images.index_select(0, order[batch])
-            images = self.augment(images, numbers[batch]) if self.augment else self.normalize(images)
-            yield images, self.held.targets.index_select(0, order[batch])
+        drawn = self.augment.draw_epoch(len(self), self.batch_size) if self.augment else None
+        for batch in order.split(self.batch_size):
+            images = self.held.images.index_select(0, batch)
+            images = self.augment(images, *next(drawn)) if self.augment else self.normalize(images)
+            yield images, self.held.targets.index_select(0, batch)
 
 
 class EvalLoader:
@@ -223,17 +223,12 @@ def train_loader(
         workers: Threads that decode.
         processes: The processes that train.
         no_aug: Resize and crop in the middle, by timm's transform, and nothing else.
-        auto_augment: Must be empty.
+        auto_augment: A policy of timm's, as `policies.Policy` takes it.
         augmentation: Further arguments of `Augmentation`.
 
     Raises:
         UserError: What does not work from memory, images that do not fit into it, too few readable images.
     """
-    if auto_augment:
-        raise UserError(
-            f"--aa {auto_augment} does not work on images in memory, which have crops, flips, colours and erasing "
-            "but no policies: leave it out (with a recipe, --aa ''), or train from class folders without --in-memory."
-        )
     channels, *size = data_config["input_size"]
     normalize = Normalize(data_config["mean"], data_config["std"], channels, processes.device)
     if no_aug:
@@ -246,10 +241,16 @@ def train_loader(
         )
         held, augment = hold(images, transform, (channels, *size), processes, workers), None
     else:
-        check_augmentation(augmentation.get("interpolation", "random"))  # before minutes of decoding
+        interpolation = augmentation.get("interpolation", "random")
+        check_augmentation(interpolation)  # before minutes of decoding
+        policy = None
+        if auto_augment:
+            policy = Policy(auto_augment, tuple(size), data_config["mean"], channels, processes.device, interpolation)
         held = hold_to_train(images, max(size), processes, workers)
         source = tuple(held.images.shape[2:])
-        augment = Augmentation(source, tuple(size), normalize, channels, processes.device, **augmentation)
+        augment = Augmentation(
+            source, tuple(size), normalize, channels, processes.device, policy=policy, **augmentation
+        )
     if len(held) < batch_size * processes.world_size:
         raise UserError(f"Only {len(held)} images can be read, too few for batches of {batch_size}: check the data.")
     return TrainLoader(held, augment, normalize, batch_size, processes)

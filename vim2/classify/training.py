@@ -279,7 +279,7 @@ class Run:
                 raise
             raise UserError(
                 f"Cannot make the augmentation --aa {o.aa} ({error}): use a policy of timm's, such as "
-                "rand-m9-mstd0.5-inc1, augmix-m3-w3 or original."
+                "rand-m9-mstd0.5-inc1, original or 3a."
             ) from None
         val_batch = o.validation_batch_size or o.batch_size
         self.val_loader = source.eval_loader(self.val_images, config, val_batch, o.workers, self.processes)

@@ -22,6 +22,7 @@ __all__ = [
     "free_memory",
     "require_backend",
     "start_processes",
+    "to_device",
 ]
 
 
@@ -101,6 +102,11 @@ def require_backend(device: str, name: str | None = None) -> None:
         if name is None:
             asked, way_out = f"VIM2_SCAN_BACKEND={backend.DEFAULT_BACKEND}", "unset it"
         raise UserError(f"{asked} cannot be used on {device} ({first_line(error)}): {way_out}.") from None
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which a GPU's host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def free_memory(device: torch.device) -> int | None:

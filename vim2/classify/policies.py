@@ -1,0 +1,342 @@
+"""timm's policies (AutoAugment, RandAugment, 3-Augment) on the device: operations of its own for each image of a batch.
+
+timm makes a policy, and what it means is read from what timm made. Which image gets which operation, and how strong, is
+drawn on the CPU for a whole epoch. So a batch can be sorted by operation, and each operation changes all of its images
+and no others, without waiting for the device. Pixels are bytes, as numbers from 0 to 255, and come out as Pillow's
+arithmetic has them, but for bicubic interpolation, which is PyTorch's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import NAME_TO_OP, AugMixAugment, AutoAugment, RandAugment
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms.v2.functional import equalize
+
+from ..command.errors import UserError
+from ..command.processes import to_device
+
+__all__ = ["Operations", "Policy", "draw_interpolation"]
+
+# What is done at once. A batch is sorted in this order; first come the images that stay as they are.
+KINDS = ("none", "equalize", "autocontrast", "table", "color", "contrast", "brightness", "sharpness", "affine", "blur")
+NUMBERS = 7  # that an operation takes: a share of the image as it was, and up to 6 of its own
+
+# Operations that look each byte up in a table, and how many tables each has: one for each argument from 0 on.
+TABLES = {"Invert": 1, "Posterize": 9, "Solarize": 257, "SolarizeAdd": 129}
+BORDER = 3e-7  # to the right of a border lies what lies on it, as in Pillow
+LUMINANCE = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, of 65536
+
+
+def signed(span: float) -> Callable[..., Tensor]:
+    return lambda level, uniform, _: level * span * torch.where(uniform > 0.5, -1, 1)
+
+
+def translation(hparam: str, default: float) -> Callable[..., Tensor]:
+    return lambda level, uniform, hparams: signed(hparams.get(hparam, default))(level, uniform, hparams)
+
+
+def factor(level: Tensor, *_) -> Tensor:
+    return level * 1.8 + 0.1
+
+
+def increasing_factor(level: Tensor, uniform: Tensor, hparams: dict[str, Any]) -> Tensor:
+    return (1 + signed(0.9)(level, uniform, hparams)).clamp(min=0.1)
+
+
+# timm's LEVEL_TO_ARG of many images at once: an operation's argument by its level (of 1, where timm's is of 10), a
+# number that is uniform from 0 to 1, and timm's hparams.
+ARGUMENTS: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], Tensor]] = {
+    "Rotate": signed(30.0),
+    "Posterize": lambda level, *_: (level * 4).trunc(),
+    "PosterizeIncreasing": lambda level, *_: 4 - (level * 4).trunc(),
+    "PosterizeOriginal": lambda level, *_: 4 + (level * 4).trunc(),
+    "Solarize": lambda level, *_: (level * 256).trunc().clamp(max=256),
+    "SolarizeIncreasing": lambda level, *_: 256 - (level * 256).trunc().clamp(max=256),
+    "SolarizeAdd": lambda level, *_: (level * 110).trunc().clamp(max=128),
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), factor),
+    **{f"{name}Increasing": increasing_factor for name in ("Color", "Contrast", "Brightness", "Sharpness")},
+    **dict.fromkeys(("ShearX", "ShearY"), signed(0.3)),
+    **dict.fromkeys(("TranslateX", "TranslateY"), translation("translate_const", 250)),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), translation("translate_pct", 0.45)),
+    "Desaturate": lambda level, *_: (0.5 + 0.5 * level).clamp(0.5, 1),
+    "GaussianBlur": lambda level, *_: (0.1 + 1.9 * level).clamp(0.1, 2),
+    "GaussianBlurRand": lambda level, *_: level.clamp(0, 1),
+}
+
+
+def draw_interpolation(name: str) -> str:
+    """The mode of grid_sample: bilinear or bicubic if it is "random", drawn on the CPU."""
+    return ("bilinear", "bicubic")[torch.randint(2, ()).item()] if name == "random" else name
+
+
+class Operations(NamedTuple):
+    """Of a batch of B images, layer by layer.
+
+    Attributes:
+        order: (layers, B) int64: the images, sorted by kind of operation.
+        back: (layers, B) int64: where each image lies then.
+        numbers: (layers, B, 6) float32: what the operations take, sorted.
+        counts: For each layer, how many images each of `KINDS` has.
+    """
+
+    order: Tensor
+    back: Tensor
+    numbers: Tensor
+    counts: list[list[int]]
+
+
+class Policy:
+    """A policy of timm's, for images on the device.
+
+    Args:
+        name: As timm spells it, such as "rand-m9-mstd0.5-inc1", "original" or "3a".
+        size: Height and width of the images, in pixels.
+        mean: Of each channel, or one for all, of 1: the colour of what comes in from outside of an image.
+        channels: 1 or 3.
+        device: Of the images.
+        interpolation: Of rotating, shearing and translating: "nearest", "bilinear", "bicubic", or "random", which draws
+            one of the last two for each batch and layer.
+
+    Attributes:
+        jitters_color: Whether timm jitters colours besides.
+
+    Raises:
+        UserError: A policy that works from files only.
+        AssertionError, KeyError, ValueError: Not one of timm's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        channels: int,
+        device: torch.device,
+        interpolation: str = "random",
+    ):
+        steps = create_transform(
+            size, is_training=True, auto_augment=name, mean=mean, interpolation=interpolation, use_prefetcher=True
+        ).transforms
+        policy = next(step for step in steps if isinstance(step, (AutoAugment, RandAugment, AugMixAugment)))
+        self.jitters_color = any(isinstance(step, transforms.ColorJitter) for step in steps)
+        self.weights = None
+        if isinstance(policy, AugMixAugment):
+            raise UserError(
+                f"--aa {name} does not work on images in memory: use a policy such as rand-m9-mstd0.5-inc1 or "
+                "original, or train from class folders without --in-memory."
+            )
+        if isinstance(policy, RandAugment):
+            chains, self.draws = [[op] for op in policy.ops], policy.num_layers
+            if policy.choice_weights is not None:
+                self.weights = torch.from_numpy(policy.choice_weights)
+                if not 0 < self.draws <= len(chains):
+                    raise UserError(f"--aa {name} draws {self.draws} of {len(chains)} operations: name fewer with n.")
+        else:
+            chains, self.draws = policy.policy, 1
+        ops = [op for chain in chains for op in chain]
+        # (chains, operations of each): numbers of what an image gets one after the other
+        self.chains = torch.arange(len(ops)).view(len(chains), -1)
+        self.hparams = ops[0].hparams  # which all have in common
+        self.names = sorted({op.name for op in ops})
+        self.op_names = torch.tensor([self.names.index(op.name) for op in ops])
+        self.probability, self.magnitude, self.deviation, self.bound = torch.tensor(
+            [[op.prob, op.magnitude, op.magnitude_std, op.magnitude_max or 10] for op in ops], dtype=torch.float64
+        ).T
+        self.size, self.device, self.interpolation = size, device, interpolation
+        self.fill = torch.tensor(ops[0].kwargs["fillcolor"], dtype=torch.float32, device=device)
+        self.fill = self.fill.expand(channels)[:, None, None]
+        self.luminance = torch.tensor(LUMINANCE, device=device)[:, None, None] / 65536
+        self.white = torch.tensor(255.0, dtype=torch.float64, device=device).reshape(1, 1, 1, 1)
+        self.tables = make_tables().to(device)
+        # where the pixels lie, from -1 to 1
+        rows, self.columns = ((torch.arange(n, device=device) * 2 + 1) / n - 1 for n in size)
+        self.rows = rows[:, None]
+
+    def draw(self, batches: int, batch_size: int) -> list[Operations]:
+        """The operations of an epoch, from PyTorch's random state, on the device."""
+        n = batches * batch_size
+        if self.weights is None:
+            drawn = torch.randint(len(self.chains), (n, self.draws))
+        else:
+            drawn = torch.multinomial(self.weights.expand(n, -1), self.draws)  # each at most once
+        ops = self.chains[drawn].flatten(1)
+        shape = ops.shape
+        happens = torch.rand(shape, dtype=torch.float64) < self.probability[ops]
+        magnitude, deviation = self.magnitude[ops], self.deviation[ops]
+        # a deviation without end is timm's word for a magnitude that is uniform from 0 on
+        uniform = magnitude * (torch.rand(shape, dtype=torch.float64) - 1)
+        noise = torch.where(deviation.isinf(), uniform, deviation * torch.randn(shape, dtype=torch.float64))
+        level = (magnitude + noise).clamp(min=0).minimum(self.bound[ops]) / 10
+        uniform = torch.rand(shape, dtype=torch.float64)
+        kinds, numbers = torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, NUMBERS)
+        for number, name in enumerate(self.names):
+            which = happens & (self.op_names[ops] == number)
+            kind, values = describe(name, level[which], uniform[which], self.hparams, self.size)
+            kinds[which] = KINDS.index(kind)
+            numbers[which] = values.float()
+        kinds, numbers = (t.unflatten(0, (batches, batch_size)).transpose(1, 2) for t in (kinds, numbers))
+        order = kinds.argsort(dim=-1, stable=True)
+        counts = (kinds[..., None] == torch.arange(len(KINDS))).sum(2).tolist()
+        tensors = (order, order.argsort(-1), numbers.take_along_dim(order[..., None], 2))
+        return list(map(Operations, *(to_device(t, self.device).unbind() for t in tensors), counts))
+
+    def __call__(self, images: Tensor, operations: Operations) -> Tensor:
+        """Images after their operations.
+
+        Args:
+            images: (B, C, H, W) float32, whole numbers from 0 to 255.
+            operations: Of this batch.
+
+        Returns:
+            Likewise.
+        """
+        for order, back, numbers, counts in zip(*operations):
+            images = images.index_select(0, order)
+            groups = zip(KINDS, images.split(counts), numbers.split(counts))
+            changed = torch.cat([getattr(self, kind)(group, values) for kind, group, values in groups if len(group)])
+            # Pillow's enhancements lie on the line from what is made here to the image, and what else is made here at
+            # the line's start. Fractions are cut off.
+            share = numbers[:, :1, None, None]
+            images = (images - changed).mul_(share).add_(changed).clamp_(0, 255).floor_().index_select(0, back)
+        return images
+
+    def none(self, images: Tensor, _: Tensor) -> Tensor:
+        return images
+
+    def equalize(self, images: Tensor, _: Tensor) -> Tensor:
+        return equalize(images.byte()).float()
+
+    def autocontrast(self, images: Tensor, _: Tensor) -> Tensor:
+        low, high = (t[..., None, None] for t in images.flatten(2).aminmax(dim=-1))
+        scale = self.white / (high - low)  # in double precision, as in Pillow: it decides what is cut off
+        stretched = (images * scale).sub_(low * scale).floor_().float()
+        return torch.where(high > low, stretched, images)
+
+    def table(self, images: Tensor, numbers: Tensor) -> Tensor:
+        return self.tables.take((images + numbers[:, 1:2, None, None]).long())
+
+    def gray(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W)."""
+        return images if images.shape[1] == 1 else (images * self.luminance).sum(1, keepdim=True).add_(0.5).floor_()
+
+    def color(self, images: Tensor, _: Tensor) -> Tensor:
+        return self.gray(images).expand_as(images)
+
+    def contrast(self, images: Tensor, _: Tensor) -> Tensor:
+        mean = self.gray(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_()
+        return mean.float().expand_as(images)
+
+    def brightness(self, images: Tensor, _: Tensor) -> Tensor:
+        return torch.zeros_like(images)
+
+    def sharpness(self, images: Tensor, _: Tensor) -> Tensor:
+        inner = images[..., 1:-1, 1:-1]
+        images = images.clone()  # Pillow leaves the outermost pixels as they are
+        smooth = F.avg_pool2d(images, 3, 1, divisor_override=1).add_(inner, alpha=4).div_(13)
+        images[..., 1:-1, 1:-1] = smooth.round_()
+        return images
+
+    def affine(self, images: Tensor, numbers: Tensor) -> Tensor:
+        xx, xy, x, yx, yy, y = numbers[:, 1:, None, None].unbind(1)
+        x = torch.addcmul(torch.addcmul(x, xx, self.columns), xy, self.rows)
+        y = torch.addcmul(torch.addcmul(y, yy, self.rows), yx, self.columns)
+        grid = torch.stack((x, y), -1)
+        mode = draw_interpolation(self.interpolation)
+        moved = F.grid_sample(images, grid, mode, padding_mode="border", align_corners=False)
+        moved.add_(5e-3)  # a whole number may have come out a little smaller
+        inside = grid.abs().amax(-1) < 1
+        return torch.where(inside[:, None], moved, self.fill)
+
+    def blur(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """As Pillow: three box filters along rows and three along columns, each rounded."""
+        taps = numbers[:, None, None, None, 1:6]
+        for padding, axis in (((2, 2, 0, 0), 3), ((0, 0, 2, 2), 2)):
+            for _ in range(3):
+                images = F.pad(images, padding, "replicate").unfold(axis, 5, 1)
+                images = (images * taps).sum(-1).round_()
+        return images
+
+
+def make_tables() -> Tensor:
+    """What timm's operations make of each byte: (tables, 256) float32, those of `TABLES` one after the other."""
+    ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
+    made = [
+        NAME_TO_OP[name](ramp, *([argument] if number > 1 else []))
+        for name, number in TABLES.items()
+        for argument in range(number)
+    ]
+    return torch.tensor([list(image.tobytes()) for image in made], dtype=torch.float32)
+
+
+def describe(
+    name: str, level: Tensor, uniform: Tensor, hparams: dict[str, Any], size: tuple[int, int]
+) -> tuple[str, Tensor]:
+    """What a method of `Policy` is to do for an operation of timm's.
+
+    Args:
+        name: timm's, of the operation.
+        level: (n,) float64, of 1.
+        uniform: (n,) float64, from 0 to 1.
+        hparams: timm's, of the policy.
+        size: Height and width of the images, in pixels.
+
+    Returns:
+        The method, of `KINDS`, and (n, 7) float64: the share of the image as it was, and what the method takes.
+    """
+    argument = ARGUMENTS[name](level, uniform, hparams) if name in ARGUMENTS else torch.zeros_like(level)
+    numbers = torch.zeros(len(level), NUMBERS, dtype=torch.float64)
+    share, values = numbers[:, 0], numbers[:, 1:]
+    base = name.removesuffix("Increasing").removesuffix("Original")
+    if base in ("AutoContrast", "Equalize"):
+        return base.lower(), numbers
+    if base in TABLES:
+        before = sum(list(TABLES.values())[: list(TABLES).index(base)])
+        values[:, 0] = 256 * (before + argument.clamp(0, TABLES[base] - 1))
+        return "table", numbers
+    if base in ("Color", "Contrast", "Brightness", "Sharpness"):
+        share[:] = argument
+        return base.lower(), numbers
+    if base == "Desaturate":
+        share[:] = 1 - argument
+        return "color", numbers
+    if base.startswith("GaussianBlur"):
+        radius = argument if base == "GaussianBlur" else 0.1 + (2 * argument - 0.1) * uniform
+        values[:, :5] = box(radius)
+        return "blur", numbers
+    values[:] = affine_map(base, argument, *size)
+    return "affine", numbers
+
+
+def affine_map(name: str, argument: Tensor, height: int, width: int) -> Tensor:
+    """Where pixels come from, from -1 to 1: (n, 6): x's factors of x and y and its offset, and y's."""
+    one, zero = torch.ones_like(argument), torch.zeros_like(argument)
+    sine, cosine = argument.deg2rad().sin(), argument.deg2rad().cos()
+    across, along = argument * height / width, argument * width / height
+    maps = {
+        "Rotate": (cosine, -sine * height / width, zero, sine * width / height, cosine, zero),
+        "ShearX": (one, across, across, zero, one, zero),
+        "ShearY": (one, zero, zero, along, one, along),
+        "TranslateX": (one, zero, 2 * argument / width, zero, one, zero),
+        "TranslateY": (one, zero, zero, zero, one, 2 * argument / height),
+        "TranslateXRel": (one, zero, 2 * argument, zero, one, zero),
+        "TranslateYRel": (one, zero, zero, zero, one, 2 * argument),
+    }
+    return torch.stack(maps[name], -1) + torch.tensor([0, 0, BORDER, 0, 0, BORDER])
+
+
+def box(radius: Tensor) -> Tensor:
+    """The filter, of 5 pixels, that three times in succession is Pillow's Gaussian of a radius of at most 2: (n, 5)."""
+    variance = radius**2 / 3
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    side = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    distance = torch.arange(-2, 3).abs()
+    middle = (1 / (2 * side + 1))[:, None]
+    border = (1 - (2 * whole[:, None] + 1) * middle) / 2
+    whole = whole[:, None]
+    return torch.where(distance <= whole, middle, border) * (distance <= whole + 1)
