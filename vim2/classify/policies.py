@@ -198,15 +198,15 @@ class Policy:
         """
         for order, back, numbers, counts in zip(*operations):
             images = images.index_select(0, order)
-            groups = zip(KINDS, images.split(counts), numbers.split(counts))
-            changed = torch.cat([getattr(self, kind)(group, values) for kind, group, values in groups if len(group)])
-            # Pillow's enhancements lie on the line from what is made here to the image, and what else is made here at
-            # the line's start. Fractions are cut off.
-            share = numbers[:, :1, None, None]
-            images = (images - changed).mul_(share).add_(changed).clamp_(0, 255).floor_().index_select(0, back)
-        return images
-
-    def none(self, images: Tensor, _: Tensor) -> Tensor:
+            groups = zip(KINDS[1:], images.split(counts)[1:], numbers.split(counts)[1:])
+            made = [getattr(self, kind)(group, values) for kind, group, values in groups if len(group)]
+            if made:
+                made = torch.cat(made)
+                # Pillow's enhancements lie on the line from what was made to the image as it was, for instance from
+                # grey to colours; all else has a share of 0. Fractions are cut off.
+                share = numbers[counts[0] :, :1, None, None]
+                images[counts[0] :].sub_(made).mul_(share).add_(made).clamp_(0, 255).floor_()
+            images = images.index_select(0, back)
         return images
 
     def equalize(self, images: Tensor, _: Tensor) -> Tensor:
