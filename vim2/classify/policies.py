@@ -7,13 +7,14 @@ arithmetic has them, but for bicubic interpolation, which is PyTorch's.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import NAME_TO_OP, AugMixAugment, AutoAugment, RandAugment
+from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, AugMixAugment, AutoAugment, RandAugment
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import equalize
@@ -23,12 +24,13 @@ from ..command.processes import to_device
 
 __all__ = ["Operations", "Policy", "draw_interpolation"]
 
-# What is done at once. A batch is sorted in this order; first come the images that stay as they are.
+# What is done at once, by the method of `Policy` of that name. A batch is sorted in this order; images that stay as they
+# are come first.
 KINDS = ("none", "equalize", "autocontrast", "table", "color", "contrast", "brightness", "sharpness", "affine", "blur")
 NUMBERS = 7  # that an operation takes: a share of the image as it was, and up to 6 of its own
 
-# Operations that look each byte up in a table, and how many tables each has: one for each argument from 0 on.
-TABLES = {"Invert": 1, "Posterize": 9, "Solarize": 257, "SolarizeAdd": 129}
+# Operations that look each byte up in a table, and the numbers of their tables: one for each argument from 0 on.
+TABLES = {"Invert": range(1), "Posterize": range(1, 10), "Solarize": range(10, 267), "SolarizeAdd": range(267, 396)}
 BORDER = 3e-7  # to the right of a border lies what lies on it, as in Pillow
 LUMINANCE = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, of 65536
 
@@ -136,7 +138,10 @@ class Policy:
             if policy.choice_weights is not None:
                 self.weights = torch.from_numpy(policy.choice_weights)
                 if not 0 < self.draws <= len(chains):
-                    raise UserError(f"--aa {name} draws {self.draws} of {len(chains)} operations: name fewer with n.")
+                    raise UserError(
+                        f"--aa {name} draws {self.draws} of {len(chains)} operations, each at most once: give n from 1 "
+                        f"to {len(chains)}."
+                    )
         else:
             chains, self.draws = policy.policy, 1
         ops = [op for chain in chains for op in chain]
@@ -152,7 +157,7 @@ class Policy:
         self.fill = torch.tensor(ops[0].kwargs["fillcolor"], dtype=torch.float32, device=device)
         self.fill = self.fill.expand(channels)[:, None, None]
         self.luminance = torch.tensor(LUMINANCE, device=device)[:, None, None] / 65536
-        self.white = torch.tensor(255.0, dtype=torch.float64, device=device).reshape(1, 1, 1, 1)
+        self.white = torch.full((1, 1, 1, 1), 255, dtype=torch.float64, device=device)
         self.tables = make_tables().to(device)
         # where the pixels lie, from -1 to 1
         rows, self.columns = ((torch.arange(n, device=device) * 2 + 1) / n - 1 for n in size)
@@ -166,22 +171,22 @@ class Policy:
         else:
             drawn = torch.multinomial(self.weights.expand(n, -1), self.draws)  # each at most once
         ops = self.chains[drawn].flatten(1)
-        shape = ops.shape
-        happens = torch.rand(shape, dtype=torch.float64) < self.probability[ops]
+        chance = partial(torch.rand, ops.shape, dtype=torch.float64)
+        happens = chance() < self.probability[ops]
         magnitude, deviation = self.magnitude[ops], self.deviation[ops]
-        # a deviation without end is timm's word for a magnitude that is uniform from 0 on
-        uniform = magnitude * (torch.rand(shape, dtype=torch.float64) - 1)
-        noise = torch.where(deviation.isinf(), uniform, deviation * torch.randn(shape, dtype=torch.float64))
+        noise = torch.where(  # an infinite deviation is timm's word for a magnitude that is uniform from 0 on
+            deviation.isinf(), magnitude * (chance() - 1), deviation * torch.randn(ops.shape, dtype=torch.float64)
+        )
         level = (magnitude + noise).clamp(min=0).minimum(self.bound[ops]) / 10
-        uniform = torch.rand(shape, dtype=torch.float64)
-        kinds, numbers = torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, NUMBERS)
+        uniform = chance()
+        kinds, numbers = torch.zeros(ops.shape, dtype=torch.int64), torch.zeros(*ops.shape, NUMBERS)
         for number, name in enumerate(self.names):
             which = happens & (self.op_names[ops] == number)
             kind, values = describe(name, level[which], uniform[which], self.hparams, self.size)
             kinds[which] = KINDS.index(kind)
             numbers[which] = values.float()
         kinds, numbers = (t.unflatten(0, (batches, batch_size)).transpose(1, 2) for t in (kinds, numbers))
-        order = kinds.argsort(dim=-1, stable=True)
+        order = kinds.contiguous().argsort(dim=-1, stable=True)
         counts = (kinds[..., None] == torch.arange(len(KINDS))).sum(2).tolist()
         tensors = (order, order.argsort(-1), numbers.take_along_dim(order[..., None], 2))
         return list(map(Operations, *(to_device(t, self.device).unbind() for t in tensors), counts))
@@ -214,7 +219,7 @@ class Policy:
 
     def autocontrast(self, images: Tensor, _: Tensor) -> Tensor:
         low, high = (t[..., None, None] for t in images.flatten(2).aminmax(dim=-1))
-        scale = self.white / (high - low)  # in double precision, as in Pillow: it decides what is cut off
+        scale = self.white / (high - low)  # in double precision, since that decides what Pillow cuts off
         stretched = (images * scale).sub_(low * scale).floor_().float()
         return torch.where(high > low, stretched, images)
 
@@ -267,9 +272,9 @@ def make_tables() -> Tensor:
     """What timm's operations make of each byte: (tables, 256) float32, those of `TABLES` one after the other."""
     ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
     made = [
-        NAME_TO_OP[name](ramp, *([argument] if number > 1 else []))
-        for name, number in TABLES.items()
-        for argument in range(number)
+        NAME_TO_OP[name](ramp, *([argument] if LEVEL_TO_ARG[name] else []))
+        for name, numbers in TABLES.items()
+        for argument in range(len(numbers))
     ]
     return torch.tensor([list(image.tobytes()) for image in made], dtype=torch.float32)
 
@@ -296,8 +301,7 @@ def describe(
     if base in ("AutoContrast", "Equalize"):
         return base.lower(), numbers
     if base in TABLES:
-        before = sum(list(TABLES.values())[: list(TABLES).index(base)])
-        values[:, 0] = 256 * (before + argument.clamp(0, TABLES[base] - 1))
+        values[:, 0] = 256 * (TABLES[base].start + argument.clamp(0, len(TABLES[base]) - 1))
         return "table", numbers
     if base in ("Color", "Contrast", "Brightness", "Sharpness"):
         share[:] = argument
