@@ -24,8 +24,8 @@ from ..command.processes import to_device
 
 __all__ = ["Operations", "Policy", "draw_interpolation"]
 
-# What is done at once, by the method of `Policy` of that name. A batch is sorted in this order; images that stay as they
-# are come first.
+# What is done at once, by the method of `Policy` of that name. A batch is sorted in this order: first come the images
+# that stay as they are.
 KINDS = ("none", "equalize", "autocontrast", "table", "color", "contrast", "brightness", "sharpness", "affine", "blur")
 NUMBERS = 7  # that an operation takes: a share of the image as it was, and up to 6 of its own
 
