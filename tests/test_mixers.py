@@ -605,7 +605,7 @@ def small_stage(drop_path: float = 0.5) -> ViM2Stage:
 
 def maps(seed: int, grad: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 2, 3, 4, generator=generator).to(DEVICE).requires_grad_(grad)
+    return torch.randn(2, 2, 3, 4, generator=generator, device="cpu").to(DEVICE).requires_grad_(grad)
 
 
 def train(stage: ViM2Stage, forward, seed: int, grad: bool = True, autocast: bool = False) -> list[torch.Tensor | None]:
