@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from vim2 import ViM2
-from vim2.mixers import S6
+from vim2.mixers import S6, SelectiveChannelMixer, SelectiveTokenMixer
 from vim2.vim2 import MIN_SIZE, multiply_patches
 
 
@@ -60,11 +60,13 @@ def test_all_models_are_listed():
         "vim2_base_d1",
         "vim2_base_vmamba",
         "vim2_nano",
+        "vim2_nano_token_d1",
         "vim2_small",
         "vim2_small_d1",
         "vim2_small_vmamba",
         "vim2_tiny",
         "vim2_tiny_d1",
+        "vim2_tiny_token_d1",
         "vim2_tiny_vmamba",
     ]
 
@@ -82,6 +84,20 @@ def test_with_one_state_a_channel_it_is_the_same_network(size):
         given = timm.create_model(f"vim2_{size}_d1", d_state=16)
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (paper, given)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny"])
+def test_token_models_lack_channel_mixers_alone(size):
+    with torch.device("meta"):
+        model = timm.create_model(f"vim2_{size}_token_d1")
+        whole = timm.create_model(f"vim2_{size}", d_state=1, num_classes=1000)
+    token, whole = (
+        [[p.shape for p in m.parameters()] for m in net.modules() if isinstance(m, SelectiveTokenMixer)]
+        for net in (model, whole)
+    )
+    assert token and token == whole
+    assert not any(isinstance(m, SelectiveChannelMixer) for m in model.modules())
+    assert all(m.d_state == 1 for m in model.modules() if isinstance(m, S6))
 
 
 @pytest.mark.parametrize("depth, expected", [(3, 22.89), (9, 44.42)])
@@ -552,42 +568,47 @@ def test_loading_adapts_channels_and_classes(model, tmp_path):
     torch.testing.assert_close(features.eval()(x)[-1], model.stages(model.patch_embed(x)).permute(0, 3, 1, 2))
 
 
+SHIPPED = ["vim2_nano", "vim2_nano_token_d1"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 class TestShippedWeights:
-    def test_it_computes_what_the_file_holds(self):
+    def test_it_computes_what_the_file_holds(self, name):
         """In half precision; the model has them in float32."""
-        model = timm.create_model("vim2_nano", pretrained=True)
+        model = timm.create_model(name, pretrained=True)
         cfg = model.pretrained_cfg
         assert cfg["tag"] == "tiny_in200" and model.num_classes == 200
         weights = load_file(cfg["file"])
         assert Path(cfg["file"]).stat().st_size < 12e6 and {w.dtype for w in weights.values()} == {torch.float16}
         state = model.state_dict()
         assert {v.dtype for v in state.values()} == {torch.float32} and state.keys() == weights.keys()
-        assert all(torch.equal(value, weights[name].float()) for name, value in state.items())
-        tagged = timm.create_model("vim2_nano.tiny_in200", pretrained=True).state_dict()
-        assert all(torch.equal(tagged[name], value) for name, value in state.items())
+        assert all(torch.equal(value, weights[key].float()) for key, value in state.items())
+        tagged = timm.create_model(f"{name}.tiny_in200", pretrained=True).state_dict()
+        assert all(torch.equal(tagged[key], value) for key, value in state.items())
 
-    def test_it_adapts(self):
-        model = timm.create_model("vim2_nano", pretrained=True)
-        grey = timm.create_model("vim2_nano", pretrained=True, num_classes=10, in_chans=1)
+    def test_it_adapts(self, name):
+        model = timm.create_model(name, pretrained=True)
+        grey = timm.create_model(name, pretrained=True, num_classes=10, in_chans=1)
         assert grey.head.fc.out_features == 10
         torch.testing.assert_close(grey.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
         torch.testing.assert_close(grey.stages.state_dict(), model.stages.state_dict())
-        features = timm.create_model("vim2_nano", pretrained=True, features_only=True)
+        features = timm.create_model(name, pretrained=True, features_only=True)
         x = images(1, 3, 64, 64)
         torch.testing.assert_close(features(x)[-1], model.forward_intermediates(x)[1][-1])
 
-    def test_classes_are_named(self):
-        cfg = timm.get_pretrained_cfg("vim2_nano")
+    def test_classes_are_named(self, name):
+        cfg = timm.get_pretrained_cfg(name)
         names, words = cfg.label_names, cfg.label_descriptions
         assert len(names) == len(set(names)) == cfg.num_classes and list(words) == list(names) == sorted(names)
         assert words["n02099601"] == "golden retriever"
         imagenet = ImageNetInfo("imagenet-22k")
-        assert all(imagenet.label_name_to_description(name) == words[name] for name in names)
+        assert all(imagenet.label_name_to_description(key) == words[key] for key in names)
 
-    def test_other_models_have_none(self):
-        assert timm.list_models("*vim2*", pretrained=True) == ["vim2_nano.tiny_in200"]
-        with pytest.raises(RuntimeError, match="No pretrained weights exist for vim2_tiny"):
-            timm.create_model("vim2_tiny", pretrained=True)
+
+def test_other_models_have_no_weights():
+    assert timm.list_models("*vim2*", pretrained=True) == [f"{name}.tiny_in200" for name in SHIPPED]
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for vim2_tiny"):
+        timm.create_model("vim2_tiny", pretrained=True)
 
 
 @pytest.mark.parametrize("adapted", [{}, dict(num_classes=4), dict(features_only=True)], ids=str)

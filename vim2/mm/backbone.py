@@ -31,8 +31,8 @@ class ViM2(BaseModule):
     """The stages of a ViM2, each one's map followed by a LayerNorm, as Swin's and VMamba's backbones put them out.
 
     Args:
-        arch: "nano", "tiny", "small", "base", "tiny_vmamba", "small_vmamba", "base_vmamba" (`vim2_<arch>` in timm),
-            or a dict of widths, which must hold depths and dims and may hold any option below.
+        arch: The end of a model's name, such as "tiny" or "nano_token_d1" of `vim2_nano_token_d1`, or a dict of widths,
+            which must hold depths and dims and may hold any option below.
         out_indices: Stages to put out, 0 to 3, in rising order.
         frozen_stages: -1 trains everything; 0 freezes the stem; n also the first n stages and their output norms.
             What is frozen also runs without stochastic depth.
