@@ -145,6 +145,21 @@ def test_a_class_map_chooses_classes_by_name_whatever_its_order(data, trained, t
             command(class_map=tmp_path / "names.txt", **given, **others)
 
 
+def test_an_output_that_cannot_be_written_costs_no_work(data, trained, tmp_path, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("vim2.classify.validation.evaluate", work)
+    monkeypatch.setattr("vim2.classify.prediction.read_pixels", work)
+    (tmp_path / "file").touch()
+    common = dict(checkpoint=trained / "best.pth", output=tmp_path / "file" / "out")
+    told = r"Nothing can be written into .*out \(Not a directory\): choose another --output"
+    with pytest.raises(UserError, match=told):
+        predict(images=[data / "val"], **common)
+    with pytest.raises(UserError, match=told):
+        validate(data_dir=data, workers=0, **common)
+
+
 def test_without_matplotlib_only_the_pictures_are_missing(data, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     image = data / "val" / "red" / "0.png"

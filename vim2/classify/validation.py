@@ -14,7 +14,7 @@ from ..command.images import first_names
 from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import say
-from ..command.runs import explain_disk_errors
+from ..command.runs import explain_disk_errors, make_folder
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate
@@ -49,6 +49,9 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     say_left_out(processes, images)
     model.to(processes.device).eval()
     compiled = compile_model(model, o.torchcompile)
+    folder = Path(o.output or (Path(o.checkpoint).parent if o.checkpoint else "."))
+    if processes.is_first:
+        make_folder(folder)
     rows = []
     for size in o.img_size or [None]:
         config = input_config(model, o, size, facts.get("data_config"))
@@ -79,7 +82,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
             }
         )
     if processes.is_first:
-        write(rows, Path(o.output or (Path(o.checkpoint).parent if o.checkpoint else ".")))
+        write(rows, folder)
     processes.finish()
     return rows
 
