@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import shlex
 import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -72,11 +73,12 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             ) from None
         raise ValueError(
             f"{path} holds more than weights ({wanted}), and loading that would run code from the file. "
-            f'If you trust it, keep its weights alone: python -c "import torch; '
+            f'If you trust it, keep its weights alone: python -c "import sys, torch; '
             # a whole model has weights, too, alone or in a dictionary
             "of = lambda c: c.state_dict() if isinstance(c, torch.nn.Module) else c; "
-            f"c = of(torch.load('{path}', 'cpu', weights_only=False)); "
-            f"torch.save({{k: of(c[k]) for k in c if k in {_WEIGHT_KEYS}}} or c, 'weights.pth')\""
+            "c = of(torch.load(sys.argv[1], 'cpu', weights_only=False)); "
+            f"torch.save({{k: of(c[k]) for k in c if k in {_WEIGHT_KEYS}}} or c, 'weights.pth')\" "
+            f"{shlex.quote(str(path))}"
         ) from None
 
 
