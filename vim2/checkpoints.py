@@ -38,6 +38,7 @@ __all__ = [
     "save_half_precision",
     "try_lock",
     "verify_archive",
+    "weights_of",
     "write_atomically",
 ]
 
@@ -215,7 +216,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
     """
     state_dict = read_state_dict(path, use_ema)
     cfg = dict(model.pretrained_cfg)
-    heads, stems = _weights_of(cfg.get("classifier")), _weights_of(cfg.get("first_conv"))
+    heads, stems = weights_of(cfg.get("classifier")), weights_of(cfg.get("first_conv"))
     classes = 0 if heads else model.num_classes
     for head in heads & state_dict.keys():
         if state_dict[head].dim() == 0:
@@ -252,14 +253,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             if channels != 3:  # timm has a rule for colour images only
                 raise ValueError(
                     f"{path} is for images of {channels} channels, the model for {wanted_channels}: "
-                    f"create the model with in_chans={channels}."
+                    f"create the model with in_chans={channels}, in `vim2 train` by --in-chans."
                 )
             state_dict[stem] = adapt_input_conv(wanted_channels, state_dict[stem].float())
     model.load_state_dict(state_dict, strict=not ignored)
 
 
-def _weights_of(modules: str | Sequence[str] | None) -> set[str]:
-    """The weights of one module, of several, or of none, as timm's configs name them."""
+def weights_of(modules: str | Sequence[str] | None) -> set[str]:
+    """Names of the weights of one module, of several, or of none, as timm's configs name them."""
     names = (modules,) if isinstance(modules, str) else modules or ()
     return {f"{name}.weight" for name in names}
 
