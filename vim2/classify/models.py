@@ -51,8 +51,8 @@ def create_model(
         own: Arguments that the command sets itself.
 
     Raises:
-        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, one
-            that does not tell what timm's models do; what `import_models` raises.
+        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, or
+            none that can be fetched, one that does not tell what timm's models do; what `import_models` raises.
     """
     import_models(imports)
     if not timm.is_model(name):
@@ -82,6 +82,13 @@ def create_model(
         if not (model_kwargs or imports):
             raise
         raise UserError(f"{problem}: {error}{place(error, imports)}") from (error if imports else None)
+    except OSError as error:  # of huggingface_hub's, above all, where there is no network
+        if own.get("pretrained"):
+            raise UserError(
+                f"The pretrained weights of {name} cannot be had ({first_line(error)}): fetch them where there is a "
+                "network, or give a file of weights."
+            ) from (error if imports else None)
+        raise UserError(f"{problem}: {first_line(error)}{place(error, imports)}") from (error if imports else None)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         reason = f"{str(error) or type(error).__name__}{place(error, imports)}"
         raise UserError(f"{problem}: {reason}") from (error if imports else None)
