@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import uuid
@@ -52,6 +53,17 @@ def model():
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def follow_the_remedy(path):
+    """Run, as a shell would, the command that is suggested for a file that is refused."""
+    with pytest.raises(ValueError, match="python -c") as error:
+        read_checkpoint(path)
+    command = str(error.value).partition("alone: python ")[2]
+    search = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, *shlex.split(command)], cwd=path.parent, env={**os.environ, "PYTHONPATH": search}, check=True
+    )
 
 
 class TestConversion:
@@ -280,23 +292,17 @@ class TestReading:
         for name in ("old.pth", "new.pth"):
             assert equal(read_state_dict(tmp_path / name), model.state_dict())
 
-    def test_the_remedy_for_a_pickle_works(self, tmp_path):
-        path = tmp_path / "file.pth"
+    @pytest.mark.parametrize("name", ["file.pth", "the bee's $HOME.pth"])
+    def test_the_remedy_for_a_pickle_works(self, name, tmp_path):
         weights = {"model": {"a": torch.ones(2)}, "model_ema": {"a": torch.zeros(2)}}
-        torch.save({**weights, "config": collections.Counter({"unsafe": collections.deque()})}, path)
-        with pytest.raises(ValueError, match="python -c") as error:
-            read_checkpoint(path)
-        command = re.search(r'python -c "(.*)"$', str(error.value))[1]
-        subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+        torch.save({**weights, "config": collections.Counter({"unsafe": collections.deque()})}, tmp_path / name)
+        follow_the_remedy(tmp_path / name)
         assert read_checkpoint(tmp_path / "weights.pth").keys() == weights.keys()
 
     @pytest.mark.parametrize("key", [None, "model", "model_ema"])
-    def test_the_remedy_for_a_whole_model_works(self, model, key, tmp_path, monkeypatch):
+    def test_the_remedy_for_a_whole_model_works(self, model, key, tmp_path):
         torch.save(model if key is None else {key: model, "epoch": 3}, tmp_path / "file.pth")
-        with pytest.raises(ValueError, match="python -c") as error:
-            read_checkpoint(tmp_path / "file.pth")
-        monkeypatch.chdir(tmp_path)
-        exec(re.search(r'python -c "(.*)"$', str(error.value))[1], {})
+        follow_the_remedy(tmp_path / "file.pth")
         assert equal(read_state_dict(tmp_path / "weights.pth"), model.state_dict())
 
     @pytest.mark.parametrize("key", ["state_dict", "model", None])

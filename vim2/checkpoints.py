@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import shlex
 import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ __all__ = [
     "save_half_precision",
     "try_lock",
     "verify_archive",
+    "weights_of",
     "write_atomically",
 ]
 
@@ -72,11 +74,12 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             ) from None
         raise ValueError(
             f"{path} holds more than weights ({wanted}), and loading that would run code from the file. "
-            f'If you trust it, keep its weights alone: python -c "import torch; '
+            f'If you trust it, keep its weights alone: python -c "import sys, torch; '
             # a whole model has weights, too, alone or in a dictionary
             "of = lambda c: c.state_dict() if isinstance(c, torch.nn.Module) else c; "
-            f"c = of(torch.load('{path}', 'cpu', weights_only=False)); "
-            f"torch.save({{k: of(c[k]) for k in c if k in {_WEIGHT_KEYS}}} or c, 'weights.pth')\""
+            "c = of(torch.load(sys.argv[1], 'cpu', weights_only=False)); "
+            f"torch.save({{k: of(c[k]) for k in c if k in {_WEIGHT_KEYS}}} or c, 'weights.pth')\" "
+            f"{shlex.quote(str(path))}"
         ) from None
 
 
@@ -213,7 +216,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
     """
     state_dict = read_state_dict(path, use_ema)
     cfg = dict(model.pretrained_cfg)
-    heads, stems = _weights_of(cfg.get("classifier")), _weights_of(cfg.get("first_conv"))
+    heads, stems = weights_of(cfg.get("classifier")), weights_of(cfg.get("first_conv"))
     classes = 0 if heads else model.num_classes
     for head in heads & state_dict.keys():
         if state_dict[head].dim() == 0:
@@ -250,14 +253,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             if channels != 3:  # timm has a rule for colour images only
                 raise ValueError(
                     f"{path} is for images of {channels} channels, the model for {wanted_channels}: "
-                    f"create the model with in_chans={channels}."
+                    f"create the model with in_chans={channels}, in `vim2 train` by --in-chans."
                 )
             state_dict[stem] = adapt_input_conv(wanted_channels, state_dict[stem].float())
     model.load_state_dict(state_dict, strict=not ignored)
 
 
-def _weights_of(modules: str | Sequence[str] | None) -> set[str]:
-    """The weights of one module, of several, or of none, as timm's configs name them."""
+def weights_of(modules: str | Sequence[str] | None) -> set[str]:
+    """Names of the weights of one module, of several, or of none, as timm's configs name them."""
     names = (modules,) if isinstance(modules, str) else modules or ()
     return {f"{name}.weight" for name in names}
 

@@ -483,6 +483,16 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
         ("--model nope", "no model 'nope'"),
         ("--model test_vim2:d_state", "Cannot read 'd_state' in the model 'test_vim2:d_state'"),
         ("--model test_vim2:size=3", "test_vim2 cannot be made with {'size': 3}"),
+        ("--model test_vit:embed_dim=-1", "error: test_vit cannot be made with {'embed_dim': -1}: "),
+        ("--model test_vit:num_heads=7", "error: test_vit cannot be made with {'num_heads': 7}: "),
+        (
+            "--model test_vim2:pretrained=True",
+            "error: test_vim2 cannot be made with {'pretrained': True}: No pretrained",
+        ),
+        (
+            "--model test_vit:patch_size=7 --img-size 64",
+            "test_vit:patch_size=7 does not run on images of 64 x 64 pixels",
+        ),
         ("--model", "--model: expected at least one argument"),
         ("--img-sise 32", "unknown option --img-sise; did you mean --img-size?"),
         (
@@ -499,7 +509,7 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
         ("--device cpu --compilations", "give --torchcompile"),
         ("--torchcompile-mode reduce-overhead", "wants --torchcompile"),
         ("--plot --profile --output x", "--plot draws"),
-        (f"--count --model test_vim2 --output {__file__}", "Cannot make the folder"),
+        (f"--count --model test_vim2 --output {__file__}", "Nothing can be written into"),
         ("--device cpu --ops mamba_ssm", "The mamba_ssm backend needs"),
     ],
 )

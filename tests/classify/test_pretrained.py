@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from classify_helpers import COLOURS, make_image, make_pack
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from vim2.classify import predict, train, validate
@@ -49,6 +50,15 @@ def test_validate_matches_classes_by_wordnets_ids(photo, tmp_path):
 def test_other_classes_are_refused_by_name(data, fails, tmp_path):
     said = fails("validate", "--data-dir", data, "--model", "vim2_nano", "--pretrained", "--output", tmp_path)
     assert "classes that vim2_nano does not know (blue" in said and "knows n01443537" in said
+
+
+def test_weights_that_are_not_at_hand_without_a_network(photo, fails, tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise LocalEntryNotFoundError("Cannot find the requested files.\nPlease check.")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", no_network)
+    said = fails("predict", photo, "--model", "resnet18", "--pretrained", "--output", tmp_path)
+    assert "weights of resnet18 cannot be had (Cannot find the requested files): fetch them" in said
 
 
 def test_fine_tuning_starts_from_them(data, tmp_path, capsys):

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from classify_helpers import COLOURS, make_folders, make_image
 from PIL import Image
@@ -46,6 +47,36 @@ def test_weights_of_any_origin_need_a_model_and_nothing_else(data, trained, tmp_
     bare = validate(checkpoint=tmp_path / "bare.pth", model="test_vim2", crop_pct=0.9, **options)
     ours = validate(checkpoint=trained / "best.pth", no_ema=True, crop_pct=0.9, **options)
     assert bare[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_vim2", "test_vit", "levit_128s"])
+def test_bare_weights_tell_their_classes_and_channels(data, tmp_path, name):
+    """levit_128s has two heads of names of their own, and as many convolutions in its stem."""
+    kwargs = dict(num_classes=3) if name == "levit_128s" else dict(num_classes=3, in_chans=1)
+    torch.save(timm.create_model(name, **kwargs).state_dict(), tmp_path / "bare.pth")
+    options = dict(checkpoint=tmp_path / "bare.pth", model=name, output=tmp_path)
+    (row,) = validate(data_dir=data, workers=0, **options)
+    found = predict(images=[data / "val"], **options)
+    assert all(len(p["top"]) == 3 for p in found)
+    right = sum(p["top"][0]["label"] == str(sorted(COLOURS).index(p["file"].split("/")[-2])) for p in found)
+    assert row["images"] == len(found) == 15 and row["top1"] == pytest.approx(100 * right / 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "options", "says"),
+    [
+        ("test_vit", {}, {"img_size": 100}, r"cannot read images of 100 x 100 pixels .*: change --img-size, to 96"),
+        ("test_vim2", {"in_chans": 4}, {}, "Images have 1 or 3 channels, and the model takes 4: use another"),
+    ],
+)
+def test_images_that_a_model_cannot_read(data, tmp_path, name, kwargs, options, says):
+    torch.save(timm.create_model(name, num_classes=3, **kwargs).state_dict(), tmp_path / "bare.pth")
+    common = dict(checkpoint=tmp_path / "bare.pth", model=name, output=tmp_path / "out")
+    with pytest.raises(UserError, match=says):
+        predict(images=[data / "val"], **options, **common)
+    with pytest.raises(UserError, match=says):
+        validate(data_dir=data, workers=0, **options, **common)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prediction_of_a_folder(data, trained, tmp_path, capsys):
@@ -143,6 +174,21 @@ def test_a_class_map_chooses_classes_by_name_whatever_its_order(data, trained, t
         given = {k: v for k, v in options.items() if command is validate or k in ("output", "checkpoint")}
         with pytest.raises(UserError, match="order"):
             command(class_map=tmp_path / "names.txt", **given, **others)
+
+
+def test_an_output_that_cannot_be_written_costs_no_work(data, trained, tmp_path, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("vim2.classify.validation.evaluate", work)
+    monkeypatch.setattr("vim2.classify.prediction.read_pixels", work)
+    (tmp_path / "file").touch()
+    common = dict(checkpoint=trained / "best.pth", output=tmp_path / "file" / "out")
+    told = r"Nothing can be written into .*out \(Not a directory\): choose another --output"
+    with pytest.raises(UserError, match=told):
+        predict(images=[data / "val"], **common)
+    with pytest.raises(UserError, match=told):
+        validate(data_dir=data, workers=0, **common)
 
 
 def test_without_matplotlib_only_the_pictures_are_missing(data, trained, tmp_path, monkeypatch, capsys):

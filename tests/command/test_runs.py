@@ -1,10 +1,12 @@
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,10 +124,24 @@ def test_a_folder_or_file_that_cannot_be_written(tmp_path):
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="choose another --output"):
+    inside = re.escape(str(tmp_path / "file" / "b"))
+    with pytest.raises(
+        UserError, match=rf"Nothing can be written into {inside} \(Not a dir.*: choose another --output"
+    ):
         make_folder(tmp_path / "file" / "b")
     with pytest.raises(UserError, match=r"^No space left\. Make room\.$"), explain_disk_errors(". Make room"):
         raise OSError(28, "No space left")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder here in which nobody may write")
+def test_a_folder_in_which_nothing_can_be_written():
+    with pytest.raises(UserError, match=r"Nothing can be written into /proc/self \(.*\): choose another DIR"):
+        make_folder(Path("/proc/self"), "DIR")
+    with (
+        pytest.raises(UserError, match="Nothing can be written into /proc/self"),
+        own_folder(Path("/proc/self"), None),
+    ):
+        pass
 
 
 def test_seeds_fix_every_generator_and_differ_with_each_number():

@@ -126,7 +126,7 @@ def test_weights_that_cannot_be_written(tmp_path, capsys):
     output = file / "a.safetensors"
     command = ["export", "--model", "test_vim2", "--checkpoint", str(file), "--format", "safetensors"]
     assert main([*command, "--output", str(output)]) == 2
-    told = f"Could not write {output} (File exists); what was there before is unchanged: choose another --output."
+    told = f"Nothing can be written into {file} (File exists): choose another --output."
     assert capsys.readouterr().err == f"vim2: error: {told}\n"
 
 

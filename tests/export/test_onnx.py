@@ -299,3 +299,21 @@ def test_mistakes_of_the_command(arguments, says, model, tmp_path, monkeypatch, 
     assert main(["export", *arguments, "--format", "onnx", "--output", "x.onnx"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vim2: error: ") and error.count("\n") == 1 and says in error, error
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "timm", "safetensors"])
+def test_an_output_that_cannot_be_written_costs_no_work(form, model, tmp_path, monkeypatch, capsys):
+    work = ("export_onnx", "export_pt2", "export_timm", "save_half_precision")
+    for name in work:
+        monkeypatch.setattr(f"vim2.export.command.{name}", lambda *_, **__: pytest.fail("something was exported"))
+    save_checkpoint(
+        {"arch": "test_vim2", "num_classes": 7, "model_kwargs": TINY, "state_dict": model.state_dict()},
+        tmp_path / "weights.pth",
+    )
+    (tmp_path / "file").touch()
+    command = ["export", "--checkpoint", str(tmp_path / "weights.pth"), "--format", form, "--output"]
+    assert main([*command, str(tmp_path / "file" / "inside" / f"x.{form}")]) == 2
+    assert "Nothing can be written into" in capsys.readouterr().err
+    if form != "timm":
+        assert main([*command, str(tmp_path)]) == 2
+        assert f"{tmp_path} is a folder" in capsys.readouterr().err

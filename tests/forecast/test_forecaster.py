@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -319,6 +320,18 @@ def test_a_forecast_is_not_written_over_the_file_that_it_continues(trained, tmp_
     before = data.read_bytes()
     assert "choose another output" in fails("predict", data, "--checkpoint", trained, "--output", tmp_path)
     assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize(("function", "work"), [(predict, "Forecaster.forecast"), (evaluate, "evaluation.score_all")])
+def test_an_output_that_cannot_be_written_costs_no_work(function, work, trained, data, tmp_path, monkeypatch):
+    module, _, name = work.partition(".")
+    owner = Forecaster if module == "Forecaster" else importlib.import_module(f"vim2.forecast.{module}")
+    monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("something was computed"))
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"Nothing can be written into .*out \(Not a directory\): choose another --output"
+    ):
+        function(data=str(data), checkpoint=str(trained), output=str(tmp_path / "file" / "out"), device="cpu")
 
 
 @pytest.mark.parametrize("method", ["predict", "read"])

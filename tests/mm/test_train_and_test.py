@@ -87,6 +87,17 @@ class TestOneProcess:
         else:
             assert np.unique(np.asarray(Image.open(out / "0.png"))).max() <= 1
 
+    @pytest.mark.parametrize("option", ["--out", "--show-dir"])
+    def test_outputs_that_cannot_be_written_cost_no_testing(
+        self, kind, option, trained, configs, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("mmengine.runner.Runner.test", lambda runner: pytest.fail("it was tested"))
+        (tmp_path / "file").touch()
+        argv = [configs[kind], trained[kind] / LAST[kind], "--work-dir", tmp_path / "run"]
+        with pytest.raises(UserError, match=rf"Nothing can be written into .*file.*: choose another {option}"):
+            call(evaluate, *argv, option, tmp_path / "file" / "inside" / "out.pkl")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
     def test_draws_images(self, kind, trained, configs, data, tmp_path, capsys):
         argv = ["--config", configs[kind], "--checkpoint", trained[kind] / LAST[kind], "--out-dir", tmp_path]
         call(demo, data / "images", data / "images" / "0.png", *argv, "--score-thr", "0")

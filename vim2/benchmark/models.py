@@ -60,6 +60,8 @@ def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
 
     Raises:
         UserError: There is no such model, or it does not take these arguments, or they say what images it is for.
+        Exception: Of whatever kind a model raises that takes no images of this size; a RuntimeError of one that cannot
+            be made on the meta device, where values cannot be read.
     """
     name, kwargs = parse_model(text)
     if "img_size" in kwargs:
@@ -73,13 +75,18 @@ def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
         )
     with torch.device(device):
         try:  # models with fixed windows or positions want to know it
-            return timm.create_model(name, **{"img_size": size, **kwargs})
-        except TypeError:
-            pass
+            return timm.create_model(name, img_size=size, **kwargs)
+        except Exception as error:  # of whatever kind: of this argument, which most models do not take, or of others
+            of_size = error
         try:
-            return timm.create_model(name, **kwargs)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            model = timm.create_model(name, **kwargs)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and torch.device(device).type == "meta":
+                raise
             raise UserError(f"{name} cannot be made with {kwargs}: {first_line(error)}{where(name, error)}") from None
+    if not isinstance(of_size, TypeError):
+        raise of_size
+    return model
 
 
 def where(name: str, error: BaseException) -> str:
@@ -124,6 +131,8 @@ def model_size(name: str, size: int, device: str) -> tuple[int, float | None]:
         model = create_model(name, size, device).eval()
         with torch.inference_mode():
             model(torch.zeros(1, CHANNELS, size, size, device=device))
+    except UserError:
+        raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         told = f"{first_line(error)}{where(parse_model(name)[0], error)}"
         raise UserError(f"{name} does not run on images of {size} x {size} pixels: {told}") from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vim2  # noqa: F401  registers the models
 
-from ..checkpoints import load_weights
+from ..checkpoints import find_state_dict, load_weights, weights_of
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.own_models import import_models, place, place_in
 from ..command.runs import read_saved
@@ -30,6 +30,7 @@ __all__ = [
     "load_checkpoint_model",
 ]
 
+USUAL_HEADS = ("head.fc", "head", "fc", "classifier")  # modules of classifiers, as ViM2, VMamba and timm name them
 USUAL_SIDES = (28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)  # of images, pixels
 
 
@@ -50,8 +51,8 @@ def create_model(
         own: Arguments that the command sets itself.
 
     Raises:
-        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, one
-            that does not tell what timm's models do; what `import_models` raises.
+        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, or
+            none that can be fetched, one that does not tell what timm's models do; what `import_models` raises.
     """
     import_models(imports)
     if not timm.is_model(name):
@@ -81,6 +82,13 @@ def create_model(
         if not (model_kwargs or imports):
             raise
         raise UserError(f"{problem}: {error}{place(error, imports)}") from (error if imports else None)
+    except OSError as error:  # of huggingface_hub's, above all, where there is no network
+        if own.get("pretrained"):
+            raise UserError(
+                f"The pretrained weights of {name} cannot be had ({first_line(error)}): fetch them where there is a "
+                "network, or give a file of weights."
+            ) from (error if imports else None)
+        raise UserError(f"{problem}: {first_line(error)}{place(error, imports)}") from (error if imports else None)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         reason = f"{str(error) or type(error).__name__}{place(error, imports)}"
         raise UserError(f"{problem}: {reason}") from (error if imports else None)
@@ -143,9 +151,11 @@ def load_checkpoint_model(
     name = model or facts.get("arch")
     if name is None:
         raise UserError(f"{checkpoint} does not say which model it is of: add --model NAME.")
+    import_models(imports)
+    told = told_by_weights(content, checkpoint, name)
     known = {
-        "num_classes": facts.get("num_classes") or head_size(content) or num_classes,
-        "in_chans": facts.get("in_chans"),
+        "num_classes": facts.get("num_classes") or told.get("num_classes") or num_classes,
+        "in_chans": facts.get("in_chans") or told.get("in_chans"),
         **(facts.get("model_kwargs", {}) if model_kwargs is None else model_kwargs),
     }
     called = f"the arguments in {checkpoint}" if model_kwargs is None else "--model-kwargs"
@@ -171,16 +181,28 @@ def pretrained_facts(model: nn.Module, name: str) -> dict[str, Any]:
     return {"arch": name, "class_names": list(names), "class_descriptions": dict(descriptions)}
 
 
-def head_size(content: Any) -> int | None:
-    """Number of classes of a bare file of weights with a head named as ViM2's, VMamba's or timm's are."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    for key in ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight"):
-        if isinstance(content, dict) and isinstance(content.get(key), Tensor) and content[key].dim() > 0:
-            return content[key].shape[0]
-    return None
+def told_by_weights(content: Any, path: str | os.PathLike, name: str) -> dict[str, int]:
+    """What the shapes of a bare file of weights tell of its model, of timm's `name`.
+
+    Args:
+        content: Of the file.
+        path: Of it.
+        name: The model's. Where timm has no pretrained_cfg of it, its head is looked for by usual names.
+
+    Returns:
+        `num_classes` and, where they are not the usual 3, `in_chans`, as far as they are to be seen.
+    """
+    try:
+        weights = find_state_dict(content, path)
+    except ValueError:  # which loading them will explain
+        return {}
+    cfg = timm.get_pretrained_cfg(name)
+    heads = [*weights_of(cfg and cfg.classifier), *(f"{head}.weight" for head in USUAL_HEADS)]
+    classes = (weights[head].shape[0] for head in heads if head in weights and weights[head].dim() > 0)
+    stems = weights_of(cfg and cfg.first_conv)
+    channels = (weights[stem].shape[1] for stem in stems if stem in weights and weights[stem].dim() == 4)
+    told = {"num_classes": next(classes, None), "in_chans": next((n for n in channels if n != 3), None)}
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def input_config(
@@ -200,9 +222,11 @@ def input_config(
         in_chans: Channels, where the model does not tell.
 
     Raises:
-        UserError: A mean or std of another number of channels.
+        UserError: A model of neither grey nor colour images; a mean or std of another number of channels.
     """
     in_chans = getattr(model, "in_chans", None) or in_chans or (saved or {}).get("input_size", (3,))[0]
+    if in_chans not in (1, 3):
+        raise UserError(f"Images have 1 or 3 channels, and the model takes {in_chans}: use another.")
     wanted = {k: getattr(options, k) for k in ("mean", "std", "interpolation", "crop_pct")}
     for name in ("mean", "std"):
         if wanted[name] is not None and len(wanted[name]) not in (1, in_chans):

@@ -19,8 +19,8 @@ from ..command.images import SUFFIXES, ImageFolder, describe_left_out, first_nam
 from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import progress_bar, say
-from ..command.runs import explain_disk_errors
-from .models import autocast, compile_model, input_config, load_checkpoint_model
+from ..command.runs import explain_disk_errors, make_folder
+from .models import autocast, check_reads, compile_model, input_config, load_checkpoint_model
 from .options import PredictOptions
 from .plots import plot_predictions
 from .validation import label_names
@@ -61,6 +61,8 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     transform = create_transform(**config, is_training=False)
     context = autocast(processes.device, o.amp, o.amp_dtype)
+    check_reads(model, config["input_size"], context, classes=model.num_classes)
+    make_folder(Path(o.output))
 
     predictions: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []

@@ -14,12 +14,12 @@ from ..command.images import first_names
 from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import say
-from ..command.runs import explain_disk_errors
+from ..command.runs import explain_disk_errors, make_folder
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate
 from .folders import SPLITS, find_split, read_class_map
-from .models import autocast, compile_model, input_config, load_checkpoint_model
+from .models import autocast, check_reads, compile_model, input_config, load_checkpoint_model
 from .options import ValidateOptions
 from .plots import plot_input_scaling
 
@@ -49,16 +49,22 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     say_left_out(processes, images)
     model.to(processes.device).eval()
     compiled = compile_model(model, o.torchcompile)
+    configs = [input_config(model, o, size, facts.get("data_config")) for size in o.img_size or [None]]
+    context = autocast(processes.device, o.amp, o.amp_dtype)
+    for config in configs:
+        check_reads(model, config["input_size"], context, classes=model.num_classes)
+    folder = Path(o.output or (Path(o.checkpoint).parent if o.checkpoint else "."))
+    if processes.is_first:
+        make_folder(folder)
     rows = []
-    for size in o.img_size or [None]:
-        config = input_config(model, o, size, facts.get("data_config"))
+    for config in configs:
         size = config["input_size"][-1]
         # as many pixels a step at every size, so that what fits into memory at the first fits at all
         first = rows[0]["img_size"] if rows else size
         batch_size = max(min(o.batch_size, int(o.batch_size * (first / size) ** 2)), 1)
         source = memory if o.in_memory or images.is_packed else data
         loader = source.eval_loader(images, config, batch_size, o.workers, processes)
-        scores = evaluate(compiled, loader, processes, autocast(processes.device, o.amp, o.amp_dtype), f"{size} px")
+        scores = evaluate(compiled, loader, processes, context, f"{size} px")
         unreadable, names = images.report_unreadable(processes)
         for unreadable_name in names:
             say(f"Skipped, cannot be read: {unreadable_name}", processes)
@@ -79,7 +85,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
             }
         )
     if processes.is_first:
-        write(rows, Path(o.output or (Path(o.checkpoint).parent if o.checkpoint else ".")))
+        write(rows, folder)
     processes.finish()
     return rows
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
@@ -154,21 +155,27 @@ def identity(path: Path) -> tuple[int, ...] | None:
 
 
 def make_folder(folder: Path, output: str = "--output") -> None:
-    """Make a folder for what a command will write, before it works, so that one which cannot be made costs nothing.
+    """Make a folder for what a command will write, and try to write there, before the command works: so that one where
+    nothing can be written costs nothing.
 
     Args:
         folder: The command's.
         output: What messages call it.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be made, or nothing can be written there.
     """
-    try:
+    with _explain_folder(folder, output):
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _explain_folder(folder: Path, output: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(
-            f"Cannot make the folder {folder} ({error.strerror}): choose another {output}.", one_process=True
-        ) from None
+        raise UserError(f"Nothing can be written into {folder} ({error.strerror}): choose another {output}.") from None
 
 
 _locks: set[int] = set()  # descriptors of the folders that this process has locked
@@ -210,12 +217,8 @@ def own_folder(
     path, descriptor, refused = folder / ".lock", None, torch.zeros((), dtype=torch.int64)
     if processes is None or processes.is_first:
         make_folder(folder, output)
-        try:
+        with _explain_folder(folder, output):
             descriptor = _lock(path)
-        except OSError as error:
-            raise UserError(
-                f"Cannot write to {folder} ({error.strerror}): choose another {output}.", one_process=True
-            ) from None
         if descriptor is None or identity(folder / "last.pth") != last:
             refused += 1
     try:

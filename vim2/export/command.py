@@ -16,7 +16,7 @@ from ..classify.models import check_reads, create_model, load_checkpoint_model
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.progress import say
-from ..command.runs import keep_source
+from ..command.runs import keep_source, make_folder
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution
@@ -109,6 +109,7 @@ def export(argv: Sequence[str]) -> None:
         model, facts = load_checkpoint_model(
             args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports
         )
+    _prepare_output(args.output, is_folder=args.format == "timm")
     try:
         if args.format in programs:
             _export_program(model, args)
@@ -121,6 +122,15 @@ def export(argv: Sequence[str]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
+
+
+def _prepare_output(output: Path, is_folder: bool) -> None:
+    """Raises UserError where nothing can be written to `output`, a file or a folder, before there is anything to."""
+    if is_folder and output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: choose another --output, for a folder.")
+    if not is_folder and output.is_dir():
+        raise UserError(f"{output} is a folder: choose another --output, a file in it.")
+    make_folder(output if is_folder else output.parent)
 
 
 def _forecaster(folder: str) -> "Forecaster":
@@ -162,8 +172,6 @@ def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"{args.output} is a file: choose another --output, for a folder.")
     if not hasattr(model, "num_features"):
         name = type(model).__name__
         raise UserError(f"{name} has no num_features, which timm's config tells: keep that number in the model.")
@@ -171,7 +179,7 @@ def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespa
     model_args = {**facts.get("model_kwargs", {}), **channels}
     export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
     after = f"what registers it ({', '.join(args.imports)})" if args.imports else "import vim2"
-    say(f"{args.output}: timm.create_model('local-dir:{args.output}', pretrained=True), after {after}")
+    say(f"{args.output}: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True), after {after}")
 
 
 def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

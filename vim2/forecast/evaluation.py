@@ -17,7 +17,7 @@ from ..command.errors import UserError
 from ..command.figures import figures_if_possible
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import explain_disk_errors
+from ..command.runs import explain_disk_errors, make_folder
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
 from .data import Table, Windows
@@ -79,15 +79,17 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     index = o.window if o.window >= 0 else len(windows[part]) + o.window
     if not 0 <= index < len(windows[part]):
         raise UserError(f"There is no window {o.window}: there are {len(windows[part])}.")
+    if o.refits > len(windows[part]):
+        raise UserError(
+            f"--refits {o.refits} are more than there are windows, {len(windows[part])}: one fit serves one or more."
+        )
+    folder = Path(o.output or o.checkpoint)
+    make_folder(folder)
     ridge = Ridge.fit(windows["train"], windows["val"])
     parts, known = {}, values[: split.train + split.val]
     if model.linear:
         parts = {TSM2_ALONE: model.prior(["TSM2"]), LINEAR_ALONE: linear_weights(model, windows["val"], known)}
     first = split.borders(part, config.lookback)[0] + config.lookback  # row of the first forecast
-    if o.refits > len(windows[part]):
-        raise UserError(
-            f"--refits {o.refits} are more than there are windows, {len(windows[part])}: one fit serves one or more."
-        )
     count = max(o.refits, 1)
     ends = [math.ceil(len(windows[part]) * i / count) for i in range(1, count + 1)]  # of the windows that a fit serves
     fits = []
@@ -133,7 +135,6 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         if before is not None:
             result["without_conformal"] = {name: before[name] for name in ("crps", "coverage")}
             say(describe_quantiles("Without the conformal correction", result["without_conformal"], levels))
-    folder = Path(o.output or o.checkpoint)
     with explain_disk_errors():
         write_atomically(folder / "evaluation.json", json.dumps(without_nan(result), indent=1) + "\n")
         draw(fits[bisect_right(ends, index)], table, windows[part], index, scores, part, folder)

@@ -9,7 +9,7 @@ from ..checkpoints import write_atomically
 from ..command.figures import figures_if_possible
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import explain_disk_errors, keep_source
+from ..command.runs import explain_disk_errors, keep_source, make_folder
 from .forecaster import Forecaster
 from .options import PredictOptions, open_options, reading_options
 from .plots import plot_prediction
@@ -39,6 +39,7 @@ def predict(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     table = forecaster.read(data, **reading_options(o))
     for note in [*table.repairs, *forecaster.doubts]:
         say(note)
+    make_folder(folder)
     times, values = forecaster.forecast(table, o.horizon)
     say(forecaster.knowledge)  # of a forecast that there is
     frame = forecaster.frame(table, times, values)

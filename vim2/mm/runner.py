@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader
 from ..checkpoints import check_weights, explain_load_error, remove_leftovers, verify_archive, write_atomically
 from ..command.errors import UserError, first_line
 from ..command.processes import require_backend
+from ..command.runs import make_folder
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
 from .configs import NO_CONFIG, reference_of
@@ -43,7 +43,6 @@ __all__ = [
     "build_data",
     "build_runner",
     "check_device",
-    "check_output",
     "check_parts",
     "checkpoint_errors",
     "choose_work_dir",
@@ -196,23 +195,6 @@ def removed_unless_started(folder: Path) -> Iterator[None]:
         raise
 
 
-def check_output(folder: Path, option: str) -> None:
-    """Make the folder that a command writes to and try to write there, before anything is computed.
-
-    Args:
-        folder: What an option of the command names.
-        option: That one, for the message.
-
-    Raises:
-        UserError: It is a file, or may not be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"Nothing can be written into {folder} ({error.strerror}): choose another {option}.") from None
-
-
 def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     """The Runner of a config.
 
@@ -234,7 +216,7 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     for name in ("optim_wrapper", "param_scheduler"):
         _check_numbers(config.get(name), name)
     register_backend("local", _AtomicBackend, force=True, prefixes="")
-    check_output(Path(config.work_dir), "--work-dir")
+    make_folder(Path(config.work_dir), "--work-dir")
     remove_leftovers(config.work_dir)
     if config.get("resume") and not config.get("load_from"):
         hook = (config.get("default_hooks") or {}).get("checkpoint") or {}

@@ -98,8 +98,6 @@ def visualize(argv: Sequence[str] | None = None, /, **options) -> list[Path]:
     check_names(files)
     model, facts = load_model(o)
     config = input_config(model, o, o.img_size, facts.get("data_config"))
-    if config["input_size"][0] not in (1, 3):
-        raise UserError(f"Images have 1 or 3 channels, and the model takes {config['input_size'][0]}: use another.")
     names = label_names(facts, o.class_map, model.num_classes)
     model.to(device).eval()
     check_reads(model, config["input_size"])

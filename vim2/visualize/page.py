@@ -135,8 +135,6 @@ class Explorer:
         device = choose_device(o.device)
         self.model, facts = load_model(o)
         self.config = input_config(self.model, o, o.img_size, facts.get("data_config"))
-        if self.config["input_size"][0] not in (1, 3):
-            raise UserError(f"Images have 1 or 3 channels, and the model takes {self.config['input_size'][0]}.")
         self.names = label_names(facts, o.class_map, self.model.num_classes)
         self.model.to(device).eval().requires_grad_(False)
         check_reads(self.model, self.config["input_size"])

@@ -91,6 +91,16 @@ def test_channels_first_input_and_broadcast_gradient():
 
 
 @both_backends
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_the_weight_has_its_strides(layout, backend):
+    """DistributedDataParallel warns of others, and copies."""
+    x, weight, bias = make_inputs((2, 6, 5, 4))
+    weight = weight.detach().to(memory_format=layout).requires_grad_()
+    depthwise_conv_silu(x, weight, bias, backend=backend).sum().backward()
+    assert weight.grad.stride() == weight.stride()
+
+
+@both_backends
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # by design: the sigmoid is then 0
 @pytest.mark.parametrize("scale", [0.0, 1e18])
 def test_zero_and_huge_inputs(scale, backend):

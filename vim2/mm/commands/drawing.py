@@ -20,8 +20,8 @@ from ...command.errors import UserError
 from ...command.images import SUFFIXES, ImageFolder, describe_left_out, read_pixels
 from ...command.options import Parser
 from ...command.progress import say
-from ...command.runs import explain_disk_errors
-from ..runner import add_config_arguments, check_device, check_output, checkpoint_errors, load_config
+from ...command.runs import explain_disk_errors, make_folder
+from ..runner import add_config_arguments, check_device, checkpoint_errors, load_config
 
 __all__ = ["predict"]
 
@@ -88,7 +88,7 @@ def predict(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     check_device(args.device)
     images = find_images(args.images)
-    check_output(args.out_dir, "--out-dir")
+    make_folder(args.out_dir, "--out-dir")
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)
     model = load_model(config, args.checkpoint, args.device)

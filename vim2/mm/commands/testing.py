@@ -4,11 +4,13 @@ import argparse
 import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.config import Config
 
 from ...command.errors import UserError
 from ...command.options import Parser
+from ...command.runs import make_folder
 from ..runner import (
     add_config_arguments,
     add_launcher_arguments,
@@ -53,12 +55,25 @@ def test(argv: Sequence[str]) -> None:
         augment(config)
     if args.out:
         write_predictions(config, args.out)
+    prepare_outputs(config, args)
     with removed_unless_started(choose_work_dir(config, args)):
         runner = build_runner(config, args)
         runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
         build_data(runner, "test")
     with run_errors():
         runner.test()
+
+
+def prepare_outputs(config: Config, args: argparse.Namespace) -> None:
+    """Raises UserError where predictions or pictures could not be written, before there are any."""
+    if args.show_dir:
+        make_folder(Path(args.show_dir), "--show-dir")
+    if args.out and config.get("default_scope") == "mmdet":
+        if os.path.isdir(args.out):
+            raise UserError(f"{args.out} is a folder: choose another --out, a file in it.")
+        make_folder(Path(args.out).parent, "--out")
+    elif args.out:
+        make_folder(Path(args.out), "--out")
 
 
 def draw(config: Config, args: argparse.Namespace) -> None:

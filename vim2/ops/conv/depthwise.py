@@ -67,6 +67,10 @@ def _depthwise_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tenso
     dtype = compute_dtype(x, weight, bias)
     with autocast_off(x):
         maps = x.permute(0, 3, 1, 2).to(dtype)
+        if weight.stride(1) != 1:
+            # the gradient that the convolution gives has the strides of channels last, at whose sight
+            # DistributedDataParallel warns; behind these views it has the weight's own
+            weight = weight.squeeze(1).unsqueeze(1)
         y = F.silu(F.conv2d(maps, weight.to(dtype), bias.to(dtype), padding=1, groups=maps.shape[1]))
     return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
