@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, AugMixAugment, AutoAugment, RandAugment
 from torch import Tensor
 from torchvision import transforms
@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import equalize
 from ..command.errors import UserError
 from ..command.processes import to_device
 
-__all__ = ["Operations", "Policy", "draw_interpolation"]
+__all__ = ["Operations", "Policy", "draw_interpolation", "read_policy"]
 
 # What is done at once, by the method of `Policy` of that name. A batch is sorted in this order: first come the images
 # that stay as they are.
@@ -33,6 +33,14 @@ NUMBERS = 7  # that an operation takes: a share of the image as it was, and up t
 TABLES = {"Invert": range(1), "Posterize": range(1, 10), "Solarize": range(10, 267), "SolarizeAdd": range(267, 396)}
 BORDER = 3e-7  # to the right of a border lies what lies on it, as in Pillow
 LUMINANCE = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, of 65536
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """timm's, with its blackest level: policies with "inc1" go down to 0 bits, which newer Pillows refuse."""
+    return auto_augment.posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else image.point(lambda _: 0)
+
+
+NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def signed(span: float) -> Callable[..., Tensor]:
@@ -83,7 +91,7 @@ class Operations(NamedTuple):
     Attributes:
         order: (layers, B) int64: the images, sorted by kind of operation.
         back: (layers, B) int64: where each image lies then.
-        numbers: (layers, B, 6) float32: what the operations take, sorted.
+        numbers: (layers, B, 7) float32: what `describe` says of each operation, sorted.
         counts: For each layer, how many images each of `KINDS` has.
     """
 
@@ -91,6 +99,46 @@ class Operations(NamedTuple):
     back: Tensor
     numbers: Tensor
     counts: list[list[int]]
+
+
+def read_policy(
+    name: str, in_memory: bool, size: tuple[int, int] = (224, 224), **options
+) -> tuple[AutoAugment | RandAugment | AugMixAugment, bool]:
+    """What timm makes of a policy's name.
+
+    Args:
+        name: As timm spells it, such as "rand-m9-mstd0.5-inc1", "original" or "3a".
+        in_memory: Whether the policy is for images that are held in memory.
+        size: Height and width of the images, in pixels.
+        options: Further arguments of `timm.data.create_transform`.
+
+    Returns:
+        The policy, and whether timm jitters colours besides.
+
+    Raises:
+        UserError: Not a policy of timm's, one that cannot be drawn from, or one that does not work from memory.
+    """
+    try:
+        steps = create_transform(size, is_training=True, auto_augment=name, use_prefetcher=True, **options).transforms
+    except (AssertionError, ValueError) as error:  # timm's ways to refuse a policy
+        reason = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"Cannot make the augmentation --aa {name}{reason}: use a policy of timm's, such as rand-m9-mstd0.5-inc1, "
+            "original or 3a."
+        ) from None
+    policy = next(step for step in steps if isinstance(step, (AutoAugment, RandAugment, AugMixAugment)))
+    if in_memory and isinstance(policy, AugMixAugment):
+        raise UserError(
+            f"--aa {name} does not work on images in memory: use a policy such as rand-m9-mstd0.5-inc1 or original, or "
+            "train from class folders without --in-memory."
+        )
+    weighted = isinstance(policy, RandAugment) and policy.choice_weights is not None
+    if weighted and policy.num_layers > len(policy.ops):
+        raise UserError(
+            f"--aa {name} draws {policy.num_layers} of {len(policy.ops)} operations, each at most once: give n up to "
+            f"{len(policy.ops)}."
+        )
+    return policy, any(isinstance(step, transforms.ColorJitter) for step in steps)
 
 
 class Policy:
@@ -109,8 +157,7 @@ class Policy:
         jitters_color: Whether timm jitters colours besides.
 
     Raises:
-        UserError: A policy that works from files only.
-        AssertionError, KeyError, ValueError: Not one of timm's.
+        UserError: As `read_policy`.
     """
 
     def __init__(
@@ -122,26 +169,12 @@ class Policy:
         device: torch.device,
         interpolation: str = "random",
     ):
-        steps = create_transform(
-            size, is_training=True, auto_augment=name, mean=mean, interpolation=interpolation, use_prefetcher=True
-        ).transforms
-        policy = next(step for step in steps if isinstance(step, (AutoAugment, RandAugment, AugMixAugment)))
-        self.jitters_color = any(isinstance(step, transforms.ColorJitter) for step in steps)
+        policy, self.jitters_color = read_policy(name, True, size, mean=mean, interpolation=interpolation)
         self.weights = None
-        if isinstance(policy, AugMixAugment):
-            raise UserError(
-                f"--aa {name} does not work on images in memory: use a policy such as rand-m9-mstd0.5-inc1 or "
-                "original, or train from class folders without --in-memory."
-            )
         if isinstance(policy, RandAugment):
             chains, self.draws = [[op] for op in policy.ops], policy.num_layers
             if policy.choice_weights is not None:
                 self.weights = torch.from_numpy(policy.choice_weights)
-                if not 0 < self.draws <= len(chains):
-                    raise UserError(
-                        f"--aa {name} draws {self.draws} of {len(chains)} operations, each at most once: give n from 1 "
-                        f"to {len(chains)}."
-                    )
         else:
             chains, self.draws = policy.policy, 1
         ops = [op for chain in chains for op in chain]
@@ -169,7 +202,8 @@ class Policy:
         if self.weights is None:
             drawn = torch.randint(len(self.chains), (n, self.draws))
         else:
-            drawn = torch.multinomial(self.weights.expand(n, -1), self.draws)  # each at most once
+            in_turn = torch.multinomial(self.weights.expand(n, -1), len(self.chains))  # each once, in random order
+            drawn = in_turn[:, : self.draws]
         ops = self.chains[drawn].flatten(1)
         chance = partial(torch.rand, ops.shape, dtype=torch.float64)
         happens = chance() < self.probability[ops]
