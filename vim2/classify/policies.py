@@ -3,7 +3,7 @@
 timm makes a policy, and what it means is read from what timm made. Which image gets which operation, and how strong, is
 drawn on the CPU for a whole epoch. So a batch can be sorted by operation, and each operation changes all of its images
 and no others, without waiting for the device. Pixels are bytes, as numbers from 0 to 255, and come out as Pillow's
-arithmetic has them, but for bicubic interpolation, which is PyTorch's.
+arithmetic has them, or nearly so where an image is rotated, sheared or moved; bicubic interpolation is PyTorch's.
 """
 
 from collections.abc import Callable, Sequence
@@ -294,12 +294,13 @@ class Policy:
 
     def blur(self, images: Tensor, numbers: Tensor) -> Tensor:
         """As Pillow: three box filters along rows and three along columns, each rounded."""
-        taps = numbers[:, None, None, None, 1:6]
-        for padding, axis in (((2, 2, 0, 0), 3), ((0, 0, 2, 2), 2)):
+        maps = images.double().flatten(0, 1)[None]  # in double precision, sums are exact
+        rows = numbers[:, None, 1:6].expand(-1, images.shape[1], -1).reshape(-1, 1, 1, 5).double()
+        for taps, padding in ((rows, (2, 2, 0, 0)), (rows.mT, (0, 0, 2, 2))):
             for _ in range(3):
-                images = F.pad(images, padding, "replicate").unfold(axis, 5, 1)
-                images = (images * taps).sum(-1).round_()
-        return images
+                maps = F.pad(maps, padding, "replicate")
+                maps = F.conv2d(maps, taps, groups=len(taps)).add_(0.5).floor_()
+        return maps.view_as(images).float()
 
 
 def make_tables() -> Tensor:
@@ -369,12 +370,16 @@ def affine_map(name: str, argument: Tensor, height: int, width: int) -> Tensor:
 
 
 def box(radius: Tensor) -> Tensor:
-    """The filter, of 5 pixels, that three times in succession is Pillow's Gaussian of a radius of at most 2: (n, 5)."""
-    variance = radius**2 / 3
-    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    """The filter, of 5 pixels, that three times in succession is Pillow's Gaussian of a radius of at most 2: (n, 5).
+
+    Pillow's precision decides how its sums are rounded: radii are single, and weights are whole numbers of 2**24.
+    """
+    radius = radius.float()
+    variance = radius * radius / 3
+    whole = (((12 * variance.double() + 1).sqrt().float() - 1) / 2).floor()
     side = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    whole, side = whole[:, None], side[:, None]
+    middle = (2**24 / (2 * side + 1)).floor()
+    border = ((2**24 - (2 * whole + 1) * middle) / 2).floor()
     distance = torch.arange(-2, 3).abs()
-    middle = (1 / (2 * side + 1))[:, None]
-    border = (1 - (2 * whole[:, None] + 1) * middle) / 2
-    whole = whole[:, None]
-    return torch.where(distance <= whole, middle, border) * (distance <= whole + 1)
+    return torch.where(distance <= whole, middle, border) * (distance <= whole + 1) / 2**24
