@@ -138,9 +138,9 @@ def test_moved_images_are_pillows(name, mode, chance):
 def chains_of(name: str):
     """timm's: lists of operations, and the probability of each list."""
     if not name.startswith("rand"):
-        chains = auto_augment_transform(name).policy
+        chains = auto_augment_transform(name, dict(HPARAMS)).policy
         return chains, [1 / len(chains)] * len(chains)
-    policy = rand_augment_transform(name)
+    policy = rand_augment_transform(name, dict(HPARAMS))
     weights = policy.choice_weights
     return [[op] for op in policy.ops], [1 / len(policy.ops)] * len(policy.ops) if weights is None else weights
 
