@@ -196,7 +196,7 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
         if in_memory:
             check_augmentation(options["train_interpolation"])
         if options["aa"]:
-            read_policy(options["aa"], in_memory)
+            read_policy(options["aa"], in_memory, options["train_interpolation"])
     classes = options["num_classes"] or (len(names) if names else count_classes(train))
     return {
         "options": absolute(plain(options)),

@@ -280,6 +280,15 @@ def test_policies_that_cannot_be(data, monkeypatch):
                 files.train_loader(images, config, 6, 0, ALONE, auto_augment=name)
 
 
+def test_pixels_are_moved_by_few_interpolations(data):
+    images = files.open_split("", data, "train")
+    config = dict(input_size=(3, 32, 32), mean=MEANS["RGB"], std=(0.3,) * 3, interpolation="bicubic")
+    for name in ("rand-m9-mstd0.5-inc1", "original", "augmix-m3"):
+        with pytest.raises(UserError, match=f"--aa {name} does not work with --train-interpolation lanczos"):
+            files.train_loader(images, config, 6, 0, ALONE, auto_augment=name, interpolation="lanczos")
+    assert len(files.train_loader(images, config, 6, 0, ALONE, auto_augment="3a", interpolation="lanczos")) == 6
+
+
 @needs_gpu
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_gpu_is_not_waited_for(name):

@@ -326,6 +326,7 @@ def train_loader(
     processes: Processes,
     no_aug: bool = False,
     auto_augment: str | None = None,
+    interpolation: str = "random",
     **augmentation,
 ):
     """timm's training loader: (batch, C, H, W) images, normalised, on the device, and their (batch,) classes.
@@ -338,13 +339,14 @@ def train_loader(
         processes: The processes that train.
         no_aug: Resize and crop in the middle, and nothing else.
         auto_augment: A policy, as timm spells it.
+        interpolation: Of crops and of the policy, as timm spells it.
         augmentation: Further arguments of `timm.data.create_loader`.
 
     Raises:
-        UserError: A policy that cannot be made.
+        UserError: A policy that does not work.
     """
     if auto_augment and not no_aug:
-        read_policy(auto_augment, in_memory=False)  # before a process that reads finds that it cannot be made
+        read_policy(auto_augment, False, interpolation)  # else a process that reads would find what is wrong
     images.training = True
     return create_loader(
         **common_options(images, data_config, batch_size, workers, processes.device),
@@ -352,6 +354,7 @@ def train_loader(
         distributed=processes.world_size > 1,
         no_aug=no_aug,
         auto_augment=auto_augment,
+        interpolation=interpolation,
         **augmentation,
     )
 

@@ -8,12 +8,13 @@ arithmetic has them, or nearly so where an image is rotated, sheared or moved; b
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment, create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, AugMixAugment, AutoAugment, RandAugment
 from torch import Tensor
 from torchvision import transforms
@@ -22,7 +23,7 @@ from torchvision.transforms.v2.functional import equalize
 from ..command.errors import UserError
 from ..command.processes import to_device
 
-__all__ = ["Operations", "Policy", "draw_interpolation", "read_policy"]
+__all__ = ["INTERPOLATIONS", "Operations", "Policy", "draw_interpolation", "read_policy"]
 
 # What is done at once, by the method of `Policy` of that name. A batch is sorted in this order: first come the images
 # that stay as they are.
@@ -31,6 +32,8 @@ NUMBERS = 7  # that an operation takes: a share of the image as it was, and up t
 
 # Operations that look each byte up in a table, and the numbers of their tables: one for each argument from 0 on.
 TABLES = {"Invert": range(1), "Posterize": range(1, 10), "Solarize": range(10, 267), "SolarizeAdd": range(267, 396)}
+MOVING = ("Rotate", "Shear", "Translate")  # how operations begin that move pixels
+INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic")  # by which pixels are moved, in Pillow and here
 BORDER = 3e-7  # to the right of a border lies what lies on it, as in Pillow
 LUMINANCE = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, of 65536
 
@@ -102,24 +105,31 @@ class Operations(NamedTuple):
 
 
 def read_policy(
-    name: str, in_memory: bool, size: tuple[int, int] = (224, 224), **options
+    name: str,
+    in_memory: bool,
+    interpolation: str = "random",
+    size: tuple[int, int] = (224, 224),
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
 ) -> tuple[AutoAugment | RandAugment | AugMixAugment, bool]:
     """What timm makes of a policy's name.
 
     Args:
         name: As timm spells it, such as "rand-m9-mstd0.5-inc1", "original" or "3a".
         in_memory: Whether the policy is for images that are held in memory.
+        interpolation: As timm spells it, of rotating, shearing and translating.
         size: Height and width of the images, in pixels.
-        options: Further arguments of `timm.data.create_transform`.
+        mean: Of each channel, or one for all, of 1.
 
     Returns:
         The policy, and whether timm jitters colours besides.
 
     Raises:
-        UserError: Not a policy of timm's, one that cannot be drawn from, or one that does not work from memory.
+        UserError: Not a policy of timm's, or one that would fail on an image, or that does not work from memory.
     """
     try:
-        steps = create_transform(size, is_training=True, auto_augment=name, use_prefetcher=True, **options).transforms
+        steps = create_transform(
+            size, is_training=True, auto_augment=name, mean=mean, interpolation=interpolation, use_prefetcher=True
+        ).transforms
     except (AssertionError, ValueError) as error:  # timm's ways to refuse a policy
         reason = f" ({error})" if str(error) else ""
         raise UserError(
@@ -131,6 +141,12 @@ def read_policy(
         raise UserError(
             f"--aa {name} does not work on images in memory: use a policy such as rand-m9-mstd0.5-inc1 or original, or "
             "train from class folders without --in-memory."
+        )
+    chains = policy.policy if isinstance(policy, AutoAugment) else [policy.ops]
+    if interpolation not in INTERPOLATIONS and any(op.name.startswith(MOVING) for op in chain.from_iterable(chains)):
+        raise UserError(
+            f"--aa {name} does not work with --train-interpolation {interpolation}: use one of "
+            f"{', '.join(INTERPOLATIONS)}."
         )
     weighted = isinstance(policy, RandAugment) and policy.choice_weights is not None
     if weighted and policy.num_layers > len(policy.ops):
@@ -169,7 +185,7 @@ class Policy:
         device: torch.device,
         interpolation: str = "random",
     ):
-        policy, self.jitters_color = read_policy(name, True, size, mean=mean, interpolation=interpolation)
+        policy, self.jitters_color = read_policy(name, True, interpolation, size, mean)
         self.weights = None
         if isinstance(policy, RandAugment):
             chains, self.draws = [[op] for op in policy.ops], policy.num_layers
@@ -177,7 +193,7 @@ class Policy:
                 self.weights = torch.from_numpy(policy.choice_weights)
         else:
             chains, self.draws = policy.policy, 1
-        ops = [op for chain in chains for op in chain]
+        ops = list(chain.from_iterable(chains))
         # (chains, operations of each): numbers of what an image gets one after the other
         self.chains = torch.arange(len(ops)).view(len(chains), -1)
         self.hparams = ops[0].hparams  # which all have in common
