@@ -45,6 +45,7 @@ from vim2.checkpoints import write_atomically
 from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
+from vim2.classify.policies import read_policy
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
 from vim2.command.options import (
@@ -190,8 +191,12 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
             f"{options['data_dir']} has no validation images of its own, and those that are set aside cannot both "
             "choose among --lrs and say what the choice is worth: give data with splits, or one rate."
         )
-    if (options["in_memory"] or train.is_packed) and not options["no_aug"]:
-        check_augmentation(options["train_interpolation"])
+    if not options["no_aug"]:
+        in_memory = options["in_memory"] or train.is_packed
+        if in_memory:
+            check_augmentation(options["train_interpolation"])
+        if options["aa"]:
+            read_policy(options["aa"], in_memory, options["train_interpolation"])
     classes = options["num_classes"] or (len(names) if names else count_classes(train))
     return {
         "options": absolute(plain(options)),

@@ -380,6 +380,12 @@ def test_images_without_a_split_of_their_own_cannot_choose_a_rate_too(data, tmp_
     assert "give data with splits, or one rate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("policy", ["augmix-m3-w3", "rand-x3"])
+def test_a_policy_that_cannot_be_is_told_before_any_run(policy, data, tmp_path, capsys):
+    assert f"--aa {policy}" in error_of([*run_argv(data, tmp_path / "out"), "--aa", policy], capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_package_is_told_before_any_run(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia", None)
     assert "needs kornia" in error_of(run_argv(data, tmp_path / "out"), capsys)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..command.errors import UserError
 from ..command.processes import to_device
-from .policies import Operations, Policy, draw_interpolation
+from .policies import INTERPOLATIONS, Operations, Policy, draw_interpolation
 
 __all__ = ["Augmentation", "Normalize", "check_augmentation"]
 
-INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic")
 ERASED_AREA = (0.02, 1 / 3)  # timm's, of the image
 ERASED_ASPECT = (0.3, 1 / 0.3)
 ATTEMPTS = 10  # to find a rectangle that fits into the image

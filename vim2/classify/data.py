@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, auto_augment, create_dataset, create_loader
+from timm.data import ImageDataset, create_dataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..command.errors import UserError
@@ -23,19 +23,12 @@ from ..command.processes import Processes
 from ..command.progress import say
 from .folders import SPLITS, ClassFolderReader, find_split, is_tar, open_class_folders, read_class_map
 from .packs import PackReader, is_pack, open_packs
+from .policies import read_policy
 
 __all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "say_left_out", "train_loader"]
 
 MAX_UNREADABLE = 100  # neighbours tried in place of an unreadable training image
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of data sets that decode by themselves
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
-    """timm's, with its blackest level: policies with "inc1" go down to 0 bits, which newer Pillows refuse."""
-    return auto_augment.posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else image.point(lambda _: 0)
-
-
-auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 class Images(Dataset):
@@ -331,6 +324,9 @@ def train_loader(
     batch_size: int,
     workers: int,
     processes: Processes,
+    no_aug: bool = False,
+    auto_augment: str | None = None,
+    interpolation: str = "random",
     **augmentation,
 ):
     """timm's training loader: (batch, C, H, W) images, normalised, on the device, and their (batch,) classes.
@@ -341,13 +337,24 @@ def train_loader(
         batch_size: Images a step and process; a last, smaller batch is dropped.
         workers: Processes that read.
         processes: The processes that train.
+        no_aug: Resize and crop in the middle, and nothing else.
+        auto_augment: A policy, as timm spells it.
+        interpolation: Of crops and of the policy, as timm spells it.
         augmentation: Further arguments of `timm.data.create_loader`.
+
+    Raises:
+        UserError: A policy that does not work.
     """
+    if auto_augment and not no_aug:
+        read_policy(auto_augment, False, interpolation)  # else a process that reads would find what is wrong
     images.training = True
     return create_loader(
         **common_options(images, data_config, batch_size, workers, processes.device),
         is_training=True,
         distributed=processes.world_size > 1,
+        no_aug=no_aug,
+        auto_augment=auto_augment,
+        interpolation=interpolation,
         **augmentation,
     )
 

@@ -3,17 +3,18 @@
 timm makes a policy, and what it means is read from what timm made. Which image gets which operation, and how strong, is
 drawn on the CPU for a whole epoch. So a batch can be sorted by operation, and each operation changes all of its images
 and no others, without waiting for the device. Pixels are bytes, as numbers from 0 to 255, and come out as Pillow's
-arithmetic has them, but for bicubic interpolation, which is PyTorch's.
+arithmetic has them, or nearly so where an image is rotated, sheared or moved; bicubic interpolation is PyTorch's.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment, create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, AugMixAugment, AutoAugment, RandAugment
 from torch import Tensor
 from torchvision import transforms
@@ -22,7 +23,7 @@ from torchvision.transforms.v2.functional import equalize
 from ..command.errors import UserError
 from ..command.processes import to_device
 
-__all__ = ["Operations", "Policy", "draw_interpolation"]
+__all__ = ["INTERPOLATIONS", "Operations", "Policy", "draw_interpolation", "read_policy"]
 
 # What is done at once, by the method of `Policy` of that name. A batch is sorted in this order: first come the images
 # that stay as they are.
@@ -31,8 +32,18 @@ NUMBERS = 7  # that an operation takes: a share of the image as it was, and up t
 
 # Operations that look each byte up in a table, and the numbers of their tables: one for each argument from 0 on.
 TABLES = {"Invert": range(1), "Posterize": range(1, 10), "Solarize": range(10, 267), "SolarizeAdd": range(267, 396)}
+MOVING = ("Rotate", "Shear", "Translate")  # how operations begin that move pixels
+INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic")  # by which pixels are moved, in Pillow and here
 BORDER = 3e-7  # to the right of a border lies what lies on it, as in Pillow
 LUMINANCE = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, of 65536
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """timm's, with its blackest level: policies with "inc1" go down to 0 bits, which newer Pillows refuse."""
+    return auto_augment.posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else image.point(lambda _: 0)
+
+
+NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def signed(span: float) -> Callable[..., Tensor]:
@@ -83,7 +94,7 @@ class Operations(NamedTuple):
     Attributes:
         order: (layers, B) int64: the images, sorted by kind of operation.
         back: (layers, B) int64: where each image lies then.
-        numbers: (layers, B, 6) float32: what the operations take, sorted.
+        numbers: (layers, B, 7) float32: what `describe` says of each operation, sorted.
         counts: For each layer, how many images each of `KINDS` has.
     """
 
@@ -91,6 +102,59 @@ class Operations(NamedTuple):
     back: Tensor
     numbers: Tensor
     counts: list[list[int]]
+
+
+def read_policy(
+    name: str,
+    in_memory: bool,
+    interpolation: str = "random",
+    size: tuple[int, int] = (224, 224),
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+) -> tuple[AutoAugment | RandAugment | AugMixAugment, bool]:
+    """What timm makes of a policy's name.
+
+    Args:
+        name: As timm spells it, such as "rand-m9-mstd0.5-inc1", "original" or "3a".
+        in_memory: Whether the policy is for images that are held in memory.
+        interpolation: As timm spells it, of rotating, shearing and translating.
+        size: Height and width of the images, in pixels.
+        mean: Of each channel, or one for all, of 1.
+
+    Returns:
+        The policy, and whether timm jitters colours besides.
+
+    Raises:
+        UserError: Not a policy of timm's, or one that would fail on an image, or that does not work from memory.
+    """
+    try:
+        steps = create_transform(
+            size, is_training=True, auto_augment=name, mean=mean, interpolation=interpolation, use_prefetcher=True
+        ).transforms
+    except (AssertionError, ValueError) as error:  # timm's ways to refuse a policy
+        reason = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"Cannot make the augmentation --aa {name}{reason}: use a policy of timm's, such as rand-m9-mstd0.5-inc1, "
+            "original or 3a."
+        ) from None
+    policy = next(step for step in steps if isinstance(step, (AutoAugment, RandAugment, AugMixAugment)))
+    if in_memory and isinstance(policy, AugMixAugment):
+        raise UserError(
+            f"--aa {name} does not work on images in memory: use a policy such as rand-m9-mstd0.5-inc1 or original, or "
+            "train from class folders without --in-memory."
+        )
+    chains = policy.policy if isinstance(policy, AutoAugment) else [policy.ops]
+    if interpolation not in INTERPOLATIONS and any(op.name.startswith(MOVING) for op in chain.from_iterable(chains)):
+        raise UserError(
+            f"--aa {name} does not work with --train-interpolation {interpolation}: use one of "
+            f"{', '.join(INTERPOLATIONS)}."
+        )
+    weighted = isinstance(policy, RandAugment) and policy.choice_weights is not None
+    if weighted and policy.num_layers > len(policy.ops):
+        raise UserError(
+            f"--aa {name} draws {policy.num_layers} of {len(policy.ops)} operations, each at most once: give n up to "
+            f"{len(policy.ops)}."
+        )
+    return policy, any(isinstance(step, transforms.ColorJitter) for step in steps)
 
 
 class Policy:
@@ -109,8 +173,7 @@ class Policy:
         jitters_color: Whether timm jitters colours besides.
 
     Raises:
-        UserError: A policy that works from files only.
-        AssertionError, KeyError, ValueError: Not one of timm's.
+        UserError: As `read_policy`.
     """
 
     def __init__(
@@ -122,29 +185,15 @@ class Policy:
         device: torch.device,
         interpolation: str = "random",
     ):
-        steps = create_transform(
-            size, is_training=True, auto_augment=name, mean=mean, interpolation=interpolation, use_prefetcher=True
-        ).transforms
-        policy = next(step for step in steps if isinstance(step, (AutoAugment, RandAugment, AugMixAugment)))
-        self.jitters_color = any(isinstance(step, transforms.ColorJitter) for step in steps)
+        policy, self.jitters_color = read_policy(name, True, interpolation, size, mean)
         self.weights = None
-        if isinstance(policy, AugMixAugment):
-            raise UserError(
-                f"--aa {name} does not work on images in memory: use a policy such as rand-m9-mstd0.5-inc1 or "
-                "original, or train from class folders without --in-memory."
-            )
         if isinstance(policy, RandAugment):
             chains, self.draws = [[op] for op in policy.ops], policy.num_layers
             if policy.choice_weights is not None:
                 self.weights = torch.from_numpy(policy.choice_weights)
-                if not 0 < self.draws <= len(chains):
-                    raise UserError(
-                        f"--aa {name} draws {self.draws} of {len(chains)} operations, each at most once: give n from 1 "
-                        f"to {len(chains)}."
-                    )
         else:
             chains, self.draws = policy.policy, 1
-        ops = [op for chain in chains for op in chain]
+        ops = list(chain.from_iterable(chains))
         # (chains, operations of each): numbers of what an image gets one after the other
         self.chains = torch.arange(len(ops)).view(len(chains), -1)
         self.hparams = ops[0].hparams  # which all have in common
@@ -169,7 +218,8 @@ class Policy:
         if self.weights is None:
             drawn = torch.randint(len(self.chains), (n, self.draws))
         else:
-            drawn = torch.multinomial(self.weights.expand(n, -1), self.draws)  # each at most once
+            in_turn = torch.multinomial(self.weights.expand(n, -1), len(self.chains))  # each once, in random order
+            drawn = in_turn[:, : self.draws]
         ops = self.chains[drawn].flatten(1)
         chance = partial(torch.rand, ops.shape, dtype=torch.float64)
         happens = chance() < self.probability[ops]
@@ -260,12 +310,13 @@ class Policy:
 
     def blur(self, images: Tensor, numbers: Tensor) -> Tensor:
         """As Pillow: three box filters along rows and three along columns, each rounded."""
-        taps = numbers[:, None, None, None, 1:6]
-        for padding, axis in (((2, 2, 0, 0), 3), ((0, 0, 2, 2), 2)):
+        maps = images.double().flatten(0, 1)[None]  # in double precision, sums are exact
+        rows = numbers[:, None, 1:6].expand(-1, images.shape[1], -1).reshape(-1, 1, 1, 5).double()
+        for taps, padding in ((rows, (2, 2, 0, 0)), (rows.mT, (0, 0, 2, 2))):
             for _ in range(3):
-                images = F.pad(images, padding, "replicate").unfold(axis, 5, 1)
-                images = (images * taps).sum(-1).round_()
-        return images
+                maps = F.pad(maps, padding, "replicate")
+                maps = F.conv2d(maps, taps, groups=len(taps)).add_(0.5).floor_()
+        return maps.view_as(images).float()
 
 
 def make_tables() -> Tensor:
@@ -335,12 +386,16 @@ def affine_map(name: str, argument: Tensor, height: int, width: int) -> Tensor:
 
 
 def box(radius: Tensor) -> Tensor:
-    """The filter, of 5 pixels, that three times in succession is Pillow's Gaussian of a radius of at most 2: (n, 5)."""
-    variance = radius**2 / 3
-    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    """The filter, of 5 pixels, that three times in succession is Pillow's Gaussian of a radius of at most 2: (n, 5).
+
+    Pillow's precision decides how its sums are rounded: radii are single, and weights are whole numbers of 2**24.
+    """
+    radius = radius.float()
+    variance = radius * radius / 3
+    whole = (((12 * variance.double() + 1).sqrt().float() - 1) / 2).floor()
     side = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    whole, side = whole[:, None], side[:, None]
+    middle = (2**24 / (2 * side + 1)).floor()
+    border = ((2**24 - (2 * whole + 1) * middle) / 2).floor()
     distance = torch.arange(-2, 3).abs()
-    middle = (1 / (2 * side + 1))[:, None]
-    border = (1 - (2 * whole[:, None] + 1) * middle) / 2
-    whole = whole[:, None]
-    return torch.where(distance <= whole, middle, border) * (distance <= whole + 1)
+    return torch.where(distance <= whole, middle, border) * (distance <= whole + 1) / 2**24

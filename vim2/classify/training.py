@@ -255,32 +255,24 @@ class Run:
         self.batch_size = batch_size
         config = self.data_config
         source = memory if o.in_memory or self.train_images.is_packed else data
-        try:
-            self.loader = source.train_loader(
-                self.train_images,
-                config,
-                batch_size,
-                o.workers,
-                self.processes,
-                no_aug=o.no_aug,
-                scale=tuple(o.scale),
-                ratio=tuple(o.ratio),
-                hflip=o.hflip,
-                vflip=o.vflip,
-                color_jitter=o.color_jitter,
-                auto_augment=o.aa,
-                interpolation=config["interpolation"] if o.no_aug else o.train_interpolation,
-                re_prob=o.reprob,
-                re_mode=o.remode,
-                re_count=o.recount,
-            )
-        except (AssertionError, KeyError, ValueError) as error:  # timm's ways to refuse a policy
-            if o.aa is None or isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"Cannot make the augmentation --aa {o.aa} ({error}): use a policy of timm's, such as "
-                "rand-m9-mstd0.5-inc1, original or 3a."
-            ) from None
+        self.loader = source.train_loader(
+            self.train_images,
+            config,
+            batch_size,
+            o.workers,
+            self.processes,
+            no_aug=o.no_aug,
+            scale=tuple(o.scale),
+            ratio=tuple(o.ratio),
+            hflip=o.hflip,
+            vflip=o.vflip,
+            color_jitter=o.color_jitter,
+            auto_augment=o.aa,
+            interpolation=config["interpolation"] if o.no_aug else o.train_interpolation,
+            re_prob=o.reprob,
+            re_mode=o.remode,
+            re_count=o.recount,
+        )
         val_batch = o.validation_batch_size or o.batch_size
         self.val_loader = source.eval_loader(self.val_images, config, val_batch, o.workers, self.processes)
         self.mixup = None
