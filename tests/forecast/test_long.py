@@ -118,6 +118,38 @@ def test_dates_in_the_order_of_a_country_and_numbers_with_commas(tmp_path):
     np.testing.assert_allclose(table.values, frame[COLUMNS])
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda ds: ds.dt.strftime("%d/%m/%Y"),
+        lambda ds: ds.dt.strftime("%m/%d/%y"),
+        lambda ds: ds.dt.strftime("%d. %b %Y"),
+        lambda ds: ds.dt.strftime("%Y-%m-%d").where(ds.dt.day % 2 == 0, ds.dt.strftime("%Y/%m/%d")),
+        lambda ds: ds.dt.tz_localize("Europe/Berlin").map(str),
+        lambda ds: ds.dt.tz_localize("Europe/Berlin"),
+        lambda ds: ds.dt.strftime("%Y%m%d").astype(int),
+    ],
+    ids=["day first", "month first", "named", "two ways", "offsets", "zone", "compact"],
+)
+def test_rows_of_a_long_table_may_be_in_any_order_however_dates_are_written(write):
+    frame = make_frame(400, step="D")
+    shuffled = melt(frame).sample(frac=1, random_state=0, ignore_index=True)
+    table = read_table(shuffled.assign(ds=write(shuffled["ds"])), targets=COLUMNS)
+    assert (table.times == frame["date"]).all()
+    np.testing.assert_array_equal(table.values, frame[COLUMNS])
+
+
+def test_years_of_a_long_table_in_any_order():
+    years = np.arange(1950, 2010)
+    long = pd.DataFrame({"unique_id": np.repeat(["a", "b"], 60), "ds": np.tile(years, 2), "y": np.arange(120.0)})
+    table = read_table(long.sample(frac=1, random_state=0), targets=["a"])
+    assert table.times.year.tolist() == years.tolist() and table.values[:, 0].tolist() == list(range(60))
+    dates = long["ds"].map("{}-02-01".format)
+    dates[70] = "1960-02-30"
+    with pytest.raises(UserError, match="row 71: '1960-02-30' is no time stamp"):
+        read_table(long.assign(ds=dates))
+
+
 def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
     long = melt(make_frame())
     later = long[(long["unique_id"] != "south") | (long["ds"] >= "2024-01-02")]
@@ -145,7 +177,7 @@ def test_an_index_of_ids_and_time_stamps_is_that_of_a_long_table():
     [
         (lambda f: pd.concat([f, f.iloc[5:7]]), r"two rows of series north at 2024-01-01 05:00:00 \(2 such rows\)"),
         (lambda f: f.assign(unique_id=f["unique_id"].where(f.index != 7)), "row 8 has no unique_id"),
-        (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "row 8 has no ds"),
+        (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "ds of DataFrame is empty in row 8"),
         (lambda f: f.replace({"unique_id": {"south": "ds"}}), "two columns ds"),
         (
             lambda f: f.replace({"unique_id": {"south": 1, "north": "1"}}),

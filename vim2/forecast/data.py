@@ -19,6 +19,7 @@ from .stamps import (
     DATES,
     TIME_NAMES,
     TIMES,
+    ParsedTimes,
     find_step,
     join_time_of_day,
     number_cells,
@@ -177,8 +178,9 @@ def read_table(
     asked += static_columns
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
-    ids = static = None
+    ids = static = parsed = None
     if set(LONG) <= set(frame.columns):
+        frame, parsed = parse_long_times(frame, source, dates, time_column is not None, freq is not None)
         frame, ids, static, more = widen(frame, future_columns, source, static_columns)
         repairs += more
         index = LONG[1]
@@ -206,10 +208,12 @@ def read_table(
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
-    stamps, dates, more = parse_times(frame[time_column], source, dates, named)
-    dated = pd.api.types.is_datetime64_any_dtype(frame[time_column])
-    zone = pd.DatetimeIndex(frame[time_column]).tz if dated else None  # Arrow's types tell it so, too
-    repairs += more
+    if parsed is None:
+        parsed = parse_times(frame[time_column], source, dates, named)
+        stamps = parsed.times
+    else:
+        stamps = pd.DatetimeIndex(frame[time_column])
+    repairs += parsed.notes
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
     repairs += more
     numbers = pd.DataFrame({c: parse_numbers(cells[c], source) for c in cells}, index=stamps)
@@ -236,8 +240,38 @@ def read_table(
     repairs += more
     static = static.loc[targets] if static_columns else None
     return Table(
-        index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static, zone
+        index[:rows],
+        values,
+        targets,
+        future,
+        future_columns,
+        index,
+        repairs,
+        parsed.dates,
+        ids,
+        first_row,
+        static,
+        parsed.zone,
     )
+
+
+def parse_long_times(
+    frame: pd.DataFrame, source: str, dates: str, named: bool, untimed: bool
+) -> tuple[pd.DataFrame, ParsedTimes | None]:
+    """A long table whose time column can be put in order, as it holds time stamps, and how they were read; or, of one
+    without time stamps, as it holds numbers, or text if there are others.
+
+    Raises:
+        UserError: As `parse_times`.
+    """
+    time = frame[LONG[1]]
+    if untimed:
+        numbers = to_float64(time)
+        others = np.isnan(numbers) & time.notna().to_numpy()
+        return frame.assign(**{LONG[1]: time.astype(str) if others.any() else numbers}), None
+    # each time is read once, whatever the number of series
+    parsed = parse_times(time.drop_duplicates(), source, dates, named, ordered=False)
+    return frame.assign(**{LONG[1]: parsed.times[pd.factorize(time)[0]]}), parsed
 
 
 def stamp_frame(

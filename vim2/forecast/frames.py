@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
-from .stamps import TIME_NAMES, first_days, is_date, number_cells, to_unordered_stamps, years_or_months
+from .stamps import TIME_NAMES, is_date, number_cells, years_or_months
 
 __all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
@@ -422,7 +422,7 @@ def widen(
     """A long table, a row for each series and time step, as a wide one.
 
     Args:
-        frame: With the columns LONG, in any order of rows.
+        frame: With the columns LONG, in any order of rows; ds holds time stamps as `parse_times` has them, or numbers.
         future: Further columns that are known beforehand, the same for all series.
         name: What messages call it.
         static: Further columns that describe a series, whatever the time.
@@ -432,7 +432,7 @@ def widen(
         their column; the static columns, a row for each series, by the same names; what was left out, a sentence each.
 
     Raises:
-        UserError: A row without id or time stamp, two rows of one series at one time, ids that are no names of
+        UserError: A row without id or time, two rows of one series at one time, ids that are no names of
             columns, future columns that differ between series, static ones that differ within one or are missing.
     """
     identity, time, value = LONG
@@ -441,7 +441,7 @@ def widen(
             row = int(np.flatnonzero(frame[column].isna())[0])
             raise UserError(f"{name}, row {row + 1} has no {column}: fill it in, or leave the row out.")
     series, ids = pd.factorize(frame[identity])
-    rows, stamps = pd.factorize(frame[time])
+    rows, stamps = pd.factorize(frame[time], sort=True)
     if (twice := frame.duplicated([identity, time])).any():
         first = frame[twice].iloc[0]
         raise UserError(
@@ -453,19 +453,17 @@ def widen(
         refused = next(one for i, one in enumerate(names) if one in names[:i])
         raise UserError(f"{name} has two series that are both called {refused}, as a number and as text: rename one.")
     refuse_equal_names([time, *names, *future], name)
-    order = order_of_time(stamps)
-    rows = np.argsort(order)[rows]
     number = pd.api.types.is_any_real_numeric_dtype(frame[value])
     kind = dict(dtype=np.float64, na_value=np.nan) if number else dict(dtype=object)
     cells = np.full((len(stamps), len(names)), np.nan, dtype=kind["dtype"])
     cells[rows, series] = frame[value].to_numpy(**kind)
-    columns = {time: stamps[order], **{column: cells[:, i] for i, column in enumerate(names)}}
+    columns = {time: stamps, **{column: cells[:, i] for i, column in enumerate(names)}}
     for column in future:
         if column not in frame:
             continue  # told where wide tables lack one
         known = frame[[column]].assign(row=rows).dropna().drop_duplicates()
         if (differs := known["row"].duplicated()).any():
-            at = stamps[order][known["row"][differs].iloc[0]]
+            at = stamps[known["row"][differs].iloc[0]]
             raise UserError(
                 f"Column {column} of {name} differs between series at {at}: what is known beforehand is shared by all."
             )
@@ -484,22 +482,3 @@ def widen(
     left = [column for column in frame.columns if column not in (*LONG, *future, *static)]
     notes = [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
     return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), described, notes
-
-
-def order_of_time(stamps: pd.Index) -> np.ndarray:
-    """Places of time stamps from first to last. Dates in text of which day and month are not known, such as 01/02/2024,
-    stay as they are: which is which is found out later."""
-    if is_text(stamps.to_series()):
-        written = [str(stamp).strip() for stamp in stamps]
-        if all(map(str.isdecimal, written)):  # 20240131, 202401
-            return np.argsort([int(cell) for cell in written], kind="stable")
-        spans = first_days(written)
-        try:
-            stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce") if spans is None else spans
-        except ValueError:  # of UTC offsets that change
-            return np.arange(len(stamps))
-        if stamps.hasnans:
-            stamps = to_unordered_stamps(written)
-        if stamps.hasnans:
-            return np.arange(len(stamps))
-    return np.argsort(stamps.to_numpy(), kind="stable")
