@@ -212,7 +212,8 @@ def parse_times(
     if any(marks) and not all(marks):
         row = next(i for i, mark in enumerate(marks) if mark is None)
         raise UserError(
-            f"{called}, row {column.index[row] + 1}: {cells[row]!r} has no UTC offset, as others have: give all or none."
+            f"{called}, row {column.index[row] + 1}: {cells[row]!r} has no UTC offset, as others have: give all or "
+            "none."
         )
     offsets = None
     if marks and marks[0]:
@@ -262,9 +263,7 @@ def first_days(cells: list[str]) -> pd.DatetimeIndex | None:
     return pd.DatetimeIndex(pd.to_datetime(pd.Series(days, dtype=object), errors="coerce"))
 
 
-def years_or_months(
-    cells: list[str], name: str, named: bool = False, ordered: bool = True
-) -> pd.DatetimeIndex | None:
+def years_or_months(cells: list[str], name: str, named: bool = False, ordered: bool = True) -> pd.DatetimeIndex | None:
     """First days of years, 1990, or months, 199001, that are written as numbers; None where cells may be other numbers:
     they must rise or fall throughout, or if not `ordered` differ, by equal steps unless the column is called so or was
     `named` as that of the time stamps, and years need a column that is called a time."""
@@ -296,8 +295,7 @@ def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
         if pd.isna(cell):
             raise UserError(f"{called} is empty in row {row}: fill it in, or leave the row out.")
         raise UserError(
-            f"{called}, row {row}: '{cell}' is no time stamp. Correct it, or name the time column with "
-            "--time-column."
+            f"{called}, row {row}: '{cell}' is no time stamp. Correct it, or name the time column with --time-column."
         )
 
 
