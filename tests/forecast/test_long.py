@@ -94,6 +94,18 @@ def test_rows_that_are_there_twice_are_left_out_where_that_is_asked_for():
     assert len(read_table(twice, times="regular")) == 60
 
 
+def test_rows_of_a_series_that_are_there_twice_are_left_out_where_that_is_asked_for(capsys):
+    long = melt(make_frame())
+    twice = pd.concat([long, long.iloc[5:7].assign(y=1e3)], ignore_index=True)
+    with pytest.raises(UserError, match=r"two rows of series north .* add their values, or .* --times regular"):
+        read_table(twice)
+    table = read_table(twice, times="regular")
+    np.testing.assert_array_equal(table.values, read_table(long).values)
+    assert table.repairs == ["2 rows of a series whose time stamp it had already were left out."]
+    with pytest.raises(UserError, match="two rows of series north"):
+        read_table(pd.concat([long, long.assign(y=0), long.assign(y=1)], ignore_index=True), times="regular")
+
+
 def test_static_columns_named_twice_are_refused():
     with pytest.raises(UserError, match="Static columns are named twice: size"):
         fit(data=with_static(melt(make_frame())), static_columns=["size", "size"], **FAST)
@@ -187,7 +199,7 @@ def test_an_index_of_ids_and_time_stamps_is_that_of_a_long_table():
             lambda f: f.assign(promotion=np.arange(len(f))),
             "promotion of DataFrame differs between series at 2024",
         ),
-        (lambda f: f.assign(y="many"), "'many' is no finite number"),
+        (lambda f: f.assign(y=f["y"].astype(object).where(f.index != 403, "many")), "south .* 03:00:00: 'many' is no"),
         (lambda f: f.assign(ds=range(len(f))), "holds numbers, such as 0"),
         (lambda f: f.drop(columns="promotion"), "no column promotion"),
     ],
@@ -232,6 +244,17 @@ def test_a_forecast_is_in_the_time_zone_of_the_frame(trained, zone):
     days = pd.date_range("2017-09-24", periods=len(frame), freq="D").tz_localize(zone, nonexistent="shift_forward")
     daily = forecaster.predict(frame.assign(date=days), times="keep")
     assert daily.index.equals(days[400:].rename("date")) and str(daily.index.tz) == zone
+
+
+@pytest.mark.parametrize("step, rows, ahead", [("B", 5, 3), ("MS", 2, 31), ("ME", 2, 31)])
+def test_few_rows_are_continued_by_the_step_of_training(step, rows, ahead, tmp_path):
+    """Monday to Friday are days that follow each other, and two months are so many days apart, in a short file."""
+    short = dict(FAST, horizon=1, lookback=2, patch=1, stride=1, members=2)
+    frame = make_frame(120, step=step)
+    run = fit(data=frame, output=tmp_path, **short)
+    few = frame[frame["date"] <= ("2024-03-01" if step == "B" else "2025-03-01")].tail(rows)
+    forecast = Forecaster.from_pretrained(run["folder"]).predict(few)
+    assert forecast.index[0] == few["date"].iloc[-1] + pd.Timedelta(days=ahead)
 
 
 def test_predict_continues_a_long_frame(trained, tmp_path):

@@ -47,7 +47,8 @@ __all__ = [
 ]
 
 MISSING = ("error", "interpolate", "previous", "mask")
-SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
+SEASONS = {"h": 24, "min": 1440, "s": 86400, "D": 7, "B": 5, "W": 52}
+SEASONS |= {"MS": 12, "ME": 12, "BMS": 12, "BME": 12, "QS": 4, "QE": 4, "BQS": 4, "BQE": 4}
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ class Table:
 
     @property
     def season(self) -> int:
-        """Rows after which a season repeats: `season_length`; where steps are not the same, as many rows as there
-        usually are in that time, such as 5 in a week without weekends."""
-        if self.step is not None or (usual := usual_gap(self.times)) is None:
+        """Rows after which a season repeats: `season_length`; where steps are not the same, or are of another kind, as
+        many rows as there usually are in that time, such as 5 in a week without weekends, 8 in a day of business hours.
+        """
+        if step_name(self.step) in SEASONS or (usual := usual_gap(self.times)) is None:
             return season_length(self.step)
         times, length = self.times.sort_values(), season_length(to_step(usual))
         after = times.searchsorted(times + length * usual)
@@ -181,7 +183,7 @@ def read_table(
     ids = static = parsed = None
     if set(LONG) <= set(frame.columns):
         frame, parsed = parse_long_times(frame, source, dates, time_column is not None, freq is not None)
-        frame, ids, static, more = widen(frame, future_columns, source, static_columns)
+        frame, ids, static, more = widen(frame, future_columns, source, static_columns, times == "regular")
         repairs += more
         index = LONG[1]
     first_row, named = None, time_column is not None
@@ -216,13 +218,15 @@ def read_table(
     repairs += parsed.notes
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
     repairs += more
-    numbers = pd.DataFrame({c: parse_numbers(cells[c], source) for c in cells}, index=stamps)
+    rows = None if ids is None else stamps  # of a long table, a row here is none of its own
+    numbers = {c: parse_numbers(cells[c], source, c in future_columns, rows) for c in cells}
+    numbers = pd.DataFrame(numbers, index=stamps)
     for value in na_values:
         found = int((numbers == value).sum().sum())
         numbers = numbers.mask(numbers == value)
         repairs.append(f"{found} cells of {value:g} are taken as missing.")
     refuse_sentinels(numbers, keep_values, source)
-    refuse_extremes(numbers, source)
+    refuse_extremes(numbers, source, rows)
     numbers, more = repair_times(numbers, times, source)
     repairs += more
     filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
@@ -423,13 +427,16 @@ def calendar_features(times: pd.DatetimeIndex, cycles: Sequence[str]) -> np.ndar
 
 
 def season_length(step: pd.offsets.BaseOffset | None) -> int:
-    """Steps after which a season repeats: a day of shorter steps, a week of days, a year of longer steps; else 1."""
-    if step is None:
-        return 1
-    name, count = step.freqstr.split("-")[0].lstrip("0123456789"), step.n
-    if name == "D" and count % 7 == 0:
-        name, count = "W", count // 7
-    return max(SEASONS.get(name, 1) // count, 1)
+    """Steps after which a season repeats: a day of shorter steps, a week of days, a year of a week and longer steps;
+    else 1."""
+    if isinstance(step, pd.offsets.Day) and step.n >= 7:
+        return max(round(365 / step.n), 1)
+    return 1 if step is None else max(SEASONS.get(step_name(step), 1) // step.n, 1)
+
+
+def step_name(step: pd.offsets.BaseOffset | None) -> str | None:
+    """pandas' name of a step, without a count and what it is anchored to."""
+    return None if step is None else step.freqstr.split("-")[0].lstrip("0123456789")
 
 
 @dataclass(frozen=True)

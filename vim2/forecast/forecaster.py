@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
+from pandas.tseries.frequencies import to_offset
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -38,6 +39,7 @@ from .data import (
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
+from .stamps import follow
 
 __all__ = ["BEST", "REFITTED", "Forecaster", "is_on_hub"]
 
@@ -111,7 +113,7 @@ class Forecaster:
                 raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
-        step = table.step.freqstr if table.step else None
+        step = self.step_of(table)
         # a single row has none, and is too short for what follows, which says so
         if self.step and step != self.step and reading.get("times") != "keep" and len(table.values) > 1:
             raise UserError(
@@ -119,6 +121,14 @@ class Forecaster:
                 f"{self.step}: resample the file, or add --times keep if it is to be taken as it is."
             )
         return table
+
+    def step_of(self, table: Table) -> str | None:
+        """pandas' name of a table's step, None if it has none: that of training where the rows are these steps apart as
+        well, such as five business days without a weekend."""
+        step = table.step.freqstr if table.step else None
+        if step and self.step and step != self.step and follow(table.times, to_offset(self.step)):
+            return self.step
+        return step
 
     @property
     def called(self) -> str:
@@ -225,7 +235,7 @@ class Forecaster:
         """
         c = self.model.config
         horizon = c.horizon if horizon is None else horizon
-        if not isinstance(horizon, Integral) or not 1 <= horizon <= c.horizon:
+        if isinstance(horizon, bool) or not isinstance(horizon, Integral) or not 1 <= horizon <= c.horizon:
             raise UserError(
                 f"The forecaster was trained for {c.horizon} steps and forecasts 1 to {c.horizon}, not {horizon!r}: "
                 "fit one with a longer horizon for more."
@@ -287,7 +297,7 @@ class Forecaster:
         given = table.future_times[len(table) : len(table) + horizon]
         if len(given) == horizon:
             return given
-        step = table.step
+        step = self.step_of(table)
         if step is None:  # rows taken as they are
             step = usual_gap(table.times)
         if step is None:
@@ -507,7 +517,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
             )
         config = replace(config, training=trained, penalties={"mean": penalties.mean, "last": penalties.last})
     if config.step is not None:
-        pd.tseries.frequencies.to_offset(config.step)
+        to_offset(config.step)
     return config, model
 
 

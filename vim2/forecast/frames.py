@@ -417,7 +417,7 @@ def is_name(cells: pd.Series) -> bool:
 
 
 def widen(
-    frame: pd.DataFrame, future: Sequence[str], name: str, static: Sequence[str] = ()
+    frame: pd.DataFrame, future: Sequence[str], name: str, static: Sequence[str] = (), repeated: bool = False
 ) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame, list[str]]:
     """A long table, a row for each series and time step, as a wide one.
 
@@ -426,6 +426,7 @@ def widen(
         future: Further columns that are known beforehand, the same for all series.
         name: What messages call it.
         static: Further columns that describe a series, whatever the time.
+        repeated: Of rows of one series at one time, the first is taken, where these are no more than half.
 
     Returns:
         Column ds in order of time, then a column for each series, then the future ones; the series' ids by the name of
@@ -440,14 +441,19 @@ def widen(
         if frame[column].isna().any():
             row = int(np.flatnonzero(frame[column].isna())[0])
             raise UserError(f"{name}, row {row + 1} has no {column}: fill it in, or leave the row out.")
+    notes, twice = [], frame.duplicated([identity, time])
+    if twice.any():
+        first, count = frame[twice].iloc[0], int(twice.sum())
+        if not repeated or 2 * count > len(frame):
+            remedy = "" if repeated else ", or add --times regular to keep the first of each"
+            raise UserError(
+                f"{name} has two rows of series {first[identity]} at {first[time]} ({count} such rows): leave one out, "
+                f"or add their values{remedy}."
+            )
+        frame = frame[~twice].reset_index(drop=True)
+        notes.append(f"{count} rows of a series whose time stamp it had already were left out.")
     series, ids = pd.factorize(frame[identity])
     rows, stamps = pd.factorize(frame[time], sort=True)
-    if (twice := frame.duplicated([identity, time])).any():
-        first = frame[twice].iloc[0]
-        raise UserError(
-            f"{name} has two rows of series {first[identity]} at {first[time]} ({int(twice.sum())} such rows): leave "
-            "one out, or add their values."
-        )
     names = [str(i) for i in ids]
     if len(names) > len(set(names)):
         refused = next(one for i, one in enumerate(names) if one in names[:i])
@@ -480,5 +486,5 @@ def widen(
             )
         described[column] = frame.groupby(series)[column].first().to_numpy()
     left = [column for column in frame.columns if column not in (*LONG, *future, *static)]
-    notes = [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
+    notes += [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
     return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), described, notes

@@ -19,6 +19,7 @@ __all__ = [
     "TIME_NAMES",
     "ParsedTimes",
     "find_step",
+    "follow",
     "is_date",
     "join_time_of_day",
     "number_cells",
@@ -405,7 +406,16 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     with warnings.catch_warnings():  # of pandas 4's other type of the result, which to_offset takes as well
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
-    return pd.tseries.frequencies.to_offset(frequency)
+    step = pd.tseries.frequencies.to_offset(frequency)
+    # pandas takes the last Friday of each month, which may be the fifth, for the fourth
+    return None if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step) else step
+
+
+def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
+    """Whether each time stamp is the one before and a step."""
+    with warnings.catch_warnings():  # of steps that pandas adds one by one
+        warnings.simplefilter("ignore")
+        return bool((times[1:] == times[:-1] + step).all())
 
 
 def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
