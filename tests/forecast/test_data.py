@@ -236,9 +236,12 @@ def test_season_lengths():
     assert season_length(None) == 1
 
 
+LAST_FRIDAY = pd.offsets.LastWeekOfMonth(weekday=4)
+
+
 @pytest.mark.parametrize(
     "step, season",
-    [("BME", 12), ("BQE", 4), ("10D", 36), ("2W", 26), ("WOM-2FRI", 12), ("LWOM-FRI", 12), ("SMS", 24), ("bh", 8)],
+    [("BME", 12), ("BQE", 4), ("10D", 36), ("2W", 26), ("WOM-2FRI", 12), (LAST_FRIDAY, 12), ("SMS", 24), ("bh", 8)],
 )
 def test_seasons_of_uncommon_steps(step, season):
     frame = make_frame(120, step=step)

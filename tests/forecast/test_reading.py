@@ -113,6 +113,7 @@ def test_integers_with_thousands(tmp_path, frame):
         (lambda f: text(f.assign(a="1,5", b="1.234")), ["decimal commas (1,5)", "1.234"]),
         (lambda f: text(f.assign(date=f.date.dt.strftime("%H:%M"))), ["times without dates", "00:00"]),
         (lambda f: text(f.assign(date=f.date.astype(str) + " CET")), ["row 1", "CET", "no time stamp"]),
+        (lambda f: text(f.assign(date=f.date.dt.strftime("%d.%m.%Y %H:%M MEZ"))), ["row 1", "MEZ", "no time stamp"]),
         (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
         (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
         (lambda f: b"\x00\x01\x02\x00\x00", ["no text"]),

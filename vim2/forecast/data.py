@@ -21,6 +21,7 @@ from .stamps import (
     TIMES,
     ParsedTimes,
     find_step,
+    holds_stamps,
     join_time_of_day,
     number_cells,
     parse_times,
@@ -319,7 +320,7 @@ def stamp_frame(
 
 def counted(column: pd.Series) -> np.ndarray | None:
     """The numbers of a column that counts the rows, one by one from any of them; None of another."""
-    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
+    if holds_stamps(column) or pd.api.types.is_complex_dtype(column):
         return None
     numbers = to_float64(column)
     if np.isinf(numbers).any():

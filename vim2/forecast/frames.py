@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
-from .stamps import TIME_NAMES, is_date, number_cells, years_or_months
+from .stamps import TIME_NAMES, holds_stamps, is_date, number_cells, years_or_months
 
 __all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
 
@@ -150,7 +150,7 @@ def holds_years(index: pd.Index, frame: pd.DataFrame) -> bool:
     """Whether an index of numbers holds years, as one called year does, or months, for a table without time stamps."""
     if not pd.api.types.is_numeric_dtype(index) or (isinstance(index, pd.RangeIndex) and index.name is None):
         return False
-    timed = any(c.lower() in TIME_NAMES or pd.api.types.is_datetime64_any_dtype(frame[c]) for c in frame.columns)
+    timed = any(c.lower() in TIME_NAMES or holds_stamps(frame[c]) for c in frame.columns)
     name = "" if index.name is None else str(index.name)
     return not timed and years_or_months(number_cells(index), name) is not None
 
@@ -312,7 +312,7 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
             notes.append("A column without a name and values was left out.")
         elif leading or name in ("index", "level_0"):
             counts = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
-            if pd.api.types.is_datetime64_any_dtype(column) or counts.isna().any() or (counts % 1 != 0).any():
+            if holds_stamps(column) or counts.isna().any() or (counts % 1 != 0).any():
                 continue
             if all(is_date(str(cell)) for cell in column):  # 20240131
                 continue
@@ -392,7 +392,7 @@ def may_be_time(column: pd.Series) -> bool:
 
 def is_of_dates(column: pd.Series) -> bool:
     """Whether a column holds time stamps, or text that does."""
-    if pd.api.types.is_datetime64_any_dtype(column):
+    if holds_stamps(column):
         return True
     cells = column.iloc[:SAMPLE]
     return is_text(column) and all(isinstance(cell, str) and is_date(cell) for cell in cells)

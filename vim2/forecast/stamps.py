@@ -20,6 +20,7 @@ __all__ = [
     "ParsedTimes",
     "find_step",
     "follow",
+    "holds_stamps",
     "is_date",
     "join_time_of_day",
     "number_cells",
@@ -51,6 +52,7 @@ OFFSET = re.compile(
     r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?(?:\s*[AaPp][Mm])?)"
     r"\s*(Z|UTC|GMT|(?:UTC|GMT)?\s*([+-])(\d{1,2}):?(\d{2})?)\s*(?:\(.*\)\s*)?$"
 )
+ZONE_NAME = re.compile(r":\d{2}(?:[.,]\d+)?\s*(?![AaPp]\.?[Mm])[A-Za-z]{2,}")  # 13:00 CET
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
 COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
 # Spans that stand for their first day: 2024-W05 and 2024-W05-3 (of ISO 8601), 2024M01 or 2024M1 of statistics offices,
@@ -61,6 +63,11 @@ QUARTER = re.compile(r"[Qq](?P<quarter>[1-4])[ /-]?(?P<year>\d{4})|(?P<first>\d{
 SPANS = ("year", "years", "yr", "month", "months", "yyyymm")  # words in the names of columns that surely hold these
 YEARS = (*SPANS, "date", "ds", "time", "period")  # and in those of columns that may hold years
 ZERO = pd.Timedelta(0)
+
+
+def holds_stamps(column: pd.Series) -> bool:
+    """Whether a column's type is one of time stamps, with a time zone or without, Arrow's among them."""
+    return column.dtype.kind == "M"
 
 
 def is_date(text: str) -> bool:
@@ -75,7 +82,7 @@ def is_date(text: str) -> bool:
 
 def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
     """Time stamps without offset, NaT for what is none; a cell without a year is none, which pandas would say is of
-    today."""
+    today, and one with a zone's name, which pandas 2 leaves out."""
     cells = [with_century(cell) for cell in cells]
     try:
         with warnings.catch_warnings():  # of quarters, which pandas 4 will not read
@@ -83,7 +90,7 @@ def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
             stamps = pd.DatetimeIndex(pd.to_datetime(cells, errors="coerce", format="mixed"))
     except ValueError:  # offsets of a kind that is not known here
         stamps = pd.DatetimeIndex([pd.NaT] * len(cells))
-    dated = [bool(re.search(r"\d{4}", cell)) for cell in cells]
+    dated = [bool(re.search(r"\d{4}", cell)) and not ZONE_NAME.search(cell) for cell in cells]
     return stamps.where(np.array(dated) & (stamps.tz is None))
 
 
@@ -128,11 +135,7 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
 
 def written(column: pd.Series) -> pd.Series | list[None]:
     """A column of dates or times of day as text, such as spreadsheets are read to; of others, one cell that is none."""
-    if (
-        pd.api.types.is_datetime64_any_dtype(column)
-        and column.dt.tz is None
-        and (column == column.dt.normalize()).all()
-    ):
+    if holds_stamps(column) and column.dt.tz is None and (column == column.dt.normalize()).all():
         return column.dt.strftime("%Y-%m-%d").astype(object)
     if not is_text(column):
         return [None]
@@ -178,7 +181,7 @@ def parse_times(
     if isinstance(column.dtype, pd.PeriodDtype):
         column = column.dt.to_timestamp()
     refuse_missing(column.isna().to_numpy(), column, called)
-    if pd.api.types.is_datetime64_any_dtype(column):
+    if holds_stamps(column):
         local = pd.DatetimeIndex(column)
         if local.tz is None:
             return ParsedTimes(local)
@@ -202,7 +205,8 @@ def parse_times(
             f"{called} holds numbers, such as {column.iloc[0]}: {years}give dates such as 2024-01-31 13:00:00, name "
             "another column with --time-column, or say with --freq how far apart rows without time stamps are."
         )
-    with suppress(ValueError):  # mixed offsets
+    with suppress(ValueError), warnings.catch_warnings():  # mixed offsets, which pandas 2 warns of
+        warnings.simplefilter("ignore", FutureWarning)
         iso = pd.DatetimeIndex(pd.to_datetime(column, format="ISO8601", errors="coerce"))
         if iso.tz is None and not iso.hasnans:
             return ParsedTimes(iso)
@@ -370,8 +374,10 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
         UserError: A step or start that is none, or that do not fit together; more rows than there is time.
     """
     try:
-        step = pd.tseries.frequencies.to_offset(freq)
-    except ValueError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # by which pandas 2 tells old names
+            step = pd.tseries.frequencies.to_offset(freq)
+    except (ValueError, FutureWarning):
         count, name = re.fullmatch(r"(\d*)(.*)", freq, re.DOTALL).groups()
         now = " or ".join(count + each for each in OLD_STEPS.get(name, ()))
         meant = f"; did you mean {now}?" if now else ""
