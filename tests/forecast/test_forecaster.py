@@ -156,6 +156,12 @@ def test_from_the_hub(trained, data, monkeypatch):
         Forecaster.from_pretrained("hf-hub:nobody/mine")
 
 
+def test_a_device_that_is_not_there(trained):
+    for device in ("cuda:99", torch.device("cuda", 99)):
+        with pytest.raises(UserError, match=r"There is no cuda:99|no CUDA GPU"):
+            Forecaster.from_pretrained(trained, device)
+
+
 def test_damaged_folders(trained, tmp_path):
     with pytest.raises(UserError, match=r"no config.json"):
         Forecaster.from_pretrained(tmp_path)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, as_saved, length, option, resolve
+from ..command.processes import choose_device
 from ..command.progress import say
 from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
@@ -354,14 +355,15 @@ class Forecaster:
         Args:
             folder: Of a saved forecaster, or of a run; or "hf-hub:OWNER/NAME" of a saved one on the Hugging Face Hub,
                 or "hf-hub:OWNER/NAME@REVISION".
-            device: To put it on.
+            device: To put it on, such as "cuda:0".
             refitted: Of a run, read the one that was fitted again to all rows, where there is one, rather than the best
                 epoch, which knows the training rows alone.
 
         Raises:
             UserError: No such folder, or none that can be downloaded; damaged files, in which something cannot be true;
-                weights of another configuration.
+                weights of another configuration; a device that is not there.
         """
+        device = choose_device(str(device))
         folder = _download(str(folder)) if is_on_hub(folder) else Path(folder)
         if not (folder / CONFIG_NAME).is_file():
             parts = [folder / part for part in ([REFITTED] if refitted else []) + [BEST]]
