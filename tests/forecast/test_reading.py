@@ -381,6 +381,18 @@ def test_an_index_of_years_beside_time_stamps_is_left_out(frame):
     assert read_table(years).columns == ["a", "b"]
 
 
+@pytest.mark.parametrize("first", ["meter", "value"])
+def test_a_column_of_dates_that_is_not_the_first_is_named_where_that_is_wanted(tmp_path, frame, first):
+    given = frame.rename(columns={"date": "read_at", "a": "value"}).assign(meter="M7")[[first, "read_at", "b"]]
+    assert refusal(tmp_path, text(given)).endswith(" read_at holds dates: --time-column read_at.")
+    assert read(tmp_path, text(given), time_column="read_at", targets=["b"]).columns == ["b"]
+
+
+def test_spaces_around_names_are_no_part_of_them(tmp_path, frame):
+    table = read(tmp_path, text(frame).replace("date,a,b", " date , a ,b ", 1), targets=["b", "a"])
+    assert table.columns == ["b", "a"]
+
+
 def test_columns_of_arrow_are_those_of_numpy(frame):
     pa = pytest.importorskip("pyarrow", reason="Arrow's types need it")
     frame = frame.assign(a=frame["a"].astype(float).round(2).where(frame.index != 3), b=frame["b"].astype(float))

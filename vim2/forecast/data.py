@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
 from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to_float64
-from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
+from .frames import LONG, describe, is_of_dates, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
     TIME_NAMES,
@@ -212,7 +212,11 @@ def read_table(
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
     if parsed is None:
-        parsed = parse_times(frame[time_column], source, dates, named)
+        try:
+            parsed = parse_times(frame[time_column], source, dates, named)
+        except UserError as error:
+            dated = [] if index else [c for c in names if is_of_dates(frame[c])]
+            raise UserError(f"{error} {dated[0]} holds dates: --time-column {dated[0]}." if dated else error) from None
         stamps = parsed.times
     else:
         stamps = pd.DatetimeIndex(frame[time_column])

@@ -22,7 +22,16 @@ from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
 from .stamps import TIME_NAMES, holds_stamps, is_date, number_cells, years_or_months
 
-__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
+__all__ = [
+    "LONG",
+    "describe",
+    "is_of_dates",
+    "leave_out_index",
+    "read_frame",
+    "refuse_renamed_long",
+    "require_data",
+    "widen",
+]
 
 LONG = ("unique_id", "ds", "y")  # columns of a long table, as neuralforecast names them
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -211,7 +220,7 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     else:
         separator = find_separator(text)
     lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-    header, notes = next(lines), []
+    header, notes = [cell.strip() for cell in next(lines)], []
     header_lines = lines.line_num
     if len(header) < 2 and not untimed:
         rest = text.split("\n", header_lines)[-1].lstrip("\n")
