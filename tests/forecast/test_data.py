@@ -236,6 +236,22 @@ def test_season_lengths():
     assert season_length(None) == 1
 
 
+LAST_FRIDAY = pd.offsets.LastWeekOfMonth(weekday=4)
+
+
+@pytest.mark.parametrize(
+    "step, season",
+    [("BME", 12), ("BQE", 4), ("10D", 36), ("2W", 26), ("WOM-2FRI", 12), (LAST_FRIDAY, 12), ("SMS", 24), ("bh", 8)],
+)
+def test_seasons_of_uncommon_steps(step, season):
+    frame = make_frame(120, step=step)
+    table = read_table(frame, times="keep")
+    assert table.season == season
+    if table.step:
+        again = pd.date_range(table.times[0], periods=len(table), freq=table.step)
+        assert (again == table.times).all()
+
+
 def test_seasons_of_rows_that_are_taken_as_they_are(tmp_path):
     frame = make_frame(400, step="10min").drop(index=[7, 8])
     assert read_table(write_csv(tmp_path / "a.csv", frame), times="keep").season == 144

@@ -103,6 +103,20 @@ def test_columns_are_taken_in_the_order_of_training(trained, data, tmp_path):
     assert a["committee"]["mse"] == b["committee"]["mse"]
 
 
+def test_evaluate_tells_where_the_rows_of_training_are_others(trained, data, tmp_path, capsys):
+    """Rows that came before them have moved the rows to test on into those that the members know."""
+    options = dict(checkpoint=str(trained), output=str(tmp_path), device="cpu")
+    told, hours = "are not those of training", pd.Timedelta(hours=400)
+    more = make_frame(100, seed=1)
+    longer = pd.concat([make_frame(), more.assign(date=more["date"] + hours)], ignore_index=True)
+    for known in (data, make_frame(), longer):
+        evaluate(data=known, **options)
+    assert told not in capsys.readouterr().out
+    before = pd.concat([more, make_frame().assign(date=make_frame()["date"] + hours / 4)], ignore_index=True)
+    evaluate(data=before, **options)
+    assert f"The first 280 rows of DataFrame {told}" in capsys.readouterr().out
+
+
 def test_data_frames_as_their_file(trained, data, tmp_path):
     frame = make_frame()
     forecaster = Forecaster.from_pretrained(trained)
@@ -155,6 +169,12 @@ def test_from_the_hub(trained, data, monkeypatch):
         evaluate(data=str(data), checkpoint=name, device="cpu")
     with pytest.raises(UserError, match=r"nobody/mine cannot be downloaded .Got: ConnectError.: check"):
         Forecaster.from_pretrained("hf-hub:nobody/mine")
+
+
+def test_a_device_that_is_not_there(trained):
+    for device in ("cuda:99", torch.device("cuda", 99)):
+        with pytest.raises(UserError, match=r"There is no cuda:99|no CUDA GPU"):
+            Forecaster.from_pretrained(trained, device)
 
 
 def test_damaged_folders(trained, tmp_path):

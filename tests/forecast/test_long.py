@@ -94,6 +94,18 @@ def test_rows_that_are_there_twice_are_left_out_where_that_is_asked_for():
     assert len(read_table(twice, times="regular")) == 60
 
 
+def test_rows_of_a_series_that_are_there_twice_are_left_out_where_that_is_asked_for(capsys):
+    long = melt(make_frame())
+    twice = pd.concat([long, long.iloc[5:7].assign(y=1e3)], ignore_index=True)
+    with pytest.raises(UserError, match=r"two rows of series north .* add their values, or .* --times regular"):
+        read_table(twice)
+    table = read_table(twice, times="regular")
+    np.testing.assert_array_equal(table.values, read_table(long).values)
+    assert table.repairs == ["2 rows of a series whose time stamp it had already were left out."]
+    with pytest.raises(UserError, match="two rows of series north"):
+        read_table(pd.concat([long, long.assign(y=0), long.assign(y=1)], ignore_index=True), times="regular")
+
+
 def test_static_columns_named_twice_are_refused():
     with pytest.raises(UserError, match="Static columns are named twice: size"):
         fit(data=with_static(melt(make_frame())), static_columns=["size", "size"], **FAST)
@@ -116,6 +128,38 @@ def test_dates_in_the_order_of_a_country_and_numbers_with_commas(tmp_path):
     table = read_table(write_csv(tmp_path / "a.csv", written, sep=";"))
     assert (table.times == frame["date"]).all()
     np.testing.assert_allclose(table.values, frame[COLUMNS])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda ds: ds.dt.strftime("%d/%m/%Y"),
+        lambda ds: ds.dt.strftime("%m/%d/%y"),
+        lambda ds: ds.dt.strftime("%d. %b %Y"),
+        lambda ds: ds.dt.strftime("%Y-%m-%d").where(ds.dt.day % 2 == 0, ds.dt.strftime("%Y/%m/%d")),
+        lambda ds: ds.dt.tz_localize("Europe/Berlin").map(str),
+        lambda ds: ds.dt.tz_localize("Europe/Berlin"),
+        lambda ds: ds.dt.strftime("%Y%m%d").astype(int),
+    ],
+    ids=["day first", "month first", "named", "two ways", "offsets", "zone", "compact"],
+)
+def test_rows_of_a_long_table_may_be_in_any_order_however_dates_are_written(write):
+    frame = make_frame(400, step="D")
+    shuffled = melt(frame).sample(frac=1, random_state=0, ignore_index=True)
+    table = read_table(shuffled.assign(ds=write(shuffled["ds"])), targets=COLUMNS)
+    assert (table.times == frame["date"]).all()
+    np.testing.assert_array_equal(table.values, frame[COLUMNS])
+
+
+def test_years_of_a_long_table_in_any_order():
+    years = np.arange(1950, 2010)
+    long = pd.DataFrame({"unique_id": np.repeat(["a", "b"], 60), "ds": np.tile(years, 2), "y": np.arange(120.0)})
+    table = read_table(long.sample(frac=1, random_state=0), targets=["a"])
+    assert table.times.year.tolist() == years.tolist() and table.values[:, 0].tolist() == list(range(60))
+    dates = long["ds"].map("{}-02-01".format)
+    dates[70] = "1960-02-30"
+    with pytest.raises(UserError, match="row 71: '1960-02-30' is no time stamp"):
+        read_table(long.assign(ds=dates))
 
 
 def test_series_of_different_lengths_have_missing_values_as_in_a_wide_table():
@@ -145,7 +189,7 @@ def test_an_index_of_ids_and_time_stamps_is_that_of_a_long_table():
     [
         (lambda f: pd.concat([f, f.iloc[5:7]]), r"two rows of series north at 2024-01-01 05:00:00 \(2 such rows\)"),
         (lambda f: f.assign(unique_id=f["unique_id"].where(f.index != 7)), "row 8 has no unique_id"),
-        (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "row 8 has no ds"),
+        (lambda f: f.assign(ds=f["ds"].where(f.index != 7)), "ds of DataFrame is empty in row 8"),
         (lambda f: f.replace({"unique_id": {"south": "ds"}}), "two columns ds"),
         (
             lambda f: f.replace({"unique_id": {"south": 1, "north": "1"}}),
@@ -155,7 +199,7 @@ def test_an_index_of_ids_and_time_stamps_is_that_of_a_long_table():
             lambda f: f.assign(promotion=np.arange(len(f))),
             "promotion of DataFrame differs between series at 2024",
         ),
-        (lambda f: f.assign(y="many"), "'many' is no finite number"),
+        (lambda f: f.assign(y=f["y"].astype(object).where(f.index != 403, "many")), "south .* 03:00:00: 'many' is no"),
         (lambda f: f.assign(ds=range(len(f))), "holds numbers, such as 0"),
         (lambda f: f.drop(columns="promotion"), "no column promotion"),
     ],
@@ -200,6 +244,17 @@ def test_a_forecast_is_in_the_time_zone_of_the_frame(trained, zone):
     days = pd.date_range("2017-09-24", periods=len(frame), freq="D").tz_localize(zone, nonexistent="shift_forward")
     daily = forecaster.predict(frame.assign(date=days), times="keep")
     assert daily.index.equals(days[400:].rename("date")) and str(daily.index.tz) == zone
+
+
+@pytest.mark.parametrize("step, rows, ahead", [("B", 5, 3), ("MS", 2, 31), ("ME", 2, 31)])
+def test_few_rows_are_continued_by_the_step_of_training(step, rows, ahead, tmp_path):
+    """Monday to Friday are days that follow each other, and two months are so many days apart, in a short file."""
+    short = dict(FAST, horizon=1, lookback=2, patch=1, stride=1, members=2)
+    frame = make_frame(120, step=step)
+    run = fit(data=frame, output=tmp_path, **short)
+    few = frame[frame["date"] <= ("2024-03-01" if step == "B" else "2025-03-01")].tail(rows)
+    forecast = Forecaster.from_pretrained(run["folder"]).predict(few)
+    assert forecast.index[0] == few["date"].iloc[-1] + pd.Timedelta(days=ahead)
 
 
 def test_predict_continues_a_long_frame(trained, tmp_path):

@@ -113,6 +113,7 @@ def test_integers_with_thousands(tmp_path, frame):
         (lambda f: text(f.assign(a="1,5", b="1.234")), ["decimal commas (1,5)", "1.234"]),
         (lambda f: text(f.assign(date=f.date.dt.strftime("%H:%M"))), ["times without dates", "00:00"]),
         (lambda f: text(f.assign(date=f.date.astype(str) + " CET")), ["row 1", "CET", "no time stamp"]),
+        (lambda f: text(f.assign(date=f.date.dt.strftime("%d.%m.%Y %H:%M MEZ"))), ["row 1", "MEZ", "no time stamp"]),
         (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
         (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
         (lambda f: b"\x00\x01\x02\x00\x00", ["no text"]),
@@ -378,6 +379,18 @@ def test_months_without_a_header_lose_no_row(tmp_path):
 def test_an_index_of_years_beside_time_stamps_is_left_out(frame):
     years = frame.set_index(pd.Index(range(1950, 2010), name="year"))
     assert read_table(years).columns == ["a", "b"]
+
+
+@pytest.mark.parametrize("first", ["meter", "value"])
+def test_a_column_of_dates_that_is_not_the_first_is_named_where_that_is_wanted(tmp_path, frame, first):
+    given = frame.rename(columns={"date": "read_at", "a": "value"}).assign(meter="M7")[[first, "read_at", "b"]]
+    assert refusal(tmp_path, text(given)).endswith(" read_at holds dates: --time-column read_at.")
+    assert read(tmp_path, text(given), time_column="read_at", targets=["b"]).columns == ["b"]
+
+
+def test_spaces_around_names_are_no_part_of_them(tmp_path, frame):
+    table = read(tmp_path, text(frame).replace("date,a,b", " date , a ,b ", 1), targets=["b", "a"])
+    assert table.columns == ["b", "a"]
 
 
 def test_columns_of_arrow_are_those_of_numpy(frame):

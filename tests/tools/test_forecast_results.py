@@ -70,6 +70,17 @@ def test_a_run_cell_by_cell_and_its_table(results_tool, tmp_path):
     assert "0 cells to run, 2 done before" in results_tool("run", *SMALL, "--seeds", "0")[1]
 
 
+@pytest.mark.parametrize("given", ["epochs", "=1", "norm=2d"])
+def test_an_option_that_is_none_is_refused_before_anything_runs(given, results_tool):
+    code, out, error = results_tool("run", "--set", given)
+    assert code == 2 and f"--set {given} is not OPTION=JSON" in error and not out
+
+
+def test_a_table_of_nothing(results_tool):
+    code, _, error = results_tool("table")
+    assert code == 2 and "There is no result in" in error
+
+
 def test_comparisons_that_validate_only(results_tool, tmp_path):
     code, out, _ = results_tool("run", "--compare", "calendar", *SMALL, "--seeds", "0", "--no-test")
     rows = read(tmp_path)

@@ -22,6 +22,7 @@ from itertools import product
 import torch
 
 from vim2 import TSM2, TSM2Config
+from vim2.benchmark.measuring import positive
 from vim2.checkpoints import write_atomically
 from vim2.command.processes import require_backend
 from vim2.command.runs import make_folder
@@ -158,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--names", nargs="*", choices=tuple(EPOCHS), default=list(EPOCHS), help="whose epochs")
     parser.add_argument("--amp", action="store_true", help="bfloat16 outside the scan")
     parser.add_argument("--share", type=float, default=1.0, help="of an epoch that is run, and scaled up")
-    parser.add_argument("--repeats", type=int, default=30, help="of a step")
-    parser.add_argument("--variates", type=int, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
-    parser.add_argument("--lookbacks", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--repeats", type=positive, default=30, help="of a step")
+    parser.add_argument("--variates", type=positive, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
+    parser.add_argument("--lookbacks", type=positive, nargs="*", default=[256, 512, 1024, 2048, 4096])
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     require_backend(device.type)

@@ -25,6 +25,7 @@ import json
 import statistics
 from collections.abc import Sequence
 
+from vim2.benchmark.measuring import positive
 from vim2.benchmark.reporting import is_number
 from vim2.command.errors import UserError
 
@@ -307,15 +308,18 @@ def main(argv: list[str] | None = None) -> int:
         help="this instead of the recipe alone",
     )
     parser.add_argument("--no-test", action="store_true", help="validate only")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads a cell")
+    parser.add_argument("--jobs", type=positive, default=1, help="cells at a time")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads a cell")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--device", default=None)
     parser.add_argument("--cuda-graph", action="store_true", help="see `fit`")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=JSON", help="further options of `fit`")
     args = parser.parse_args(argv)
     if args.command == "table":
-        print(tables(read_results(args.output / "results.jsonl", fault)))
+        rows = read_results(args.output / "results.jsonl", fault)
+        if not rows:
+            raise UserError(f"There is no result in {args.output}: `run` makes them, or give another --output.")
+        print(tables(rows))
         return 0
     if args.data_dir is None:
         raise UserError(f"`{args.command}` wants --data-dir, the folder with the data sets' files.")
@@ -330,9 +334,20 @@ def main(argv: list[str] | None = None) -> int:
     return int(left > 0)
 
 
+def read_option(text: str) -> tuple[str, object]:
+    """Name and value of a further option of `fit`, written OPTION=JSON."""
+    name, sign, value = text.partition("=")
+    try:
+        if name and sign:
+            return name, json.loads(value)
+    except ValueError:
+        pass
+    raise UserError(f"--set {text} is not OPTION=JSON, such as epochs=4, 'split=[.6,.2,.2]' or 'norm=\"2d\"'.")
+
+
 def plan(name: str, args: argparse.Namespace) -> list[dict]:
     """The cells of a data set."""
-    extra = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    extra = dict(map(read_option, args.set))
     common = dict(data=str(data_file(args.data_dir, name)), output=str(args.output / "runs"))
     common |= dict(device=args.device, cuda_graph=args.cuda_graph, threads=args.threads)
     common |= dict(group=name, places=1 + (name == "Weather"))  # the largest, with which a GPU is busy

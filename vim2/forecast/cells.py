@@ -130,17 +130,28 @@ def to_float64(column: pd.Series) -> np.ndarray:
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def parse_numbers(column: pd.Series, name: str) -> np.ndarray:
+def name_row(row: int, names: pd.Index | None) -> str:
+    """What messages call a row: by its number, from 1, or as it is named."""
+    return f"row {row + 1}" if names is None else f"at {names[row]}"
+
+
+def parse_numbers(column: pd.Series, name: str, future: bool = False, rows: pd.Index | None = None) -> np.ndarray:
     """A column as float64, NaN where it is empty.
+
+    Args:
+        column: As read.
+        name: What messages call the file.
+        future: It is a known-future column.
+        rows: What messages call the rows, if not by number.
 
     Raises:
         UserError: A cell that is no finite number.
     """
-    kind = pd.api.types
+    kind, option = pd.api.types, "--future-columns" if future else "--targets"
     if not (is_text(column) or kind.is_bool_dtype(column) or kind.is_any_real_numeric_dtype(column)):
         if not isinstance(column.dtype, pd.CategoricalDtype):
             raise UserError(
-                f"Column {column.name} of {name} holds {column.dtype}, no numbers: leave it out with --targets."
+                f"Column {column.name} of {name} holds {column.dtype}, no numbers: leave it out with {option}."
             )
         column = column.astype(object)
     numbers = to_float64(column)
@@ -149,8 +160,8 @@ def parse_numbers(column: pd.Series, name: str) -> np.ndarray:
         cell = column.iloc[wrong[0]]
         shown = repr(cell) if isinstance(cell, str) else cell
         raise UserError(
-            f"Column {column.name} of {name}, row {wrong[0] + 1}: {shown} is no finite number ({len(wrong)} such "
-            "cells). Correct them, leave them empty, or choose other columns with --targets."
+            f"Column {column.name} of {name}, {name_row(wrong[0], rows)}: {shown} is no finite number ({len(wrong)} "
+            f"such cells). Correct them, leave them empty, or choose other columns with {option}."
         )
     return numbers
 
@@ -172,30 +183,31 @@ def refuse_sentinels(numbers: pd.DataFrame, keep: Sequence[float], name: str) ->
                 )
 
 
-def refuse_extremes(numbers: pd.DataFrame, name: str) -> None:
-    """Raise for a value beside which a column's others cannot be told apart once they are standardised."""
+def refuse_extremes(numbers: pd.DataFrame, name: str, rows: pd.Index | None = None) -> None:
+    """Raise for a value beside which a column's others cannot be told apart once they are standardised; messages call
+    rows as `rows` does, or by number."""
     for label, column in numbers.items():
         values = column.to_numpy()
-        rows = np.flatnonzero(~np.isnan(values))
-        if not len(rows) or values[rows].min() == values[rows].max():
+        known = np.flatnonzero(~np.isnan(values))
+        if not len(known) or values[known].min() == values[known].max():
             continue
         # halves, since the difference of the largest numbers is infinite
-        distance = np.abs(values[rows] / 2 - np.median(values[rows]) / 2)
+        distance = np.abs(values[known] / 2 - np.median(values[known]) / 2)
         order = np.argsort(distance, kind="stable")
-        middle = values[rows[order[: len(rows) - max(len(rows) // 100, 1)]]]
+        middle = values[known[order[: len(known) - max(len(known) // 100, 1)]]]
         spread = middle.max() / 2 - middle.min() / 2 if len(middle) else 0.0
         with np.errstate(over="ignore", under="ignore"):
-            deviation = values[rows].std()
-        row = int(rows[order[-1]])
-        value, usual = float(values[row]), float(np.median(values[rows]))
+            deviation = values[known].std()
+        row = int(known[order[-1]])
+        value, usual = float(values[row]), float(np.median(values[known]))
         if deviation == 0 or abs(usual) > LARGEST:
             raise UserError(
                 f"Column {label} of {name} holds values of about {usual:g}, whose deviation is 0 or infinite in "
                 "float64: give it in other units, or leave it out with --targets."
             )
-        if np.abs(values[rows]).max() > LARGEST or 0 < spread < RESOLUTION * deviation:
+        if np.abs(values[known]).max() > LARGEST or 0 < spread < RESOLUTION * deviation:
             raise UserError(
-                f"Column {label} of {name}, row {row + 1}: beside {value!r} the other values, about {usual:g}, cannot "
-                f"be told apart. Correct it, or add --na-values {value!r} --missing interpolate if it stands for a "
-                "missing value."
+                f"Column {label} of {name}, {name_row(row, rows)}: beside {value!r} the other values, about {usual:g}, "
+                f"cannot be told apart. Correct it, or add --na-values {value!r} --missing interpolate if it stands "
+                "for a missing value."
             )

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..command.errors import UserError, did_you_mean
 from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to_float64
-from .frames import LONG, describe, leave_out_index, read_frame, refuse_renamed_long, widen
+from .frames import LONG, describe, is_of_dates, leave_out_index, read_frame, refuse_renamed_long, widen
 from .stamps import (
     DATES,
     TIME_NAMES,
     TIMES,
+    ParsedTimes,
     find_step,
+    holds_stamps,
     join_time_of_day,
     number_cells,
     parse_times,
@@ -46,7 +48,8 @@ __all__ = [
 ]
 
 MISSING = ("error", "interpolate", "previous", "mask")
-SEASONS = {"h": 24, "min": 1440, "D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "QS": 4, "QE": 4, "s": 86400}
+SEASONS = {"h": 24, "min": 1440, "s": 86400, "D": 7, "B": 5, "W": 52}
+SEASONS |= {"MS": 12, "ME": 12, "BMS": 12, "BME": 12, "QS": 4, "QE": 4, "BQS": 4, "BQE": 4}
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,10 @@ class Table:
 
     @property
     def season(self) -> int:
-        """Rows after which a season repeats: `season_length`; where steps are not the same, as many rows as there
-        usually are in that time, such as 5 in a week without weekends."""
-        if self.step is not None or (usual := usual_gap(self.times)) is None:
+        """Rows after which a season repeats: `season_length`; where steps are not the same, or are of another kind, as
+        many rows as there usually are in that time, such as 5 in a week without weekends, 8 in a day of business hours.
+        """
+        if step_name(self.step) in SEASONS or (usual := usual_gap(self.times)) is None:
             return season_length(self.step)
         times, length = self.times.sort_values(), season_length(to_step(usual))
         after = times.searchsorted(times + length * usual)
@@ -177,9 +181,10 @@ def read_table(
     asked += static_columns
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
     repairs += more
-    ids = static = None
+    ids = static = parsed = None
     if set(LONG) <= set(frame.columns):
-        frame, ids, static, more = widen(frame, future_columns, source, static_columns)
+        frame, parsed = parse_long_times(frame, source, dates, time_column is not None, freq is not None)
+        frame, ids, static, more = widen(frame, future_columns, source, static_columns, times == "regular")
         repairs += more
         index = LONG[1]
     first_row, named = None, time_column is not None
@@ -206,19 +211,27 @@ def read_table(
             raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
-    stamps, dates, more = parse_times(frame[time_column], source, dates, named)
-    dated = pd.api.types.is_datetime64_any_dtype(frame[time_column])
-    zone = pd.DatetimeIndex(frame[time_column]).tz if dated else None  # Arrow's types tell it so, too
-    repairs += more
+    if parsed is None:
+        try:
+            parsed = parse_times(frame[time_column], source, dates, named)
+        except UserError as error:
+            dated = [] if index else [c for c in names if is_of_dates(frame[c])]
+            raise UserError(f"{error} {dated[0]} holds dates: --time-column {dated[0]}." if dated else error) from None
+        stamps = parsed.times
+    else:
+        stamps = pd.DatetimeIndex(frame[time_column])
+    repairs += parsed.notes
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
     repairs += more
-    numbers = pd.DataFrame({c: parse_numbers(cells[c], source) for c in cells}, index=stamps)
+    rows = None if ids is None else stamps  # of a long table, a row here is none of its own
+    numbers = {c: parse_numbers(cells[c], source, c in future_columns, rows) for c in cells}
+    numbers = pd.DataFrame(numbers, index=stamps)
     for value in na_values:
         found = int((numbers == value).sum().sum())
         numbers = numbers.mask(numbers == value)
         repairs.append(f"{found} cells of {value:g} are taken as missing.")
     refuse_sentinels(numbers, keep_values, source)
-    refuse_extremes(numbers, source)
+    refuse_extremes(numbers, source, rows)
     numbers, more = repair_times(numbers, times, source)
     repairs += more
     filled = np.flatnonzero(numbers[targets].notna().any(axis=1).to_numpy())
@@ -236,8 +249,38 @@ def read_table(
     repairs += more
     static = static.loc[targets] if static_columns else None
     return Table(
-        index[:rows], values, targets, future, future_columns, index, repairs, dates, ids, first_row, static, zone
+        index[:rows],
+        values,
+        targets,
+        future,
+        future_columns,
+        index,
+        repairs,
+        parsed.dates,
+        ids,
+        first_row,
+        static,
+        parsed.zone,
     )
+
+
+def parse_long_times(
+    frame: pd.DataFrame, source: str, dates: str, named: bool, untimed: bool
+) -> tuple[pd.DataFrame, ParsedTimes | None]:
+    """A long table whose time column can be put in order, as it holds time stamps, and how they were read; or, of one
+    without time stamps, as it holds numbers, or text if there are others.
+
+    Raises:
+        UserError: As `parse_times`.
+    """
+    time = frame[LONG[1]]
+    if untimed:
+        numbers = to_float64(time)
+        others = np.isnan(numbers) & time.notna().to_numpy()
+        return frame.assign(**{LONG[1]: time.astype(str) if others.any() else numbers}), None
+    # each time is read once, whatever the number of series
+    parsed = parse_times(time.drop_duplicates(), source, dates, named, ordered=False)
+    return frame.assign(**{LONG[1]: parsed.times[pd.factorize(time)[0]]}), parsed
 
 
 def stamp_frame(
@@ -281,7 +324,7 @@ def stamp_frame(
 
 def counted(column: pd.Series) -> np.ndarray | None:
     """The numbers of a column that counts the rows, one by one from any of them; None of another."""
-    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
+    if holds_stamps(column) or pd.api.types.is_complex_dtype(column):
         return None
     numbers = to_float64(column)
     if np.isinf(numbers).any():
@@ -389,13 +432,16 @@ def calendar_features(times: pd.DatetimeIndex, cycles: Sequence[str]) -> np.ndar
 
 
 def season_length(step: pd.offsets.BaseOffset | None) -> int:
-    """Steps after which a season repeats: a day of shorter steps, a week of days, a year of longer steps; else 1."""
-    if step is None:
-        return 1
-    name, count = step.freqstr.split("-")[0].lstrip("0123456789"), step.n
-    if name == "D" and count % 7 == 0:
-        name, count = "W", count // 7
-    return max(SEASONS.get(name, 1) // count, 1)
+    """Steps after which a season repeats: a day of shorter steps, a week of days, a year of a week and longer steps;
+    else 1."""
+    if isinstance(step, pd.offsets.Day) and step.n >= 7:
+        return max(round(365 / step.n), 1)
+    return 1 if step is None else max(SEASONS.get(step_name(step), 1) // step.n, 1)
+
+
+def step_name(step: pd.offsets.BaseOffset | None) -> str | None:
+    """pandas' name of a step, without a count and what it is anchored to."""
+    return None if step is None else step.freqstr.split("-")[0].lstrip("0123456789")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from ..command.progress import say
 from ..command.runs import explain_disk_errors, make_folder
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
-from .data import Table, Windows
+from .data import Scaler, Table, Windows
 from .forecaster import BEST, Forecaster, is_on_hub
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
@@ -30,6 +31,7 @@ from .training import VALIDATION_BATCH, versions
 
 __all__ = ["evaluate"]
 
+SAME = 1e-6  # share of a deviation by which means of the same rows may differ, as numbers are read and added up
 UNCORRECTED = "without conformal correction"
 TSM2_ALONE, LINEAR_ALONE = "TSM2 members alone", "linear members alone"
 
@@ -70,6 +72,11 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         raise UserError(f"{o.data} has {len(table)} rows, the split {rows}: give the file of training.")
     if getattr(split, part) < config.horizon:
         raise UserError(f"The split has no {part} rows: train with another --split.")
+    if not has_training_rows(forecaster, table):
+        say(
+            f"The first {split.train:,} rows of {o.data} are not those of training, their means or deviations differ: "
+            f"where rows came before them, the {part} rows may be some that the members know."
+        )
     values, future = forecaster.tensors(table, device)
     windows = {
         p: Windows(values, config.lookback, config.horizon, *split.borders(p, config.lookback), future)
@@ -139,6 +146,15 @@ def evaluate(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
         write_atomically(folder / "evaluation.json", json.dumps(without_nan(result), indent=1) + "\n")
         draw(fits[bisect_right(ends, index)], table, windows[part], index, scores, part, folder)
     return result
+
+
+def has_training_rows(forecaster: Forecaster, table: Table) -> bool:
+    """Whether the rows that stand where the training rows stood have their means and deviations, but for rounding."""
+    with warnings.catch_warnings():  # of columns without any value there
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found, known = Scaler.fit(table.values[: forecaster.split.train]), forecaster.scaler
+    apart = SAME * known.std + 1e-12 * abs(known.mean)
+    return bool((abs(found.mean - known.mean) <= apart).all() and (abs(found.std - known.std) <= apart).all())
 
 
 def linear_weights(model: Committee, val: Windows, known: Tensor) -> Tensor:

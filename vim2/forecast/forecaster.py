@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
+from pandas.tseries.frequencies import to_offset
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..checkpoints import check_weights, write_atomically
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, as_saved, length, option, resolve
+from ..command.processes import choose_device
 from ..command.progress import say
 from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
@@ -38,6 +40,7 @@ from .data import (
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
+from .stamps import follow
 
 __all__ = ["BEST", "REFITTED", "Forecaster", "is_on_hub"]
 
@@ -111,7 +114,7 @@ class Forecaster:
                 raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
-        step = table.step.freqstr if table.step else None
+        step = self.step_of(table)
         # a single row has none, and is too short for what follows, which says so
         if self.step and step != self.step and reading.get("times") != "keep" and len(table.values) > 1:
             raise UserError(
@@ -119,6 +122,14 @@ class Forecaster:
                 f"{self.step}: resample the file, or add --times keep if it is to be taken as it is."
             )
         return table
+
+    def step_of(self, table: Table) -> str | None:
+        """pandas' name of a table's step, None if it has none: that of training where the rows are these steps apart as
+        well, such as five business days without a weekend."""
+        step = table.step.freqstr if table.step else None
+        if step and self.step and step != self.step and follow(table.times, to_offset(self.step)):
+            return self.step
+        return step
 
     @property
     def called(self) -> str:
@@ -225,7 +236,7 @@ class Forecaster:
         """
         c = self.model.config
         horizon = c.horizon if horizon is None else horizon
-        if not isinstance(horizon, Integral) or not 1 <= horizon <= c.horizon:
+        if isinstance(horizon, bool) or not isinstance(horizon, Integral) or not 1 <= horizon <= c.horizon:
             raise UserError(
                 f"The forecaster was trained for {c.horizon} steps and forecasts 1 to {c.horizon}, not {horizon!r}: "
                 "fit one with a longer horizon for more."
@@ -287,7 +298,7 @@ class Forecaster:
         given = table.future_times[len(table) : len(table) + horizon]
         if len(given) == horizon:
             return given
-        step = table.step
+        step = self.step_of(table)
         if step is None:  # rows taken as they are
             step = usual_gap(table.times)
         if step is None:
@@ -344,14 +355,15 @@ class Forecaster:
         Args:
             folder: Of a saved forecaster, or of a run; or "hf-hub:OWNER/NAME" of a saved one on the Hugging Face Hub,
                 or "hf-hub:OWNER/NAME@REVISION".
-            device: To put it on.
+            device: To put it on, such as "cuda:0".
             refitted: Of a run, read the one that was fitted again to all rows, where there is one, rather than the best
                 epoch, which knows the training rows alone.
 
         Raises:
             UserError: No such folder, or none that can be downloaded; damaged files, in which something cannot be true;
-                weights of another configuration.
+                weights of another configuration; a device that is not there.
         """
+        device = choose_device(str(device))
         folder = _download(str(folder)) if is_on_hub(folder) else Path(folder)
         if not (folder / CONFIG_NAME).is_file():
             parts = [folder / part for part in ([REFITTED] if refitted else []) + [BEST]]
@@ -507,7 +519,7 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
             )
         config = replace(config, training=trained, penalties={"mean": penalties.mean, "last": penalties.last})
     if config.step is not None:
-        pd.tseries.frequencies.to_offset(config.step)
+        to_offset(config.step)
     return config, model
 
 

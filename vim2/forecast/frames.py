@@ -20,9 +20,18 @@ import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
 from .cells import is_number, is_text, number_texts
-from .stamps import TIME_NAMES, first_days, is_date, number_cells, to_unordered_stamps, years_or_months
+from .stamps import TIME_NAMES, holds_stamps, is_date, number_cells, years_or_months
 
-__all__ = ["LONG", "describe", "leave_out_index", "read_frame", "refuse_renamed_long", "require_data", "widen"]
+__all__ = [
+    "LONG",
+    "describe",
+    "is_of_dates",
+    "leave_out_index",
+    "read_frame",
+    "refuse_renamed_long",
+    "require_data",
+    "widen",
+]
 
 LONG = ("unique_id", "ds", "y")  # columns of a long table, as neuralforecast names them
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -150,7 +159,7 @@ def holds_years(index: pd.Index, frame: pd.DataFrame) -> bool:
     """Whether an index of numbers holds years, as one called year does, or months, for a table without time stamps."""
     if not pd.api.types.is_numeric_dtype(index) or (isinstance(index, pd.RangeIndex) and index.name is None):
         return False
-    timed = any(c.lower() in TIME_NAMES or pd.api.types.is_datetime64_any_dtype(frame[c]) for c in frame.columns)
+    timed = any(c.lower() in TIME_NAMES or holds_stamps(frame[c]) for c in frame.columns)
     name = "" if index.name is None else str(index.name)
     return not timed and years_or_months(number_cells(index), name) is not None
 
@@ -211,7 +220,7 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     else:
         separator = find_separator(text)
     lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-    header, notes = next(lines), []
+    header, notes = [cell.strip() for cell in next(lines)], []
     header_lines = lines.line_num
     if len(header) < 2 and not untimed:
         rest = text.split("\n", header_lines)[-1].lstrip("\n")
@@ -312,7 +321,7 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
             notes.append("A column without a name and values was left out.")
         elif leading or name in ("index", "level_0"):
             counts = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
-            if pd.api.types.is_datetime64_any_dtype(column) or counts.isna().any() or (counts % 1 != 0).any():
+            if holds_stamps(column) or counts.isna().any() or (counts % 1 != 0).any():
                 continue
             if all(is_date(str(cell)) for cell in column):  # 20240131
                 continue
@@ -392,7 +401,7 @@ def may_be_time(column: pd.Series) -> bool:
 
 def is_of_dates(column: pd.Series) -> bool:
     """Whether a column holds time stamps, or text that does."""
-    if pd.api.types.is_datetime64_any_dtype(column):
+    if holds_stamps(column):
         return True
     cells = column.iloc[:SAMPLE]
     return is_text(column) and all(isinstance(cell, str) and is_date(cell) for cell in cells)
@@ -417,22 +426,23 @@ def is_name(cells: pd.Series) -> bool:
 
 
 def widen(
-    frame: pd.DataFrame, future: Sequence[str], name: str, static: Sequence[str] = ()
+    frame: pd.DataFrame, future: Sequence[str], name: str, static: Sequence[str] = (), repeated: bool = False
 ) -> tuple[pd.DataFrame, dict[str, Any], pd.DataFrame, list[str]]:
     """A long table, a row for each series and time step, as a wide one.
 
     Args:
-        frame: With the columns LONG, in any order of rows.
+        frame: With the columns LONG, in any order of rows; ds holds time stamps as `parse_times` has them, or numbers.
         future: Further columns that are known beforehand, the same for all series.
         name: What messages call it.
         static: Further columns that describe a series, whatever the time.
+        repeated: Of rows of one series at one time, the first is taken, where these are no more than half.
 
     Returns:
         Column ds in order of time, then a column for each series, then the future ones; the series' ids by the name of
         their column; the static columns, a row for each series, by the same names; what was left out, a sentence each.
 
     Raises:
-        UserError: A row without id or time stamp, two rows of one series at one time, ids that are no names of
+        UserError: A row without id or time, two rows of one series at one time, ids that are no names of
             columns, future columns that differ between series, static ones that differ within one or are missing.
     """
     identity, time, value = LONG
@@ -440,32 +450,35 @@ def widen(
         if frame[column].isna().any():
             row = int(np.flatnonzero(frame[column].isna())[0])
             raise UserError(f"{name}, row {row + 1} has no {column}: fill it in, or leave the row out.")
+    notes, twice = [], frame.duplicated([identity, time])
+    if twice.any():
+        first, count = frame[twice].iloc[0], int(twice.sum())
+        if not repeated or 2 * count > len(frame):
+            remedy = "" if repeated else ", or add --times regular to keep the first of each"
+            raise UserError(
+                f"{name} has two rows of series {first[identity]} at {first[time]} ({count} such rows): leave one out, "
+                f"or add their values{remedy}."
+            )
+        frame = frame[~twice].reset_index(drop=True)
+        notes.append(f"{count} rows of a series whose time stamp it had already were left out.")
     series, ids = pd.factorize(frame[identity])
-    rows, stamps = pd.factorize(frame[time])
-    if (twice := frame.duplicated([identity, time])).any():
-        first = frame[twice].iloc[0]
-        raise UserError(
-            f"{name} has two rows of series {first[identity]} at {first[time]} ({int(twice.sum())} such rows): leave "
-            "one out, or add their values."
-        )
+    rows, stamps = pd.factorize(frame[time], sort=True)
     names = [str(i) for i in ids]
     if len(names) > len(set(names)):
         refused = next(one for i, one in enumerate(names) if one in names[:i])
         raise UserError(f"{name} has two series that are both called {refused}, as a number and as text: rename one.")
     refuse_equal_names([time, *names, *future], name)
-    order = order_of_time(stamps)
-    rows = np.argsort(order)[rows]
     number = pd.api.types.is_any_real_numeric_dtype(frame[value])
     kind = dict(dtype=np.float64, na_value=np.nan) if number else dict(dtype=object)
     cells = np.full((len(stamps), len(names)), np.nan, dtype=kind["dtype"])
     cells[rows, series] = frame[value].to_numpy(**kind)
-    columns = {time: stamps[order], **{column: cells[:, i] for i, column in enumerate(names)}}
+    columns = {time: stamps, **{column: cells[:, i] for i, column in enumerate(names)}}
     for column in future:
         if column not in frame:
             continue  # told where wide tables lack one
         known = frame[[column]].assign(row=rows).dropna().drop_duplicates()
         if (differs := known["row"].duplicated()).any():
-            at = stamps[order][known["row"][differs].iloc[0]]
+            at = stamps[known["row"][differs].iloc[0]]
             raise UserError(
                 f"Column {column} of {name} differs between series at {at}: what is known beforehand is shared by all."
             )
@@ -482,24 +495,5 @@ def widen(
             )
         described[column] = frame.groupby(series)[column].first().to_numpy()
     left = [column for column in frame.columns if column not in (*LONG, *future, *static)]
-    notes = [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
+    notes += [f"Columns beside {', '.join(LONG)} were left out: {', '.join(left)}."] if left else []
     return pd.DataFrame(columns), dict(zip(names, ids, strict=True)), described, notes
-
-
-def order_of_time(stamps: pd.Index) -> np.ndarray:
-    """Places of time stamps from first to last. Dates in text of which day and month are not known, such as 01/02/2024,
-    stay as they are: which is which is found out later."""
-    if is_text(stamps.to_series()):
-        written = [str(stamp).strip() for stamp in stamps]
-        if all(map(str.isdecimal, written)):  # 20240131, 202401
-            return np.argsort([int(cell) for cell in written], kind="stable")
-        spans = first_days(written)
-        try:
-            stamps = pd.to_datetime(stamps, format="ISO8601", errors="coerce") if spans is None else spans
-        except ValueError:  # of UTC offsets that change
-            return np.arange(len(stamps))
-        if stamps.hasnans:
-            stamps = to_unordered_stamps(written)
-        if stamps.hasnans:
-            return np.arange(len(stamps))
-    return np.argsort(stamps.to_numpy(), kind="stable")

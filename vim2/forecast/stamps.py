@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,10 @@ from .cells import is_number, is_text
 __all__ = [
     "DATES",
     "TIME_NAMES",
+    "ParsedTimes",
     "find_step",
-    "first_days",
+    "follow",
+    "holds_stamps",
     "is_date",
     "join_time_of_day",
     "number_cells",
@@ -25,7 +28,6 @@ __all__ = [
     "repair_times",
     "stamp_rows",
     "to_step",
-    "to_unordered_stamps",
     "usual_gap",
     "years_or_months",
 ]
@@ -50,6 +52,7 @@ OFFSET = re.compile(
     r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?(?:\s*[AaPp][Mm])?)"
     r"\s*(Z|UTC|GMT|(?:UTC|GMT)?\s*([+-])(\d{1,2}):?(\d{2})?)\s*(?:\(.*\)\s*)?$"
 )
+ZONE_NAME = re.compile(r":\d{2}(?:[.,]\d+)?\s*(?![AaPp]\.?[Mm])[A-Za-z]{2,}")  # 13:00 CET
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
 COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
 # Spans that stand for their first day: 2024-W05 and 2024-W05-3 (of ISO 8601), 2024M01 or 2024M1 of statistics offices,
@@ -60,6 +63,11 @@ QUARTER = re.compile(r"[Qq](?P<quarter>[1-4])[ /-]?(?P<year>\d{4})|(?P<first>\d{
 SPANS = ("year", "years", "yr", "month", "months", "yyyymm")  # words in the names of columns that surely hold these
 YEARS = (*SPANS, "date", "ds", "time", "period")  # and in those of columns that may hold years
 ZERO = pd.Timedelta(0)
+
+
+def holds_stamps(column: pd.Series) -> bool:
+    """Whether a column's type is one of time stamps, with a time zone or without, Arrow's among them."""
+    return column.dtype.kind == "M"
 
 
 def is_date(text: str) -> bool:
@@ -74,7 +82,7 @@ def is_date(text: str) -> bool:
 
 def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
     """Time stamps without offset, NaT for what is none; a cell without a year is none, which pandas would say is of
-    today."""
+    today, and one with a zone's name, which pandas 2 leaves out."""
     cells = [with_century(cell) for cell in cells]
     try:
         with warnings.catch_warnings():  # of quarters, which pandas 4 will not read
@@ -82,16 +90,8 @@ def to_stamps(cells: list[str]) -> pd.DatetimeIndex:
             stamps = pd.DatetimeIndex(pd.to_datetime(cells, errors="coerce", format="mixed"))
     except ValueError:  # offsets of a kind that is not known here
         stamps = pd.DatetimeIndex([pd.NaT] * len(cells))
-    dated = [bool(re.search(r"\d{4}", cell)) for cell in cells]
+    dated = [bool(re.search(r"\d{4}", cell)) and not ZONE_NAME.search(cell) for cell in cells]
     return stamps.where(np.array(dated) & (stamps.tz is None))
-
-
-def to_unordered_stamps(cells: list[str]) -> pd.DatetimeIndex:
-    """As `to_stamps`; NaT alone where parts of a date may stand in several orders, such as 01/02/2024."""
-    dates = filter(None, map(DATE.fullmatch, cells))
-    if any(len(date["first"]) < 4 for date in dates):
-        return pd.DatetimeIndex([pd.NaT] * len(cells))
-    return to_stamps(cells)
 
 
 def with_century(cell: str) -> str:
@@ -135,11 +135,7 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
 
 def written(column: pd.Series) -> pd.Series | list[None]:
     """A column of dates or times of day as text, such as spreadsheets are read to; of others, one cell that is none."""
-    if (
-        pd.api.types.is_datetime64_any_dtype(column)
-        and column.dt.tz is None
-        and (column == column.dt.normalize()).all()
-    ):
+    if holds_stamps(column) and column.dt.tz is None and (column == column.dt.normalize()).all():
         return column.dt.strftime("%Y-%m-%d").astype(object)
     if not is_text(column):
         return [None]
@@ -147,22 +143,36 @@ def written(column: pd.Series) -> pd.Series | list[None]:
     return column.astype(object).map(lambda cell: str(cell) if type(cell) in parts else cell)
 
 
+class ParsedTimes(NamedTuple):
+    """What a column of time stamps was read as.
+
+    Args:
+        times: Without a time zone, or in UTC.
+        dates: The order that dates were read in, of DATES; "detect" where there was no choice.
+        notes: What was done, a sentence each.
+        zone: Time zone of a DataFrame's time stamps, which are in UTC here, or the time on the clock without it.
+    """
+
+    times: pd.DatetimeIndex
+    dates: str = "detect"
+    notes: Sequence[str] = ()
+    zone: datetime.tzinfo | None = None
+
+
 def parse_times(
-    column: pd.Series, name: str, dates: str = "detect", named: bool = False
-) -> tuple[pd.DatetimeIndex, str, list[str]]:
+    column: pd.Series, name: str, dates: str = "detect", named: bool = False, ordered: bool = True
+) -> ParsedTimes:
     """Time stamps of a column, those with an offset in UTC.
 
     Where dates can be read in several orders, that is taken in which they are a constant step apart; likewise the time
     on the clock rather than in UTC, if only that is regular, as with days at midnight.
 
     Args:
-        column: Dates as text or as pandas has them.
+        column: Dates as text or as pandas has them; its index numbers the rows, as messages tell them.
         name: What messages call the file.
         dates: One of DATES.
         named: The column was named as that of the time stamps.
-
-    Returns:
-        Time stamps, the order that dates were read in ("detect" where there was no choice), and notes.
+        ordered: Its order may tell that numbers are years or months, as these only rise or fall.
 
     Raises:
         UserError: Cells that are no time stamps, or may be several.
@@ -171,41 +181,45 @@ def parse_times(
     if isinstance(column.dtype, pd.PeriodDtype):
         column = column.dt.to_timestamp()
     refuse_missing(column.isna().to_numpy(), column, called)
-    if pd.api.types.is_datetime64_any_dtype(column):
+    if holds_stamps(column):
         local = pd.DatetimeIndex(column)
         if local.tz is None:
-            return local, "detect", []
+            return ParsedTimes(local)
         stamps, notes = choose_clock(local.tz_convert("UTC"), local.tz_localize(None))
-        return stamps, "detect", notes
+        return ParsedTimes(stamps, notes=notes, zone=local.tz)
     texts = number_cells(column)
     if all(COMPACT.fullmatch(cell) for cell in texts):
         stamps = pd.DatetimeIndex(pd.to_datetime(texts, format="%Y%m%d", errors="coerce"))
         refuse_missing(stamps.isna(), column, called)
-        return stamps, "detect", []
+        return ParsedTimes(stamps)
     if (spans := first_days(texts)) is not None:
         refuse_missing(spans.isna(), column, called)
-        return spans, "detect", [f"Of spans of time such as {texts[0]}, the first day is the time stamp."]
-    if (spans := years_or_months(texts, column.name, named)) is not None:
+        return ParsedTimes(spans, notes=[f"Of spans of time such as {texts[0]}, the first day is the time stamp."])
+    if (spans := years_or_months(texts, column.name, named, ordered)) is not None:
         of = "years" if len(texts[0]) == 4 else "months"
-        return spans, "detect", [f"Column {column.name} holds {of}, such as {texts[0]}."]
+        return ParsedTimes(spans, notes=[f"Column {column.name} holds {of}, such as {texts[0]}."])
     if pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all():
-        spans = years_or_months(texts, column.name, named=True) is not None
+        spans = years_or_months(texts, column.name, True, ordered) is not None
         years = f"if they are years or months, say so with --time-column {column.name}; " if spans else ""
         raise UserError(
             f"{called} holds numbers, such as {column.iloc[0]}: {years}give dates such as 2024-01-31 13:00:00, name "
             "another column with --time-column, or say with --freq how far apart rows without time stamps are."
         )
-    with suppress(ValueError):  # mixed offsets
+    with suppress(ValueError), warnings.catch_warnings():  # mixed offsets, which pandas 2 warns of
+        warnings.simplefilter("ignore", FutureWarning)
         iso = pd.DatetimeIndex(pd.to_datetime(column, format="ISO8601", errors="coerce"))
         if iso.tz is None and not iso.hasnans:
-            return iso, "detect", []
+            return ParsedTimes(iso)
     cells = [str(cell) for cell in column]
     if all(":" in cell and TIME_OF_DAY.fullmatch(cell) for cell in cells):
         raise UserError(f"{called} holds times without dates, such as {cells[0]}: give dates such as 2024-01-31 13:00.")
     marks = [OFFSET.search(cell) for cell in cells]
     if any(marks) and not all(marks):
         row = next(i for i, mark in enumerate(marks) if mark is None)
-        raise UserError(f"{called}, row {row + 1}: {cells[row]!r} has no UTC offset, as others have: give all or none.")
+        raise UserError(
+            f"{called}, row {column.index[row] + 1}: {cells[row]!r} has no UTC offset, as others have: give all or "
+            "none."
+        )
     offsets = None
     if marks and marks[0]:
         cells = [cell[: mark.end(1)] for cell, mark in zip(cells, marks, strict=True)]
@@ -254,10 +268,10 @@ def first_days(cells: list[str]) -> pd.DatetimeIndex | None:
     return pd.DatetimeIndex(pd.to_datetime(pd.Series(days, dtype=object), errors="coerce"))
 
 
-def years_or_months(cells: list[str], name: str, named: bool = False) -> pd.DatetimeIndex | None:
+def years_or_months(cells: list[str], name: str, named: bool = False, ordered: bool = True) -> pd.DatetimeIndex | None:
     """First days of years, 1990, or months, 199001, that are written as numbers; None where cells may be other numbers:
-    they must rise or fall throughout, by equal steps unless the column is called so or was `named` as that of the time
-    stamps, and years need a column that is called a time."""
+    they must rise or fall throughout, or if not `ordered` differ, by equal steps unless the column is called so or was
+    `named` as that of the time stamps, and years need a column that is called a time."""
     if re.fullmatch(r"\d{4}(\d\d)?", name.strip()):  # a first row in the place of a header
         return None
     words = set(re.findall("[a-z]+", name.lower()))
@@ -266,7 +280,7 @@ def years_or_months(cells: list[str], name: str, named: bool = False) -> pd.Date
     if not of_years and not all(re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])", cell) for cell in cells):
         return None
     months = np.array([12 * int(cell[:4]) + int(cell[4:] or 1) for cell in cells])
-    steps = np.diff(months)
+    steps = np.diff(months if ordered else np.sort(months))
     if len(steps) == 0 or not ((steps > 0).all() or (steps < 0).all()):
         return None
     if not named and words.isdisjoint(SPANS) and (steps != steps[0]).any():
@@ -281,12 +295,12 @@ def minutes(sign: str | None, hours: str | None, rest: str | None) -> int:
 
 def refuse_missing(missing: np.ndarray, column: pd.Series, called: str) -> None:
     if missing.any():
-        row = int(np.flatnonzero(missing)[0])
-        if pd.isna(column.iloc[row]):
-            raise UserError(f"{called} is empty in row {row + 1}: fill it in, or leave the row out.")
+        first = int(np.flatnonzero(missing)[0])
+        cell, row = column.iloc[first], column.index[first] + 1
+        if pd.isna(cell):
+            raise UserError(f"{called} is empty in row {row}: fill it in, or leave the row out.")
         raise UserError(
-            f"{called}, row {row + 1}: '{column.iloc[row]}' is no time stamp. Correct it, or name the time column with "
-            "--time-column."
+            f"{called}, row {row}: '{cell}' is no time stamp. Correct it, or name the time column with --time-column."
         )
 
 
@@ -316,32 +330,36 @@ def choose_clock(utc: pd.DatetimeIndex, clock: pd.DatetimeIndex) -> tuple[pd.Dat
     """UTC, unless only the time on the clock is regular."""
     if (utc.tz_localize(None) == clock).all():
         return utc, []
-    if irregular_steps(utc) and not irregular_steps(clock):
+    if irregular_steps(utc.sort_values()) and not irregular_steps(clock.sort_values()):
         return clock, ["UTC offsets of the time stamps were left out: on the clock they are a constant step apart."]
     return utc, ["Time stamps were converted to UTC."]
 
 
-def choose_order(readings: dict, called: str, column: pd.Series) -> tuple[pd.DatetimeIndex, str, list[str]]:
-    """Of readings by order, (time stamps, notes) each, that in which the rows are most regular."""
+def choose_order(readings: dict, called: str, column: pd.Series) -> ParsedTimes:
+    """Of readings by order, (time stamps, notes) each, that in which the rows are most regular, as they stand or, where
+    that does not tell, sorted."""
     names = {order: name for name, order in ORDERS.items()}
-    ranked = sorted(readings, key=lambda order: irregular_steps(readings[order][0]))
-    first, *others = ranked
+    first, *others = readings
     stamps, notes = readings[first]
     if not others:
         odd = ["Dates were read as day, month, year."] if first == "DMY" else []
-        return stamps, names.get(first, "detect"), [*odd, *notes]
+        return ParsedTimes(stamps, names.get(first, "detect"), [*odd, *notes])
     if all(stamps.equals(readings[order][0]) for order in others):
-        return stamps, "detect", notes
-    best, second = (irregular_steps(readings[order][0]) for order in ranked[:2])
-    if best == second or 3 * best > second:
-        raise UserError(
-            f"{called}: {column.iloc[0]!r} may be {' or '.join(str(readings[o][0][0].date()) for o in readings)}, and "
-            f"the steps do not tell. Add {' or '.join(f'--dates {names[o]}' for o in readings)}, or write dates as "
-            "2024-01-31."
-        )
-    words = ", ".join(WORDS[letter] for letter in first)
-    apart = "a constant step apart" if not best else f"a constant step apart but for {best} rows"
-    return stamps, names[first], [f"Dates were read as {words}: so they are {apart}.", *notes]
+        return ParsedTimes(stamps, notes=notes)
+    for arrange in (lambda times: times, pd.DatetimeIndex.sort_values):
+        irregular = {order: irregular_steps(arrange(times)) for order, (times, _) in readings.items()}
+        first, second, *_ = sorted(irregular, key=irregular.get)
+        best = irregular[first]
+        if best < irregular[second] and 3 * best <= irregular[second]:
+            stamps, notes = readings[first]
+            words = ", ".join(WORDS[letter] for letter in first)
+            apart = "a constant step apart" if not best else f"a constant step apart but for {best} rows"
+            return ParsedTimes(stamps, names[first], [f"Dates were read as {words}: so they are {apart}.", *notes])
+    days = " or ".join(str(times[0].date()) for times, _ in readings.values())
+    raise UserError(
+        f"{called}: {column.iloc[0]!r} may be {days}, and the steps do not tell. Add "
+        f"{' or '.join(f'--dates {names[o]}' for o in readings)}, or write dates as 2024-01-31."
+    )
 
 
 def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
@@ -356,8 +374,10 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
         UserError: A step or start that is none, or that do not fit together; more rows than there is time.
     """
     try:
-        step = pd.tseries.frequencies.to_offset(freq)
-    except ValueError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # by which pandas 2 tells old names
+            step = pd.tseries.frequencies.to_offset(freq)
+    except (ValueError, FutureWarning):
         count, name = re.fullmatch(r"(\d*)(.*)", freq, re.DOTALL).groups()
         now = " or ".join(count + each for each in OLD_STEPS.get(name, ()))
         meant = f"; did you mean {now}?" if now else ""
@@ -392,7 +412,16 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     with warnings.catch_warnings():  # of pandas 4's other type of the result, which to_offset takes as well
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
-    return pd.tseries.frequencies.to_offset(frequency)
+    step = pd.tseries.frequencies.to_offset(frequency)
+    # pandas takes the last Friday of each month, which may be the fifth, for the fourth
+    return None if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step) else step
+
+
+def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
+    """Whether each time stamp is the one before and a step."""
+    with warnings.catch_warnings():  # of steps that pandas adds one by one
+        warnings.simplefilter("ignore")
+        return bool((times[1:] == times[:-1] + step).all())
 
 
 def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
