@@ -19,6 +19,7 @@ from vim2.command.processes import Processes
 
 CPU = torch.device("cpu")
 ALONE = Processes(CPU)
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 HEIGHT, WIDTH = 96, 120
 MEANS = {"RGB": (0.4, 0.5, 0.6), "L": (0.5,)}
 HPARAMS = dict(translate_const=43, img_mean=(102, 128, 153))
@@ -52,10 +53,10 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1).permute(2, 0, 1).float()
 
 
-def one_layer(kind: str, numbers: torch.Tensor) -> Operations:
+def one_layer(kind: str, numbers: torch.Tensor, device=CPU) -> Operations:
     """Operations of one kind, for all images."""
-    order = torch.arange(len(numbers))[None]
-    return Operations(order, order, numbers.float()[None], [[len(numbers) * (kind == name) for name in KINDS]])
+    order, counts = torch.arange(len(numbers), device=device)[None], [len(numbers) * (kind == name) for name in KINDS]
+    return Operations(order, order, numbers.float()[None].to(device), [counts])
 
 
 def kinds_of_images(operations: Operations) -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_arguments_are_timms(uniform, chance):
         assert found.tolist() == pytest.approx([LEVEL_TO_ARG[name](level, HPARAMS)[0] for level in LEVELS]), name
 
 
-def both(name: str, mode: str, interpolation: str, uniform: float) -> tuple[torch.Tensor, torch.Tensor]:
+def both(name: str, mode: str, interpolation: str, uniform: float, device=CPU) -> tuple[torch.Tensor, torch.Tensor]:
     """A photograph after an operation of all levels, here and in timm: (levels, C, H, W) each."""
     image, function = photograph(mode), LEVEL_TO_ARG[name]
     options = dict(fillcolor=HPARAMS["img_mean"] if mode == "RGB" else (128,), resample=RESAMPLE[interpolation])
@@ -95,24 +96,28 @@ def both(name: str, mode: str, interpolation: str, uniform: float) -> tuple[torc
     levels = torch.tensor(LEVELS, dtype=torch.float64) / 10
     kind, numbers = describe(name, levels, torch.full_like(levels, uniform), HPARAMS, (HEIGHT, WIDTH))
     images = to_tensor(image).expand(len(LEVELS), -1, -1, -1)
-    return make("rand", mode, interpolation)(images, one_layer(kind, numbers)), expected
+    policy = make("rand", mode, interpolation, device=device)
+    return policy(images.to(device), one_layer(kind, numbers, device)).cpu(), expected
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", [name for name in NAME_TO_OP if name not in MOVING])
-def test_bytes_are_pillows(name, mode, chance):
+def test_bytes_are_pillows(name, mode, device, chance):
     for uniform in (0.2, 0.8):
         chance(uniform)
-        assert torch.equal(*both(name, mode, "bilinear", uniform))
+        assert torch.equal(*both(name, mode, "bilinear", uniform, torch.device(device)))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["AutoContrast", "Equalize", "Contrast", "Sharpness"])
-def test_bytes_of_strange_images_are_pillows(name):
-    """Of one colour, of two, with few values, dark, and noise."""
+def test_bytes_of_strange_images_are_pillows(name, device):
+    """Of one colour, of two, with few values, dark, noise, and with a mean that is a half."""
     random = np.random.default_rng(0)
     shape = (HEIGHT, WIDTH, 3)
     pictures = [np.full(shape, 77), random.choice([3, 250], shape), random.integers(100, 104, shape),
                 random.integers(0, 60, shape), random.integers(256, size=shape)]  # fmt: skip
+    pictures += [np.indices(shape)[1] % 2 + value for value in range(0, 250, 10)]
     pictures.append(np.where(np.arange(HEIGHT * WIDTH * 3).reshape(shape) < 200, 9, 90))  # fewer than 255 pixels differ
     pictures = [Image.fromarray(pixels.astype("uint8")) for pixels in pictures]
     argument = 1.7
@@ -120,8 +125,9 @@ def test_bytes_of_strange_images_are_pillows(name):
                             for image in pictures])  # fmt: skip
     level = torch.full((len(pictures),), (argument - 0.1) / 1.8, dtype=torch.float64)
     kind, numbers = describe(name, level, level, HPARAMS, (HEIGHT, WIDTH))
-    images = torch.stack([to_tensor(image) for image in pictures])
-    assert torch.equal(make("rand")(images, one_layer(kind, numbers)), expected)
+    images = torch.stack([to_tensor(image) for image in pictures]).to(device)
+    found = make("rand", device=torch.device(device))(images, one_layer(kind, numbers, device))
+    assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

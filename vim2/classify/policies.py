@@ -284,7 +284,9 @@ class Policy:
         return self.gray(images).expand_as(images)
 
     def contrast(self, images: Tensor, _: Tensor) -> Tensor:
-        mean = self.gray(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_()
+        gray = self.gray(images)
+        total, pixels = gray.sum((1, 2, 3), keepdim=True, dtype=torch.int64), gray[0].numel()
+        mean = (2 * total + pixels) // (2 * pixels)  # in whole numbers, so that a half is rounded up on every device
         return mean.float().expand_as(images)
 
     def brightness(self, images: Tensor, _: Tensor) -> Tensor:
