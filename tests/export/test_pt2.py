@@ -169,7 +169,7 @@ def test_the_program_in_cpp(tmp_path):
 
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    def link(program, package_path):
+    def link(program, package_path, **_):
         said = "/usr/bin/ld: warning: a stack\n/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld returned 1"
         error = CppCompileError(["g++"], said)
         raise InductorError(error, None)
@@ -185,7 +185,7 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     [(b"GCC: (Ubuntu) libc.so.6", True), (b"GCC: (Ubuntu) libc.so.6 libstdc++.so.6", False)],
 )
 def test_a_runtime_of_its_own(library, refused, monkeypatch, tmp_path):
-    def link(program, package_path):
+    def link(program, package_path, **_):
         with zipfile.ZipFile(package_path, "w") as package:
             package.writestr("model/data/aotinductor/model/a.wrapper.so", library)
         return package_path
