@@ -1,6 +1,7 @@
 """What files may and may not do: checkpoints act on nothing, runs keep their folder and images to themselves."""
 
 import copy
+import json
 import shutil
 import signal
 import sys
@@ -8,12 +9,15 @@ import time
 import uuid
 
 import pytest
+import timm
 import torch
-from classify_helpers import TINY, make_folders, make_image, pack_folders, tool
+from classify_helpers import COLOURS, TINY, make_folders, make_image, pack_folders, tool
 from two_processes import start_two
 
-from vim2.classify import UserError, train
+from vim2.classify import UserError, predict, train, validate
 from vim2.classify.cli import main
+from vim2.classify.models import load_checkpoint_model
+from vim2.export import export_timm
 
 
 def change(path, to, **changes):
@@ -271,3 +275,48 @@ def test_two_processes_share_a_folder_and_are_refused_together(trained, tmp_path
         run = start_two("vim2.classify.cli", ["vim2.classify"], *argv)
         error = run.communicate()[1]
     assert run.returncode and error.count("Another run is writing to") == 1, error
+
+
+class TestFolders:
+    """What `vim2 export --format timm` writes, and the Hugging Face Hub has."""
+
+    @pytest.fixture
+    def folder(self, trained, tmp_path):
+        model, facts = load_checkpoint_model(trained / "best.pth")
+        export_timm(model, tmp_path / "mine", facts["data_config"], facts["class_names"])
+        return tmp_path / "mine"
+
+    @pytest.mark.parametrize("inside", ["", "model.safetensors"])
+    def test_one_is_as_good_as_the_checkpoint(self, inside, folder, trained, data, tmp_path):
+        images = [data / "val" / "red", data / "val" / "blue"]
+        checkpoints = (trained / "best.pth", folder / inside)
+        first, second = (predict(images=images, checkpoint=c, output=tmp_path) for c in checkpoints)
+        assert first == second and first[0]["top"][0]["label"] in COLOURS
+        first, second = (validate(data_dir=data, checkpoint=c, workers=0, output=tmp_path)[0] for c in checkpoints)
+        assert [first[k] for k in ("loss", "top1", "img_size")] == [second[k] for k in ("loss", "top1", "img_size")]
+
+    def test_training_starts_from_one(self, folder, data, tmp_path):
+        options = dict(data_dir=data, epochs=1, batch_size=8, workers=0, device="cpu", img_size=32, output=tmp_path)
+        train(model="test_vim2", initial_checkpoint=folder, experiment="run", **options)
+        assert (tmp_path / "run" / "best.pth").exists()
+
+    def test_names_of_shipped_weights(self, folder, data, tmp_path):
+        export_timm(timm.create_model("vim2_nano", pretrained=True), folder)
+        image = data / "val" / "red" / "0.png"
+        (told,) = predict(images=[image], checkpoint=folder, topk=200, output=tmp_path)
+        assert "golden retriever" in {t["label"] for t in told["top"]}
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"model_args": {"checkpoint_path": "x.pth"}}, "checkpoint_path is none"),
+            ({"num_classes": -1}, "num_classes must be 1 or more"),
+            ({"pretrained_cfg": {"std": [0, 0, 0]}}, "std"),
+            (None, "cannot be read"),
+        ],
+    )
+    def test_a_damaged_config(self, change, says, folder, tmp_path, data):
+        path = folder / "config.json"
+        path.write_text("{" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(UserError, match=rf"config\.json .*{says}"):
+            predict(images=[data / "val" / "red"], checkpoint=folder, output=tmp_path)

@@ -53,6 +53,13 @@ def test_a_run_on_a_pack_goes_on_exactly(pack, tmp_path, monkeypatch):
         assert all(torch.equal(last[0][key][name], value) for name, value in last[1][key].items())
 
 
+def test_no_image_is_decoded_for_a_folder_that_cannot_be_written(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr("vim2.classify.memory.train_loader", lambda *_, **__: pytest.fail("images were decoded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Nothing can be written into .*: choose another --output"):
+        train(["--data-dir", str(pack), *TINY, "--output", str(tmp_path / "file")])
+
+
 def test_a_run_on_a_pack_learns_and_serves_everything_else(pack, data, tmp_path, capsys):
     argv = ["--data-dir", str(pack), *TINY, "--output", str(tmp_path), "--lr", "3e-3", "--warmup-epochs", "0"]
     run = train([*argv, "--epochs", "3", "--scale", "0.5", "1", "--color-jitter", "0.1"])

@@ -80,7 +80,7 @@ def test_programs_forecast_as_it_does(tmp_path):
 def test_command(monkeypatch, tmp_path, capsys):
     """Of a point forecaster, whose folder is all that is given. The compiler is replaced, which takes minutes."""
 
-    def compile_and_package(program, package_path):
+    def compile_and_package(program, package_path, **_):
         torch.export.save(program, package_path)
         return package_path
 

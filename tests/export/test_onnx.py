@@ -1,5 +1,6 @@
 """ONNX files, read by onnxruntime, give what PyTorch does."""
 
+import json
 import sys
 
 import pytest
@@ -252,7 +253,8 @@ def test_missing_package(model, monkeypatch, tmp_path):
 @torch.no_grad()
 def test_command(smaller, tmp_path, capsys):
     checkpoint, output = tmp_path / "best.pth", tmp_path / "new" / "features.onnx"
-    facts = dict(arch="test_vim2", num_classes=7, model_kwargs=SMALLER)
+    facts = dict(arch="test_vim2", num_classes=7, model_kwargs=SMALLER, class_names=list("abcdefg"))
+    facts["data_config"] = dict(input_size=(3, 48, 48), mean=(0.1, 0.2, 0.3))
     save_checkpoint({**facts, "state_dict": smaller.state_dict()}, checkpoint)
     command = [
         "--format",
@@ -272,6 +274,9 @@ def test_command(smaller, tmp_path, capsys):
     x = torch.randn(SIZES[0])
     assert_alike(run(x), smaller.forward_intermediates(x, intermediates_only=True))
     assert names == ["features_0", "features_1"]
+    told = {p.key: json.loads(p.value) for p in onnx.load(output).metadata_props}
+    assert told["input_size"] == [3, 48, 48] and told["mean"] == [0.1, 0.2, 0.3] and told["crop_mode"] == "center"
+    assert "labels" not in told  # of maps, which have no classes
 
 
 @pytest.mark.parametrize(

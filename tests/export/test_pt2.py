@@ -2,6 +2,7 @@
 
 Compiling a package takes the smallest model most of a minute: here the compiler is replaced."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -76,8 +77,11 @@ def test_tsm2():
 
 
 def test_the_compiled_package_is_written(monkeypatch, tmp_path, capsys):
-    def compile_and_package(program, package_path):
+    metadata = {}
+
+    def compile_and_package(program, package_path, inductor_configs):
         assert not [n for n in program.graph.nodes if "vim2" in str(n.target)]
+        metadata.update(inductor_configs["aot_inductor.metadata"])
         torch.export.save(program, package_path)
         return package_path
 
@@ -85,7 +89,8 @@ def test_the_compiled_package_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: torch.export.load(path).module())
     output = tmp_path / "new" / "model.pt2"
     model = timm.create_model("test_vim2", num_classes=3, **ONE_SCAN)
-    facts = dict(arch="test_vim2", num_classes=3, model_kwargs=ONE_SCAN)
+    facts = dict(arch="test_vim2", num_classes=3, model_kwargs=ONE_SCAN, class_names=["a", "b", "é"])
+    facts["data_config"] = dict(input_size=(3, 48, 48), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 2.0), crop_pct=0.5)
     save_checkpoint({**facts, "state_dict": model.state_dict()}, tmp_path / "best.pth")
     command = ["export", "--checkpoint", str(tmp_path / "best.pth"), "--format", "pt2", "--output", str(output)]
     assert main([*command, "--img-size", "32", "33", "--compare"]) == 0
@@ -93,6 +98,10 @@ def test_the_compiled_package_is_written(monkeypatch, tmp_path, capsys):
     assert printed[0].startswith(f"{output}: ") and printed[-1].startswith("| 32 x 33 | ")
     assert float(printed[-1].split("|")[3]) < 1e-5
     assert b"/vim2/" not in output.read_bytes()
+    told = {name: json.loads(text) for name, text in metadata.items()}  # to whoever serves it without this package
+    assert told["labels"] == ["a", "b", "é"] and told["input_size"] == [3, 32, 33]
+    assert told["mean"] == [0.1, 0.2, 0.3] and told["std"] == [1, 1, 2] and told["crop_pct"] == 0.5
+    assert {"interpolation", "crop_mode"} <= told.keys()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +169,7 @@ def test_the_program_in_cpp(tmp_path):
 
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    def link(program, package_path):
+    def link(program, package_path, **_):
         said = "/usr/bin/ld: warning: a stack\n/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld returned 1"
         error = CppCompileError(["g++"], said)
         raise InductorError(error, None)
@@ -176,7 +185,7 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     [(b"GCC: (Ubuntu) libc.so.6", True), (b"GCC: (Ubuntu) libc.so.6 libstdc++.so.6", False)],
 )
 def test_a_runtime_of_its_own(library, refused, monkeypatch, tmp_path):
-    def link(program, package_path):
+    def link(program, package_path, **_):
         with zipfile.ZipFile(package_path, "w") as package:
             package.writestr("model/data/aotinductor/model/a.wrapper.so", library)
         return package_path

@@ -31,6 +31,13 @@ def start(data, output, **options):
     return fit(data=str(data), output=str(output), **{**OPTIONS, **options})
 
 
+def test_nothing_is_scored_for_a_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("vim2.forecast.training.score_all", lambda *_: pytest.fail("it was scored"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Nothing can be written into .*: choose another --output"):
+        start(data, tmp_path / "file", epochs=1)
+
+
 def make_run(saved=None, **options):
     return Run(resolve(FitOptions, given=options)[0], saved)
 

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 import pandas as pd
 
 from vim2.command.errors import UserError
+from vim2.command.runs import make_folder
 
 
 def package_file(package: str, file: str) -> Path:
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="to write flights.csv, ... to")
     args = parser.parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(args.folder, "DIR")
     for make in MAKERS:
         frame = make()
         path = args.folder / f"{make.__name__}.csv"

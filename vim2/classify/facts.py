@@ -1,7 +1,9 @@
 """What a checkpoint tells about its model: read from a file, so believed only where it can be true."""
 
 import inspect
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ from torch import nn
 
 from ..command.errors import UserError
 from ..command.options import REQUIRED, Options, Positive, PositiveFloat, Share, length, option, resolve
+from ..command.runs import read_saved
 from .options import INTERPOLATIONS, PositiveShare
 
-__all__ = ["check_model_kwargs", "check_types", "read_facts"]
+__all__ = ["check_model_kwargs", "check_types", "read_described", "read_facts", "weights_file"]
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # in folders of timm's, as on the Hugging Face Hub
 
 # What timm takes beside the arguments of a model's constructor: where to find and keep weights, how to wrap the model.
 _TIMMS_OWN = {
@@ -90,6 +95,49 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path} is damaged, or no checkpoint of this program: {str(error).rstrip('.')}.") from None
     return facts
+
+
+def weights_file(path: str | os.PathLike) -> Path:
+    """The file of weights that a path stands for: itself, or of a folder as `vim2 export --format timm` writes it, and
+    as the Hugging Face Hub has it, the one in it."""
+    inside = Path(path, WEIGHTS)
+    return inside if inside.is_file() else Path(path)
+
+
+def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
+    """The content of a file of weights, and what it, or timm's config.json beside it, tells about its model.
+
+    Args:
+        path: As `weights_file` takes it.
+
+    Returns:
+        What the file holds, and `read_facts` of it. Of a config.json, the descriptions of its classes, by their names,
+        are `class_descriptions`.
+
+    Raises:
+        UserError: As `read_saved` and `read_facts`; a damaged config.json.
+    """
+    path = weights_file(path)
+    content, config = read_saved(path), path.with_name(CONFIG)
+    if path.name != WEIGHTS or not config.is_file():
+        return content, read_facts(content, path)
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read ({error}): copy or download it again.") from None
+    if not isinstance(told, dict) or "architecture" not in told:  # another library's
+        return content, read_facts(content, path)
+    args, cfg = (
+        told.get(name) if isinstance(told.get(name), dict) else {} for name in ("model_args", "pretrained_cfg")
+    )
+    names, descriptions = ({**cfg, **told}.get(name) for name in ("label_names", "label_descriptions"))
+    facts = dict(arch=told["architecture"], class_names=names if isinstance(names, list) else None, data_config=cfg)
+    facts |= dict(num_classes=told.get("num_classes"), in_chans=args.get("in_chans"))
+    facts["model_kwargs"] = {name: value for name, value in args.items() if name not in facts}
+    facts = read_facts(facts, config)
+    if isinstance(descriptions, dict) and all(isinstance(text, str) for text in descriptions.values()):
+        facts["class_descriptions"] = descriptions
+    return content, facts
 
 
 def _read(cls: type[Options], given: Mapping[Any, Any]) -> dict[str, Any]:

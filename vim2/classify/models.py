@@ -17,8 +17,7 @@ import vim2  # noqa: F401  registers the models
 from ..checkpoints import find_state_dict, load_weights, weights_of
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.own_models import import_models, place, place_in
-from ..command.runs import read_saved
-from .facts import check_model_kwargs, check_types, read_facts
+from .facts import check_model_kwargs, check_types, read_described, weights_file
 from .options import MIN_SIDE, InputOptions
 
 __all__ = [
@@ -111,7 +110,7 @@ def create_model(
 def load(model: nn.Module, path: str | os.PathLike, new_head: bool = False, use_ema: bool = True) -> None:
     """`vim2.checkpoints.load_weights`, with its errors as UserError."""
     try:
-        load_weights(model, path, use_ema=use_ema, new_head=new_head)
+        load_weights(model, weights_file(path), use_ema=use_ema, new_head=new_head)
     except (ValueError, OSError) as error:
         raise UserError(error) from None
 
@@ -128,7 +127,8 @@ def load_checkpoint_model(
     """A trained model, and what its checkpoint, or timm's pretrained_cfg, tells about it.
 
     Args:
-        checkpoint: File of weights. Those of `vim2.classify.train` name their model, classes and input.
+        checkpoint: File of weights, or a folder of timm's with one. Those of `vim2.classify.train`, and the config.json
+            of the latter, name their model, classes and input.
         model: timm's name; the checkpoint's if None.
         model_kwargs: Arguments of the model; the checkpoint's if None.
         pretrained: Take the weights that come with the model, of timm or of this package, and no checkpoint.
@@ -146,8 +146,7 @@ def load_checkpoint_model(
             )
         created = create_model(model, model_kwargs, imports=imports, pretrained=True)
         return created, pretrained_facts(created, model)
-    content = read_saved(checkpoint)
-    facts = read_facts(content, checkpoint)
+    content, facts = read_described(checkpoint)
     name = model or facts.get("arch")
     if name is None:
         raise UserError(f"{checkpoint} does not say which model it is of: add --model NAME.")

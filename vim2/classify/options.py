@@ -270,7 +270,9 @@ class TrainOptions(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(ImportOptions, group="model"):
-    checkpoint: str | None = option(None, "best.pth or last.pth of a run, or another file of weights", metavar="FILE")
+    checkpoint: str | None = option(
+        None, "best.pth or last.pth of a run, another file of weights, or timm's folder of them", metavar="FILE"
+    )
     model: str | None = option(None, "name of a timm model; default: the checkpoint's")
     model_kwargs: dict[str, Any] | None = option(None, "arguments of it; default: the checkpoint's", metavar="K=V")
     pretrained: bool = option(False, "the model's pretrained weights instead of a checkpoint")

@@ -38,6 +38,7 @@ from ..command.runs import (
     explain_disk_errors,
     find_last,
     identity,
+    make_folder,
     own_folder,
     read_last,
     restore_optimizer,
@@ -255,6 +256,8 @@ class Run:
         self.batch_size = batch_size
         config = self.data_config
         source = memory if o.in_memory or self.train_images.is_packed else data
+        if source is memory and self.processes.is_first:
+            make_folder(self.folder)  # all images are decoded now, which may take minutes
         self.loader = source.train_loader(
             self.train_images,
             config,

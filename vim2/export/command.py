@@ -1,6 +1,7 @@
 """The command `vim2 export`."""
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import nn
 
 from ..checkpoints import NotWritten, save_checkpoint, save_half_precision
 from ..classify import validate
-from ..classify.models import check_reads, create_model, load_checkpoint_model
+from ..classify.models import check_reads, create_model, input_config, load_checkpoint_model
+from ..classify.options import InputOptions
+from ..classify.validation import label_names
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.progress import say
@@ -112,7 +115,7 @@ def export(argv: Sequence[str]) -> None:
     _prepare_output(args.output, is_folder=args.format == "timm")
     try:
         if args.format in programs:
-            _export_program(model, args)
+            _export_program(model, facts, args)
         elif args.format == "timm":
             _export_timm(model, facts, args)
         else:
@@ -142,7 +145,23 @@ def _forecaster(folder: str) -> "Forecaster":
     return Forecaster.from_pretrained(folder)
 
 
-def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
+def _metadata(model: nn.Module, facts: dict[str, Any], size: tuple[int, int] | None) -> dict[str, str]:
+    """What a program of images cannot tell by itself to those who run it without this package, in JSON: what images it
+    was trained on, in timm's words, and the names of its classes."""
+    if isinstance(model, ForecasterModule):
+        return {}
+    try:
+        config = input_config(model, InputOptions(), None, facts.get("data_config"))
+    except UserError:  # images of other channels than grey and colour, whose mean is not known
+        config = {}
+    if config and size:
+        config["input_size"] = (config["input_size"][0], *size)
+    if facts.get("class_names"):
+        config["labels"] = label_names(facts, None, model.num_classes)
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in config.items()}
+
+
+def _export_program(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
     size, device = None, args.device or "cpu"
     if args.img_size is not None:
         if len(args.img_size) > 2:
@@ -155,14 +174,16 @@ def _export_program(model: nn.Module, args: argparse.Namespace) -> None:
         if size is None:
             raise UserError(f"Only ViM2 models are exported for any size, {name} for one: give --img-size PIXELS.")
         check_reads(model, (first_convolution(model).shape[1], *size), called=name)
+    metadata = _metadata(model, facts, size)
     if args.features_only:
+        metadata.pop("labels", None)
         model = FeatureGetterNet(model, out_indices=tuple(range(len(model.stages))))
     if args.format == "onnx":
         opset = DEFAULT_OPSET if args.opset is None else args.opset
-        export_onnx(model, args.output, img_size=size, opset=opset, scan=args.scan or SCANS[0])
+        export_onnx(model, args.output, size, opset, args.scan or SCANS[0], metadata)
         kind, run = f"ONNX, opset {opset}", ONNX_RUNTIMES.get(args.compare, run_onnxruntime)
     else:
-        export_pt2(model, args.output, img_size=size, device=device)
+        export_pt2(model, args.output, size, device, metadata)
         kind, run = f"AOTInductor's package for {device}", run_pt2
     say(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
     if args.compare:

@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -59,6 +59,7 @@ def export_onnx(
     img_size: tuple[int, int] | None = None,
     opset: int = DEFAULT_OPSET,
     scan: str = "steps",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model as an ONNX file of standard operators alone, in the dtype of its parameters.
 
@@ -75,6 +76,8 @@ def export_onnx(
         img_size: Height and width for a runtime that takes no dynamic ones; batches stay dynamic.
         opset: Version of ONNX's operators, 18 or later.
         scan: The form of its scans: "steps", one after the other, for CPUs, or "chunks", side by side, for GPUs.
+        metadata: Text by name to keep in the file, which onnxruntime tells as
+            `session.get_modelmeta().custom_metadata_map`.
 
     Raises:
         UserError: onnx or onnxscript are not installed; an opset that is too old, or too new for PyTorch; an img_size
@@ -109,6 +112,7 @@ def export_onnx(
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
         node.doc_string = None
+    program.model.metadata_props.update(metadata or {})
     write_atomically(path, program.model_proto.SerializeToString())
 
 

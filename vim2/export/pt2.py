@@ -5,7 +5,7 @@ import copy
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -80,6 +80,7 @@ def export_pt2(
     path: str | os.PathLike,
     img_size: tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Compile a model to a package for AOTInductor, which `torch._inductor.aoti_load_package(path)` loads, and in C++
     `torch::inductor::AOTIModelPackageLoader`. Inputs and outputs are those of the model's `forward`.
@@ -90,6 +91,7 @@ def export_pt2(
     Args:
         model: As of `export_program`, as img_size and device are.
         path: Of the file, NAME.pt2, which is replaced in one step.
+        metadata: Text by name to keep in the package, which its `get_metadata()` tells.
 
     Raises:
         UserError: As of `export_program`; a path of another name; no C++ compiler, or one that fails, as where a GPU's
@@ -106,9 +108,11 @@ def export_pt2(
     except InvalidCxxCompiler:
         raise UserError("A .pt2 package is compiled by a C++ compiler, and none is here: install g++.") from None
     program = _program(model, img_size, device, _compiled_scan(device))
+    configs = {"aot_inductor.metadata": dict(metadata or {})}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        package = os.path.join(folder, path.name)
         try:
-            made = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, path.name))
+            made = torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=configs)
         except (CppCompileError, InductorError) as error:
             failed = getattr(error, "inner_exception", error)
             if not isinstance(failed, CppCompileError):

@@ -36,6 +36,7 @@ from ..command.runs import (
     explain_disk_errors,
     find_last,
     identity,
+    make_folder,
     own_folder,
     read_last,
     seed_everything,
@@ -285,6 +286,7 @@ class Run:
             f"{o.members} TSM2: {parameters:,} parameters, {len(self.table.columns)} variates, {o.lookback} steps -> "
             f"{o.horizon}; {split.train} / {split.val} / {split.test} rows; windows: {counts}; {self.folder}"
         )
+        make_folder(self.folder)
         horizon, season = o.horizon, self.forecaster.season
         baselines = partial(baseline_forecasts, self.ridge, horizon=horizon, season=season)
         self.baselines = score_all([(baselines, self.windows["val"])])
