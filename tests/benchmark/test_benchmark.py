@@ -5,8 +5,10 @@ from common.command import run_tool
 import contextlib
 import functools
 import json
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import timm
@@ -76,6 +78,15 @@ def test_one_mode_only(capsys):
 def test_counts_only(capsys):
     assert main(["benchmark", "--device", "cpu", "--model", "vim2_tiny", "--count"]) == 0
     assert capsys.readouterr().out.endswith("\n| vim2_tiny | 224 | 1 | 24.02 | 6.15 |\n")
+
+
+def test_the_readmes_table_is_the_output():
+    """With the classes that each model has by default, which are fewer where weights come with it."""
+    row = re.compile(r"^\| `?(vim2_\w+)`? \| ([\d.]+) \| ([\d.]+) \|", re.M)
+    told = {name: counts for name, *counts in row.findall((Path(__file__).parents[2] / "README.md").read_text())}
+    assert sorted(told) == timm.list_models("vim2_*", module="vim2")
+    counted = {name: models.model_size(name, 224, "cpu") for name in told}
+    assert told == {name: [f"{params / 1e6:.2f}", f"{flops / 1e9:.2f}"] for name, (params, flops) in counted.items()}
 
 
 def test_models_with_arguments(capsys):

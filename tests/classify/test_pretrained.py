@@ -77,7 +77,7 @@ def test_fine_tuning_starts_from_them(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("test_vim2", "no pretrained weights of test_vim2: take vim2_nano"),
+        ("test_vim2", "no pretrained weights of test_vim2: take a model that has some (vim2_nano, vim2_nano_token_d1)"),
         ("vim2_nano.x", "take vim2_nano.tiny_in200."),
     ],
 )

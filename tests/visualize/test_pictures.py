@@ -54,7 +54,7 @@ def test_a_checkpoint_tells_model_and_classes(images, tmp_path, monkeypatch, cap
         "receptive_field.png",
         "photo0_token_attention.png",
     ]
-    assert "has no S6 channel mixer" in capsys.readouterr().out
+    assert "No *_channel_mixing.png: the model has no S6 channel mixers." in capsys.readouterr().out
 
 
 def test_grad_cam(images, tmp_path, capsys):

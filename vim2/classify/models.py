@@ -71,8 +71,9 @@ def create_model(
     except RuntimeError as error:
         if "pretrained weights" in str(error):
             raise UserError(
-                f"There are no pretrained weights of {name}: take vim2_nano, which has some, leave --pretrained out, "
-                "or convert VMamba's with `vim2 convert IN OUT` and start from them with --initial-checkpoint."
+                f"There are no pretrained weights of {name}: take a model that has some ({_own_weights()}), leave "
+                "--pretrained out, or convert VMamba's with `vim2 convert IN OUT` and start from them with "
+                "--initial-checkpoint."
             ) from None
         if "pretrained tag" in str(error):
             arch = name.partition(".")[0]
@@ -105,6 +106,11 @@ def create_model(
         )
     check_types(model, model_kwargs, called)
     return model
+
+
+def _own_weights() -> str:
+    """The models whose weights come with the package."""
+    return ", ".join(name.partition(".")[0] for name in timm.list_models("vim2_*", pretrained=True, module="vim2"))
 
 
 def load(model: nn.Module, path: str | os.PathLike, new_head: bool = False, use_ema: bool = True) -> None:
@@ -142,7 +148,8 @@ def load_checkpoint_model(
     if not checkpoint:
         if not (pretrained and model):
             raise UserError(
-                "Say what to use: --checkpoint FILE, or --model NAME --pretrained for weights of timm or of vim2_nano."
+                "Say what to use: --checkpoint FILE, or --model NAME --pretrained for weights of timm or of this "
+                f"package ({_own_weights()})."
             )
         created = create_model(model, model_kwargs, imports=imports, pretrained=True)
         return created, pretrained_facts(created, model)

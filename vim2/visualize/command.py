@@ -106,7 +106,7 @@ def visualize(argv: Sequence[str] | None = None, /, **options) -> list[Path]:
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     images = [transform(read_pixels(file, mode)) for file in files]
     if view.channels is None:
-        say("No *_channel_mixing.png: that stage has no S6 channel mixer.")
+        say("No *_channel_mixing.png: the model has no S6 channel mixers.")
     if (reason := why_no_grad_cam(model, view)) is not None:
         say(f"No *_grad_cam.png: {reason}.")
     folder = Path(o.output)
