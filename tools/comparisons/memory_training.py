@@ -11,6 +11,7 @@ count.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -57,7 +58,9 @@ class Noise:
 
 def main(argv: list[str] | None = None) -> int:
     options, _ = resolve(TrainOptions, sys.argv[1:] if argv is None else argv)
-    run = Run(replace(options, in_memory=True), start_processes(options.device, "memory_training.py"))
+    with tempfile.TemporaryDirectory() as folder:  # nothing is written
+        options = replace(options, in_memory=True, output=folder)
+        run = Run(options, start_processes(options.device, "memory_training.py"))
     if options.cuda_graph and run.processes.device.type == "cuda":
         run.record()
     shape = (run.batch_size, *run.data_config["input_size"])
