@@ -295,6 +295,10 @@ class TestFolders:
         first, second = (validate(data_dir=data, checkpoint=c, workers=0, output=tmp_path)[0] for c in checkpoints)
         assert [first[k] for k in ("loss", "top1", "img_size")] == [second[k] for k in ("loss", "top1", "img_size")]
 
+    def test_what_is_written_without_an_output_lies_in_it(self, folder, data):
+        validate(data_dir=data, checkpoint=folder, workers=0)
+        assert (folder / "validation.json").is_file() and not (folder.parent / "validation.json").exists()
+
     def test_training_starts_from_one(self, folder, data, tmp_path):
         options = dict(data_dir=data, epochs=1, batch_size=8, workers=0, device="cpu", img_size=32, output=tmp_path)
         train(model="test_vim2", initial_checkpoint=folder, experiment="run", **options)
@@ -312,11 +316,12 @@ class TestFolders:
             ({"model_args": {"checkpoint_path": "x.pth"}}, "checkpoint_path is none"),
             ({"num_classes": -1}, "num_classes must be 1 or more"),
             ({"pretrained_cfg": {"std": [0, 0, 0]}}, "std"),
-            (None, "cannot be read"),
+            ("{", "cannot be read"),
+            ("[" * 100_000, "cannot be read"),
         ],
     )
     def test_a_damaged_config(self, change, says, folder, tmp_path, data):
         path = folder / "config.json"
-        path.write_text("{" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+        path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
         with pytest.raises(UserError, match=rf"config\.json .*{says}"):
             predict(images=[data / "val" / "red"], checkpoint=folder, output=tmp_path)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from vim2.classify import predict, validate
 from vim2.classify.cli import main
+from vim2.classify.models import load_checkpoint_model
 from vim2.command.errors import UserError
 
 
@@ -60,6 +61,19 @@ def test_bare_weights_tell_their_classes_and_channels(data, tmp_path, name):
     assert all(len(p["top"]) == 3 for p in found)
     right = sum(p["top"][0]["label"] == str(sorted(COLOURS).index(p["file"].split("/")[-2])) for p in found)
     assert row["images"] == len(found) == 15 and row["top1"] == pytest.approx(100 * right / 15)
+
+
+def test_bare_weights_whose_first_convolution_sees_several_pixels_at_once(tmp_path):
+    small = dict(layers=[1, 1, 1, 1], width_factor=0.1)
+    torch.save(timm.create_model("tresnet_m", num_classes=3, **small).state_dict(), tmp_path / "bare.pth")
+    model, _ = load_checkpoint_model(tmp_path / "bare.pth", "tresnet_m", small)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_bare_weights_of_a_name_with_a_tag_that_there_is_not(data, tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"There are no weights test_vit\.none: take test_vit\.r160_in1k"):
+        predict(images=[data / "val"], checkpoint=tmp_path / "bare.pth", model="test_vit.none", output=tmp_path)
 
 
 @pytest.mark.parametrize(

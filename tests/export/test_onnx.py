@@ -279,6 +279,24 @@ def test_command(smaller, tmp_path, capsys):
     assert "labels" not in told  # of maps, which have no classes
 
 
+def test_classes_of_any_name_are_told(smaller, tmp_path, monkeypatch):
+    """Such as folders have whose names are not UTF-8: lone surrogates to Python, which a file of ONNX cannot hold."""
+    file = onnx.ModelProto()
+
+    def write(model, path, size, opset, scan, metadata):
+        onnx.helper.set_model_props(file, metadata)
+        path.write_bytes(file.SerializeToString())
+
+    monkeypatch.setattr("vim2.export.command.export_onnx", write)
+    names = ["k\udce4se", "日本", 'a "quoted" name', *"defg"]
+    facts = dict(arch="test_vim2", num_classes=7, model_kwargs=SMALLER, class_names=names)
+    save_checkpoint({**facts, "state_dict": smaller.state_dict()}, tmp_path / "best.pth")
+    options = ["--checkpoint", tmp_path / "best.pth", "--output", tmp_path / "x.onnx", "--img-size", 32]
+    assert main(["export", "--format", "onnx", *map(str, options)]) == 0
+    told = {p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}
+    assert json.loads(told["labels"]) == names
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -64,6 +64,12 @@ def test_mistakes(checkpoint, capsys):
         assert main([*map(str, argv)]) == 2 and "is what is read, and would be" in capsys.readouterr().err
     assert classify(["convert", str(checkpoint), f"{checkpoint.parent}/./{checkpoint.name}"]) == 2
     assert "is what is read, and would be" in capsys.readouterr().err and checkpoint.read_bytes() == before
+    folder = checkpoint.parent / "folder"
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "timm", "--output", str(folder)]) == 0
+    inside = folder / "model.safetensors"
+    for form, read, output in (("safetensors", folder, inside), ("timm", inside, folder), ("timm", folder, folder)):
+        argv = ["export", "--checkpoint", read, "--format", form, "--output", output]
+        assert main([*map(str, argv)]) == 2 and "is what is read, and would be" in capsys.readouterr().err
     weights = torch.load(checkpoint, weights_only=True)
     weights["state_dict_ema"]["norm.weight"][0] = 1e6
     save_checkpoint(weights, checkpoint)

@@ -248,8 +248,14 @@ def test_seasons_of_uncommon_steps(step, season):
     table = read_table(frame, times="keep")
     assert table.season == season
     if table.step:
-        again = pd.date_range(table.times[0], periods=len(table), freq=table.step)
+        again = pd.date_range(table.times[0], periods=len(table), freq=table.step.freqstr)
         assert (again == table.times).all()
+
+
+def test_last_fridays_are_a_step_that_forecasts_go_on_by():
+    table = read_table(make_frame(60, step=LAST_FRIDAY))
+    ahead = pd.date_range(table.times[-1], periods=25, freq=table.step)
+    assert ((ahead + pd.Timedelta(days=7)).month != ahead.month).all() and (ahead.day_of_week == 4).all()
 
 
 def test_seasons_of_rows_that_are_taken_as_they_are(tmp_path):

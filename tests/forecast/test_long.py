@@ -106,6 +106,19 @@ def test_rows_of_a_series_that_are_there_twice_are_left_out_where_that_is_asked_
         read_table(pd.concat([long, long.assign(y=0), long.assign(y=1)], ignore_index=True), times="regular")
 
 
+def test_a_cell_of_a_table_without_time_stamps_is_told_by_the_number_of_its_step():
+    long = melt(make_frame(60)).assign(ds=np.tile(np.arange(60), 3))
+    for start, at in ((None, "at 13"), ("2024-01-01", "at 2024-01-01 13:00:00")):
+        with pytest.raises(UserError, match=f"Column south of DataFrame, {at}: inf is no finite number"):
+            read_table(long.assign(y=long["y"].where(long.index != 73, np.inf)), freq="h", start=start)
+
+
+def test_series_may_be_called_as_columns_of_dates_and_times_are():
+    long = melt(make_frame(60, step="D")).replace({"unique_id": {"south": "time", "north": "date"}})
+    table = read_table(long.assign(y="18.25"))
+    assert table.columns == ["date", "time", "level"] and (table.values == 18.25).all()
+
+
 def test_static_columns_named_twice_are_refused():
     with pytest.raises(UserError, match="Static columns are named twice: size"):
         fit(data=with_static(melt(make_frame())), static_columns=["size", "size"], **FAST)

@@ -388,6 +388,22 @@ def test_a_column_of_dates_that_is_not_the_first_is_named_where_that_is_wanted(t
     assert read(tmp_path, text(given), time_column="read_at", targets=["b"]).columns == ["b"]
 
 
+def test_where_a_date_is_mistyped_no_other_column_is_named(tmp_path, frame):
+    other = frame.assign(changed=frame["date"], date=frame["date"].astype(str).where(frame.index != 7, "2024-13-01"))
+    assert refusal(tmp_path, text(other)).endswith("or name the time column with --time-column.")
+
+
+@pytest.mark.parametrize("write", ["%H:%M %b %d, %Y", "%H:%M %a %Y-%m-%d", "%I:%M %p %d %B %Y"])
+def test_dates_may_come_after_the_time_of_day(tmp_path, frame, write):
+    table = read(tmp_path, text(frame.assign(date=frame["date"].dt.strftime(write))))
+    assert (table.times == frame["date"]).all()
+
+
+def test_a_date_that_two_orders_read_differently_is_the_one_shown(tmp_path, frame):
+    same = frame.iloc[:4].assign(date=["01/01/2024", "02/02/2024", "05/03/2024", "03/05/2024"])
+    assert "'05/03/2024' may be 2024-03-05 or 2024-05-03" in refusal(tmp_path, text(same))
+
+
 def test_spaces_around_names_are_no_part_of_them(tmp_path, frame):
     table = read(tmp_path, text(frame).replace("date,a,b", " date , a ,b ", 1), targets=["b", "a"])
     assert table.columns == ["b", "a"]

@@ -3,6 +3,7 @@
 from common.command import run_tool
 
 import json
+import shlex
 
 import pytest
 
@@ -11,7 +12,7 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 import numpy as np
 import pandas as pd
 
-from benchmarks.forecast_results import main
+from benchmarks.forecast_results import main, read_option
 
 SMALL = ["--set", "epochs=1", "epoch_steps=2", "patch=64", "stride=64", "d_state=2", "d_model=4", "members=2"]
 
@@ -74,6 +75,8 @@ def test_a_run_cell_by_cell_and_its_table(results_tool, tmp_path):
 def test_an_option_that_is_none_is_refused_before_anything_runs(given, results_tool):
     code, out, error = results_tool("run", "--set", given)
     assert code == 2 and f"--set {given} is not OPTION=JSON" in error and not out
+    for advised in shlex.split(error.partition("such as ")[2].strip().rstrip(".")):
+        assert advised == "or" or read_option(advised.rstrip(","))
 
 
 def test_a_table_of_nothing(results_tool):

@@ -342,7 +342,7 @@ def read_option(text: str) -> tuple[str, object]:
             return name, json.loads(value)
     except ValueError:
         pass
-    raise UserError(f"--set {text} is not OPTION=JSON, such as epochs=4, 'split=[.6,.2,.2]' or 'norm=\"2d\"'.")
+    raise UserError(f"--set {text} is not OPTION=JSON, such as epochs=4, 'split=[0.6,0.2,0.2]' or 'norm=\"2d\"'.")
 
 
 def plan(name: str, args: argparse.Namespace) -> list[dict]:

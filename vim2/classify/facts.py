@@ -123,7 +123,7 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
         return content, read_facts(content, path)
     try:
         told = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{config} cannot be read ({error}): copy or download it again.") from None
     if not isinstance(told, dict) or "architecture" not in told:  # another library's
         return content, read_facts(content, path)

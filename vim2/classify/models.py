@@ -196,18 +196,19 @@ def told_by_weights(content: Any, path: str | os.PathLike, name: str) -> dict[st
         name: The model's. Where timm has no pretrained_cfg of it, its head is looked for by usual names.
 
     Returns:
-        `num_classes` and, where they are not the usual 3, `in_chans`, as far as they are to be seen.
+        `num_classes` and, where they are not the usual 3 or a multiple, `in_chans`, as far as they are to be seen.
     """
     try:
         weights = find_state_dict(content, path)
     except ValueError:  # which loading them will explain
         return {}
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = timm.get_pretrained_cfg(name.partition(".")[0])  # whether there is such a tag is seen when it is made
     heads = [*weights_of(cfg and cfg.classifier), *(f"{head}.weight" for head in USUAL_HEADS)]
     classes = (weights[head].shape[0] for head in heads if head in weights and weights[head].dim() > 0)
     stems = weights_of(cfg and cfg.first_conv)
     channels = (weights[stem].shape[1] for stem in stems if stem in weights and weights[stem].dim() == 4)
-    told = {"num_classes": next(classes, None), "in_chans": next((n for n in channels if n != 3), None)}
+    # a stem may see several pixels of 3 channels at once, as TResNet's
+    told = {"num_classes": next(classes, None), "in_chans": next((n for n in channels if n % 3), None)}
     return {key: value for key, value in told.items() if value is not None}
 
 

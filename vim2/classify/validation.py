@@ -18,6 +18,7 @@ from ..command.runs import explain_disk_errors, make_folder
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate
+from .facts import weights_file
 from .folders import SPLITS, find_split, read_class_map
 from .models import autocast, check_reads, compile_model, input_config, load_checkpoint_model
 from .options import ValidateOptions
@@ -53,7 +54,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     context = autocast(processes.device, o.amp, o.amp_dtype)
     for config in configs:
         check_reads(model, config["input_size"], context, classes=model.num_classes)
-    folder = Path(o.output or (Path(o.checkpoint).parent if o.checkpoint else "."))
+    folder = Path(o.output or (weights_file(o.checkpoint).parent if o.checkpoint else "."))
     if processes.is_first:
         make_folder(folder)
     rows = []

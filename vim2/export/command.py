@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoints import NotWritten, save_checkpoint, save_half_precision
 from ..classify import validate
+from ..classify.facts import weights_file
 from ..classify.models import check_reads, create_model, input_config, load_checkpoint_model
 from ..classify.options import InputOptions
 from ..classify.validation import label_names
@@ -100,7 +101,8 @@ def export(argv: Sequence[str]) -> None:
         raise UserError("--batch-size is for a comparison, and an exported file takes any: add --compare.")
     if min(args.batch_size or [1]) < 1:
         raise UserError(f"--batch-size takes whole numbers from 1 on, got {min(args.batch_size)}.")
-    keep_source(args.checkpoint, args.output)
+    if args.checkpoint is not None:
+        keep_source(weights_file(args.checkpoint), weights_file(args.output))
     torch.manual_seed(0)
     if args.forecaster is not None:
         if args.format not in programs:
@@ -158,7 +160,7 @@ def _metadata(model: nn.Module, facts: dict[str, Any], size: tuple[int, int] | N
         config["input_size"] = (config["input_size"][0], *size)
     if facts.get("class_names"):
         config["labels"] = label_names(facts, None, model.num_classes)
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in config.items()}
+    return {name: json.dumps(value) for name, value in config.items()}
 
 
 def _export_program(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

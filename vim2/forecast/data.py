@@ -194,8 +194,9 @@ def read_table(
         time_column = "date"
     index = time_column or index
     time_column = choose_time_column(frame, index, source)
-    frame, time_column, more = join_time_of_day(frame, time_column, asked)
-    repairs += more
+    if ids is None:  # series of a long table may be called so
+        frame, time_column, more = join_time_of_day(frame, time_column, asked)
+        repairs += more
     if ids is None and not freq and times == "error":
         is_known = index is not None or time_column.lower() in TIME_NAMES
         refuse_renamed_long(frame, time_column if is_known else None, source)
@@ -215,7 +216,8 @@ def read_table(
         try:
             parsed = parse_times(frame[time_column], source, dates, named)
         except UserError as error:
-            dated = [] if index else [c for c in names if is_of_dates(frame[c])]
+            begins = is_of_dates(frame[time_column].iloc[:1])  # a column of dates, but for what is told
+            dated = [] if index or begins else [c for c in names if is_of_dates(frame[c])]
             raise UserError(f"{error} {dated[0]} holds dates: --time-column {dated[0]}." if dated else error) from None
         stamps = parsed.times
     else:
@@ -223,7 +225,9 @@ def read_table(
     repairs += parsed.notes
     cells, more = rewrite(frame[[*targets, *future_columns]], source)
     repairs += more
-    rows = None if ids is None else stamps  # of a long table, a row here is none of its own
+    rows = None
+    if ids is not None:  # of a long table, a row here is none of its own
+        rows = stamps if first_row is None else pd.RangeIndex(first_row, first_row + len(stamps))
     numbers = {c: parse_numbers(cells[c], source, c in future_columns, rows) for c in cells}
     numbers = pd.DataFrame(numbers, index=stamps)
     for value in na_values:

@@ -52,7 +52,7 @@ OFFSET = re.compile(
     r"((?::\d{2}|T\d{2,6})(?:[.,]\d+)?(?:\s*[AaPp][Mm])?)"
     r"\s*(Z|UTC|GMT|(?:UTC|GMT)?\s*([+-])(\d{1,2}):?(\d{2})?)\s*(?:\(.*\)\s*)?$"
 )
-ZONE_NAME = re.compile(r":\d{2}(?:[.,]\d+)?\s*(?![AaPp]\.?[Mm])[A-Za-z]{2,}")  # 13:00 CET
+ZONE_NAME = re.compile(r":\d{2}(?:[.,]\d+)?\s*(?![AP]M)[A-Z]{2,}")  # 13:00 CET, but not 13:00 Jan 5
 TIME_OF_DAY = re.compile(r"\s*\d{1,2}([:.])\d{2}(\1\d{2})?\s*")  # 18:00 or 18.00.00
 COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240131
 # Spans that stand for their first day: 2024-W05 and 2024-W05-3 (of ISO 8601), 2024M01 or 2024M1 of statistics offices,
@@ -355,9 +355,10 @@ def choose_order(readings: dict, called: str, column: pd.Series) -> ParsedTimes:
             words = ", ".join(WORDS[letter] for letter in first)
             apart = "a constant step apart" if not best else f"a constant step apart but for {best} rows"
             return ParsedTimes(stamps, names[first], [f"Dates were read as {words}: so they are {apart}.", *notes])
-    days = " or ".join(str(times[0].date()) for times, _ in readings.values())
+    row = int(np.flatnonzero(np.any([stamps != readings[order][0] for order in others], axis=0))[0])
+    days = " or ".join(str(times[row].date()) for times, _ in readings.values())
     raise UserError(
-        f"{called}: {column.iloc[0]!r} may be {days}, and the steps do not tell. Add "
+        f"{called}: {column.iloc[row]!r} may be {days}, and the steps do not tell. Add "
         f"{' or '.join(f'--dates {names[o]}' for o in readings)}, or write dates as 2024-01-31."
     )
 
@@ -413,8 +414,11 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
     step = pd.tseries.frequencies.to_offset(frequency)
-    # pandas takes the last Friday of each month, which may be the fifth, for the fourth
-    return None if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step) else step
+    if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step):
+        # pandas takes the last Friday of each month, which may be the fifth, for the fourth
+        step = pd.offsets.LastWeekOfMonth(weekday=step.weekday)
+        return step if follow(times, step) else None
+    return step
 
 
 def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
