@@ -252,12 +252,6 @@ def test_seasons_of_uncommon_steps(step, season):
         assert (again == table.times).all()
 
 
-def test_last_fridays_are_a_step_that_forecasts_go_on_by():
-    table = read_table(make_frame(60, step=LAST_FRIDAY))
-    ahead = pd.date_range(table.times[-1], periods=25, freq=table.step)
-    assert ((ahead + pd.Timedelta(days=7)).month != ahead.month).all() and (ahead.day_of_week == 4).all()
-
-
 def test_seasons_of_rows_that_are_taken_as_they_are(tmp_path):
     frame = make_frame(400, step="10min").drop(index=[7, 8])
     assert read_table(write_csv(tmp_path / "a.csv", frame), times="keep").season == 144

@@ -16,7 +16,7 @@ from forecast_helpers import TINY, TOOLS, environment, make_frame, write_csv
 from safetensors.torch import load_file
 
 import vim2.forecast.training
-from vim2.checkpoints import read_checkpoint
+from vim2.checkpoints import read_checkpoint, save_checkpoint
 from vim2.command.options import resolve
 from vim2.forecast import Forecaster, UserError, fit
 from vim2.forecast.committee import Networks
@@ -139,6 +139,20 @@ def test_resuming_needs_the_same_data(tmp_path, data):
     (tmp_path / "r" / "last.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="truncated"):
         start(data, tmp_path, experiment="r", resume=True)
+
+
+def test_a_run_goes_on_with_the_season_that_its_best_epoch_was_saved_with(tmp_path):
+    """Earlier versions told no season of ten-day steps, 1."""
+    data = write_csv(tmp_path / "a.csv", make_frame(step="10D"))
+    run = tmp_path / "r"
+    start(data, tmp_path, epochs=1, epoch_steps=1, experiment="r")
+    last, config = read_checkpoint(run / "last.pth"), json.loads((run / "best" / "config.json").read_text())
+    assert last["forecaster"]["season"] == config["season"] == 36
+    last["forecaster"]["season"] = config["season"] = 1
+    save_checkpoint(last, run / "last.pth")
+    (run / "best" / "config.json").write_text(json.dumps(config))
+    start(data, tmp_path, epochs=1, epoch_steps=1, experiment="r", resume=True)
+    assert Forecaster.from_pretrained(run, refitted=False).season == 1
 
 
 def test_values_of_the_same_scale_are_other_data(tmp_path, data):

@@ -414,11 +414,9 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
     step = pd.tseries.frequencies.to_offset(frequency)
-    if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step):
-        # pandas takes the last Friday of each month, which may be the fifth, for the fourth
-        step = pd.offsets.LastWeekOfMonth(weekday=step.weekday)
-        return step if follow(times, step) else None
-    return step
+    # pandas takes the last Friday of each month, which may be the fifth, for the fourth; the name that it has for last
+    # ones, pandas 2 does not read
+    return None if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step) else step
 
 
 def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:

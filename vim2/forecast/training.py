@@ -249,7 +249,8 @@ class Run:
 
     def restore(self, saved: dict[str, Any]) -> None:
         same = saved.get("table", self.fingerprint) == self.fingerprint
-        before = {"static_columns": [], **plain(saved["forecaster"])}  # which runs of before had not
+        # earlier versions had no static columns, and told other seasons of some steps
+        before = {"static_columns": [], **plain(saved["forecaster"]), "season": self.forecaster.season}
         if not same or before != plain(described(self.forecaster)):
             raise UserError(
                 f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
@@ -335,7 +336,8 @@ class Run:
         windows, config = self.windows["val"], self.model.config
         best = Forecaster.from_pretrained(self.folder / BEST, self.device)
         self.model = self.forecaster.model = model = best.model
-        self.forecaster.penalties = best.penalties  # of the ridges in it, which an earlier version may have made
+        # of its linear members, which an earlier version may have made
+        self.forecaster.penalties, self.forecaster.season = best.penalties, best.season
         split = self.forecaster.split
         products, of_networks = Products(self.tensors[0][: split.train + split.val]), []
         for x, y, future in windows.batches(VALIDATION_BATCH):
