@@ -11,7 +11,6 @@ count.
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.command import run_tool
 
 import statistics
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 
