@@ -422,7 +422,8 @@ def test_error_is_one_line_and_exit_code_2(configs, tmp_path, capfd):
     done = run(TOOLS / "train.py", "none.py", cwd=tmp_path)
     check(done.returncode, done.stderr, "none.py")
     weights = ["model.backbone.init_cfg.type=Pretrained", "model.backbone.init_cfg.checkpoint=none.pth"]
-    code = run_tool(train, [str(configs["mmseg"]), "--work-dir", str(tmp_path), "--cfg-options", *weights])
+    argv = [configs["mmseg"], "--work-dir", tmp_path, "--cfg-options", *weights]
+    code = run_tool(lambda _: call(train, *argv))
     check(code, capfd.readouterr().err, "none.pth")
 
 
