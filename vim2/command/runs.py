@@ -24,6 +24,7 @@ __all__ = [
     "identity",
     "keep_source",
     "make_folder",
+    "make_folder_of",
     "own_folder",
     "read_last",
     "read_saved",
@@ -168,6 +169,21 @@ def make_folder(folder: Path, output: str = "--output") -> None:
     with _explain_folder(folder, output):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def make_folder_of(file: Path, output: str = "--output") -> None:
+    """As `make_folder`, the folder of a file that a command will write.
+
+    Args:
+        file: The command's.
+        output: What messages call it.
+
+    Raises:
+        UserError: As `make_folder`; there is a folder of the file's name.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: choose another {output}, a file in it.")
+    make_folder(file.parent, output)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..classify.validation import label_names
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.progress import say
-from ..command.runs import keep_source, make_folder
+from ..command.runs import keep_source, make_folder, make_folder_of
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution
@@ -133,9 +133,8 @@ def _prepare_output(output: Path, is_folder: bool) -> None:
     """Raises UserError where nothing can be written to `output`, a file or a folder, before there is anything to."""
     if is_folder and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose another --output, for a folder.")
-    if not is_folder and output.is_dir():
-        raise UserError(f"{output} is a folder: choose another --output, a file in it.")
-    make_folder(output if is_folder else output.parent)
+    make = make_folder if is_folder else make_folder_of
+    make(output)
 
 
 def _forecaster(folder: str) -> "Forecaster":

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from ...command.errors import UserError
 from ...command.options import Parser
-from ...command.runs import make_folder
+from ...command.runs import make_folder, make_folder_of
 from ..runner import (
     add_config_arguments,
     add_launcher_arguments,
@@ -68,12 +68,9 @@ def prepare_outputs(config: Config, args: argparse.Namespace) -> None:
     """Raises UserError where predictions or pictures could not be written, before there are any."""
     if args.show_dir:
         make_folder(Path(args.show_dir), "--show-dir")
-    if args.out and config.get("default_scope") == "mmdet":
-        if os.path.isdir(args.out):
-            raise UserError(f"{args.out} is a folder: choose another --out, a file in it.")
-        make_folder(Path(args.out).parent, "--out")
-    elif args.out:
-        make_folder(Path(args.out), "--out")
+    if args.out:
+        make = make_folder_of if config.get("default_scope") == "mmdet" else make_folder
+        make(Path(args.out), "--out")
 
 
 def draw(config: Config, args: argparse.Namespace) -> None:
