@@ -1,4 +1,4 @@
-"""Forms of ViM2 that the models have no options for, to be compared with the default (docs/results.md).
+"""Forms of ViM2 that the models have no options for, to be compared with the default (docs/channel_mixer.md).
 
     python tools/arena.py run OUTPUT --imports tools/comparisons/channel_mixers.py --data-dir DIR \\
         --models default=vim2_nano:d_state=1 rank4=vim2_nano_form:d_state=1,dt_rank=4
