@@ -550,7 +550,7 @@ def vim2_base(pretrained: bool = False, **kwargs) -> ViM2:
 
 @register_model
 def vim2_tiny_d1(pretrained: bool = False, **kwargs) -> ViM2:
-    """ViM2-T with one state a channel: as accurate where it was compared, and twice as fast (docs/channel_mixer.md)."""
+    """ViM2-T with one state a channel: as accurate where compared, and 1.7 times as fast (docs/channel_mixer.md)."""
     model_args = dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768), d_state=1)
     return _create_vim2("vim2_tiny_d1", pretrained, **dict(model_args, **kwargs))
 
