@@ -1,12 +1,10 @@
-"""Reading, converting and atomically writing weights."""
+"""Reading, checking, loading, converting and saving weights."""
 
-import contextlib
 import io
 import os
 import pickle
 import re
 import shlex
-import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +17,9 @@ from safetensors.torch import save as serialize
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
-try:
-    import fcntl
-except ImportError:  # there are no such locks on Windows
-    fcntl = None
+from .files import write_atomically
 
 __all__ = [
-    "NotWritten",
     "check_weights",
     "convert_vmamba",
     "explain_load_error",
@@ -33,13 +27,10 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "read_state_dict",
-    "remove_leftovers",
     "save_checkpoint",
     "save_half_precision",
-    "try_lock",
     "verify_archive",
     "weights_of",
-    "write_atomically",
 ]
 
 
@@ -301,80 +292,6 @@ def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLik
             raise ValueError(f"{name} holds values that half precision cannot: NaN, or beyond 65504.")
         halves[name] = half.clone(memory_format=torch.contiguous_format)  # tensors that share memory are refused
     write_atomically(path, serialize(halves, metadata={"format": "pt"}))
-
-
-class NotWritten(OSError):
-    """A file that could not be written; what was there before is unchanged. Its `strerror` says so in a sentence."""
-
-
-def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Replace a file's contents in one step, and remove what was left where that was killed before.
-
-    Text becomes UTF-8. Of a file's name that is none, the bytes that Python holds as lone surrogates stand as JSON has
-    them, as `\\udce4`.
-
-    Raises:
-        NotWritten: The disk is full or cannot be written; what was at `path` is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
-        with open(temporary, "wb") as file:
-            try_lock(file.fileno())  # until it is closed: for remove_leftovers, it has a writer
-            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-            if fcntl is not None:
-                os.replace(temporary, path)
-        if fcntl is None:  # Windows renames no open file
-            os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise NotWritten(
-            error.errno, f"Could not write {path} ({error.strerror}); what was there before is unchanged"
-        ) from None
-
-
-def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Remove the half-written files that a killed `write_atomically` left in a folder.
-
-    A writer holds a lock on its file, which the kernel releases when it dies: only files that nobody holds are removed,
-    and none where the file system has no locks.
-
-    Args:
-        folder: Where to look, not in folders within.
-        name: Of the file that was to be written; None takes all.
-    """
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}", entry.name)
-            if not match or name not in (None, match[1]) or not entry.is_file(follow_symlinks=False):
-                continue
-            with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
-                if try_lock(file.fileno()):
-                    os.unlink(entry.path)
-
-
-def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file until it is closed; the kernel does that, too, when the process dies.
-
-    Returns:
-        Whether it could be locked: not where another open file, of any process, has it. None where there are no locks.
-    """
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # file systems have different words for having none
-        return None
-    return True
 
 
 _VMAMBA_NAMES = (  # vanilla VMamba's names, of its first release and its later ones, and ours

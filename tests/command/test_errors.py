@@ -5,8 +5,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from vim2.checkpoints import NotWritten
 from vim2.command.errors import Command, UserError, run_command
+from vim2.files import NotWritten
 
 COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(extra="pictures"), "none": Command()}
 

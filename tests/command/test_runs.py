@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
 from vim2.command.runs import (
     explain_disk_errors,
@@ -23,6 +22,7 @@ from vim2.command.runs import (
     read_last,
     seed_everything,
 )
+from vim2.files import write_atomically
 
 
 def test_a_run_is_only_gone_on_with_when_asked_for(tmp_path, capsys):

@@ -145,7 +145,7 @@ def run_tasks(
 
 def _run_tasks(worker, tasks, path, rows, jobs, minutes, gpus, then) -> tuple[list[dict], int]:
     """As `run_tasks`, in a folder that is locked, with the rows that are there."""
-    from vim2.checkpoints import write_atomically
+    from vim2.files import write_atomically
 
     known, queue = [], []
     failed, latest = 0, {}  # how long the latest task of each group took

@@ -31,12 +31,12 @@ from pathlib import Path
 import torch
 from torch._inductor import list_mode_options
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.own_models import import_models
 from ..command.processes import require_backend
 from ..command.runs import make_folder
+from ..files import write_atomically
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .first_steps import measure_first_steps

@@ -26,7 +26,7 @@ from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints import save_checkpoint, write_atomically
+from ..checkpoints import save_checkpoint
 from ..command.errors import DivergenceError, UserError, did_you_mean
 from ..command.figures import figures_if_possible
 from ..command.graphs import record
@@ -45,6 +45,7 @@ from ..command.runs import (
     restore_weights,
     seed_everything,
 )
+from ..files import write_atomically
 from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate

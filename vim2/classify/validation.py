@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
 from ..command.images import first_names
@@ -15,6 +14,7 @@ from ..command.options import resolve
 from ..command.processes import start_processes
 from ..command.progress import say
 from ..command.runs import explain_disk_errors, make_folder
+from ..files import write_atomically
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate

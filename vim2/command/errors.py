@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoints import NotWritten
+from ..files import NotWritten
 
 __all__ = [
     "Command",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoints import write_atomically
+from ..files import write_atomically
 from .errors import UserError
 from .processes import Processes
 from .progress import say

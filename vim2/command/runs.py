@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import check_weights, read_checkpoint, remove_leftovers, try_lock
+from ..checkpoints import check_weights, read_checkpoint
+from ..files import remove_leftovers, try_lock
 from .errors import UserError
 from .processes import Processes
 from .progress import say

@@ -11,7 +11,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from ..checkpoints import NotWritten, save_checkpoint, save_half_precision
+from ..checkpoints import save_checkpoint, save_half_precision
 from ..classify import validate
 from ..classify.facts import weights_file
 from ..classify.models import check_reads, create_model, input_config, load_checkpoint_model
@@ -21,6 +21,7 @@ from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.progress import say
 from ..command.runs import keep_source, make_folder, make_folder_of
+from ..files import NotWritten
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution

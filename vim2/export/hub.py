@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import nn
 
-from ..checkpoints import write_atomically
+from ..files import write_atomically
 
 __all__ = ["export_timm"]
 

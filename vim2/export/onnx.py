@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.processes import require_backend
+from ..files import write_atomically
 from ..tsm2 import TSM2
 from .examples import examples
 from .forecaster import ForecasterModule

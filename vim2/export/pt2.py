@@ -15,8 +15,8 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..files import write_atomically
 from ..ops.backend import HAS_TRITON, IS_ROCM
 from .aten_scan import selective_scan
 from .examples import examples

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
 from ..command.processes import choose_device
 from ..command.progress import say
 from ..command.runs import explain_disk_errors, make_folder
+from ..files import write_atomically
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
 from .data import Scaler, Table, Windows

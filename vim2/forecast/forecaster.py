@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..checkpoints import check_weights, write_atomically
+from ..checkpoints import check_weights
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, as_saved, length, option, resolve
 from ..command.processes import choose_device
 from ..command.progress import say
+from ..files import write_atomically
 from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
 from .committee import Committee

@@ -26,7 +26,7 @@ import torch
 
 import vim2
 
-from ..checkpoints import remove_leftovers, save_checkpoint, write_atomically
+from ..checkpoints import save_checkpoint
 from ..command.errors import UserError
 from ..command.options import fill_in, plain, resume_options
 from ..command.processes import choose_device
@@ -41,6 +41,7 @@ from ..command.runs import (
     read_last,
     seed_everything,
 )
+from ..files import remove_leftovers, write_atomically
 from .baselines import Ridge, cautious, lowest, shorter_lookbacks
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity

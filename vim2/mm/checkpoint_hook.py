@@ -10,8 +10,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..checkpoints import read_checkpoint, write_atomically
+from ..checkpoints import read_checkpoint
 from ..command.errors import UserError
+from ..files import write_atomically
 from .loading import allow_checkpoints
 
 __all__ = ["find_newest_checkpoint"]

@@ -28,10 +28,11 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import check_weights, explain_load_error, remove_leftovers, verify_archive, write_atomically
+from ..checkpoints import check_weights, explain_load_error, verify_archive
 from ..command.errors import UserError, first_line
 from ..command.processes import require_backend
 from ..command.runs import make_folder
+from ..files import remove_leftovers, write_atomically
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint
 from .configs import NO_CONFIG, reference_of
