@@ -62,8 +62,8 @@ from vim2.command.options import (
     plain,
     resolve,
 )
+from vim2.command.outputs import make_folder
 from vim2.command.own_models import import_models, module_home
-from vim2.command.runs import make_folder
 from vim2.files import write_atomically
 
 # What the arena says to `vim2.classify.train` itself, and what says it to the arena

@@ -37,7 +37,7 @@ from vim2.benchmark.models import FlopCounter, multiply_adds
 from vim2.benchmark.profiles import device_rates, profile_step
 from vim2.benchmark.reporting import figure, profile_table
 from vim2.command.errors import UserError
-from vim2.command.runs import make_folder
+from vim2.command.outputs import make_folder
 from vim2.command.tables import table
 from vim2.files import write_atomically
 from vim2.mm.runner import check_device, load_config

@@ -33,9 +33,9 @@ from torch._inductor import list_mode_options
 
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.outputs import make_folder
 from ..command.own_models import import_models
 from ..command.processes import require_backend
-from ..command.runs import make_folder
 from ..files import write_atomically
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations

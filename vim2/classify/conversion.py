@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from ..checkpoints import convert_vmamba, read_state_dict, save_checkpoint
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.outputs import keep_source
 from ..command.progress import say
-from ..command.runs import keep_source
 
 __all__ = ["convert"]
 

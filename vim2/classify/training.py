@@ -31,14 +31,12 @@ from ..command.errors import DivergenceError, UserError, did_you_mean
 from ..command.figures import figures_if_possible
 from ..command.graphs import record
 from ..command.options import resolve, resume_options
+from ..command.outputs import MAKE_ROOM, explain_disk_errors, make_folder
 from ..command.processes import Processes, start_processes
 from ..command.progress import has_bar, progress_bar, say
 from ..command.runs import (
-    MAKE_ROOM,
-    explain_disk_errors,
     find_last,
     identity,
-    make_folder,
     own_folder,
     read_last,
     restore_optimizer,

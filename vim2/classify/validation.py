@@ -11,9 +11,9 @@ from ..command.errors import UserError
 from ..command.figures import figures_if_possible
 from ..command.images import first_names
 from ..command.options import resolve
+from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import start_processes
 from ..command.progress import say
-from ..command.runs import explain_disk_errors, make_folder
 from ..files import write_atomically
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out

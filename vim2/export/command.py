@@ -19,8 +19,8 @@ from ..classify.options import InputOptions
 from ..classify.validation import label_names
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.outputs import keep_source, make_folder, make_folder_of
 from ..command.progress import say
-from ..command.runs import keep_source, make_folder, make_folder_of
 from ..files import NotWritten
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2

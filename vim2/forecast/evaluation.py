@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
+from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import explain_disk_errors, make_folder
 from ..files import write_atomically
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from ..checkpoints import check_weights, explain_load_error, verify_archive
 from ..command.errors import UserError, first_line
+from ..command.outputs import make_folder
 from ..command.processes import require_backend
-from ..command.runs import make_folder
 from ..files import remove_leftovers, write_atomically
 from .annotations import check_annotations
 from .checkpoint_hook import find_newest_checkpoint

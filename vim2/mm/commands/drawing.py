@@ -18,8 +18,8 @@ from torch import nn
 from ...command.errors import UserError
 from ...command.images import SUFFIXES, ImageFolder, describe_left_out, read_pixels
 from ...command.options import Parser
+from ...command.outputs import explain_disk_errors, make_folder
 from ...command.progress import say
-from ...command.runs import explain_disk_errors, make_folder
 from ...files import write_atomically
 from ..runner import add_config_arguments, check_device, checkpoint_errors, load_config
 

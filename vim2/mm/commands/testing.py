@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from ...command.errors import UserError
 from ...command.options import Parser
-from ...command.runs import make_folder, make_folder_of
+from ...command.outputs import make_folder, make_folder_of
 from ..runner import (
     add_config_arguments,
     add_launcher_arguments,

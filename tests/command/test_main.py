@@ -5,7 +5,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from vim2.command.errors import Command, UserError, run_command
+from vim2.command.errors import UserError
+from vim2.command.main import Command, run_command
 from vim2.files import NotWritten
 
 COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(extra="pictures"), "none": Command()}
