@@ -26,8 +26,8 @@ from .ops import (
 from .ops.conv.depthwise import depthwise_conv_silu_of_half
 from .ops.conv.directional import directional_conv_silu_of_half
 from .ops.modules import SETTINGS, call_replayed, is_itself, is_plain, is_plain_conv
-from .ops.norm.weighted_average import weighted_average_norm_passing
-from .ops.operator import is_observed
+from .ops.norm.weighted_average import weighted_average_norm_handing_on
+from .ops.observers import is_observed
 
 __all__ = ["S6", "MambaMixerBlock", "MixerLayer", "SelectiveChannelMixer", "SelectiveTokenMixer", "WeightedAverage"]
 
@@ -289,18 +289,18 @@ class MixerLayer(nn.Module):
         In training their later uses' gradients then come to this layer, whose kernel adds its own, where autograd would
         add up those of all uses one by one.
         """
-        new, *passed = call_replayed(self, self._mix_passing, features, len(features))
+        new, *passed = call_replayed(self, self._mix_handing_on, features, handed_on=len(features))
         return (*passed, new)
 
     def _mix(self, *features: Tensor) -> Tensor:
         return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
 
-    def _mix_passing(self, *features: Tensor) -> Sequence[Tensor]:
+    def _mix_handing_on(self, *features: Tensor) -> Sequence[Tensor]:
         """Also the features that are handed on."""
         average, norm = self.average, self.norm
         if is_plain(average, WeightedAverage) and is_plain(norm, nn.LayerNorm):
             parameters = (average.weight, norm.weight, norm.bias)
-            x, *passed = weighted_average_norm_passing(features, *parameters, norm.eps)
+            x, *passed = weighted_average_norm_handing_on(features, *parameters, norm.eps)
         else:
             x, passed = average_and_normalise(features, average, norm), features
         return (self.drop_path(self.mixer(x)), *passed)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from vim2.ops import layer_norm, norm_gate, weighted_average_norm
+from vim2.ops import layer_norm, norm_gate, notebook, weighted_average_norm
 from vim2.ops import replay as module
 from vim2.ops.conv.depthwise import _convolve
 from vim2.ops.conv.directional import _convolve as _convolve_both_ways
@@ -248,7 +248,7 @@ def test_a_backward_pass_frees_what_was_saved_as_soon_as_it_has_used_it(kept, mo
 
     monkeypatch.setitem(scope, name, counted)
     y = owner(*inputs)
-    saved += {module._memory(t) for t in y.grad_fn.saved_tensors} - set(map(module._memory, inputs))
+    saved += {notebook.memory_of(t) for t in y.grad_fn.saved_tensors} - set(map(notebook.memory_of, inputs))
     y.sum().backward(retain_graph=kept)
     assert len(saved) == 9  # what is multiplied, and what the sine is of
     assert len(alive) == 10
@@ -320,7 +320,7 @@ def test_nothing_is_noted_where_sizes_hardly_come_again(monkeypatch):
 
 def test_memory_that_ran_out_while_noting_is_tried_for_again(monkeypatch):
     def both_products(x, weight, bias):
-        if module.own.modes and not spare:
+        if notebook.ours.modes and not spare:
             raise torch.OutOfMemoryError("noted and plain calls do not fit together")
         return gated(x, weight, bias)
 
@@ -510,7 +510,7 @@ def test_what_is_handed_on_brings_its_later_gradients():
     owner = Trainee(None)
     for uses in ("both", "both", "result", "handed on", "both"):
         x, y = (torch.randn(4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
-        result, passed = replay(owner, None, function, (x, y), 1)
+        result, passed = replay(owner, None, function, (x, y), handed_on=1)
         assert torch.equal(passed, x)
         used = {"both": (result.t(), passed.square()), "result": (result.t(),), "handed on": (passed.square(),)}[uses]
         grads = torch.autograd.grad(sum(each.sum() for each in used), (x, y), allow_unused=True)
@@ -776,29 +776,25 @@ PRIVATE = ("_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor")
 def test_a_pytorch_without_what_is_its_own_affair(missing, monkeypatch):
     """Replays allocate and take parts in its public ways."""
     for name in missing:
-        monkeypatch.delattr(module.guards, name)
-    spec = importlib.util.spec_from_file_location("vim2.ops.replay_once_more", module.__file__)
+        monkeypatch.delattr(notebook.guards, name)
+    spec = importlib.util.spec_from_file_location("vim2.ops.notebook_once_more", notebook.__file__)
     once_more = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, once_more)
     spec.loader.exec_module(once_more)
-    monkeypatch.setattr(once_more, "PATIENCE", 1)
+    for name in ("Notebook", "noting", "share_memory"):
+        monkeypatch.setattr(module, name, getattr(once_more, name))
     assert (once_more.take_part is once_more._take_part) == ("_reinterpret_tensor" in missing)
     assert len(once_more.QUICK_ALLOCATIONS) == sum(name not in missing for name in PRIVATE[:2])
-    calls, owner = [], Trainee(None)
-
-    def function(*tensors):
-        calls.append(1)
-        return gated(*tensors)
-
+    owner = Trainee(gated)
     for seed in range(4):
         inputs = [t.requires_grad_() for t in gated_inputs(seed)]
         results = []
-        for run in (lambda *tensors: once_more.replay(owner, None, function, tensors), gated):
+        for run in (owner, gated):
             y = run(*inputs)
             y = y + 0
             results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         assert_same_bits(*results)
-    assert len(calls) == 2  # as it is, and noted
+    assert owner.calls == 2  # as it is, and noted
 
 
 @pytest.fixture
@@ -821,7 +817,7 @@ def sums(monkeypatch):
 def test_casts_and_sums_of_gradients_are_made_in_one_launch(most, sums, monkeypatch):
     """Of two inputs, two weights and a norm: one launch in the backward pass, with the bits of plain calls. More only
     where that would be given too many tensors."""
-    monkeypatch.setattr(module, "MAX_TENSORS", most)
+    monkeypatch.setattr(notebook, "MAX_TENSORS", most)
 
     def function(x, z, weight, other, norm_weight, norm_bias):
         return norm_gate(F.linear(x, weight), F.linear(z, other), norm_weight, norm_bias, backend="triton")

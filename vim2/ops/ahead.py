@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import autocast_off
-from .replay import is_captured, is_elsewhere, is_watched
+from .observers import is_autograd_observed, is_captured, is_elsewhere
 
 MAX_THREADS = 16
 
@@ -39,7 +39,7 @@ def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
     gpus = [t.get_device() for t in tensors if t.is_cuda][:1]
     if INTERPRETED or has_hooks() or is_elsewhere(tensors) or is_captured(tensors):
         return
-    if is_watched() or any(t._backward_hooks for t in tensors):  # who would see what is thrown away
+    if is_autograd_observed() or any(t._backward_hooks for t in tensors):  # who would see what is thrown away
         return
     threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), MAX_THREADS)
     cached = torch.is_autocast_cache_enabled()

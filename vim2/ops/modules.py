@@ -18,7 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .ahead import compile_ahead
 from .backend import autocast_dtype, resolve_backend
-from .operator import hands_out_what_is_saved, is_observed
+from .observers import is_observed, saves_for_others
 from .replay import replay
 
 __all__ = [
@@ -71,7 +71,7 @@ def _is_hooked(module: nn.Module) -> bool:
     hooked = before or after or module._backward_pre_hooks or module._backward_hooks
     if hooked or "forward" in module.__dict__:
         return True
-    return torch_modules._has_any_global_hook() and not (hands_out_what_is_saved() and _are_all_hooks_trackers())
+    return torch_modules._has_any_global_hook() and not (saves_for_others() and _are_all_hooks_trackers())
 
 
 def _are_all_hooks_trackers() -> bool:
@@ -109,7 +109,7 @@ _compiled: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 def call_replayed(
-    module: nn.Module, function: Callable, inputs: Sequence[Tensor], passes: int = 0
+    module: nn.Module, function: Callable, inputs: Sequence[Tensor], handed_on: int = 0
 ) -> Tensor | Sequence[Tensor]:
     """function(*inputs), replayed where that can be, see `vim2.ops.replay.replay`.
 
@@ -118,17 +118,17 @@ def call_replayed(
         function: It reads no other tensors than this module's parameters and those of the modules inside it, and what
             `SETTINGS` has of their kinds.
         inputs: Tensors.
-        passes: As for `replay`.
+        handed_on: As for `replay`.
     """
     settings, parameters = [], []
     # of this module's own hooks, this runs in their midst
     if is_observed() or not _is_replayable(inputs) or not _read(module, settings, parameters, is_called=False):
         return function(*inputs)
-    settings += (len(inputs), passes, torch.is_inference_mode_enabled(), autocast_dtype(inputs[0]))
+    settings += (len(inputs), handed_on, torch.is_inference_mode_enabled(), autocast_dtype(inputs[0]))
     # parameters are read from the modules, too; given here, they are known by where they lie
     given = len(inputs)
     of_inputs = lambda *tensors: function(*tensors[:given])  # noqa: E731
-    return replay(module, tuple(settings), of_inputs, (*inputs, *parameters), passes)
+    return replay(module, tuple(settings), of_inputs, (*inputs, *parameters), handed_on)
 
 
 def _is_replayable(inputs: Sequence[Tensor]) -> bool:

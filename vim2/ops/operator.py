@@ -1,7 +1,6 @@
-"""How the package's operators are registered with PyTorch and called, and whether what they keep will be needed."""
+"""How the package's operators are registered with PyTorch, called, and refused where they would be wrong."""
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
+
+from .observers import is_compiling_to_run, is_observed
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -66,67 +66,6 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
             "that was traced at one image size works at that size only: give it images of that size, or export it with "
             "dynamic sizes."
         )
-
-
-def is_compiled_to_run() -> bool:
-    """Whether torch.compile is at work, and not torch.export, whose programs shall not need this package. Of the latter
-    PyTorch 2.11's `torch.compiler.is_exporting` speaks while it compiles, too."""
-    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
-
-
-def is_looked_into() -> bool:
-    """Whether somebody wants an operator's plain form: torch.export, whose programs shall not need this package, a
-    tracer, a transform or forward-mode derivatives."""
-    return (
-        (torch.compiler.is_compiling() and torch.compiler._is_exporting_flag)
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-class _Own(threading.local):
-    """What is on in a thread that asks for no operators.
-
-    Attributes:
-        modes: Dispatch modes of this package.
-        profiler: Whether a profiler is, it sees what the GPU is given to do and nothing else.
-    """
-
-    modes = 0
-    profiler = False
-
-
-own = _Own()
-
-
-def is_observed() -> bool:
-    """Whether somebody else wants to see operators called: a compiler, a tracer, a mode, a transform, forward-mode
-    derivatives or a profiler."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > own.modes
-        or (torch._C._len_torch_function_stack() > 0 and _does_a_function_mode_look())
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or (torch._C._autograd._profiler_enabled() and not own.profiler)
-        or forward_ad._current_level >= 0
-    )
-
-
-def _does_a_function_mode_look() -> bool:
-    """Whether one of this thread's function modes is another than a default device, for tensors that are made without
-    one, in which there is nothing to see."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(mode.__class__ is not DeviceContext for mode in modes)
-
-
-def hands_out_what_is_saved() -> bool:
-    """Whether what autograd saves between the passes is handed to others, as checkpoints without reentrance ask, which
-    want the same tensors in each of their forward passes. A compiler does not look at that, and sees to it itself."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class Operator:
@@ -309,7 +248,7 @@ def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
         @functools.wraps(function)
         def call(*args):
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            if first.device.type == "cpu" and is_compiled_to_run():
+            if first.device.type == "cpu" and is_compiling_to_run():
                 return registered(*args)
             return function(*args)
 

@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from ..halves import Room
-from ..operator import Operator, is_observed, needs_backward, refuse_second_derivatives, register_operator, require_fit
+from ..observers import is_observed
+from ..operator import Operator, needs_backward, refuse_second_derivatives, register_operator, require_fit
 
 
 def register_conv(

@@ -81,7 +81,7 @@ def weighted_average_norm(
     return _weighted_average_norm_torch(list(features), weight, norm_weight, norm_bias, float(eps), dtype)
 
 
-def weighted_average_norm_passing(
+def weighted_average_norm_handing_on(
     features: Sequence[Tensor],
     weight: Tensor,
     norm_weight: Tensor,
@@ -96,10 +96,10 @@ def weighted_average_norm_passing(
     if resolve_backend(backend, *tensors) != "triton":
         return weighted_average_norm(features, weight, norm_weight, norm_bias, eps, backend), *features
     dtype = _check_and_promote(features, weight, norm_weight, norm_bias)
-    return _Passing.apply(float(eps), dtype, weight, norm_weight, norm_bias, *features)
+    return _HandingOn.apply(float(eps), dtype, weight, norm_weight, norm_bias, *features)
 
 
-class _Passing(torch.autograd.Function):
+class _HandingOn(torch.autograd.Function):
     """`_weighted_average` with a norm, which hands its features on."""
 
     @staticmethod

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
+from ..observers import is_compiling_to_run
 from ..operator import (
-    is_compiled_to_run,
     needs_backward,
     opaque_on_cpus,
     refuse_second_derivatives,
@@ -69,7 +69,7 @@ def projected_scan(
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     options = dict(orders=orders, spatial=spatial, backend=backend)
     trains = needs_backward(*tensors)
-    if trains and is_compiled_to_run():
+    if trains and is_compiling_to_run():
         backend = resolve_backend(backend, *tensors, scan=True)
         y, _ = _projected_scan(
             *tensors, autocast_dtype(flat), merge, [ORDERS.index(o) for o in orders], spatial, backend
