@@ -18,7 +18,7 @@ def needs_backward(*tensors: Tensor) -> bool:
 
 
 def refuse_transforms(*tensors: Tensor) -> None:
-    """Refuse what operators would get wrong without a word, or fail at with a riddle.
+    """Refuse calls whose results would be wrong without a warning, or that would fail with an error nobody understands.
 
     Raises:
         RuntimeError: Within torch.func's vmap, grad, jvp or the like; a tensor with a forward-mode tangent.
@@ -51,12 +51,12 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
 
     Args:
         fits: Whether they do.
-        name: Of the operator.
+        name: The operator's name.
         tensors: Its tensors, for the message.
-        sizes: Its numbers, likewise.
+        sizes: Its numbers, for the message.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They do not fit.
     """
     if not fits:
         shapes = ", ".join("none" if t is None else str(tuple(t.shape)) for t in tensors)
@@ -76,13 +76,13 @@ class Operator:
     to the function, or to an autograd function of the same rules.
 
     Args:
-        name: With its namespace, such as "vim2::norm_gate".
-        function: What runs. It returns a tensor, or a tuple of tensors and, for what was not asked for, None. PyTorch,
-            where operators return tensors, is given an empty float32 one in its place.
-        check: Called with the arguments before the function where the call came through PyTorch: a graph that was
+        name: Its name with its namespace, such as "vim2::norm_gate".
+        function: What runs. It returns a tensor, or a tuple of tensors and, for results that were not asked for, None.
+            PyTorch, whose operators return tensors alone, is given an empty float32 tensor for each None.
+        check: Called with the arguments before the function, where the call came through PyTorch: a graph that was
             traced at one size may call with any.
         mutates_args: Names of arguments that the function writes to; others must stay as they are.
-        decorate: Of the check and the function together, where the call came through PyTorch.
+        decorate: A decorator of check and function together, for calls that come through PyTorch.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Operator:
 
 
 def _all_tensors(results: Tensor | tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, ...]:
-    """The results of an operator, with an empty tensor in place of each that was not asked for."""
+    """An operator's results, with an empty tensor for each None."""
     if not isinstance(results, tuple) or all(t is not None for t in results):
         return results
     first = next(t for t in results if t is not None)
@@ -190,60 +190,35 @@ _NO_TENSORS = {int, float, bool, str, type(None), torch.dtype}
 
 
 def register_operator(name: str, check: Callable, **options) -> Callable[[Callable], Operator]:
-    """Makes the decorated function an `Operator`, whose options these are."""
+    """A decorator that makes an `Operator` of a function; the options are `Operator`'s."""
     return lambda function: Operator(name, function, check, **options)
 
 
 def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Decorates the plain form of an operator: torch.compile sees one call of it on a CPU, as it does on a GPU.
 
-    The compiler would make some fifty C++ programs of a small model's plain forms, which take most of a minute to
-    compile, and longer with dynamic sizes. torch.export still looks inside: its programs shall not need this package.
+    Else the compiler would make some fifty C++ programs of a small model's plain forms, which take most of a minute to
+    compile, and longer with dynamic sizes. torch.export still looks inside: its programs must run without this package.
 
     Args:
-        name: With its namespace, such as "vim2::norm_gate_torch"; its backward pass, which computes the form again, is
-            that and "_backward". The form's arguments are annotated, for the schema; its results are new tensors, and
-            become contiguous.
+        name: Its name with its namespace, such as "vim2::norm_gate_torch". The backward pass, which computes the form
+            again, is registered as that and "_backward". The form's arguments are annotated, for the schema; its
+            results are new tensors, and become contiguous.
         fake: The rule for tensors without data. The form itself would be slow, and its convolutions' own rules ask
             how large maps are, which makes a compiled graph unfit for other sizes.
     """
 
     def decorate(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=())
-        arguments, _ = schema.split(" -> ")
-        _register(name, schema, function, fake)
-        backward = f"{name}_backward"
-
-        def differentiate(grads, *args):
-            leaves, structure = pytree.tree_flatten(args)
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
-                outputs = pytree.tree_leaves(function(*pytree.tree_unflatten(leaves, structure)))
-            return list(torch.autograd.grad(outputs, [t for t in leaves if isinstance(t, Tensor)], grads))
-
-        def shapes(grads, *args):
-            return [t.new_empty(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-
-        _register(backward, f"(Tensor[] grads, {arguments[1:]} -> Tensor[]", differentiate, shapes)
-        registered, registered_backward = (getattr(torch.ops.vim2, n.removeprefix("vim2::")) for n in (name, backward))
-
-        def set_up(ctx, inputs, output):
-            leaves, ctx.structure = pytree.tree_flatten(inputs)
-            ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-            ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-
-        def fill(ctx, tensors, others):
-            tensors = iter(tensors)
-            leaves = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, others)]
-            return pytree.tree_unflatten(leaves, ctx.structure)
+        registered = _register_plain(name, schema, function, fake)
+        recomputed = _register_plain_backward(f"{name}_backward", schema, function)
 
         def derive(ctx, *grads):
             refuse_second_derivatives()
-            gradients = registered_backward(list(grads), *fill(ctx, ctx.saved_tensors, ctx.others))
-            return tuple(fill(ctx, gradients, [None] * len(ctx.others)))
+            gradients = recomputed(list(grads), *_arguments(ctx, ctx.saved_tensors, ctx.others))
+            return tuple(_arguments(ctx, gradients, [None] * len(ctx.others)))
 
-        torch.library.register_autograd(name, derive, setup_context=set_up)
+        torch.library.register_autograd(name, derive, setup_context=_save_arguments)
 
         @functools.wraps(function)
         def call(*args):
@@ -257,14 +232,48 @@ def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _register(name: str, schema: str, function: Callable, fake: Callable) -> None:
-    """An operator that runs a function of plain PyTorch, whose results it makes contiguous."""
+def _register_plain(name: str, schema: str, function: Callable, fake: Callable) -> Callable:
+    """Register an operator that runs a function of plain PyTorch, whose results it makes contiguous. Returns it."""
 
     def run(*args):
         return pytree.tree_map(Tensor.contiguous, function(*args))
 
     _define(name, schema, run)
     torch.library.register_fake(name)(fake)
+    return getattr(torch.ops.vim2, name.removeprefix("vim2::"))
+
+
+def _register_plain_backward(name: str, schema: str, function: Callable) -> Callable:
+    """Register the backward pass of such an operator, which runs the function once more. Returns it: a function of the
+    list of the results' gradients and the operator's arguments, to the list of their tensors' gradients."""
+
+    def differentiate(grads, *args):
+        leaves, structure = pytree.tree_flatten(args)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
+            outputs = pytree.tree_leaves(function(*pytree.tree_unflatten(leaves, structure)))
+        return list(torch.autograd.grad(outputs, [t for t in leaves if isinstance(t, Tensor)], grads))
+
+    def fake(grads, *args):
+        return [t.new_empty(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+
+    arguments, _ = schema.split(" -> ")
+    return _register_plain(name, f"(Tensor[] grads, {arguments[1:]} -> Tensor[]", differentiate, fake)
+
+
+def _save_arguments(ctx, inputs, output) -> None:
+    """Save an operator's arguments, tensors and others, lists of them too, for `_arguments`."""
+    leaves, ctx.structure = pytree.tree_flatten(inputs)
+    ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+
+def _arguments(ctx, tensors: Sequence[Tensor], others: Sequence) -> Sequence:
+    """Arguments of the structure that `_save_arguments` has seen, from these tensors and, elsewhere, these others."""
+    tensors = iter(tensors)
+    leaves = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, others)]
+    return pytree.tree_unflatten(leaves, ctx.structure)
 
 
 def _define(name: str, schema: str, function: Callable) -> None:
