@@ -1,6 +1,7 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -45,54 +46,93 @@ def create_model(
     Args:
         name: timm's name.
         model_kwargs: Arguments of the model's constructor, from a user or a file.
-        called: What to call these in a message.
-        imports: See `import_models`.
+        called: What messages call these arguments.
+        imports: As for `import_models`.
         own: Arguments that the command sets itself.
 
     Raises:
-        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, or
-            none that can be fetched, one that does not tell what timm's models do; what `import_models` raises.
+        UserError: An unknown model; an argument that it does not take, or that `check_model_kwargs` refuses; no
+            pretrained weights, or none that can be fetched; a model that lacks what timm's have; as `import_models`.
     """
     import_models(imports)
     if not timm.is_model(name):
         known = timm.list_models()
-        ours = ", ".join(n for n in timm.list_models("vim2*"))
+        ours = ", ".join(timm.list_models("vim2*"))
         ours += "; yours come with --imports"
         raise UserError(f"There is no model {name}{did_you_mean(name, known)} (this package's own: {ours})")
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, called)
     if twice := sorted(model_kwargs.keys() & own.keys()):
         raise UserError(f"{called} hold {twice[0]}, which an option of this command sets: use that.")
-    listed = textwrap.shorten(", ".join(f"{k}={v!r}" for k, v in model_kwargs.items()), 200, placeholder=" ...")
-    given = f" with {'these ' if called.startswith('-') else ''}{called} ({listed})" if model_kwargs else ""
-    problem = f"{name} cannot be made{given}"
     try:
         model = timm.create_model(name, **own, **model_kwargs)
-    except RuntimeError as error:
-        if "pretrained weights" in str(error):
-            raise UserError(
-                f"There are no pretrained weights of {name}: take a model that has some ({_own_weights()}), leave "
-                "--pretrained out, or convert VMamba's with `vim2 convert IN OUT` and start from them with "
-                "--initial-checkpoint."
-            ) from None
-        if "pretrained tag" in str(error):
-            arch = name.partition(".")[0]
-            known = ", ".join(timm.list_models(f"{arch}.*", pretrained=True)) or f"{arch} alone"
-            raise UserError(f"There are no weights {name}: take {known}.") from None
-        if not (model_kwargs or imports):
-            raise
-        raise UserError(f"{problem}: {error}{place(error, imports)}") from (error if imports else None)
-    except OSError as error:  # of huggingface_hub's, above all, where there is no network
-        if own.get("pretrained"):
-            raise UserError(
-                f"The pretrained weights of {name} cannot be had ({first_line(error)}): fetch them where there is a "
-                "network, or give a file of weights."
-            ) from (error if imports else None)
-        raise UserError(f"{problem}: {first_line(error)}{place(error, imports)}") from (error if imports else None)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        reason = f"{str(error) or type(error).__name__}{place(error, imports)}"
-        raise UserError(f"{problem}: {reason}") from (error if imports else None)
-    classes = own.get("num_classes", getattr(model, "num_classes", None))
+    except _CREATION_ERRORS as error:
+        lacks_weights = re.search("pretrained (weights|tag)", str(error))  # timm's words
+        if isinstance(error, RuntimeError) and not (lacks_weights or model_kwargs or imports):
+            raise  # nothing that a user has given can be its reason
+        problem = f"{name} cannot be made{_describe_kwargs(model_kwargs, called)}"
+        explained = _explain_creation_error(error, name, problem, imports, bool(own.get("pretrained")))
+        raise explained from (error if imports else None)  # in a model of the user's own, its trace may help
+    _check_interface(model, name, own.get("num_classes", getattr(model, "num_classes", None)))
+    check_types(model, model_kwargs, called)
+    return model
+
+
+# what a model's constructor and timm's builder raise for arguments that do not fit, and for weights that are not there
+_CREATION_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def _describe_kwargs(model_kwargs: Mapping[str, Any], called: str) -> str:
+    """ " with --model-kwargs (depths=(1, 1, 2, 1), ...)", or nothing without any."""
+    if not model_kwargs:
+        return ""
+    listed = textwrap.shorten(", ".join(f"{k}={v!r}" for k, v in model_kwargs.items()), 200, placeholder=" ...")
+    return f" with {'these ' if called.startswith('-') else ''}{called} ({listed})"
+
+
+def _explain_creation_error(
+    error: Exception, name: str, problem: str, imports: Sequence[str], pretrained: bool
+) -> UserError:
+    """What a user can do where `timm.create_model` has failed.
+
+    Args:
+        error: What it raised.
+        name: timm's name of the model.
+        problem: "NAME cannot be made", with the arguments.
+        imports: The user's own files, in which the error may have come about.
+        pretrained: Whether pretrained weights were asked for.
+    """
+    if isinstance(error, RuntimeError) and "pretrained weights" in str(error):
+        return UserError(
+            f"There are no pretrained weights of {name}: take a model that has some ({_own_weights()}), leave "
+            "--pretrained out, or convert VMamba's with `vim2 convert IN OUT` and start from them with "
+            "--initial-checkpoint."
+        )
+    if isinstance(error, RuntimeError) and "pretrained tag" in str(error):
+        arch = name.partition(".")[0]
+        known = ", ".join(timm.list_models(f"{arch}.*", pretrained=True)) or f"{arch} alone"
+        return UserError(f"There are no weights {name}: take {known}.")
+    if isinstance(error, OSError) and pretrained:  # huggingface_hub's, above all, where there is no network
+        return UserError(
+            f"The pretrained weights of {name} cannot be had ({first_line(error)}): fetch them where there is a "
+            "network, or give a file of weights."
+        )
+    reason = first_line(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+    return UserError(f"{problem}: {reason}{place(error, imports)}")
+
+
+def _check_interface(model: nn.Module, name: str, classes: int | None) -> None:
+    """Raises UserError where a model, made for so many classes, lacks what timm's have and the commands read."""
     told = {
         f"num_classes{'' if classes is None else f' of {classes}'}": getattr(model, "num_classes", ()) == classes,
         "parameters": isinstance(model, nn.Module) and any(True for _ in model.parameters()),
@@ -104,8 +144,6 @@ def create_model(
             f"{name} has no {lacking}, as timm's models have: make it by timm.models.build_model_with_cfg, of a class "
             "that keeps its num_classes."
         )
-    check_types(model, model_kwargs, called)
-    return model
 
 
 def _own_weights() -> str:
