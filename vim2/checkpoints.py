@@ -6,7 +6,7 @@ import pickle
 import re
 import shlex
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -213,25 +213,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
         if state_dict[head].dim() == 0:
             raise ValueError(f"{path} is damaged: its classifier, {head}, is a single number.")
         classes = state_dict[head].shape[0]
-    wanted = model.state_dict()
-    ignored = (
-        heads | {head.removesuffix("weight") + "bias" for head in heads} if classes != model.num_classes else set()
-    )
+    ignored = set()
+    if classes != model.num_classes:
+        ignored = heads | {head.removesuffix("weight") + "bias" for head in heads}
     state_dict = {name: value for name, value in state_dict.items() if name not in ignored}
-    missing = sorted(wanted.keys() - state_dict.keys() - ignored)
-    unexpected = sorted(state_dict.keys() - wanted.keys())
-    reshaped = [
-        f"{k} {tuple(state_dict[k].shape)} for {tuple(wanted[k].shape)}"
-        for k in sorted(wanted.keys() & state_dict.keys())
-        if _but_for_channels(state_dict[k], k in stems) != _but_for_channels(wanted[k], k in stems)
-    ]
-    if missing or unexpected or reshaped:
-        found = "; ".join(
-            f"{len(names)} {what} (such as {names[0]})"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-            if names
-        )
-        raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {found}.")
+    wanted = {name: value for name, value in model.state_dict().items() if name not in ignored}
+    if misfit := _describe_misfit(state_dict, wanted, stems):
+        raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {misfit}.")
     check_weights(state_dict, wanted, path)
     if classes != model.num_classes and not new_head:
         raise ValueError(
@@ -239,15 +227,36 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             f"num_classes={classes}, or ask for a new classifier to fine-tune."
         )
     for stem in stems & state_dict.keys():
-        channels, wanted_channels = state_dict[stem].shape[1], wanted[stem].shape[1]
-        if channels != wanted_channels:
-            if channels != 3:  # timm has a rule for colour images only
-                raise ValueError(
-                    f"{path} is for images of {channels} channels, the model for {wanted_channels}: "
-                    f"create the model with in_chans={channels}, in `vim2 train` by --in-chans."
-                )
-            state_dict[stem] = adapt_input_conv(wanted_channels, state_dict[stem].float())
+        state_dict[stem] = _adapt_stem(state_dict[stem], wanted[stem].shape[1], path)
     model.load_state_dict(state_dict, strict=not ignored)
+
+
+def _describe_misfit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], stems: Set[str]) -> str:
+    """In which names and shapes weights differ from a model's, but for the stems' channels; "" if in none."""
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    reshaped = [
+        f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & given.keys())
+        if _but_for_channels(given[name], name in stems) != _but_for_channels(wanted[name], name in stems)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{len(names)} {what} (such as {names[0]})" for what, names in kinds if names)
+
+
+def _adapt_stem(weight: Tensor, channels: int, path: str | os.PathLike) -> Tensor:
+    """A stem's weight for images of so many channels, as timm adapts it.
+
+    Raises:
+        ValueError: It is for images of neither this number of channels nor 3, for which alone timm has a rule.
+    """
+    if weight.shape[1] == channels:
+        return weight
+    if weight.shape[1] != 3:
+        raise ValueError(
+            f"{path} is for images of {weight.shape[1]} channels, the model for {channels}: "
+            f"create the model with in_chans={weight.shape[1]}, in `vim2 train` by --in-chans."
+        )
+    return adapt_input_conv(channels, weight.float())
 
 
 def weights_of(modules: str | Sequence[str] | None) -> set[str]:
@@ -324,37 +333,12 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
         ValueError: Weights of anything but vanilla VMamba-T, -S or -B; a key unused or missing; another shape; what
             `check_weights` refuses.
     """
-    variants = {(96, 9): "vim2_tiny_vmamba", (96, 27): "vim2_small_vmamba", (128, 27): "vim2_base_vmamba"}
-    stem = next((state_dict[k] for k in ("patch_embed.0.weight", "patch_embed.proj.weight") if k in state_dict), None)
-    depth = len({k.split(".")[3] for k in state_dict if k.startswith("layers.2.blocks.")})
-    channels = stem.shape[0] if stem is not None and stem.dim() else None
-    variant = variants.get((channels, depth))
-    if variant is None:
-        raise ValueError(
-            "These are not the weights of a vanilla VMamba-T, -S or -B: expected a patch embedding of 96 or 128 "
-            f"channels and 9 or 27 blocks in stage 3, found {channels or 'none'} and {depth}."
-        )
-    head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
-    with torch.device("meta"):
-        # a head without classes, of a damaged file, has no place in the model without one
-        model = timm.create_model(variant, num_classes=0 if head is None or head.dim() == 0 else head.shape[0])
-    for block in (block for stage in model.stages for block in stage.blocks):
-        block.layers[-1].to_empty(device="cpu")  # the channel mixer, the only weights that VMamba does not give
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same file whenever it is made
-        model.init_weights()
+    variant = _vmamba_variant(state_dict)
+    model = _create_empty(variant, state_dict)
     wanted = model.state_dict()
     converted = {}
     for key, value in state_dict.items():
-        name = key
-        for pattern, replacement in _VMAMBA_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", name):
-            stage, block, rest = int(match[1]), int(match[2]), match[3]
-            mixers = 3 if stage == 2 else 2  # token mixers a block
-            name = f"stages.{stage}.blocks.{block // mixers}.layers.{block % mixers}.{rest}"
-        elif match := re.match(r"layers\.(\d+)\.downsample\.(.*)", name):
-            name = f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
+        name = _convert_name(key)
         if name not in wanted or name in converted:
             raise ValueError(
                 f"{key} has no place in {variant}: only vanilla VMamba (v0, without MLP) can be converted."
@@ -370,9 +354,51 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
     for name, value in wanted.items():
         if name.endswith("average.weight"):
             converted[name] = torch.ones(value.shape)
-        elif not value.is_meta:
+        elif not value.is_meta:  # the channel mixers'
             is_output = name.endswith("mixer.out_proj.weight")
             converted[name] = torch.zeros_like(value) if is_output else value
     if missing := sorted(wanted.keys() - converted.keys()):
         raise ValueError(f"{len(missing)} weights of {variant} are missing from these, such as {missing[0]}.")
     return variant, converted
+
+
+def _vmamba_variant(state_dict: Mapping[str, Tensor]) -> str:
+    """The model that a vanilla VMamba's weights are for, told by its widths and depths."""
+    variants = {(96, 9): "vim2_tiny_vmamba", (96, 27): "vim2_small_vmamba", (128, 27): "vim2_base_vmamba"}
+    stem = next((state_dict[k] for k in ("patch_embed.0.weight", "patch_embed.proj.weight") if k in state_dict), None)
+    depth = len({k.split(".")[3] for k in state_dict if k.startswith("layers.2.blocks.")})
+    channels = stem.shape[0] if stem is not None and stem.dim() else None
+    if (channels, depth) not in variants:
+        raise ValueError(
+            "These are not the weights of a vanilla VMamba-T, -S or -B: expected a patch embedding of 96 or 128 "
+            f"channels and 9 or 27 blocks in stage 3, found {channels or 'none'} and {depth}."
+        )
+    return variants[channels, depth]
+
+
+def _create_empty(variant: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """The model for a VMamba's weights, without data (on the meta device) but for its channel mixers, which VMamba does
+    not have and which are as initialised."""
+    head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
+    with torch.device("meta"):
+        # a head without classes, of a damaged file, has no place in the model without one
+        model = timm.create_model(variant, num_classes=0 if head is None or head.dim() == 0 else head.shape[0])
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.layers[-1].to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same file whenever it is made
+        model.init_weights()
+    return model
+
+
+def _convert_name(key: str) -> str:
+    """ViM2's name of one of VMamba's weights."""
+    for pattern, replacement in _VMAMBA_NAMES:
+        key = re.sub(pattern, replacement, key)
+    if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", key):
+        stage, block, rest = int(match[1]), int(match[2]), match[3]
+        mixers = 3 if stage == 2 else 2  # token mixers a block
+        return f"stages.{stage}.blocks.{block // mixers}.layers.{block % mixers}.{rest}"
+    if match := re.match(r"layers\.(\d+)\.downsample\.(.*)", key):
+        return f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
+    return key
