@@ -161,7 +161,7 @@ def check_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
     Args:
         given: Weights by name, from a file.
         wanted: The model's, on any device. Only those of the same names are compared.
-        path: Of the file, for the message.
+        path: The file, for the message.
 
     Raises:
         ValueError: A weight with a NaN or infinite value, one that is not dense, or one of another kind of numbers
@@ -288,7 +288,7 @@ def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLik
 
     Args:
         state_dict: Weights by name; floating ones of any precision become float16, others stay.
-        path: Of the file, which is replaced in one step.
+        path: The file, which is replaced in one step.
 
     Raises:
         ValueError: A weight with a NaN, or with a value that is infinite or becomes so in half precision.

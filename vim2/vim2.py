@@ -30,16 +30,17 @@ POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "
 MIN_SIZE = 32  # pixels: below, the last stage would hold no token
 
 
-# A leaf of torch.fx graphs: it looks at devices and shapes, which a symbolic trace does not have.
+# A leaf of torch.fx graphs, for it asks for devices and shapes, which a symbolic trace does not have.
 torch.fx.wrap("project_patches")
 
 
 def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution that goes in steps of its kernel's size p, channels-last: (batch, C, H, W) -> (batch, H / p, W / p,
-    dim), rounded down, with a weight (dim, C, p, p).
+    """A convolution whose stride is its kernel's size p, from channels-first to channels-last.
 
-    On GPUs it is `multiply_patches`: a quarter of the time of cuDNN's convolution, around which maps are copied to
-    another layout and back.
+    (batch, C, H, W) -> (batch, H / p, W / p, dim), rounded down, with a weight (dim, C, p, p).
+
+    On GPUs it is `multiply_patches`, which takes a quarter of the time of cuDNN's convolution and the copies to another
+    layout and back around it.
     """
     if x.device.type == "cuda":
         return multiply_patches(x, weight, bias)
@@ -47,9 +48,9 @@ def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def multiply_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by a product of the patches, copied side by side."""
+    """`project_patches` as one matrix product of the patches, copied side by side."""
     height, width = weight.shape[2:]
-    # no question of what divides H and W, which would bar programs with dynamic ones
+    # whether p divides H and W is not asked: the answer would bar programs with dynamic sizes
     patches = x.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
     if (dtype := autocast_dtype(x)) is not None:  # in one step with the copy
         patches = patches.to(dtype, memory_format=torch.contiguous_format)
@@ -57,13 +58,13 @@ def multiply_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _takes_patches(conv: nn.Conv2d) -> bool:
-    """Whether a convolution takes each pixel once, all channels together."""
+    """Whether a convolution reads each pixel once, all channels together, as `project_patches` does."""
     steps = conv.stride == conv.kernel_size and max(conv.dilation) == 1
     return steps and not any(conv.padding) and conv.groups == 1
 
 
 class Stem(PatchEmbed):
-    """timm's, by `project_patches`: (batch, C, H, W) -> (batch, H / p, W / p, dim), normalised."""
+    """timm's PatchEmbed, computed by `project_patches`: (batch, C, H, W) -> (batch, H / p, W / p, dim), normalised."""
 
     def forward(self, x: Tensor) -> Tensor:
         proj = self.proj
@@ -457,7 +458,7 @@ TINY_IMAGENET = json.loads((WEIGHTS / "tiny_in200.json").read_text(encoding="utf
 
 
 def _tiny_in200(model: str) -> dict[str, Any]:
-    """Of the weights of a model that come with the package."""
+    """The config of a model's weights for Tiny-ImageNet, which come with the package."""
     return _cfg(
         file=str(WEIGHTS / f"{model}.tiny_in200.safetensors"),
         num_classes=len(TINY_IMAGENET),

@@ -71,7 +71,7 @@ def measure_config(path: str, args: argparse.Namespace) -> dict:
 
 
 def profile_config(path: str, rates: dict[str, float], args: argparse.Namespace) -> Iterator[dict]:
-    """Of one config's model, where the time of each mode's step goes, as `vim2 benchmark --profile` has it."""
+    """Where the time of a step goes, in each mode, for one config's model, as `vim2 benchmark --profile` has it."""
     config, shape = read(path, args)
     model = build(config).to(args.device)
     for mode, step in model_steps(model, config, shape, args).items():

@@ -127,7 +127,7 @@ def run_tasks(
         minutes: After these, what still runs is cut off, and nothing new is started.
         gpus: GPUs by the names that CUDA_VISIBLE_DEVICES takes: each process sees one, in turn. By default all see all.
         then: Called after every task with it, its row (None where it has failed) and all rows. Returns further tasks.
-        fault: As of `read_results`.
+        fault: As for `read_results`.
 
     Returns:
         All rows of the file, and how many tasks have no result: those that are left, and those that have failed.

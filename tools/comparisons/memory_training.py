@@ -40,7 +40,7 @@ class Noise:
         steps: Batches an epoch.
         images: Shape of a batch, (B, C, H, W).
         classes: Classes to draw targets from.
-        device: Of the batch.
+        device: The batch's.
     """
 
     def __init__(self, steps: int, images: tuple[int, ...], classes: int, device: torch.device):

@@ -332,14 +332,14 @@ def train_loader(
     """timm's training loader: (batch, C, H, W) images, normalised, on the device, and their (batch,) classes.
 
     Args:
-        images: To train on.
+        images: The images to train on.
         data_config: From `timm.data.resolve_data_config`.
         batch_size: Images a step and process; a last, smaller batch is dropped.
         workers: Processes that read.
         processes: The processes that train.
         no_aug: Resize and crop in the middle, and nothing else.
         auto_augment: A policy, as timm spells it.
-        interpolation: Of crops and of the policy, as timm spells it.
+        interpolation: How crops and the policy interpolate, as timm spells it.
         augmentation: Further arguments of `timm.data.create_loader`.
 
     Raises:

@@ -67,7 +67,7 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
 
     Args:
         content: What the file holds.
-        path: Of the file, for messages.
+        path: The file, for messages.
 
     Returns:
         Those that it holds, by name; none of a bare file of weights.
@@ -141,7 +141,7 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
 
 
 def _read(cls: type[Options], given: Mapping[Any, Any]) -> dict[str, Any]:
-    """Of the values that a class declares, those that are given."""
+    """Those of the given values that a class declares, checked and converted by it."""
     known = {name: value for name, value in given.items() if name in cls.__dataclass_fields__ and value is not None}
     options, _ = resolve(cls, given=known)
     return {name: getattr(options, name) for name in known}
@@ -173,7 +173,7 @@ def check_types(model: nn.Module, given: Mapping[str, Any], called: str) -> None
 
     Args:
         model: Made with them.
-        given, called: As of `check_model_kwargs`.
+        given, called: As for `check_model_kwargs`.
 
     Raises:
         UserError: Text for a number, say. A list of numbers stands for a number, one a stage, and the reverse.

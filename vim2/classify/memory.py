@@ -217,7 +217,7 @@ def train_loader(
     """As `data.train_loader`, from memory: (batch, C, H, W) images, normalised, on the device, and their classes.
 
     Args:
-        images: To train on; decoded here.
+        images: The images to train on, which are decoded here.
         data_config: From `timm.data.resolve_data_config`.
         batch_size: Images a step and process; a last, smaller batch is dropped.
         workers: Threads that decode.

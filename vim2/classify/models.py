@@ -229,8 +229,8 @@ def told_by_weights(content: Any, path: str | os.PathLike, name: str) -> dict[st
     """What the shapes of a bare file of weights tell of its model, of timm's `name`.
 
     Args:
-        content: Of the file.
-        path: Of it.
+        content: What the file holds.
+        path: The file, for messages.
         name: The model's. Where timm has no pretrained_cfg of it, its head is looked for by usual names.
 
     Returns:
@@ -297,9 +297,9 @@ def check_reads(
     """Make sure that a model takes images of a size, before anything is written or trained.
 
     Args:
-        model: On any device; it is put into eval mode.
+        model: The model, on any device. It is put into eval mode.
         input_size: Channels, height and width.
-        context: Of `autocast`.
+        context: What `autocast` returns.
         called: What to call the model in the message.
         classes: How many scores it shall give an image; None where it may give whatever it does.
 

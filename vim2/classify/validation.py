@@ -134,7 +134,7 @@ def choose_classes(class_map: str, names: list[str], num_classes: int) -> dict[s
     Args:
         class_map: The file: some of the model's classes, in any order, or other names for all, in the model's order.
         names: The model's own.
-        num_classes: Of the model.
+        num_classes: The model's.
 
     Raises:
         UserError: It is neither.

@@ -22,8 +22,8 @@ def has_bar(processes: Processes) -> bool:
 
 
 def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterator:
-    """The same things with a bar, where `has_bar`. If the first step ever takes long, as it does where kernels are
-    compiled, it says so."""
+    """Iterate with a bar, where `has_bar` says so. If the first step of this process takes long, as where kernels are
+    compiled, a line says why."""
     if has_bar(processes):
         from tqdm import tqdm
 

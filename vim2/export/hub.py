@@ -34,7 +34,7 @@ def export_timm(
         model: Made by `timm.create_model`.
         folder: Where to write; it is made where there is none. Each file is replaced in one step.
         data_config: Size, mean, std, interpolation and crop of the images, as timm names them; the model's own if None.
-        class_names: Of the classes, from the first on.
+        class_names: Names of the classes, from the first on.
         model_args: Arguments that the model was made with, for versions of timm that do not remember them.
 
     Raises:

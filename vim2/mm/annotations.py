@@ -26,8 +26,8 @@ def check_annotations(dataset: Any, model: nn.Module, name: str) -> None:
 
     Args:
         dataset: One of MMDetection's or MMSegmentation's, or one that wraps such.
-        model: Which is to learn from it.
-        name: Of the data set, for messages: "train_dataloader".
+        model: The model that is to learn from it.
+        name: What messages call the data set: "train_dataloader".
 
     Raises:
         UserError: Classes that are not the file's categories, in their order; heads for another number of classes;

@@ -109,7 +109,7 @@ def find_newest_checkpoint(work_dir: str, out_dir: str | None = None) -> str | N
     """The newest checkpoint of a run that can be read; None where it has none.
 
     Args:
-        work_dir: Of the run.
+        work_dir: The run's.
         out_dir: The CheckpointHook's, where the config sets it.
 
     Raises:

@@ -49,7 +49,7 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
     Args:
         backbone: A `vim2.mm.ViM2`. Where its in_chans is not the 3 of the weights, the stem's are adapted as timm does.
         source: Path, or an address that MMEngine's CheckpointLoader knows (http, https, ...).
-        prefix: Of the backbone's weights in the file; None takes "backbone." where names start so.
+        prefix: What the names of the backbone's weights begin with in the file; None takes "backbone." where names do.
 
     Raises:
         UserError: No such file or nothing at the address, a damaged file, one without weights, weights of another

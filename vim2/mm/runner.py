@@ -100,8 +100,8 @@ def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) 
     """Read a config and make sure that its library is there.
 
     Args:
-        path: Of the file, or LIBRARY::PATH of one that this package or an installed library brings.
-        options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
+        path: The file, or LIBRARY::PATH for one that this package or an installed library brings.
+        options: What --cfg-options gives, {"model.backbone.arch": "small", ...}.
 
     Raises:
         UserError: No such file, one that cannot be read or has a base that is not there, one without a model, a library
@@ -204,8 +204,8 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     on CPUs several processes work, through gloo.
 
     Args:
-        config: Of `load_config`, with the folder of `choose_work_dir`.
-        args: With those of `add_launcher_arguments`.
+        config: From `load_config`, with the folder that `choose_work_dir` sets.
+        args: Arguments, those of `add_launcher_arguments` among them.
 
     Raises:
         UserError: The work dir cannot be written to; what the config asks for cannot be built, or not on a CPU; a
@@ -249,7 +249,7 @@ def build_data(runner: Runner, split: str) -> None:
     """Build what a runner's loop needs before it starts: the data sets, which are looked at, and the optimiser.
 
     Args:
-        runner: Of `build_runner`.
+        runner: From `build_runner`.
         split: "train", which takes the data for validation with it, or "test".
 
     Raises:

@@ -105,7 +105,7 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, c
             and so do causal convolutions off a GPU, in float64, with taps that causal-conv1d does not know and, said
             once, where that package is not installed.
         scan: Whether the operator is the scan.
-        causal_taps: Of an operator that is made of causal convolutions, their taps.
+        causal_taps: The taps of the causal convolutions that the operator is made of, if it is.
 
     Raises:
         ValueError: Another name; tensors that are not of a floating dtype, or on several devices.

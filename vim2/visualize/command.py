@@ -178,7 +178,7 @@ class View:
     """What is looked at.
 
     Attributes:
-        stage: Of receptive field and Grad-CAM, from 0 on.
+        stage: The stage of the receptive field and of Grad-CAM, from 0 on.
         size: Height and width of its map.
         tokens: In the token mixer.
         channels: In the channel mixer; None where the model has no S6 one.

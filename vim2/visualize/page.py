@@ -153,7 +153,7 @@ class Explorer:
         Args:
             file: The image.
             layer: Which layer's token mixer to look into; None for `self.layer`.
-            place: Of the token: from 0 to 1, right and down, in what the model sees.
+            place: Where the token lies: from 0 to 1, right and down, in what the model sees.
 
         Raises:
             UserError: No image that can be read, or no such layer.

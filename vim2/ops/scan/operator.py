@@ -32,7 +32,7 @@ def scan(
     """Run the scan on operands whose shapes fit together.
 
     Args:
-        operands: Of sequences, or of maps that are flattened.
+        operands: The tensors of sequences, or of maps that are flattened.
         orders: The K directions.
         spatial: Height and width of the maps, or the sequences' length alone.
         keeps: Whether a backward pass may follow, for which kernels keep states.
@@ -76,7 +76,7 @@ def scan_backward(
     Args:
         grad_y: (batch, L, E), or (batch, L, K, E) where directions were not summed.
         starts: The states that `scan` kept.
-        operands: As of `scan`, as orders, spatial and backend are.
+        operands: As for `scan`, and so are orders, spatial and backend.
         grad_B, grad_C, grad_delta: Where the gradients of B, C and delta are written. The last may be wider than a
             low-rank delta: the rest is zeroed.
 
@@ -101,7 +101,7 @@ def flatten_as_traced(field: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def _height_and_width(spatial: Sequence[int]) -> Sequence[int]:
-    """Of a map, or of the one row that a sequence is."""
+    """A map's height and width; a sequence is a map of one row."""
     return spatial if len(spatial) == 2 else (1, *spatial)
 
 
@@ -326,7 +326,7 @@ def selective_scan_jit_flops(inputs: Sequence, outputs: Sequence) -> int:
     `counter.set_op_handle("vim2::selective_scan", selective_scan_jit_flops)`.
 
     Args:
-        inputs: Of the operator in the graph, values of torch.jit.
-        outputs: Likewise.
+        inputs: The operator's inputs in the graph, values of torch.jit.
+        outputs: Its outputs.
     """
     return selective_scan_flops(*(value.type().sizes() for value in inputs[:8]))

@@ -271,8 +271,8 @@ def _projected_scan(
     Args:
         u: Flattened, (batch, L, E) or (batch, L, K, E).
         weight, A: See `scan_parameters`.
-        dtype: In which the projections are made, as under autocast; None is as they come.
-        orders: By their index.
+        dtype: The dtype in which the projections are made, as under autocast; None leaves them as they come.
+        orders: The directions, by their index in ORDERS.
         backend: Settled, see `vim2.ops.backend.resolve_backend`.
 
     Returns:
