@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backend import BACKENDS, autocast_off, check_tensors, compute_dtype, resolve_backend
 from ..operator import refuse_second_derivatives, register_operator, require_fit
 from .chunks import kept_dtype, kept_every
-from .operands import Operands
+from .operands import Call, Operands
 from .orders import ORDERS
 from .reference import selective_scan_chunked, selective_scan_chunked_backward
 
@@ -119,11 +119,12 @@ def _check_call(tensors: Sequence[Tensor], orders: Sequence[int], backend: str) 
 
 
 def _check(*args):
-    operands, (_, orders, height, width, _, _, chunk, backend) = Operands(*args[:8]), args[8:]
-    _check_call(operands, orders, backend)
+    call = Call.of(args)
+    operands, orders, height, width = call.operands, call.orders, call.height, call.width
+    _check_call(operands, orders, call.backend)
     length = height * width
-    fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
-    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
+    fits = operands.fit(len(orders), height, width) and call.chunk in (length, kept_every(call.backend, length, True))
+    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=call.chunk)
 
 
 @register_operator("vim2::selective_scan", _check)
