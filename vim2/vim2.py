@@ -185,6 +185,9 @@ class ViM2(nn.Module):
         check_sizes(1, a_stage=True, depths=depths, dims=dims)
         check_ratios(token_expand=token_expand, channel_expand=channel_expand, mlp_ratio=mlp_ratio)
         check_pooling(global_pool)
+        dims, token_mixers, token_expand, channel_expand = a_value_a_stage(
+            len(depths), dims=dims, token_mixers=token_mixers, token_expand=token_expand, channel_expand=channel_expand
+        )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -203,15 +206,7 @@ class ViM2(nn.Module):
             **dd,
         )
 
-        num_stages = len(depths)
-        token_mixers, token_expand, channel_expand = (
-            to_ntuple(num_stages)(value) for value in (token_mixers, token_expand, channel_expand)
-        )
-        per_stage = dict(dims=dims, token_mixers=token_mixers, token_expand=token_expand, channel_expand=channel_expand)
-        for name, values in per_stage.items():
-            if len(values) != num_stages:
-                raise ValueError(f"{name} must have a value a stage, {num_stages} as depths has, got {tuple(values)}.")
-        mixers = [tokens + (channel_mixer != "none") for tokens in token_mixers]  # of a block
+        mixers = [tokens + (channel_mixer != "none") for tokens in token_mixers]  # of a block, by stage
         rates = torch.linspace(0, drop_path_rate, sum(d * m for d, m in zip(depths, mixers)), device="cpu").tolist()
         stages = []
         for i, depth in enumerate(depths):
@@ -401,6 +396,15 @@ def check_sizes(least: int, a_stage: bool = False, **sizes: int | Sequence[int])
             raise ValueError(f"{name} must be {least} or more, in whole numbers, got {size!r}.")
         if a_stage and not is_sequence:
             raise ValueError(f"{name} must be a list with a number a stage, got {size!r}.")
+
+
+def a_value_a_stage(stages: int, **arguments: Any) -> list[tuple]:
+    """The arguments, in their order, each as a value for every stage; a ValueError for another number of values."""
+    spread = {name: to_ntuple(stages)(value) for name, value in arguments.items()}
+    for name, values in spread.items():
+        if len(values) != stages:
+            raise ValueError(f"{name} must have a value a stage, {stages} as depths has, got {tuple(values)}.")
+    return list(spread.values())
 
 
 def check_ratios(**ratios: float | Sequence[float]) -> None:
