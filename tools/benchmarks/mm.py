@@ -40,7 +40,8 @@ from vim2.command.errors import UserError
 from vim2.command.outputs import make_folder
 from vim2.command.tables import table
 from vim2.files import write_atomically
-from vim2.mm.runner import check_device, load_config
+from vim2.mm.config_loading import load_config
+from vim2.mm.runner import check_device
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 OBJECTS = 10  # an image

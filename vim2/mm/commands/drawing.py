@@ -21,7 +21,8 @@ from ...command.options import Parser
 from ...command.outputs import explain_disk_errors, make_folder
 from ...command.progress import say
 from ...files import write_atomically
-from ..runner import add_config_arguments, check_device, checkpoint_errors, load_config
+from ..config_loading import add_config_arguments, load_config
+from ..runner import check_device, checkpoint_errors
 
 __all__ = ["predict"]
 

@@ -11,17 +11,8 @@ from mmengine.config import Config
 from ...command.errors import UserError
 from ...command.options import Parser
 from ...command.outputs import make_folder, make_folder_of
-from ..runner import (
-    add_config_arguments,
-    add_launcher_arguments,
-    build_data,
-    build_runner,
-    check_parts,
-    choose_work_dir,
-    load_config,
-    removed_unless_started,
-    run_errors,
-)
+from ..config_loading import add_config_arguments, add_launcher_arguments, check_parts, choose_work_dir, load_config
+from ..runner import build_data, build_runner, removed_unless_started, run_errors
 
 __all__ = ["test"]
 
