@@ -5,7 +5,9 @@ import errno
 import gc
 import importlib.util
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ __all__ = [
     "UserError",
     "did_you_mean",
     "first_line",
+    "in_short",
     "missing_package",
     "run_command",
     "run_main",
@@ -36,7 +39,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, one_process: bool = False):
-        super().__init__(" ".join(str(message).split()))
+        # line breaks alone go: a path, and a command to be pasted, may have blanks side by side
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", str(message).strip()))
         self.one_process = one_process
 
 
@@ -47,6 +51,12 @@ def first_line(error: BaseException) -> str:
 
 class DivergenceError(UserError):
     """A loss that became NaN or infinite."""
+
+
+def in_short(error: BaseException) -> str:
+    """All that a library's error says, in one line, but for what is beyond 300 letters of it; its type's name where it
+    says nothing."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 import os
 import random
 import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import check_weights, read_checkpoint, remove_leftovers, try_lock
-from .errors import UserError
+from .errors import UserError, in_short
 from .processes import Processes
 from .progress import say
 
@@ -142,8 +141,7 @@ def _explain_misfit(called: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of what is not so
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-        raise UserError(f"{called} does not fit the model of these options: {reason}") from None
+        raise UserError(f"{called} does not fit the model of these options: {in_short(error)}") from None
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
