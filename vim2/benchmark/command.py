@@ -36,6 +36,7 @@ from ..command.options import Parser
 from ..command.outputs import make_folder
 from ..command.own_models import import_models
 from ..command.processes import require_backend
+from ..command.progress import say
 from ..files import write_atomically
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
@@ -209,7 +210,7 @@ def benchmark(argv: list[str]) -> None:
         if args.output:  # and leave what they have
             write_atomically(args.output / "benchmark.md", report(results))
             write_atomically(args.output / "benchmark.json", json.dumps(results, indent=2) + "\n")
-    print(report(results), end="")
+    say(report(results).rstrip("\n"))
     if args.plot:
         about = results["machine"]
         plot(results["models"], args.output / "benchmark.png", f"{about['hardware']}, {about['date']}")

@@ -32,6 +32,7 @@ from ..command.figures import figures_if_possible
 from ..command.graphs import record
 from ..command.options import resolve, resume_options
 from ..command.outputs import MAKE_ROOM, explain_disk_errors, make_folder
+from ..command.places import is_place, short_name
 from ..command.processes import Processes, start_processes
 from ..command.progress import has_bar, progress_bar, say
 from ..command.runs import (
@@ -47,6 +48,7 @@ from ..files import write_atomically
 from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
+from .facts import fine_tuned, read_described, read_facts, terms_of, weights_file, weights_name
 from .fingerprints import fingerprint
 from .models import (
     autocast,
@@ -61,12 +63,14 @@ from .models import (
 )
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
+from .sources import ModelSource, find_model
 
 __all__ = ["train"]
 
 # What a last.pth holds at least, beside moving averages, the loss's scale and, since they are kept, its images'
 # fingerprints.
 LAST = {
+    "arch": str,
     "args": dict,
     "class_names": list | None,
     "history": list,
@@ -112,7 +116,8 @@ def recall(
         path = Path(options.resume)
         path = path / "last.pth" if path.is_dir() else path
     if path is None:
-        return apply_recipe(options, explicit, processes.world_size), None
+        arch = find_model(options.model, options.imports).arch if options.recipe else ""
+        return apply_recipe(options, explicit, processes.world_size, arch), None
     saved = read_last(path, LAST, COLUMNS, "To start from its weights: --initial-checkpoint.")
     if saved["world_size"] != processes.world_size:
         say(
@@ -206,9 +211,14 @@ class Run:
 
     def create_model(self, saved: dict[str, Any] | None) -> None:
         o = self.options
-        in_chans = {} if o.in_chans == 3 and "in_chans" not in o.model_kwargs else {"in_chans": o.in_chans}
+        # a run that goes on needs no folder or repository that it has begun from, and goes by no other
+        facts = read_facts(saved, "The last.pth of the run") if saved else {}
+        given = ModelSource(facts["arch"], facts["arch"], facts.get("model_kwargs", {})) if saved else o.model
+        source = find_model(given, o.imports)
+        told = {**source.model_kwargs, **o.model_kwargs}
+        in_chans = {} if o.in_chans == 3 and "in_chans" not in told else {"in_chans": o.in_chans}
         self.model = create_model(
-            o.model,
+            source,
             o.model_kwargs,
             imports=o.imports,
             pretrained=o.pretrained and not saved,
@@ -217,9 +227,15 @@ class Run:
             drop_path_rate=o.drop_path,
             **in_chans,
         )
-        if o.initial_checkpoint and not saved:
+        self.facts = source.facts(o.model_kwargs) | {"num_classes": self.num_classes, "in_chans": o.in_chans}
+        if saved:
+            self.facts["terms"] = facts.get("terms", {})
+        elif o.initial_checkpoint:
             load(self.model, o.initial_checkpoint, new_head=True)
-        self.data_config = input_config(self.model, o, o.img_size, in_chans=o.in_chans)
+            self.facts["terms"] = started_from(o.initial_checkpoint)
+        else:
+            self.facts["terms"] = started_from(self.model, source.name) if o.pretrained else {}
+        self.data_config = input_config(self.model, o, o.img_size, facts.get("data_config"), in_chans=o.in_chans)
         self.frozen = freeze(self.model, o.freeze)
         if self.frozen and not (o.pretrained or o.initial_checkpoint or saved):
             say(
@@ -540,10 +556,7 @@ class Run:
         if not self.processes.is_first:
             return
         weights = {
-            "arch": self.options.model,
-            "model_kwargs": plain_containers(self.options.model_kwargs),
-            "num_classes": self.num_classes,
-            "in_chans": self.options.in_chans,
+            **plain_containers(self.facts),
             "class_names": self.class_names,
             "data_config": plain_containers(self.data_config),
             "held_out": self.held_out,
@@ -627,6 +640,23 @@ class EpochWatch:
             where = f"epoch {self.epoch + 1:>3}/{run.options.epochs}, step {self.steps}/{len(run.loader)}"
             say(f"{where} · loss {so_far:.4f} · {speed:.0f} images/s", run.processes)
             self.said, self.steps_said = now, self.steps
+
+
+def started_from(weights: nn.Module | str, called: str = "") -> dict[str, Any]:
+    """The terms, see `terms_of`, of what is trained from weights: those that a model, called so, was made with, or a
+    file's."""
+    if isinstance(weights, nn.Module):
+        cfg = weights.pretrained_cfg
+        return fine_tuned(terms_of(cfg), short_name(called) if is_place(called) else weights_name(cfg))
+    file = weights_file(weights)
+    name = (file if file == Path(weights) else Path(weights).resolve()).name
+    try:
+        terms = read_described(weights)[1].get("terms")
+    except UserError:  # weights that could be loaded, with something beside them that is of no use here
+        terms = None
+    if terms is None:
+        return {"description": f"Fine-tuned from {name}, in which no terms are told."}
+    return fine_tuned(terms, name) if terms else {}
 
 
 def create_loss(options: TrainOptions, mixing: bool) -> nn.Module:

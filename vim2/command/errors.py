@@ -1,9 +1,11 @@
 """What the user can put right."""
 
 import difflib
+import re
+import textwrap
 from collections.abc import Iterable
 
-__all__ = ["DivergenceError", "UserError", "did_you_mean", "first_line"]
+__all__ = ["DivergenceError", "UserError", "did_you_mean", "first_line", "in_short"]
 
 
 class UserError(ValueError):
@@ -15,7 +17,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, one_process: bool = False):
-        super().__init__(" ".join(str(message).split()))
+        # line breaks alone go: a path, and a command to be pasted, may have blanks side by side
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", str(message).strip()))
         self.one_process = one_process
 
 
@@ -26,6 +29,12 @@ class DivergenceError(UserError):
 def first_line(error: BaseException) -> str:
     """What a library's error says first, to stand within a message; its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def in_short(error: BaseException) -> str:
+    """All that a library's error says, in one line, but for what is beyond 300 letters of it; its type's name where it
+    says nothing."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

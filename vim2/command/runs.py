@@ -2,7 +2,6 @@
 
 import os
 import random
-import textwrap
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import check_weights, read_checkpoint
 from ..files import remove_leftovers, try_lock
-from .errors import UserError
+from .errors import UserError, in_short
 from .outputs import explain_folder_errors, make_folder
 from .processes import Processes
 from .progress import say
@@ -137,8 +136,7 @@ def _explain_misfit(called: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of what is not so
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-        raise UserError(f"{called} does not fit the model of these options: {reason}") from None
+        raise UserError(f"{called} does not fit the model of these options: {in_short(error)}") from None
 
 
 def identity(path: Path) -> tuple[int, ...] | None:

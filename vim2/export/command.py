@@ -16,10 +16,12 @@ from ..classify import validate
 from ..classify.facts import weights_file
 from ..classify.models import check_reads, create_model, input_config, load_checkpoint_model
 from ..classify.options import InputOptions
+from ..classify.sources import find_model
 from ..classify.validation import label_names
 from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.outputs import keep_source, make_folder, make_folder_of
+from ..command.places import local_folder
 from ..command.progress import say
 from ..files import NotWritten
 from ..vim2 import ViM2
@@ -81,7 +83,8 @@ def export(argv: Sequence[str]) -> None:
 def _make_parser() -> Parser:
     parser = Parser(prog="vim2 export", description="Write a model for runtimes other than PyTorch, or to share.")
     add = parser.add_argument
-    add("--model", metavar="NAME", help="a ViM2, or another model of timm's; default: the checkpoint's")
+    named = "a ViM2, another model of timm's, local-dir:FOLDER or hf-hub:USER/NAME; default: the checkpoint's"
+    add("--model", metavar="NAME", help=named)
     registering = "Python files, or modules, that register models of your own with timm"
     add("--imports", nargs="+", default=[], metavar="FILE", help=registering)
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
@@ -136,8 +139,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--batch-size is for a comparison, and an exported file takes any: add --compare.")
     if min(args.batch_size or [1]) < 1:
         raise UserError(f"--batch-size takes whole numbers from 1 on, got {min(args.batch_size)}.")
-    if args.checkpoint is not None:
-        keep_source(weights_file(args.checkpoint), weights_file(args.output))
+    for read in (args.checkpoint, local_folder(args.model or "")):
+        if read is not None:
+            keep_source(weights_file(read), weights_file(args.output))
     if args.forecaster is not None and args.format not in PROGRAMS:
         raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
 
@@ -151,7 +155,8 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     if args.forecaster is not None:
         return ForecasterModule(_forecaster(args.forecaster)), {}
     if args.checkpoint is None and not args.pretrained:
-        return create_model(args.model, imports=args.imports), {}
+        source = find_model(args.model, args.imports)
+        return create_model(source), source.facts()
     return load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports)
 
 
@@ -225,7 +230,8 @@ def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespa
         raise UserError(f"{name} has no num_features, which timm's config tells: keep that number in the model.")
     channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
     model_args = {**facts.get("model_kwargs", {}), **channels}
-    export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
+    config, terms = facts.get("data_config"), facts.get("terms")
+    export_timm(model, args.output, config, facts.get("class_names"), model_args, terms)
     after = f"what registers it ({', '.join(args.imports)})" if args.imports else "import vim2"
     say(f"{args.output}: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True), after {after}")
 
@@ -257,7 +263,7 @@ def _check_rounding(model: nn.Module, facts: dict[str, Any], args: argparse.Name
     with tempfile.TemporaryDirectory() as folder:
         rounded = {name: v.half().float() if v.is_floating_point() else v for name, v in model.state_dict().items()}
         after = Path(folder) / "rounded.pth"
-        save_checkpoint({**facts, "arch": args.model or facts["arch"], "state_dict": rounded}, after)
+        save_checkpoint({**facts, "state_dict": rounded}, after)
         common = dict(model=args.model, data_dir=args.data_dir, split=args.split or "validation", output=folder)
         was, now = (validate(checkpoint=path, **common)[0]["top1"] for path in (args.checkpoint, after))
     say(f"top-1: {was:.2f} % before, {now:.2f} % in half precision")

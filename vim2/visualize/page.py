@@ -42,7 +42,7 @@ attention are drawn below."""
 class DemoOptions(CheckpointOptions, InputOptions, DeviceOptions):
     """Show a page on which to drop images: their classes, and what a token that you click attends to.
 
-    Without --checkpoint or --model, the model is vim2_nano with the weights that come with the package.
+    Without --checkpoint or --model, the model is vim2_nano_token_d1 with the weights that come with the package.
     """
 
     program = "vim2 demo"
@@ -61,7 +61,8 @@ def demo(argv: Sequence[str] | None = None, /, **options) -> None:
 
     Args:
         argv: Command line; or else
-        options: the same options by name: `demo(checkpoint="best.pth")`; without any, `vim2_nano` with its weights.
+        options: the same options by name: `demo(checkpoint="best.pth")`; without any, `vim2_nano_token_d1` with its
+            weights.
 
     Raises:
         UserError: Anything that the user can put right.
@@ -130,7 +131,7 @@ class Explorer:
     def __init__(self, options: DemoOptions):
         o = options
         if not (o.checkpoint or o.model):
-            o = dataclasses.replace(o, model="vim2_nano", pretrained=True)
+            o = dataclasses.replace(o, model="vim2_nano_token_d1", pretrained=True)
         figure()  # without matplotlib, there is nothing to show
         device = choose_device(o.device)
         self.model, facts = load_model(o)
