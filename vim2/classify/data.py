@@ -28,7 +28,8 @@ from .policies import read_policy
 __all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "say_left_out", "train_loader"]
 
 MAX_UNREADABLE = 100  # neighbours tried in place of an unreadable training image
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of data sets that decode by themselves
+# what data sets that decode by themselves raise for an image that cannot be read
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Images(Dataset):
