@@ -19,7 +19,7 @@ from PIL import Image
 
 from vim2.classify import UserError, predict, train
 
-EXAMPLES = 10  # of each digit to train on
+EXAMPLES = 10  # to train on, of each digit
 TEST_IMAGES = 360  # the last fifth: other writers than those of the images before
 PIXELS = 48
 

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-_EMA_KEYS = ("state_dict_ema", "model_ema")  # of timm's train.py, and of Swin's and VMamba's
+_EMA_KEYS = ("state_dict_ema", "model_ema")  # in checkpoints of timm's train.py, and of Swin's and VMamba's
 _WEIGHT_KEYS = (*_EMA_KEYS, "state_dict", "model")
 
 
@@ -172,7 +172,7 @@ def check_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
             raise ValueError(f"{path} holds no weights of a trained model: {name} {fault}. Use another checkpoint.")
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of lower precision are no model's weights
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # no model has weights of lower precision
 
 
 def _fault(value: Tensor, wanted: Tensor) -> str:

@@ -83,6 +83,6 @@ def try_lock(descriptor: int) -> bool | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # which of them says that a file system has no locks differs
+    except OSError:  # file systems without locks raise different ones
         return None
     return True

@@ -26,7 +26,7 @@ from .ops.modules import SETTINGS, call_replayed, compile_kernels, is_plain
 
 __all__ = ["ViM2"]  # register_model adds the models
 
-POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "" pools not at all
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "" is no pooling
 MIN_SIZE = 32  # pixels: below, the last stage would hold no token
 
 

@@ -70,10 +70,10 @@ def gated_inputs(seed, rows=3, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("way", [torch.no_grad, torch.inference_mode])
-def test_replays_give_the_same_bits_for_other_values(way, autocast):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_replays_give_the_same_bits_for_other_values(mode, autocast):
     owner = Owner(gated)
-    with way(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+    with mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         for seed in range(4):
             inputs = gated_inputs(seed)
             inputs[1] = torch.nn.Parameter(inputs[1])
@@ -217,7 +217,7 @@ def test_what_is_not_needed_any_more_is_freed(monkeypatch):
         alive.append(sum(type(t) is torch.Tensor and t.shape == (4, 4) for t in gc.get_objects()))
         return multiply(*tensors)
 
-    (known,) = (ways for each, ways in module._replays.items() if each is owner)
+    (known,) = (entries for each, entries in module._replays.items() if each is owner)
     (replayed,) = known.values()
     scope = replayed.__globals__
     name = next(name for name, value in scope.items() if value is multiply)
@@ -236,9 +236,9 @@ def test_a_backward_pass_frees_what_was_saved_as_soon_as_it_has_used_it(kept, mo
     owner = Trainee(function)
     inputs = [torch.eye(4, device=DEVICE).requires_grad_() for _ in range(2)]
     owner(*inputs), owner(*inputs)
-    (known,) = (ways for each, ways in module._replays.items() if each is owner)
-    (way,) = known.values()
-    scope = inspect.getclosurevars(way.backward).nonlocals["function"].__globals__
+    (known,) = (entries for each, entries in module._replays.items() if each is owner)
+    (both,) = known.values()
+    scope = inspect.getclosurevars(both.backward).nonlocals["function"].__globals__
     name = next(name for name, value in scope.items() if value is torch.mm)
     saved, alive = [], []
 
@@ -274,11 +274,11 @@ def partly_not_cast(x, weight):
         return torch.mm(x, weight)
 
 
-@pytest.mark.parametrize("way", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("function", [cast_by_parts, partly_not_cast])
-def test_casts_are_those_of_a_plain_call(function, way):
+def test_casts_are_those_of_a_plain_call(function, mode):
     owner = Owner(function)
-    with way(), torch.autocast(DEVICE, torch.bfloat16):
+    with mode(), torch.autocast(DEVICE, torch.bfloat16):
         for seed in range(4):
             x, weight = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
             expected = function(x, weight)
@@ -765,8 +765,8 @@ def test_operators_of_compiled_graphs_give_the_same_bits_when_replayed(name, mon
         ):
             other = torch.empty(0) if other is None else other
             assert result.stride() == other.stride() and result.equal(other.to(result.device))
-    ((way, _),) = replays
-    assert callable(way)
+    ((entry, _),) = replays
+    assert callable(entry)
 
 
 PRIVATE = ("_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor")

@@ -30,7 +30,7 @@ from vim2.classify.training import Run
 from vim2.command.options import resolve
 from vim2.command.processes import start_processes
 
-PAIRS = 3  # of epochs that count
+PAIRS = 3  # pairs of epochs that count
 
 
 class Noise:

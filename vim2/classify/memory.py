@@ -30,8 +30,8 @@ from .policies import Policy
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
 
 CHUNK = 2048  # images that are decoded before they are copied to the device
-MARGIN = 8 / 7  # of images of many sizes: side to hold over the side to train at, as 256 over 224
-LARGEST = 2  # of images of one size: beyond this many times the side to train at, they are resized, too
+MARGIN = 8 / 7  # images of many sizes are held so much larger than they are trained at, as 256 is than 224
+LARGEST = 2  # images of one size are resized only if they are more than this many times the side to train at
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ MAY_CHANGE = {
     "workers",
 }
 
-MIN_SIDE = 32  # of images, pixels
+MIN_SIDE = 32  # of an image, in pixels
 Pixels = Annotated[int, Between(MIN_SIDE, words=f"must be at least {MIN_SIDE} pixels")]
 PositiveShare = Annotated[float, Between(0, 1, "(]")]
 

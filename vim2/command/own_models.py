@@ -55,7 +55,7 @@ def add_to_path(name: str) -> str:
     try:
         spec = importlib.util.find_spec(home.name)
         found = spec and spec.origin
-    except ValueError:  # of `__main__`
+    except ValueError:  # the name is `__main__`
         found = None
     if not (found and os.path.exists(found) and file.samefile(found)):
         other = found if found and os.path.isabs(found) else "a module of Python"

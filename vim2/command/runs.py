@@ -128,7 +128,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str)
                     raise ValueError(f"{name} of the optimiser holds NaN or infinite values")
 
 
-_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}  # of a parameter's shape
+# what optimisers keep of the shape of a parameter
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}
 
 
 @contextmanager

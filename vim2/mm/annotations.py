@@ -16,7 +16,7 @@ from ..command.errors import UserError, first_line
 
 __all__ = ["check_annotations"]
 
-_IMAGES = 1000  # whose boxes and masks are looked at, of those that a data set holds in memory anyway
+_IMAGES = 1000  # so many are looked at, with their boxes and masks, which the data set holds in memory anyway
 _FILES = 24  # label maps that are read
 
 

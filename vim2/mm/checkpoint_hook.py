@@ -58,7 +58,7 @@ class _CheckpointHook(CheckpointHook):
         super().before_train(runner)
         self.file_backend = _LateRemoval(self.file_backend)
         resumed = self._path(runner.epoch if self.by_epoch else runner.iter)
-        if self.file_backend.isfile(resumed):  # which is to be written anew if a late validation finds it the best
+        if self.file_backend.isfile(resumed):  # to be written anew if a late validation finds it the best
             self.last_ckpt = resumed
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:

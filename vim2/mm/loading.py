@@ -21,7 +21,7 @@ def allow_checkpoints() -> None:
     Beside tensors they hold `HistoryBuffer`s of the logged values, which are NumPy arrays. Exactly these types are
     added to what the safe loader constructs; nothing else in a file is run, and no load is made unsafe.
     """
-    makers = np.zeros(0).__reduce__()[0], np.float64().__reduce__()[0]  # of arrays and of scalars
+    makers = np.zeros(0).__reduce__()[0], np.float64().__reduce__()[0]  # what pickles make arrays and scalars by
     modules = ("numpy._core.multiarray", "numpy.core.multiarray")  # where NumPy 2 and NumPy 1 say they are
     torch.serialization.add_safe_globals(
         [

@@ -198,7 +198,7 @@ def checkpoint_errors(path: str) -> Iterator[None]:
     except Exception as error:  # pickles and models each have their own ways to fail
         text = str(error)
         if "state dict" in text or "state_dict" in text:
-            text = textwrap.shorten(text, 300, placeholder=" ...")  # of hundreds of names
+            text = textwrap.shorten(text, 300, placeholder=" ...")  # it may list hundreds of names
             raise UserError(
                 f"{path} is not of this config's model; give the config it was trained with. {text}"
             ) from None

@@ -20,7 +20,7 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # their compiled parts, by the names that these have
 HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None
 HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d_cuda") is not None
-CAUSAL_CONV1D_TAPS = (2, 3, 4)  # that its kernels know
+CAUSAL_CONV1D_TAPS = (2, 3, 4)  # widths of convolutions that its kernels know
 
 _warned = set()
 

@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .backend import TRITON_DTYPES
 from .observers import ours
 
-MAX_TENSORS = 480  # of one launch for many casts and sums: drivers before CUDA 12.1 take 4 KiB of a kernel's arguments
+MAX_TENSORS = 480  # in a launch of many casts and sums: drivers before CUDA 12.1 take 4 KiB of arguments
 
-NAMES = re.compile(r"\b(?:given|made|part|other)\d+\b|\bgrad\b")  # of tensors, in lines
+NAMES = re.compile(r"\b(?:given|made|part|other)\d+\b|\bgrad\b")  # the names of tensors in lines
 
 aten = torch.ops.aten
 ALLOCATIONS = {
@@ -171,13 +171,13 @@ class Notebook(TorchDispatchMode):
         self.whole: dict[StorageWeakRef, tuple[str, torch.dtype, tuple]] = {}  # by memory: what lies there
         self.parts: dict[tuple, str] = {}
         self.problem = ""
-        self.numbers = itertools.count()  # of the names of what is made
+        self.numbers = itertools.count()  # for names of what is made
         self.forward: tuple[str, list[Line]] = "", []  # once that pass is over: its result and its lines
         first = next((t for t in tensors if t is not None), torch.empty(0))
         self.device, self.index = first.device.type, first.get_device()
         self.autocast = torch.is_autocast_enabled(self.device)
         self.given = [f"given{i}" for i in range(len(tensors))]
-        self.grads: list[str] = []  # that come to the backward pass
+        self.grads: list[str] = []  # names of those that come to the backward pass
         for name, t in zip(self.given, tensors):
             if t is not None:
                 self.whole[memory_of(t)] = name, t.dtype, _extent(t)

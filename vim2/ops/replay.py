@@ -21,8 +21,8 @@ from .notebook import BothPasses, Notebook, NotReplayableError, noting, share_me
 from .observers import is_autograd_observed, is_captured, is_elsewhere, is_observed
 from .operator import refuse_second_derivatives
 
-MAX_REPLAYS = 64  # of an owner, where every image has a size of its own
-MAX_OPERATOR_REPLAYS = 1024  # of an operator, which all layers of all models share
+MAX_REPLAYS = 64  # remembered for an owner: every image may have a size of its own
+MAX_OPERATOR_REPLAYS = 1024  # remembered for an operator, which all layers of all models share
 # How many calls with such tensors are made as ever before one is noted. Noting takes as long as some calls, and images
 # may come in more sizes than can be remembered.
 PATIENCE = 3
@@ -113,7 +113,7 @@ def replayed(function: Callable) -> Callable:
                 key.append(argument)
         if _must_launch(tensors):
             return function(*args)
-        # of the operators that a function is made of, autocast may cast some
+        # autocast may cast inputs of some of the operators that the function is made of
         key.append(torch.is_autocast_enabled(tensors[0].device.type))
         key = tuple(key)
         entry = known.get(key, 0)

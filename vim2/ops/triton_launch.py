@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on the CPU
-MAX_LAUNCHES = 4096  # of a kernel that are remembered, where every image has a size of its own
+MAX_LAUNCHES = 4096  # remembered for a kernel: every image may have a size of its own
 
 
 class Form(NamedTuple):

@@ -50,7 +50,7 @@ class Sum(NamedTuple):
         return all_rows * triton.cdiv(self.width, BLOCK)
 
 
-FIELDS = 14  # of a sum in the table
+FIELDS = 14  # numbers that the table has for a sum
 
 
 @triton.jit

@@ -20,7 +20,7 @@ __all__ = [
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"
 NOT_SEEN = "#d0d0d0"
 MARK = "#ff2d2d"
-DECADES = 4  # of a logarithmic scale, at most
+DECADES = 4  # at most, on a logarithmic scale
 MAX_NUMBERED = 10  # rows of cells that still leave room for numbers
 ORDERS = {
     "forward": "along rows, from the top left",

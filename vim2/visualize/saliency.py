@@ -78,6 +78,6 @@ def grad_cam(model: ViM2, image: Tensor, stage: int) -> tuple[np.ndarray, int, f
         probabilities = cam.outputs[0].detach().float().softmax(-1)
     finally:
         cam.activations_and_grads.release()
-        model.zero_grad()  # of the parameters, which the package leaves behind
+        model.zero_grad()  # the package leaves gradients of parameters behind
     index = int(probabilities.argmax())
     return heat, index, float(probabilities[index])

@@ -102,7 +102,7 @@ def predict(argv: Sequence[str]) -> None:
     for i, path in enumerate(track_iter_progress(images)):
         try:
             data = pipeline(dict(img_path=str(path), img_id=i))
-        except (AssertionError, OSError, cv2.error) as error:  # of a format that OpenCV does not know
+        except (AssertionError, OSError, cv2.error) as error:  # a format that OpenCV does not know
             raise UserError(
                 f"{path} cannot be read by the config's pipeline: {error or type(error).__name__}"
             ) from error

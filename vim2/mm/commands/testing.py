@@ -71,7 +71,7 @@ def draw(config: Config, args: argparse.Namespace) -> None:
     hook.update(draw=True, show=args.show, wait_time=args.wait_time, interval=1)
     if args.show_dir:
         if config.get("default_scope") == "mmdet":
-            hook.test_out_dir = os.path.abspath(args.show_dir)  # which else lies within the work dir
+            hook.test_out_dir = os.path.abspath(args.show_dir)  # relative, it would lie within the work dir
         else:
             config.visualizer.save_dir = args.show_dir
 

@@ -118,7 +118,7 @@ class _HandingOn(torch.autograd.Function):
         refuse_second_derivatives()
         from .triton.weighted_average import weighted_average_triton_backward
 
-        if grad is None:  # of the result nobody made anything
+        if grad is None:  # nobody used the result
             return *(None,) * 5, *others
         *features, weight, norm_weight, statistics = ctx.saved_tensors
         if any(other is not None for other in others):

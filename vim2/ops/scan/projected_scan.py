@@ -246,7 +246,7 @@ def _check_projected(u, weight, A, D, delta_bias, delta_weight, dtype, *options)
     orders, spatial, _ = options[-3:]
     directions, features, n = A.shape
     width = directions * features if u.dim() == 4 and weight.dim() == 2 else features
-    rows = 2 * n + delta_weight.shape[-1]  # of the weight, for a direction; there may be more, of zeros
+    rows = 2 * n + delta_weight.shape[-1]  # the weight's, for a direction; there may be further ones, of zeros
     fits = (
         len(orders) == directions
         and all(0 <= order < len(ORDERS) for order in orders)
