@@ -30,6 +30,7 @@ from ..command.outputs import make_folder
 from ..command.processes import require_backend
 from ..files import remove_leftovers, write_atomically
 from .annotations import check_annotations
+from .channels import check_channels
 from .checkpoint_hook import find_newest_checkpoint
 from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
 
@@ -74,9 +75,9 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
         args: Arguments, those of `add_launcher_arguments` among them.
 
     Raises:
-        UserError: The work dir cannot be written to; what the config asks for cannot be built, or not on a CPU; a
-            number that is not finite; no checkpoint to resume from that can be read; VIM2_SCAN_BACKEND names a backend
-            that cannot be used here.
+        UserError: The work dir cannot be written to; what the config asks for cannot be built, or not on a CPU, or does
+            not fit its backbone; a number that is not finite; no checkpoint to resume from that can be read;
+            VIM2_SCAN_BACKEND names a backend that cannot be used here.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
@@ -92,7 +93,9 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     if get_device() == "cpu":
         _prepare_for_cpu(config)
     try:
-        return RUNNERS.build(config) if "runner_type" in config else _Runner.from_cfg(config)
+        runner = RUNNERS.build(config) if "runner_type" in config else _Runner.from_cfg(config)
+        check_channels(config.model, runner.model.module if is_model_wrapper(runner.model) else runner.model)
+        return runner
     except UserError:
         raise
     except (AssertionError, AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:
