@@ -585,9 +585,9 @@ def test_layers_are_not_replayed_where_somebody_holds_on_or_looks(calls, monkeyp
 
 @pytest.fixture
 def mixed(calls, monkeypatch):
-    """The stages and layers that were called and not replayed: the first by `_mix`, the others by `_mix_passing`."""
+    """The stages and layers that were called and not replayed: the first by `_mix`, the others by `_mix_handing_on`."""
     mixed = []
-    for kind, name in ((ViM2Stage, "_mix"), (MixerLayer, "_mix_passing")):
+    for kind, name in ((ViM2Stage, "_mix"), (MixerLayer, "_mix_handing_on")):
         function = getattr(kind, name)
 
         def counted(self, *inputs, function=function):

@@ -28,7 +28,7 @@ for command in {COMMANDS}:
     print(command if out.getvalue().startswith(f"usage: vim2 {{command}} ") else out.getvalue())
 print(vim2_cli.__file__, sys.modules["vim2"].__file__)
 if "vim2.mm" in sys.modules:
-    from vim2.mm.runner import load_config
+    from vim2.mm.config_loading import load_config
 
     print(load_config("vim2::mmdet/mask-rcnn_vim2-tiny_fpn_1x_coco.py").model.backbone.type)
 """

@@ -41,7 +41,6 @@ from benchmarks.arena.report import (
     unfinished_runs,
 )
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
-from vim2.checkpoints import write_atomically
 from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
@@ -63,8 +62,9 @@ from vim2.command.options import (
     plain,
     resolve,
 )
+from vim2.command.outputs import make_folder
 from vim2.command.own_models import import_models, module_home
-from vim2.command.runs import make_folder
+from vim2.files import write_atomically
 
 # What the arena says to `vim2.classify.train` itself, and what says it to the arena
 OWN = {"model": "--models", "model_kwargs": "--models", "lr": "--lrs", "seed": "--seeds", "recipe": "--epochs"}

@@ -8,6 +8,7 @@ from common.command import run_tool
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from PIL import Image
 
 from vim2.classify import UserError, predict, train
 
-EXAMPLES = 10  # of each digit to train on
+EXAMPLES = 10  # to train on, of each digit
 TEST_IMAGES = 360  # the last fifth: other writers than those of the images before
 PIXELS = 48
 
@@ -50,13 +51,13 @@ def write_digits(folder: Path) -> None:
         grey.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(path)
 
 
-def learn(data: Path, output: Path, name: str, epochs: int, pretrained: bool) -> dict[str, Any]:
+def learn(model: str, data: Path, output: Path, name: str, epochs: int, pretrained: bool) -> dict[str, Any]:
     """Train on the digits; both ways get the same options, but for where they start."""
     # a quickstart starts anew every time
     (output / name / "last.pth").unlink(missing_ok=True)
     return train(
         data_dir=data,
-        model="vim2_nano",
+        model=model,
         pretrained=pretrained,
         img_size=PIXELS,
         epochs=epochs,
@@ -76,27 +77,30 @@ def learn(data: Path, output: Path, name: str, epochs: int, pretrained: bool) ->
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
+    of = "whose weights come with the package: %(default)s, or the paper's kind, vim2_nano"
+    parser.add_argument("--model", default="vim2_nano_token_d1", help=of)
     parser.add_argument("--epochs", type=int, default=8, help="on the digits; default: %(default)s")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     out, data = args.output, args.output / "digits"
 
     print("What the shipped weights, of 200 kinds of things, see in two photographs:", flush=True)
-    predict(images=find_photographs(), model="vim2_nano", pretrained=True, output=out / "photographs")
+    predict(images=find_photographs(), model=args.model, pretrained=True, output=out / "photographs")
     print("(A pagoda and a dahlia. Neither is among the 200, so it names what comes nearest.)")
 
     print(f"\nTen digits, from {EXAMPLES} examples of each. From the shipped weights:", flush=True)
     write_digits(data)
-    shipped = learn(data, out, "shipped", args.epochs, pretrained=True)
+    shipped = learn(args.model, data, out, "shipped", args.epochs, pretrained=True)
     print("\nThe same from scratch:", flush=True)
-    scratch = learn(data, out, "scratch", args.epochs, pretrained=False)
+    scratch = learn(args.model, data, out, "scratch", args.epochs, pretrained=False)
     folder = Path(shipped["folder"])
     examples = sorted((data / "val").rglob("*.png"))[::15]
     print(f"\nWhat the first sees in {len(examples)} test images:", flush=True)
     predict(images=examples, checkpoint=folder / "best.pth", output=out / "digits_seen", topk=3)
 
     path = os.environ.get("PYTHONPATH")
-    command = (f"PYTHONPATH={path} " if path else "") + f"{sys.executable} {Path(__file__).with_name('classify.py')}"
+    words = [sys.executable, str(Path(__file__).with_name("classify.py"))]
+    command = " ".join([*([f"PYTHONPATH={shlex.quote(path)}"] if path else []), *map(shlex.quote, words)])
     rows = [
         f"  {title:>21}" + "".join(f"{row['top1']:7.1f}" for row in run["history"])
         for title, run in (("from shipped weights", shipped), ("from scratch", scratch))
@@ -113,7 +117,7 @@ Of {TEST_IMAGES} test images, % right after each of {args.epochs} epochs ({time.
 
 The same on images of your own, in a folder for each class:
 
-  {command} train --data-dir YOUR_FOLDER --model vim2_nano --pretrained --epochs 30 --lr 3e-4 --experiment mine
+  {command} train --data-dir YOUR_FOLDER --model {args.model} --pretrained --epochs 30 --lr 3e-4 --experiment mine
   {command} predict SOME_IMAGE.jpg --checkpoint runs/mine/best.pth
 """)
 

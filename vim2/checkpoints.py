@@ -1,14 +1,12 @@
-"""Reading, converting and atomically writing weights."""
+"""Reading, checking, loading, converting and saving weights."""
 
-import contextlib
 import io
 import os
 import pickle
 import re
 import shlex
-import uuid
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,9 @@ from safetensors.torch import save as serialize
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
-try:
-    import fcntl
-except ImportError:  # there are no such locks on Windows
-    fcntl = None
+from .files import write_atomically
 
 __all__ = [
-    "NotWritten",
     "check_weights",
     "convert_vmamba",
     "explain_load_error",
@@ -33,17 +27,14 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "read_state_dict",
-    "remove_leftovers",
     "save_checkpoint",
     "save_half_precision",
-    "try_lock",
     "verify_archive",
     "weights_of",
-    "write_atomically",
 ]
 
 
-_EMA_KEYS = ("state_dict_ema", "model_ema")  # of timm's train.py, and of Swin's and VMamba's
+_EMA_KEYS = ("state_dict_ema", "model_ema")  # in checkpoints of timm's train.py, and of Swin's and VMamba's
 _WEIGHT_KEYS = (*_EMA_KEYS, "state_dict", "model")
 
 
@@ -170,7 +161,7 @@ def check_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
     Args:
         given: Weights by name, from a file.
         wanted: The model's, on any device. Only those of the same names are compared.
-        path: Of the file, for the message.
+        path: The file, for the message.
 
     Raises:
         ValueError: A weight with a NaN or infinite value, one that is not dense, or one of another kind of numbers
@@ -181,7 +172,7 @@ def check_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
             raise ValueError(f"{path} holds no weights of a trained model: {name} {fault}. Use another checkpoint.")
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of lower precision are no model's weights
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # no model has weights of lower precision
 
 
 def _fault(value: Tensor, wanted: Tensor) -> str:
@@ -222,25 +213,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
         if state_dict[head].dim() == 0:
             raise ValueError(f"{path} is damaged: its classifier, {head}, is a single number.")
         classes = state_dict[head].shape[0]
-    wanted = model.state_dict()
-    ignored = (
-        heads | {head.removesuffix("weight") + "bias" for head in heads} if classes != model.num_classes else set()
-    )
+    ignored = set()
+    if classes != model.num_classes:
+        ignored = heads | {head.removesuffix("weight") + "bias" for head in heads}
     state_dict = {name: value for name, value in state_dict.items() if name not in ignored}
-    missing = sorted(wanted.keys() - state_dict.keys() - ignored)
-    unexpected = sorted(state_dict.keys() - wanted.keys())
-    reshaped = [
-        f"{k} {tuple(state_dict[k].shape)} for {tuple(wanted[k].shape)}"
-        for k in sorted(wanted.keys() & state_dict.keys())
-        if _but_for_channels(state_dict[k], k in stems) != _but_for_channels(wanted[k], k in stems)
-    ]
-    if missing or unexpected or reshaped:
-        found = "; ".join(
-            f"{len(names)} {what} (such as {names[0]})"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-            if names
-        )
-        raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {found}.")
+    wanted = {name: value for name, value in model.state_dict().items() if name not in ignored}
+    if misfit := _describe_misfit(state_dict, wanted, stems):
+        raise ValueError(f"{path} holds weights of another architecture than {cfg['architecture']}: {misfit}.")
     check_weights(state_dict, wanted, path)
     if classes != model.num_classes and not new_head:
         raise ValueError(
@@ -248,15 +227,36 @@ def load_weights(model: nn.Module, path: str | os.PathLike, use_ema: bool = True
             f"num_classes={classes}, or ask for a new classifier to fine-tune."
         )
     for stem in stems & state_dict.keys():
-        channels, wanted_channels = state_dict[stem].shape[1], wanted[stem].shape[1]
-        if channels != wanted_channels:
-            if channels != 3:  # timm has a rule for colour images only
-                raise ValueError(
-                    f"{path} is for images of {channels} channels, the model for {wanted_channels}: "
-                    f"create the model with in_chans={channels}, in `vim2 train` by --in-chans."
-                )
-            state_dict[stem] = adapt_input_conv(wanted_channels, state_dict[stem].float())
+        state_dict[stem] = _adapt_stem(state_dict[stem], wanted[stem].shape[1], path)
     model.load_state_dict(state_dict, strict=not ignored)
+
+
+def _describe_misfit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], stems: Set[str]) -> str:
+    """In which names and shapes weights differ from a model's, but for the stems' channels; "" if in none."""
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    reshaped = [
+        f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & given.keys())
+        if _but_for_channels(given[name], name in stems) != _but_for_channels(wanted[name], name in stems)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{len(names)} {what} (such as {names[0]})" for what, names in kinds if names)
+
+
+def _adapt_stem(weight: Tensor, channels: int, path: str | os.PathLike) -> Tensor:
+    """A stem's weight for images of so many channels, as timm adapts it.
+
+    Raises:
+        ValueError: It is for images of neither this number of channels nor 3, for which alone timm has a rule.
+    """
+    if weight.shape[1] == channels:
+        return weight
+    if weight.shape[1] != 3:
+        raise ValueError(
+            f"{path} is for images of {weight.shape[1]} channels, the model for {channels}: "
+            f"create the model with in_chans={weight.shape[1]}, in `vim2 train` by --in-chans."
+        )
+    return adapt_input_conv(channels, weight.float())
 
 
 def weights_of(modules: str | Sequence[str] | None) -> set[str]:
@@ -288,7 +288,7 @@ def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLik
 
     Args:
         state_dict: Weights by name; floating ones of any precision become float16, others stay.
-        path: Of the file, which is replaced in one step.
+        path: The file, which is replaced in one step.
 
     Raises:
         ValueError: A weight with a NaN, or with a value that is infinite or becomes so in half precision.
@@ -301,80 +301,6 @@ def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLik
             raise ValueError(f"{name} holds values that half precision cannot: NaN, or beyond 65504.")
         halves[name] = half.clone(memory_format=torch.contiguous_format)  # tensors that share memory are refused
     write_atomically(path, serialize(halves, metadata={"format": "pt"}))
-
-
-class NotWritten(OSError):
-    """A file that could not be written; what was there before is unchanged. Its `strerror` says so in a sentence."""
-
-
-def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Replace a file's contents in one step, and remove what was left where that was killed before.
-
-    Text becomes UTF-8. Of a file's name that is none, the bytes that Python holds as lone surrogates stand as JSON has
-    them, as `\\udce4`.
-
-    Raises:
-        NotWritten: The disk is full or cannot be written; what was at `path` is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
-        with open(temporary, "wb") as file:
-            try_lock(file.fileno())  # until it is closed: for remove_leftovers, it has a writer
-            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-            if fcntl is not None:
-                os.replace(temporary, path)
-        if fcntl is None:  # Windows renames no open file
-            os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise NotWritten(
-            error.errno, f"Could not write {path} ({error.strerror}); what was there before is unchanged"
-        ) from None
-
-
-def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Remove the half-written files that a killed `write_atomically` left in a folder.
-
-    A writer holds a lock on its file, which the kernel releases when it dies: only files that nobody holds are removed,
-    and none where the file system has no locks.
-
-    Args:
-        folder: Where to look, not in folders within.
-        name: Of the file that was to be written; None takes all.
-    """
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}", entry.name)
-            if not match or name not in (None, match[1]) or not entry.is_file(follow_symlinks=False):
-                continue
-            with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
-                if try_lock(file.fileno()):
-                    os.unlink(entry.path)
-
-
-def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file until it is closed; the kernel does that, too, when the process dies.
-
-    Returns:
-        Whether it could be locked: not where another open file, of any process, has it. None where there are no locks.
-    """
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # file systems have different words for having none
-        return None
-    return True
 
 
 _VMAMBA_NAMES = (  # vanilla VMamba's names, of its first release and its later ones, and ours
@@ -407,37 +333,12 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
         ValueError: Weights of anything but vanilla VMamba-T, -S or -B; a key unused or missing; another shape; what
             `check_weights` refuses.
     """
-    variants = {(96, 9): "vim2_tiny_vmamba", (96, 27): "vim2_small_vmamba", (128, 27): "vim2_base_vmamba"}
-    stem = next((state_dict[k] for k in ("patch_embed.0.weight", "patch_embed.proj.weight") if k in state_dict), None)
-    depth = len({k.split(".")[3] for k in state_dict if k.startswith("layers.2.blocks.")})
-    channels = stem.shape[0] if stem is not None and stem.dim() else None
-    variant = variants.get((channels, depth))
-    if variant is None:
-        raise ValueError(
-            "These are not the weights of a vanilla VMamba-T, -S or -B: expected a patch embedding of 96 or 128 "
-            f"channels and 9 or 27 blocks in stage 3, found {channels or 'none'} and {depth}."
-        )
-    head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
-    with torch.device("meta"):
-        # a head without classes, of a damaged file, has no place in the model without one
-        model = timm.create_model(variant, num_classes=0 if head is None or head.dim() == 0 else head.shape[0])
-    for block in (block for stage in model.stages for block in stage.blocks):
-        block.layers[-1].to_empty(device="cpu")  # the channel mixer, the only weights that VMamba does not give
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same file whenever it is made
-        model.init_weights()
+    variant = _vmamba_variant(state_dict)
+    model = _create_empty(variant, state_dict)
     wanted = model.state_dict()
     converted = {}
     for key, value in state_dict.items():
-        name = key
-        for pattern, replacement in _VMAMBA_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", name):
-            stage, block, rest = int(match[1]), int(match[2]), match[3]
-            mixers = 3 if stage == 2 else 2  # token mixers a block
-            name = f"stages.{stage}.blocks.{block // mixers}.layers.{block % mixers}.{rest}"
-        elif match := re.match(r"layers\.(\d+)\.downsample\.(.*)", name):
-            name = f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
+        name = _convert_name(key)
         if name not in wanted or name in converted:
             raise ValueError(
                 f"{key} has no place in {variant}: only vanilla VMamba (v0, without MLP) can be converted."
@@ -453,9 +354,51 @@ def convert_vmamba(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor
     for name, value in wanted.items():
         if name.endswith("average.weight"):
             converted[name] = torch.ones(value.shape)
-        elif not value.is_meta:
+        elif not value.is_meta:  # the channel mixers'
             is_output = name.endswith("mixer.out_proj.weight")
             converted[name] = torch.zeros_like(value) if is_output else value
     if missing := sorted(wanted.keys() - converted.keys()):
         raise ValueError(f"{len(missing)} weights of {variant} are missing from these, such as {missing[0]}.")
     return variant, converted
+
+
+def _vmamba_variant(state_dict: Mapping[str, Tensor]) -> str:
+    """The model that a vanilla VMamba's weights are for, told by its widths and depths."""
+    variants = {(96, 9): "vim2_tiny_vmamba", (96, 27): "vim2_small_vmamba", (128, 27): "vim2_base_vmamba"}
+    stem = next((state_dict[k] for k in ("patch_embed.0.weight", "patch_embed.proj.weight") if k in state_dict), None)
+    depth = len({k.split(".")[3] for k in state_dict if k.startswith("layers.2.blocks.")})
+    channels = stem.shape[0] if stem is not None and stem.dim() else None
+    if (channels, depth) not in variants:
+        raise ValueError(
+            "These are not the weights of a vanilla VMamba-T, -S or -B: expected a patch embedding of 96 or 128 "
+            f"channels and 9 or 27 blocks in stage 3, found {channels or 'none'} and {depth}."
+        )
+    return variants[channels, depth]
+
+
+def _create_empty(variant: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """The model for a VMamba's weights, without data (on the meta device) but for its channel mixers, which VMamba does
+    not have and which are as initialised."""
+    head = next((v for k, v in state_dict.items() if k.endswith("head.weight")), None)
+    with torch.device("meta"):
+        # a head without classes, of a damaged file, has no place in the model without one
+        model = timm.create_model(variant, num_classes=0 if head is None or head.dim() == 0 else head.shape[0])
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.layers[-1].to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same file whenever it is made
+        model.init_weights()
+    return model
+
+
+def _convert_name(key: str) -> str:
+    """ViM2's name of one of VMamba's weights."""
+    for pattern, replacement in _VMAMBA_NAMES:
+        key = re.sub(pattern, replacement, key)
+    if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", key):
+        stage, block, rest = int(match[1]), int(match[2]), match[3]
+        mixers = 3 if stage == 2 else 2  # token mixers a block
+        return f"stages.{stage}.blocks.{block // mixers}.layers.{block % mixers}.{rest}"
+    if match := re.match(r"layers\.(\d+)\.downsample\.(.*)", key):
+        return f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
+    return key

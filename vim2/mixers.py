@@ -26,8 +26,8 @@ from .ops import (
 from .ops.conv.depthwise import depthwise_conv_silu_of_half
 from .ops.conv.directional import directional_conv_silu_of_half
 from .ops.modules import SETTINGS, call_replayed, is_itself, is_plain, is_plain_conv
-from .ops.norm.weighted_average import weighted_average_norm_passing
-from .ops.operator import is_observed
+from .ops.norm.weighted_average import weighted_average_norm_handing_on
+from .ops.observers import is_observed
 
 __all__ = ["S6", "MambaMixerBlock", "MixerLayer", "SelectiveChannelMixer", "SelectiveTokenMixer", "WeightedAverage"]
 
@@ -46,7 +46,7 @@ CHANNEL_MIXERS = ("s6", "mlp", "none")
 
 
 def inner_width(dim: int, ratio: float) -> int:
-    """The width inside a mixer of this ratio to dim. Raises a ValueError where it is none."""
+    """The width inside a mixer, rounded down. Raises a ValueError where it is below 1."""
     width = int(ratio * dim)
     if width < 1:
         raise ValueError(
@@ -283,27 +283,27 @@ class MixerLayer(nn.Module):
         return call_replayed(self, self._mix, features)
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The features, to be used from here on in place of those that were given, and this layer's output: where
-        `hands_on` says so.
+        """The features with this layer's output behind them, in training where `hands_on` allows it.
 
-        In training their later uses' gradients then come to this layer, whose kernel adds its own, where autograd would
-        add up those of all uses one by one.
+        The features that are returned are to be used from here on, in place of those that were given. The gradients of
+        their later uses then come to this layer, whose kernel adds its own to them, where autograd would add up the
+        gradients of all uses one by one.
         """
-        new, *passed = call_replayed(self, self._mix_passing, features, len(features))
-        return (*passed, new)
+        new, *features = call_replayed(self, self._mix_handing_on, features, handed_on=len(features))
+        return (*features, new)
 
     def _mix(self, *features: Tensor) -> Tensor:
         return self.drop_path(self.mixer(average_and_normalise(features, self.average, self.norm)))
 
-    def _mix_passing(self, *features: Tensor) -> Sequence[Tensor]:
-        """Also the features that are handed on."""
+    def _mix_handing_on(self, *features: Tensor) -> Sequence[Tensor]:
+        """The output, and behind it the features that are handed on."""
         average, norm = self.average, self.norm
         if is_plain(average, WeightedAverage) and is_plain(norm, nn.LayerNorm):
             parameters = (average.weight, norm.weight, norm.bias)
-            x, *passed = weighted_average_norm_passing(features, *parameters, norm.eps)
+            x, *features = weighted_average_norm_handing_on(features, *parameters, norm.eps)
         else:
-            x, passed = average_and_normalise(features, average, norm), features
-        return (self.drop_path(self.mixer(x)), *passed)
+            x = average_and_normalise(features, average, norm)
+        return (self.drop_path(self.mixer(x)), *features)
 
 
 class MambaMixerBlock(nn.Module):
@@ -365,7 +365,7 @@ class MambaMixerBlock(nn.Module):
         return features[given:]
 
     def extend(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
-        """As `MixerLayer.extend`, with the outputs of all its layers."""
+        """The features with the outputs of all layers behind them, as `MixerLayer.extend` has it."""
         for layer in self.layers:
             features = layer.extend(features)
         return features
@@ -385,9 +385,12 @@ SETTINGS.update(
 
 
 def hands_on(blocks: Iterable[nn.Module], average: nn.Module, x: Tensor) -> bool:
-    """Whether a stage's blocks and their layers may hand features on, by `extend`, to the average at its end: x, the
-    first of them, wants a gradient, nobody wants to see operators called, and nobody holds on to a module that is given
-    features: they would not be those that others are given, and gradients for them not those of all uses."""
+    """Whether a stage may call its blocks' `extend`, so that features are handed on from layer to layer.
+
+    It may where x, the first of the features, wants a gradient, nobody wants to see operators called, and nobody holds
+    on to a module that is given features: to one who compares, those that are handed on are other tensors than those
+    that came in, and their gradients those of some uses only.
+    """
     if not (torch.is_grad_enabled() and x.__class__ is Tensor and x.requires_grad) or is_observed():
         return False
     return is_itself(average, WeightedAverage) and all(

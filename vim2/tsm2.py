@@ -31,7 +31,7 @@ INSTANCE_NORMS = ("mean", "last", "none")
 
 @dataclass(frozen=True)
 class TSM2Config:
-    """What a TSM2 is made of.
+    """The sizes and options of a TSM2.
 
     Args:
         lookback: Time steps L that it sees.
@@ -83,19 +83,8 @@ class TSM2Config:
 
     def __post_init__(self):
         if isinstance(self.quantiles, Iterable) and not isinstance(self.quantiles, str):
-            object.__setattr__(self, "quantiles", tuple(self.quantiles))  # lists, as JSON has them, are as good
-        for name, field in self.__dataclass_fields__.items():
-            value = getattr(self, name)
-            if isinstance(field.default, tuple):
-                kind, right = "numbers", isinstance(value, tuple) and all(map(_is_finite, value))
-            elif isinstance(field.default, str):
-                kind, right = "text", isinstance(value, str)
-            elif isinstance(field.default, float):
-                kind, right = "a finite number", _is_finite(value)
-            else:
-                kind, right = "a whole number", isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if not right:
-                raise ValueError(f"{name} must be {kind}, got {value!r}.")
+            object.__setattr__(self, "quantiles", tuple(self.quantiles))  # JSON has lists
+        self._check_types()
         for name in ("lookback", "horizon", "patch", "stride", "d_model", "depth", "d_state", "d_conv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -124,6 +113,21 @@ class TSM2Config:
         levels = self.quantiles
         if any(not 0 < q < 1 for q in levels) or list(levels) != sorted(set(levels)):
             raise ValueError(f"quantiles must be ascending numbers between 0 and 1, got {levels}.")
+
+    def _check_types(self) -> None:
+        """Raise a ValueError unless every value is of the type of its default."""
+        for name, field in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if isinstance(field.default, tuple):
+                kind, right = "numbers", isinstance(value, tuple) and all(map(_is_finite, value))
+            elif isinstance(field.default, str):
+                kind, right = "text", isinstance(value, str)
+            elif isinstance(field.default, float):
+                kind, right = "a finite number", _is_finite(value)
+            else:
+                kind, right = "a whole number", isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not right:
+                raise ValueError(f"{name} must be {kind}, got {value!r}.")
 
     @classmethod
     def paper(cls, **changes) -> "TSM2Config":

@@ -26,20 +26,21 @@ from .ops.modules import SETTINGS, call_replayed, compile_kernels, is_plain
 
 __all__ = ["ViM2"]  # register_model adds the models
 
-POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "" pools not at all
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # of timm's classifiers; "" is no pooling
 MIN_SIZE = 32  # pixels: below, the last stage would hold no token
 
 
-# A leaf of torch.fx graphs: it looks at devices and shapes, which a symbolic trace does not have.
+# A leaf of torch.fx graphs, for it asks for devices and shapes, which a symbolic trace does not have.
 torch.fx.wrap("project_patches")
 
 
 def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution that goes in steps of its kernel's size p, channels-last: (batch, C, H, W) -> (batch, H / p, W / p,
-    dim), rounded down, with a weight (dim, C, p, p).
+    """A convolution whose stride is its kernel's size p, from channels-first to channels-last.
 
-    On GPUs it is `multiply_patches`: a quarter of the time of cuDNN's convolution, around which maps are copied to
-    another layout and back.
+    (batch, C, H, W) -> (batch, H / p, W / p, dim), rounded down, with a weight (dim, C, p, p).
+
+    On GPUs it is `multiply_patches`, which takes a quarter of the time of cuDNN's convolution and the copies to another
+    layout and back around it.
     """
     if x.device.type == "cuda":
         return multiply_patches(x, weight, bias)
@@ -47,9 +48,9 @@ def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def multiply_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by a product of the patches, copied side by side."""
+    """`project_patches` as one matrix product of the patches, copied side by side."""
     height, width = weight.shape[2:]
-    # no question of what divides H and W, which would bar programs with dynamic ones
+    # whether p divides H and W is not asked: the answer would bar programs with dynamic sizes
     patches = x.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
     if (dtype := autocast_dtype(x)) is not None:  # in one step with the copy
         patches = patches.to(dtype, memory_format=torch.contiguous_format)
@@ -57,13 +58,13 @@ def multiply_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _takes_patches(conv: nn.Conv2d) -> bool:
-    """Whether a convolution takes each pixel once, all channels together."""
+    """Whether a convolution reads each pixel once, all channels together, as `project_patches` does."""
     steps = conv.stride == conv.kernel_size and max(conv.dilation) == 1
     return steps and not any(conv.padding) and conv.groups == 1
 
 
 class Stem(PatchEmbed):
-    """timm's, by `project_patches`: (batch, C, H, W) -> (batch, H / p, W / p, dim), normalised."""
+    """timm's PatchEmbed, computed by `project_patches`: (batch, C, H, W) -> (batch, H / p, W / p, dim), normalised."""
 
     def forward(self, x: Tensor) -> Tensor:
         proj = self.proj
@@ -184,6 +185,9 @@ class ViM2(nn.Module):
         check_sizes(1, a_stage=True, depths=depths, dims=dims)
         check_ratios(token_expand=token_expand, channel_expand=channel_expand, mlp_ratio=mlp_ratio)
         check_pooling(global_pool)
+        dims, token_mixers, token_expand, channel_expand = a_value_a_stage(
+            len(depths), dims=dims, token_mixers=token_mixers, token_expand=token_expand, channel_expand=channel_expand
+        )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -202,15 +206,7 @@ class ViM2(nn.Module):
             **dd,
         )
 
-        num_stages = len(depths)
-        token_mixers, token_expand, channel_expand = (
-            to_ntuple(num_stages)(value) for value in (token_mixers, token_expand, channel_expand)
-        )
-        per_stage = dict(dims=dims, token_mixers=token_mixers, token_expand=token_expand, channel_expand=channel_expand)
-        for name, values in per_stage.items():
-            if len(values) != num_stages:
-                raise ValueError(f"{name} must have a value a stage, {num_stages} as depths has, got {tuple(values)}.")
-        mixers = [tokens + (channel_mixer != "none") for tokens in token_mixers]  # of a block
+        mixers = [tokens + (channel_mixer != "none") for tokens in token_mixers]  # of a block, by stage
         rates = torch.linspace(0, drop_path_rate, sum(d * m for d, m in zip(depths, mixers)), device="cpu").tolist()
         stages = []
         for i, depth in enumerate(depths):
@@ -402,6 +398,15 @@ def check_sizes(least: int, a_stage: bool = False, **sizes: int | Sequence[int])
             raise ValueError(f"{name} must be a list with a number a stage, got {size!r}.")
 
 
+def a_value_a_stage(stages: int, **arguments: Any) -> list[tuple]:
+    """The arguments, in their order, each as a value for every stage; a ValueError for another number of values."""
+    spread = {name: to_ntuple(stages)(value) for name, value in arguments.items()}
+    for name, values in spread.items():
+        if len(values) != stages:
+            raise ValueError(f"{name} must have a value a stage, {stages} as depths has, got {tuple(values)}.")
+    return list(spread.values())
+
+
 def check_ratios(**ratios: float | Sequence[float]) -> None:
     """Raise a ValueError unless all, or all in them, are finite numbers above 0."""
     for name, ratio in ratios.items():
@@ -457,7 +462,7 @@ TINY_IMAGENET = json.loads((WEIGHTS / "tiny_in200.json").read_text(encoding="utf
 
 
 def _tiny_in200(model: str) -> dict[str, Any]:
-    """Of the weights of a model that come with the package."""
+    """The config of a model's weights for Tiny-ImageNet, which come with the package."""
     return _cfg(
         file=str(WEIGHTS / f"{model}.tiny_in200.safetensors"),
         num_classes=len(TINY_IMAGENET),

@@ -23,7 +23,7 @@ from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.command.errors import UserError
 from vim2.ops import backend
-from vim2.ops.operator import is_observed
+from vim2.ops.observers import is_observed
 from vim2.ops.scan.projected_scan import _scan_parameters
 
 

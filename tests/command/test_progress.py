@@ -1,6 +1,7 @@
 """What a run says while it goes on."""
 
 import io
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -25,6 +26,16 @@ def test_what_the_output_cannot_write_is_escaped(monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         progress.say("käse\udce4 · 1")
         assert sys.stdout.buffer.getvalue() == written.encode()
+
+
+def test_a_reader_that_leaves_stops_no_command(monkeypatch):
+    """As `vim2 predict ... | head -1`, whose files are still to be written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        for line in ("first", "second"):
+            progress.say(line)
 
 
 def test_the_first_step_of_a_process_is_explained_and_no_other(monkeypatch):

@@ -1,28 +1,18 @@
 import errno
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
-from vim2.command.runs import (
-    explain_disk_errors,
-    find_last,
-    identity,
-    make_folder,
-    own_folder,
-    read_last,
-    seed_everything,
-)
+from vim2.command.runs import find_last, identity, own_folder, read_last, seed_everything
+from vim2.files import write_atomically
 
 
 def test_a_run_is_only_gone_on_with_when_asked_for(tmp_path, capsys):
@@ -118,30 +108,6 @@ def test_a_run_sweeps_its_folder(tmp_path):
         path.touch()
     with own_folder(tmp_path, None):
         assert not any(path.exists() for path in leftovers)
-
-
-def test_a_folder_or_file_that_cannot_be_written(tmp_path):
-    make_folder(tmp_path / "a" / "b")
-    make_folder(tmp_path / "a" / "b")
-    (tmp_path / "file").touch()
-    inside = re.escape(str(tmp_path / "file" / "b"))
-    with pytest.raises(
-        UserError, match=rf"Nothing can be written into {inside} \(Not a dir.*: choose another --output"
-    ):
-        make_folder(tmp_path / "file" / "b")
-    with pytest.raises(UserError, match=r"^No space left\. Make room\.$"), explain_disk_errors(". Make room"):
-        raise OSError(28, "No space left")
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder here in which nobody may write")
-def test_a_folder_in_which_nothing_can_be_written():
-    with pytest.raises(UserError, match=r"Nothing can be written into /proc/self \(.*\): choose another DIR"):
-        make_folder(Path("/proc/self"), "DIR")
-    with (
-        pytest.raises(UserError, match="Nothing can be written into /proc/self"),
-        own_folder(Path("/proc/self"), None),
-    ):
-        pass
 
 
 def test_seeds_fix_every_generator_and_differ_with_each_number():

@@ -43,7 +43,7 @@ def assert_same(read, model):
 
 
 def test_folder(folder, model):
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     read = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert_same(read, model)
     assert read.pretrained_cfg["label_names"] == NAMES
@@ -130,8 +130,42 @@ def test_weights_that_cannot_be_written(tmp_path, capsys):
     assert capsys.readouterr().err == f"vim2: error: {told}\n"
 
 
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
 def test_what_is_said_of_shipped_weights_is_not_said_of_others(tmp_path):
     export_timm(timm.create_model("vim2_nano", num_classes=3), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_config(tmp_path)
     assert not config.get("label_names") and not config["pretrained_cfg"].get("label_descriptions")
     assert "Tiny-ImageNet" not in json.dumps(config) and "tiny_in200" not in json.dumps(config)
+    assert "license" not in config["pretrained_cfg"] and "license" not in (tmp_path / "README.md").read_text()
+
+
+TERMS = {"license": "other", "notes": ["ImageNet's terms allow non-commercial research and education only."]}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["", "of a run from before terms were kept"])
+def test_the_terms_of_weights_go_with_what_is_trained_from_them(kept, tmp_path):
+    name = "vim2_nano_token_d1"
+    said = "Trained on Tiny-ImageNet-200 at 128 x 128 pixels, for research only."
+    tuned = TERMS | {"description": f"Fine-tuned from {name}.tiny_in200. {said}"}
+    facts = dict(arch=name, num_classes=3, args={"pretrained": True}) | ({"terms": tuned} if kept else {})
+    model = timm.create_model(name, num_classes=3)
+    save_checkpoint({**facts, "state_dict": model.state_dict()}, tmp_path / "best.pth")
+    argv = ["export", "--checkpoint", tmp_path / "best.pth", "--format", "timm", "--output", tmp_path / "mine"]
+    assert main([*map(str, argv)]) == 0
+    cfg = read_config(tmp_path / "mine")["pretrained_cfg"]
+    assert {k: cfg.get(k) for k in tuned} == tuned
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert card.startswith("---\n") and '\nlicense: "other"\n' in card
+    assert tuned["description"] in card and TERMS["notes"][0] in card
+    (tmp_path / "mine" / "README.md").write_text("my own card")
+    # exported again, they say the same, and a card that its owner has written stays
+    argv = ["export", "--model", f"local-dir:{tmp_path / 'mine'}", "--pretrained", "--format", "timm", "--output"]
+    assert main([*argv, str(tmp_path / "again")]) == 0
+    again = read_config(tmp_path / "again")["pretrained_cfg"]
+    assert {k: again.get(k) for k in tuned} == tuned
+    export_timm(model, tmp_path / "mine", terms=timm.get_pretrained_cfg(name).to_dict())
+    assert read_config(tmp_path / "mine")["pretrained_cfg"]["description"] == said
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own card"

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import vim2.mm  # noqa: F401
 from vim2.command.errors import UserError
-from vim2.mm.runner import load_config
+from vim2.mm.config_loading import load_config
 
 CONFIGS = sorted(
     str(path.relative_to(ROOT)) for kind in ("mmdet", "mmseg") for path in ROOT.glob(f"{kind}_configs/*.py")

@@ -17,6 +17,8 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from vim2.command.errors import UserError
+from vim2.mm.backbone import ViM2
+from vim2.mm.channels import check_channels
 from vim2.mm.commands import test as evaluate
 from vim2.mm.commands import train
 from vim2.mm.runner import run_errors
@@ -83,6 +85,13 @@ OPTIONS = {
     "train_cfg.max_iters=1.5": "max_iters",
     "train_cfg=None": "has no train_cfg",
     "model.decode_head.type=Nothing": "Nothing",
+    "model.backbone.arch=nano": "decode_head.in_channels is (8, 8, 16, 16) (in_index [0, 1, 2, 3]), and model.b",
+    "model.backbone.out_indices=(0,1,2)": "model.backbone gives maps of (8, 8, 16) channels",
+    "model.auxiliary_head.in_index=7": "model.auxiliary_head.in_channels is 16 (in_index 7), and model.backbone gives",
+    "model.auxiliary_head.in_channels=9": "model.auxiliary_head.in_channels is 9",
+    "model.backbone.init_cfg.checkpoint=a.pth": "init_cfg has no type",
+    "model.backbone.init_cfg.type=Pretraned": "init_cfg has the type 'Pretraned', which there is not",
+    "model.backbone.init_cfg.type=Pretrained": "init_cfg has no checkpoint",
     "default_scope=nothing": "nothing, which is not installed",
     "custom_imports.imports=nowhere": "--cfg-options custom_imports: Failed to import nowhere",
     "custom_imports=3": "--cfg-options custom_imports",
@@ -95,6 +104,29 @@ def test_a_setting_that_cannot_be(option, complaint, configs, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     assert OPTIONS[option] in complaint(train, configs["mmseg"], "--work-dir", folder, "--cfg-options", option)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_neck_for_another_backbone(complaint, configs, tmp_path):
+    option = "model.backbone.out_indices=(1,2,3)"
+    said = complaint(train, configs["mmdet"], "--work-dir", tmp_path / "run", "--cfg-options", option)
+    assert "model.neck.in_channels is (8, 8, 16, 16), and model.backbone gives maps of (8, 16, 16) channels" in said
+
+
+def test_necks_and_heads_that_fit():
+    model = torch.nn.Module()
+    model.backbone = ViM2(arch=dict(depths=[1] * 3, dims=(16, 16, 32), channel_expand=2), out_indices=(0, 1, 2))
+    for part in (
+        dict(neck=[dict(in_channels=[16, 16, 32]), dict(in_channels=256)], decode_head=dict(in_channels=256)),
+        dict(neck=dict(in_channels=[32, 16, 16])),  # YOLOv3's, which reads the last map first
+        dict(neck=dict(in_channels=32), panoptic_head=dict(in_channels=[1])),
+        dict(neck=dict(embed_dim=8)),
+        dict(decode_head=[dict(in_channels=32), dict(in_channels=[16], in_index=[0])], auxiliary_head=None),
+        dict(decode_head=dict(in_channels=16, in_index=1), auxiliary_head=[dict(in_channels=16, in_index=0)]),
+        dict(panoptic_head=dict(in_channels=[16, 16, 32])),
+    ):
+        check_channels(part, model)
+    with pytest.raises(UserError, match="panoptic_head"):
+        check_channels(dict(panoptic_head=dict(in_channels=[16, 16])), model)
 
 
 def test_a_test_that_cannot_start_leaves_no_folder(complaint, configs, tmp_path):

@@ -28,7 +28,7 @@ from vim2.command.errors import UserError
 from vim2.mm.annotations import check_annotations
 from vim2.mm.commands import predict as demo
 from vim2.mm.commands import train
-from vim2.mm.runner import load_config
+from vim2.mm.config_loading import load_config
 from vim2.ops import backend
 
 SHARED = ROOT.parent / "shared" / "data"

@@ -65,16 +65,16 @@ class Seen(TorchDispatchMode):
 @pytest.mark.skipif(DEVICE == "cuda", reason="autograd walks back in a GPU's thread, where the mode is no notebook")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_halves_are_not_copied_together(kind):
-    from vim2.ops.operator import own
+    from vim2.ops.observers import ours
 
     tensors = inputs(kind)
     y = gated(kind, *tensors, "triton")
     with Seen() as seen:
-        own.modes += 1  # as a notebook of replays
+        ours.modes += 1  # as a notebook of replays
         try:
             gradients(y, tensors)
         finally:
-            own.modes -= 1
+            ours.modes -= 1
     assert "aten::empty" in seen.names and not seen.names & {"aten::cat", "aten::copy_"}
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import norm_gate, selective_scan_fn, weighted_average, weighted_average_norm
-from vim2.ops.operator import is_observed
+from vim2.ops.observers import is_observed
 
 NAMES = ("u", "delta", "A", "B")
 TRITON = pytest.param("triton", marks=needs_triton)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from vim2.ops import layer_norm, norm_gate, weighted_average_norm
+from vim2.ops import layer_norm, norm_gate, notebook, weighted_average_norm
 from vim2.ops import replay as module
 from vim2.ops.conv.depthwise import _convolve
 from vim2.ops.conv.directional import _convolve as _convolve_both_ways
@@ -70,10 +70,10 @@ def gated_inputs(seed, rows=3, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("way", [torch.no_grad, torch.inference_mode])
-def test_replays_give_the_same_bits_for_other_values(way, autocast):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_replays_give_the_same_bits_for_other_values(mode, autocast):
     owner = Owner(gated)
-    with way(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+    with mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         for seed in range(4):
             inputs = gated_inputs(seed)
             inputs[1] = torch.nn.Parameter(inputs[1])
@@ -217,7 +217,7 @@ def test_what_is_not_needed_any_more_is_freed(monkeypatch):
         alive.append(sum(type(t) is torch.Tensor and t.shape == (4, 4) for t in gc.get_objects()))
         return multiply(*tensors)
 
-    (known,) = (ways for each, ways in module._replays.items() if each is owner)
+    (known,) = (entries for each, entries in module._replays.items() if each is owner)
     (replayed,) = known.values()
     scope = replayed.__globals__
     name = next(name for name, value in scope.items() if value is multiply)
@@ -236,9 +236,9 @@ def test_a_backward_pass_frees_what_was_saved_as_soon_as_it_has_used_it(kept, mo
     owner = Trainee(function)
     inputs = [torch.eye(4, device=DEVICE).requires_grad_() for _ in range(2)]
     owner(*inputs), owner(*inputs)
-    (known,) = (ways for each, ways in module._replays.items() if each is owner)
-    (way,) = known.values()
-    scope = inspect.getclosurevars(way.backward).nonlocals["function"].__globals__
+    (known,) = (entries for each, entries in module._replays.items() if each is owner)
+    (both,) = known.values()
+    scope = inspect.getclosurevars(both.backward).nonlocals["function"].__globals__
     name = next(name for name, value in scope.items() if value is torch.mm)
     saved, alive = [], []
 
@@ -248,7 +248,7 @@ def test_a_backward_pass_frees_what_was_saved_as_soon_as_it_has_used_it(kept, mo
 
     monkeypatch.setitem(scope, name, counted)
     y = owner(*inputs)
-    saved += {module._memory(t) for t in y.grad_fn.saved_tensors} - set(map(module._memory, inputs))
+    saved += {notebook.memory_of(t) for t in y.grad_fn.saved_tensors} - set(map(notebook.memory_of, inputs))
     y.sum().backward(retain_graph=kept)
     assert len(saved) == 9  # what is multiplied, and what the sine is of
     assert len(alive) == 10
@@ -274,11 +274,11 @@ def partly_not_cast(x, weight):
         return torch.mm(x, weight)
 
 
-@pytest.mark.parametrize("way", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("function", [cast_by_parts, partly_not_cast])
-def test_casts_are_those_of_a_plain_call(function, way):
+def test_casts_are_those_of_a_plain_call(function, mode):
     owner = Owner(function)
-    with way(), torch.autocast(DEVICE, torch.bfloat16):
+    with mode(), torch.autocast(DEVICE, torch.bfloat16):
         for seed in range(4):
             x, weight = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
             expected = function(x, weight)
@@ -320,7 +320,7 @@ def test_nothing_is_noted_where_sizes_hardly_come_again(monkeypatch):
 
 def test_memory_that_ran_out_while_noting_is_tried_for_again(monkeypatch):
     def both_products(x, weight, bias):
-        if module.own.modes and not spare:
+        if notebook.ours.modes and not spare:
             raise torch.OutOfMemoryError("noted and plain calls do not fit together")
         return gated(x, weight, bias)
 
@@ -510,7 +510,7 @@ def test_what_is_handed_on_brings_its_later_gradients():
     owner = Trainee(None)
     for uses in ("both", "both", "result", "handed on", "both"):
         x, y = (torch.randn(4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
-        result, passed = replay(owner, None, function, (x, y), 1)
+        result, passed = replay(owner, None, function, (x, y), handed_on=1)
         assert torch.equal(passed, x)
         used = {"both": (result.t(), passed.square()), "result": (result.t(),), "handed on": (passed.square(),)}[uses]
         grads = torch.autograd.grad(sum(each.sum() for each in used), (x, y), allow_unused=True)
@@ -765,8 +765,8 @@ def test_operators_of_compiled_graphs_give_the_same_bits_when_replayed(name, mon
         ):
             other = torch.empty(0) if other is None else other
             assert result.stride() == other.stride() and result.equal(other.to(result.device))
-    ((way, _),) = replays
-    assert callable(way)
+    ((entry, _),) = replays
+    assert callable(entry)
 
 
 PRIVATE = ("_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor")
@@ -776,29 +776,25 @@ PRIVATE = ("_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor")
 def test_a_pytorch_without_what_is_its_own_affair(missing, monkeypatch):
     """Replays allocate and take parts in its public ways."""
     for name in missing:
-        monkeypatch.delattr(module.guards, name)
-    spec = importlib.util.spec_from_file_location("vim2.ops.replay_once_more", module.__file__)
+        monkeypatch.delattr(notebook.guards, name)
+    spec = importlib.util.spec_from_file_location("vim2.ops.notebook_once_more", notebook.__file__)
     once_more = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, once_more)
     spec.loader.exec_module(once_more)
-    monkeypatch.setattr(once_more, "PATIENCE", 1)
+    for name in ("Notebook", "noting", "share_memory"):
+        monkeypatch.setattr(module, name, getattr(once_more, name))
     assert (once_more.take_part is once_more._take_part) == ("_reinterpret_tensor" in missing)
     assert len(once_more.QUICK_ALLOCATIONS) == sum(name not in missing for name in PRIVATE[:2])
-    calls, owner = [], Trainee(None)
-
-    def function(*tensors):
-        calls.append(1)
-        return gated(*tensors)
-
+    owner = Trainee(gated)
     for seed in range(4):
         inputs = [t.requires_grad_() for t in gated_inputs(seed)]
         results = []
-        for run in (lambda *tensors: once_more.replay(owner, None, function, tensors), gated):
+        for run in (owner, gated):
             y = run(*inputs)
             y = y + 0
             results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         assert_same_bits(*results)
-    assert len(calls) == 2  # as it is, and noted
+    assert owner.calls == 2  # as it is, and noted
 
 
 @pytest.fixture
@@ -821,7 +817,7 @@ def sums(monkeypatch):
 def test_casts_and_sums_of_gradients_are_made_in_one_launch(most, sums, monkeypatch):
     """Of two inputs, two weights and a norm: one launch in the backward pass, with the bits of plain calls. More only
     where that would be given too many tensors."""
-    monkeypatch.setattr(module, "MAX_TENSORS", most)
+    monkeypatch.setattr(notebook, "MAX_TENSORS", most)
 
     def function(x, z, weight, other, norm_weight, norm_bias):
         return norm_gate(F.linear(x, weight), F.linear(z, other), norm_weight, norm_bias, backend="triton")

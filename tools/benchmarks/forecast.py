@@ -23,9 +23,9 @@ import torch
 
 from vim2 import TSM2, TSM2Config
 from vim2.benchmark.measuring import positive
-from vim2.checkpoints import write_atomically
+from vim2.command.outputs import make_folder
 from vim2.command.processes import require_backend
-from vim2.command.runs import make_folder
+from vim2.files import write_atomically
 from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
 from vim2.forecast.options import FitOptions, fill_open, model_config

@@ -252,7 +252,7 @@ SEASON = "seasonal_naive_mse"
 COLUMNS = ("mse", "mae", "mase", "tsm2_weight", "TSM2_members_alone_mse", "linear_members_alone_mse")
 COLUMNS += ("ridge_mse", "ridge_mae", "last_value_mse")
 OF_COMMITTEES = ("TSM2_members_alone_mse", "linear_members_alone_mse")  # which a single TSM2 (members=1) has not
-KEY_NUMBERS, VALIDATION = ("horizon", "seed"), ("epoch", "val_mse", "ridge_val_mse")  # that every row has
+KEY_NUMBERS, VALIDATION = ("horizon", "seed"), ("epoch", "val_mse", "ridge_val_mse")  # numbers that every row has
 
 
 def fault(row: dict) -> str:

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 import pandas as pd
 
 from vim2.command.errors import UserError
-from vim2.command.runs import make_folder
+from vim2.command.outputs import make_folder
 
 
 def package_file(package: str, file: str) -> Path:

@@ -36,11 +36,12 @@ from vim2.benchmark.measuring import AMP, autocast, machine, measure, positive
 from vim2.benchmark.models import FlopCounter, multiply_adds
 from vim2.benchmark.profiles import device_rates, profile_step
 from vim2.benchmark.reporting import figure, profile_table
-from vim2.checkpoints import write_atomically
 from vim2.command.errors import UserError
-from vim2.command.runs import make_folder
+from vim2.command.outputs import make_folder
 from vim2.command.tables import table
-from vim2.mm.runner import check_device, load_config
+from vim2.files import write_atomically
+from vim2.mm.config_loading import load_config
+from vim2.mm.runner import check_device
 
 SHAPES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 OBJECTS = 10  # an image
@@ -71,7 +72,7 @@ def measure_config(path: str, args: argparse.Namespace) -> dict:
 
 
 def profile_config(path: str, rates: dict[str, float], args: argparse.Namespace) -> Iterator[dict]:
-    """Of one config's model, where the time of each mode's step goes, as `vim2 benchmark --profile` has it."""
+    """Where the time of a step goes, in each mode, for one config's model, as `vim2 benchmark --profile` has it."""
     config, shape = read(path, args)
     model = build(config).to(args.device)
     for mode, step in model_steps(model, config, shape, args).items():

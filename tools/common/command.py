@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from vim2.command.errors import run_main
+from vim2.command.main import run_main
 from vim2_cli import loaded
 
 __all__ = ["run_tool"]

@@ -127,7 +127,7 @@ def run_tasks(
         minutes: After these, what still runs is cut off, and nothing new is started.
         gpus: GPUs by the names that CUDA_VISIBLE_DEVICES takes: each process sees one, in turn. By default all see all.
         then: Called after every task with it, its row (None where it has failed) and all rows. Returns further tasks.
-        fault: As of `read_results`.
+        fault: As for `read_results`.
 
     Returns:
         All rows of the file, and how many tasks have no result: those that are left, and those that have failed.
@@ -145,7 +145,7 @@ def run_tasks(
 
 def _run_tasks(worker, tasks, path, rows, jobs, minutes, gpus, then) -> tuple[list[dict], int]:
     """As `run_tasks`, in a folder that is locked, with the rows that are there."""
-    from vim2.checkpoints import write_atomically
+    from vim2.files import write_atomically
 
     known, queue = [], []
     failed, latest = 0, {}  # how long the latest task of each group took

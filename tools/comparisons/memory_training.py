@@ -30,7 +30,7 @@ from vim2.classify.training import Run
 from vim2.command.options import resolve
 from vim2.command.processes import start_processes
 
-PAIRS = 3  # of epochs that count
+PAIRS = 3  # pairs of epochs that count
 
 
 class Noise:
@@ -40,7 +40,7 @@ class Noise:
         steps: Batches an epoch.
         images: Shape of a batch, (B, C, H, W).
         classes: Classes to draw targets from.
-        device: Of the batch.
+        device: The batch's.
     """
 
     def __init__(self, steps: int, images: tuple[int, ...], classes: int, device: torch.device):

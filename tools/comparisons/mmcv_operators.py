@@ -78,7 +78,7 @@ def run_detector() -> dict[str, list[Tensor]]:
     from mmengine.registry import MODELS, init_default_scope
     from mmengine.structures import InstanceData
 
-    from vim2.mm.runner import load_config
+    from vim2.mm.config_loading import load_config
 
     config = load_config(CONFIG)
     init_default_scope(config.default_scope)

@@ -31,12 +31,13 @@ from pathlib import Path
 import torch
 from torch._inductor import list_mode_options
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.outputs import make_folder
 from ..command.own_models import import_models
 from ..command.processes import require_backend
-from ..command.runs import make_folder
+from ..command.progress import say
+from ..files import write_atomically
 from ..ops.backend import BACKENDS
 from .compilations import count_compilations
 from .first_steps import measure_first_steps
@@ -52,6 +53,41 @@ TEN_SIZES = tuple(range(224, 544, 32))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, checked, and with what follows from them.
+
+    Besides argparse's: `device_type`; `shapes`, pairs of an image size and a batch size; `modes`, those of "infer" and
+    "train" that are measured; `models`, the names of all; `ops`, the backends of the scan that are.
+
+    Raises:
+        UserError: Options that do not go together, or a device, backend or package that is not there.
+    """
+    args = _make_parser().parse_args(argv)
+    args.device_type = args.device.partition(":")[0]
+    _check_device(args)
+    _check_together(args)
+    on_gpu, scans_alone = args.device_type == "cuda", args.ops is not None
+    args.batch_size = args.batch_size or [128 if on_gpu else 1]
+    args.warmup = args.warmup or (10 if on_gpu else 2)
+    args.repeats = args.repeats or (30 if on_gpu and not args.profile else 5)
+    modes = [mode for mode in ("infer", "train") if getattr(args, mode)] or ["infer", "train"]
+    args.modes = [] if args.count else modes
+    args.img_size = args.img_size or (list(TEN_SIZES) if args.compilations else [224])
+    args.shapes = [
+        (size, max(1, batch * args.img_size[0] ** 2 // size**2) if args.same_pixels else batch)
+        for size in args.img_size
+        for batch in args.batch_size
+    ]
+    args.models = (args.model or ([] if scans_alone else ["vim2_tiny"])) + args.compare
+    args.models = [name.removeprefix("timm:") for name in args.models]
+    args.ops = (args.ops or scan_backends(args.device_type)) if scans_alone else []
+    scanning = args.modes and (args.imports or any("vim2" in name for name in args.models))
+    for name in [*args.ops, *[None] * bool(scanning)]:
+        require_backend(args.device_type, name)
+    args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
+    return args
+
+
+def _make_parser() -> Parser:
     parser = Parser(prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     models = (
@@ -83,13 +119,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=positive, metavar="N", help="timed steps; default 30 on a GPU, else and for profiles 5")
     add("--output", type=Path, metavar="DIR", help="also write benchmark.md and benchmark.json there")
     add("--plot", action="store_true", help="also write benchmark.png, throughput over resolution; wants --output")
-    args = parser.parse_args(argv)
+    return parser
 
-    args.device_type = args.device.partition(":")[0]
+
+def _check_device(args: argparse.Namespace) -> None:
     if args.device_type not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda, got {args.device!r}.")
     if args.device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; use --device cpu.")
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
     ops = args.ops is not None
     others = ops or args.profile or args.compilations or args.launches or args.first_step
     if args.count and (others or args.infer or args.train or args.plot):
@@ -117,26 +158,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             import matplotlib  # noqa: F401
         except ImportError:
             raise UserError("--plot wants matplotlib: pip install matplotlib") from None
-    on_gpu = args.device_type == "cuda"
-    args.batch_size = args.batch_size or [128 if on_gpu else 1]
-    args.warmup = args.warmup or (10 if on_gpu else 2)
-    args.repeats = args.repeats or (30 if on_gpu and not args.profile else 5)
-    modes = [mode for mode in ("infer", "train") if getattr(args, mode)] or ["infer", "train"]
-    args.modes = [] if args.count else modes
-    args.img_size = args.img_size or (list(TEN_SIZES) if args.compilations else [224])
-    args.shapes = [
-        (size, max(1, batch * args.img_size[0] ** 2 // size**2) if args.same_pixels else batch)
-        for size in args.img_size
-        for batch in args.batch_size
-    ]
-    args.models = (args.model or ([] if ops else ["vim2_tiny"])) + args.compare
-    args.models = [name.removeprefix("timm:") for name in args.models]
-    args.ops = (args.ops or scan_backends(args.device_type)) if ops else []
-    scanning = args.modes and (args.imports or any("vim2" in name for name in args.models))
-    for name in [*args.ops, *[None] * bool(scanning)]:
-        require_backend(args.device_type, name)
-    args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
-    return args
 
 
 def measure_all(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
@@ -189,7 +210,7 @@ def benchmark(argv: list[str]) -> None:
         if args.output:  # and leave what they have
             write_atomically(args.output / "benchmark.md", report(results))
             write_atomically(args.output / "benchmark.json", json.dumps(results, indent=2) + "\n")
-    print(report(results), end="")
+    say(report(results).rstrip("\n"))
     if args.plot:
         about = results["machine"]
         plot(results["models"], args.output / "benchmark.png", f"{about['hardware']}, {about['date']}")

@@ -14,7 +14,7 @@ from ..command.processes import ctrl_c_put_off, die_of_ctrl_c
 from .measuring import seconds
 from .models import create_model, model_steps, random_image
 
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # of what Triton and torch.compile have compiled
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # where Triton and torch.compile keep what they have compiled
 
 
 def measure_first_steps(name: str, args: argparse.Namespace) -> Iterator[dict]:

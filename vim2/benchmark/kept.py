@@ -15,7 +15,7 @@ from .profiles import operator_family
 
 
 def measure_kept(name: str, size: int, batch: int, args: argparse.Namespace) -> list[dict]:
-    """Of a model's training step, the rows of `kept_for` its loss."""
+    """The rows of `kept_for` for the loss of a model's training step."""
     model = create_model(name, size, args.device).train()  # a new one: a stage that is replayed is one node
     image = random_image(size, batch, args)
     with autocast(args):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd import DeviceType
 
-from ..ops.operator import own
+from ..ops.observers import ours
 from .models import create_model, model_steps, random_image
 
 PROFILED = 3  # steps: what they launch is the same every time, and a profile takes longer to read than to make
@@ -66,14 +66,14 @@ def _times(run: Callable[[], None], args: argparse.Namespace) -> tuple[float, fl
 def on_device(run: Callable[[], None], args: argparse.Namespace) -> dict[str, float]:
     """Kernels and copies of a step, and the device's ms in them, by the profiler; of stages that are replayed, as in a
     step that nobody profiles, those of their replays."""
-    own.profiler = True
+    ours.profiler = True
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
             for _ in range(PROFILED):
                 run()
             torch.cuda.synchronize(args.device)
     finally:
-        own.profiler = False
+        ours.profiler = False
     events = [event for event in profiler.events() if event.device_type != DeviceType.CPU]
     events = [event for event in events if not event.is_user_annotation]
     spent = sum(event.time_range.elapsed_us() for event in events)

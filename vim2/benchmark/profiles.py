@@ -59,7 +59,7 @@ class CountWork(TorchDispatchMode):
         work.calls += 1
         read = {(t.data_ptr(), t.shape): stored_bytes(t) for t in inputs[name in self.WRITE_ONLY :]}
         work.bytes += sum(read.values()) + sum(map(stored_bytes, outputs))
-        if name == "convolution_backward":  # of which the registry's count is wrong where there are groups
+        if name == "convolution_backward":  # the registry's count of it is wrong where there are groups
             grad, _, weight = args[:3]
             work.flops += 4 * grad.numel() * weight[0].numel()
         elif func.namespace == "aten" and func._overloadpacket in flop_registry:

@@ -35,10 +35,10 @@ class Normalize:
     """From bytes to what a model takes, in the same arithmetic as timm's loader.
 
     Args:
-        mean: Of each channel, or one for all, of 1.
+        mean: The mean of each channel, or one for all, of values from 0 to 1.
         std: Standard deviation, likewise.
         channels: C.
-        device: Of the images.
+        device: The images'.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int, device: torch.device):
@@ -46,7 +46,7 @@ class Normalize:
         self.std = per_channel(std, channels, device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Of (B, C, H, W) uint8; returns float32."""
+        """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised."""
         return images.float().sub_(self.mean).div_(self.std)
 
 
@@ -71,9 +71,9 @@ class Augmentation:
     Args:
         source: Height and width of the images that are held, in pixels.
         size: Height and width of those that are made.
-        normalize: Of the model.
+        normalize: The model's normalisation.
         channels: 1 or 3.
-        device: Of the images.
+        device: The images'.
         scale: Least and largest area of a crop, of the image's.
         ratio: Least and largest ratio of its width to its height.
         hflip: Probability of mirroring.
@@ -159,7 +159,7 @@ class Augmentation:
         Args:
             images: (B, C, H, W) uint8.
             numbers: (B, k), of `draw`, on the images' device.
-            operations: Of the policy, if there is one.
+            operations: The policy's, if there is one.
 
         Returns:
             (B, C, height, width) float32, normalised.

@@ -1,6 +1,6 @@
 """The command line: `vim2 train`, `validate`, `predict` and `convert`."""
 
-from ..command.errors import Command, run_command
+from ..command.main import Command, run_command
 
 __all__ = ["main"]
 

@@ -1,12 +1,13 @@
 """`vim2 convert`: the weights of a vanilla VMamba-T, -S or -B as those of a ViM2 that computes the same."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..checkpoints import convert_vmamba, read_state_dict, save_checkpoint
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.outputs import keep_source
 from ..command.progress import say
-from ..command.runs import keep_source
 
 __all__ = ["convert"]
 
@@ -35,7 +36,9 @@ def convert(argv: Sequence[str]) -> None:
     try:
         state_dict = read_state_dict(args.input, use_ema=not args.no_ema)
         variant, converted = convert_vmamba(state_dict)
-        save_checkpoint({"arch": variant, "state_dict": converted}, args.output)
+        name = Path(args.input).name
+        terms = {"description": f"Converted from weights of vanilla VMamba, {name}, whose terms are its authors'."}
+        save_checkpoint({"arch": variant, "terms": terms, "state_dict": converted}, args.output)
     except (OSError, ValueError) as error:
         message = f"{error.strerror}." if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(message) from error

@@ -28,7 +28,8 @@ from .policies import read_policy
 __all__ = ["Images", "eval_loader", "open_split", "open_train_and_val", "say_left_out", "train_loader"]
 
 MAX_UNREADABLE = 100  # neighbours tried in place of an unreadable training image
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of data sets that decode by themselves
+# what data sets that decode by themselves raise for an image that cannot be read
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Images(Dataset):
@@ -257,29 +258,8 @@ def open_train_and_val(
         UserError: As `open_split` and `hold_out`; one split alone; fewer than two classes; splits of other classes.
     """
     options = dict(class_map=class_map, mode=mode, download=download)
-    if not name and val_split and is_pack(train_split) != is_pack(val_split):
-        raise UserError(
-            f"--train-split {train_split} --val-split {val_split} name a pack for one split only: name one for each, "
-            "or give --data-dir a pack to have a part of it set aside."
-        )
     _check_split(name, train_split)
-    may_have_splits = not name and bool(root) and (is_tar(root) or Path(root).is_dir())
-    if not may_have_splits or not val_split or is_pack(train_split):
-        held_out = not name and bool(root) and not is_pack(train_split)  # of a pack
-    else:
-        found = {split: find_split(root, split) for split in (train_split, val_split)}
-        held_out = not any(found.values())
-        if held_out and (train_split, val_split) != ("train", "validation"):
-            raise UserError(
-                f"{root} has neither a folder {train_split} nor {val_split}: check --train-split, --val-split."
-            )
-        if not held_out and not all(found.values()):
-            here, missing = (train_split, val_split) if found[train_split] else (val_split, train_split)
-            where, unpacked = str(found[here]), ", unpacked," if is_tar(root) else ""
-            raise UserError(
-                f"{root} has a folder {posixpath.basename(where)}, but none for {missing}: add it beside, name it with "
-                f"--train-split or --val-split, or give --data-dir {where}{unpacked} to have a part of it set aside."
-            )
+    unsplit = _is_unsplit(name, root, train_split, val_split)
     train = open_split(name, root, train_split, **options)
     names = class_names(train)
     if names is not None and len(names) < 2:
@@ -287,7 +267,7 @@ def open_train_and_val(
             f"The images to train on are all of one class, {names[0]}: put them into a folder for each of two classes "
             "or more."
         )
-    if not val_split or (held_out and not (train.is_packed and train.dataset.reader.has_splits)):
+    if not val_split or (unsplit and not (train.is_packed and train.dataset.reader.has_splits)):
         return *hold_out(train, holdout), names, True
     val = open_split(name, root, val_split, **options)
     if names is not None and class_map is None and names != (class_names(val) or names):
@@ -299,6 +279,35 @@ def open_train_and_val(
             "or list the classes to use in a file and give it as --class-map."
         )
     return train, val, names, False
+
+
+def _is_unsplit(name: str, root: str | os.PathLike | None, train_split: str, val_split: str) -> bool:
+    """Whether the data of `open_train_and_val` come without a split of their own, or with one that is not to be used.
+
+    Raises:
+        UserError: Splits of which one is there and the other is not, or is of another kind; names of splits that are
+            not there.
+    """
+    if not name and val_split and is_pack(train_split) != is_pack(val_split):
+        raise UserError(
+            f"--train-split {train_split} --val-split {val_split} name a pack for one split only: name one for each, "
+            "or give --data-dir a pack to have a part of it set aside."
+        )
+    may_have_splits = not name and bool(root) and (is_tar(root) or Path(root).is_dir())
+    if not may_have_splits or not val_split or is_pack(train_split):
+        return not name and bool(root) and not is_pack(train_split)
+    found = {split: find_split(root, split) for split in (train_split, val_split)}
+    unsplit = not any(found.values())
+    if unsplit and (train_split, val_split) != ("train", "validation"):
+        raise UserError(f"{root} has neither a folder {train_split} nor {val_split}: check --train-split, --val-split.")
+    if not unsplit and not all(found.values()):
+        here, missing = (train_split, val_split) if found[train_split] else (val_split, train_split)
+        where, unpacked = str(found[here]), ", unpacked," if is_tar(root) else ""
+        raise UserError(
+            f"{root} has a folder {posixpath.basename(where)}, but none for {missing}: add it beside, name it with "
+            f"--train-split or --val-split, or give --data-dir {where}{unpacked} to have a part of it set aside."
+        )
+    return unsplit
 
 
 def common_options(
@@ -332,14 +341,14 @@ def train_loader(
     """timm's training loader: (batch, C, H, W) images, normalised, on the device, and their (batch,) classes.
 
     Args:
-        images: To train on.
+        images: The images to train on.
         data_config: From `timm.data.resolve_data_config`.
         batch_size: Images a step and process; a last, smaller batch is dropped.
         workers: Processes that read.
         processes: The processes that train.
         no_aug: Resize and crop in the middle, and nothing else.
         auto_augment: A policy, as timm spells it.
-        interpolation: Of crops and of the policy, as timm spells it.
+        interpolation: How crops and the policy interpolate, as timm spells it.
         augmentation: Further arguments of `timm.data.create_loader`.
 
     Raises:

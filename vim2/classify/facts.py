@@ -14,13 +14,25 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from ..command.errors import UserError
-from ..command.options import REQUIRED, Options, Positive, PositiveFloat, Share, length, option, resolve
+from ..command.options import REQUIRED, Options, Positive, PositiveFloat, Share, length, option, plain, resolve
+from ..command.places import is_place
 from ..command.runs import read_saved
 from .options import INTERPOLATIONS, PositiveShare
 
-__all__ = ["check_model_kwargs", "check_types", "read_described", "read_facts", "weights_file"]
+__all__ = [
+    "check_model_kwargs",
+    "check_types",
+    "fine_tuned",
+    "read_described",
+    "read_facts",
+    "terms_of",
+    "weights_file",
+    "weights_name",
+]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # in folders of timm's, as on the Hugging Face Hub
+
+TERMS = ("license", "description", "notes", "origin_url")  # of weights, in a pretrained_cfg
 
 # What timm takes beside the arguments of a model's constructor: where to find and keep weights, how to wrap the model.
 _TIMMS_OWN = {
@@ -42,6 +54,7 @@ class Facts(Options):
     data_config: dict[str, Any] | None = option(None, "timm's data config")
     held_out: bool = option(False, "whether training set images to validate on aside")
     args: dict[str, Any] = option({}, "options of training")
+    terms: dict[str, Any] | None = option(None, "of the weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +80,7 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
 
     Args:
         content: What the file holds.
-        path: Of the file, for messages.
+        path: The file, for messages.
 
     Returns:
         Those that it holds, by name; none of a bare file of weights.
@@ -90,11 +103,51 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
             channels = config["input_size"][0] if "input_size" in config else facts.get("in_chans") or 3
             if any(len(config[k]) != channels for k in ("mean", "std") if k in config):
                 raise UserError(f"its data_config is not for images of {channels} channels")
+        if "terms" in facts:
+            facts["terms"] = terms_of(facts["terms"])
+        elif facts.get("args", {}).get("pretrained") is True and (cfg := _pretrained_cfg(facts["arch"])):
+            # of a run from before terms were kept
+            facts["terms"] = fine_tuned(terms_of(cfg), weights_name(cfg))
+        if is_place(facts["arch"]):  # nothing is read or downloaded because a file says so
+            raise UserError(f"There is no model {facts['arch']}")
         if facts.get("held_out"):
             facts["args"] = _read(HoldOut, facts.get("args", {}))
     except UserError as error:
         raise UserError(f"{path} is damaged, or no checkpoint of this program: {str(error).rstrip('.')}.") from None
     return facts
+
+
+def terms_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pretrained_cfg of timm's says of how weights came about and of what may be done with them: `license`,
+    `description`, `notes` and `origin_url`, as far as they are there."""
+    told = {name: plain(cfg.get(name)) for name in TERMS}
+    return {
+        name: value
+        for name, value in told.items()
+        if value and (isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)))
+    }
+
+
+def fine_tuned(terms: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The terms of weights that were trained further from those of these terms, which `name` names."""
+    described = terms.get("description", "")
+    if not described.startswith("Fine-tuned from "):
+        described = f"Fine-tuned from {name}. {described}".rstrip()
+    return {**terms, "description": described}
+
+
+def weights_name(cfg: Mapping[str, Any]) -> str:
+    """timm's name of the weights that a pretrained_cfg is of."""
+    return ".".join(cfg[part] for part in ("architecture", "tag") if cfg.get(part))
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any] | None:
+    """timm's, of a registered model's name; None where it knows none."""
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # no such tag
+        return None
+    return cfg and cfg.to_dict()
 
 
 def weights_file(path: str | os.PathLike) -> Path:
@@ -134,6 +187,7 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     facts = dict(arch=told["architecture"], class_names=names if isinstance(names, list) else None, data_config=cfg)
     facts |= dict(num_classes=told.get("num_classes"), in_chans=args.get("in_chans"))
     facts["model_kwargs"] = {name: value for name, value in args.items() if name not in facts}
+    facts["terms"] = terms_of(cfg)
     facts = read_facts(facts, config)
     if isinstance(descriptions, dict) and all(isinstance(text, str) for text in descriptions.values()):
         facts["class_descriptions"] = descriptions
@@ -141,7 +195,7 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
 
 
 def _read(cls: type[Options], given: Mapping[Any, Any]) -> dict[str, Any]:
-    """Of the values that a class declares, those that are given."""
+    """Those of the given values that a class declares, checked and converted by it."""
     known = {name: value for name, value in given.items() if name in cls.__dataclass_fields__ and value is not None}
     options, _ = resolve(cls, given=known)
     return {name: getattr(options, name) for name in known}
@@ -173,7 +227,7 @@ def check_types(model: nn.Module, given: Mapping[str, Any], called: str) -> None
 
     Args:
         model: Made with them.
-        given, called: As of `check_model_kwargs`.
+        given, called: As for `check_model_kwargs`.
 
     Raises:
         UserError: Text for a number, say. A list of numbers stands for a number, one a stage, and the reverse.

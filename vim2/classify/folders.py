@@ -202,7 +202,8 @@ def _read_tar(path: str, size: int, mtime: int) -> tuple[dict[str, tuple[int, in
 
 
 class _Member(tarfile.TarInfo):
-    """Of an archive that must be whole: tarfile takes a damaged member or a missing end for the archive's end."""
+    """A member of an archive, which must be whole: tarfile itself takes a damaged member, or a missing end, for the end
+    of the archive."""
 
     @classmethod
     def frombuf(cls, *args, **kwargs):
@@ -239,7 +240,7 @@ def open_class_folders(
 
     Args:
         root: What holds them: a folder or tar archive, or a split of one.
-        class_map: As of `ClassFolderReader`.
+        class_map: As for `ClassFolderReader`.
 
     Raises:
         UserError: It is neither, is damaged, or has no images in class folders.

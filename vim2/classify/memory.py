@@ -30,8 +30,8 @@ from .policies import Policy
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
 
 CHUNK = 2048  # images that are decoded before they are copied to the device
-MARGIN = 8 / 7  # of images of many sizes: side to hold over the side to train at, as 256 over 224
-LARGEST = 2  # of images of one size: beyond this many times the side to train at, they are resized, too
+MARGIN = 8 / 7  # images of many sizes are held so much larger than they are trained at, as 256 is than 224
+LARGEST = 2  # images of one size are resized only if they are more than this many times the side to train at
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def train_loader(
     """As `data.train_loader`, from memory: (batch, C, H, W) images, normalised, on the device, and their classes.
 
     Args:
-        images: To train on; decoded here.
+        images: The images to train on, which are decoded here.
         data_config: From `timm.data.resolve_data_config`.
         batch_size: Images a step and process; a last, smaller batch is dropped.
         workers: Threads that decode.

@@ -1,24 +1,27 @@
 """Models for training, validation and prediction, from timm's registry and from checkpoints."""
 
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-import vim2  # noqa: F401  registers the models
-
-from ..checkpoints import find_state_dict, load_weights, weights_of
-from ..command.errors import UserError, did_you_mean, first_line
-from ..command.own_models import import_models, place, place_in
-from .facts import check_model_kwargs, check_types, read_described, weights_file
+from ..checkpoints import check_weights, find_state_dict, load_weights, weights_of
+from ..command.errors import UserError, did_you_mean, first_line, in_short
+from ..command.own_models import place, place_in
+from ..command.places import is_place
+from .facts import check_model_kwargs, check_types, read_described, terms_of, weights_file
 from .options import MIN_SIDE, InputOptions
+from .sources import ModelSource, find_model
 
 __all__ = [
     "autocast",
@@ -34,7 +37,7 @@ USUAL_SIDES = (28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 240, 256, 288, 3
 
 
 def create_model(
-    name: str,
+    name: str | ModelSource,
     model_kwargs: Mapping[str, Any] | None = None,
     called: str = "--model-kwargs",
     imports: Sequence[str] = (),
@@ -43,56 +46,101 @@ def create_model(
     """`timm.create_model`, with errors that a user can act on.
 
     Args:
-        name: timm's name.
+        name: As `find_model` takes it, or what it has found.
         model_kwargs: Arguments of the model's constructor, from a user or a file.
-        called: What to call these in a message.
-        imports: See `import_models`.
+        called: What messages call these arguments.
+        imports: As for `import_models`.
         own: Arguments that the command sets itself.
 
     Raises:
-        UserError: Unknown model or argument of it, one that `check_model_kwargs` refuses, no pretrained weights, or
-            none that can be fetched, one that does not tell what timm's models do; what `import_models` raises.
+        UserError: An argument that the model does not take, or that `check_model_kwargs` refuses; no pretrained
+            weights, or none that can be fetched or read; a model that lacks what timm's have; as `find_model`.
     """
-    import_models(imports)
-    if not timm.is_model(name):
-        known = timm.list_models()
-        ours = ", ".join(n for n in timm.list_models("vim2*"))
-        ours += "; yours come with --imports"
-        raise UserError(f"There is no model {name}{did_you_mean(name, known)} (this package's own: {ours})")
+    source = find_model(name, imports)
+    name = source.name
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, called)
     if twice := sorted(model_kwargs.keys() & own.keys()):
         raise UserError(f"{called} hold {twice[0]}, which an option of this command sets: use that.")
-    listed = textwrap.shorten(", ".join(f"{k}={v!r}" for k, v in model_kwargs.items()), 200, placeholder=" ...")
-    given = f" with {'these ' if called.startswith('-') else ''}{called} ({listed})" if model_kwargs else ""
-    problem = f"{name} cannot be made{given}"
+    given = {k: v for k, v in {**model_kwargs, **own}.items() if v is not None}
     try:
-        model = timm.create_model(name, **own, **model_kwargs)
-    except RuntimeError as error:
-        if "pretrained weights" in str(error):
-            raise UserError(
-                f"There are no pretrained weights of {name}: take a model that has some ({_own_weights()}), leave "
-                "--pretrained out, or convert VMamba's with `vim2 convert IN OUT` and start from them with "
-                "--initial-checkpoint."
-            ) from None
-        if "pretrained tag" in str(error):
-            arch = name.partition(".")[0]
-            known = ", ".join(timm.list_models(f"{arch}.*", pretrained=True)) or f"{arch} alone"
-            raise UserError(f"There are no weights {name}: take {known}.") from None
-        if not (model_kwargs or imports):
-            raise
-        raise UserError(f"{problem}: {error}{place(error, imports)}") from (error if imports else None)
-    except OSError as error:  # of huggingface_hub's, above all, where there is no network
-        if own.get("pretrained"):
-            raise UserError(
-                f"The pretrained weights of {name} cannot be had ({first_line(error)}): fetch them where there is a "
-                "network, or give a file of weights."
-            ) from (error if imports else None)
-        raise UserError(f"{problem}: {first_line(error)}{place(error, imports)}") from (error if imports else None)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        reason = f"{str(error) or type(error).__name__}{place(error, imports)}"
-        raise UserError(f"{problem}: {reason}") from (error if imports else None)
-    classes = own.get("num_classes", getattr(model, "num_classes", None))
+        model = timm.create_model(name, **{**source.model_kwargs, **given})
+    except _CREATION_ERRORS as error:
+        lacks_weights = re.search("pretrained (weights|tag)", str(error))  # timm's words
+        if isinstance(error, RuntimeError) and not (lacks_weights or model_kwargs or imports or is_place(name)):
+            raise  # nothing that a user has given can be its reason
+        problem = f"{name} cannot be made{_describe_kwargs(model_kwargs, called)}"
+        explained = _explain_creation_error(error, name, problem, imports, bool(own.get("pretrained")))
+        raise explained from (error if imports else None)  # in a model of the user's own, its trace may help
+    _check_interface(model, name, own.get("num_classes", getattr(model, "num_classes", None)))
+    check_types(model, model_kwargs, called)
+    if own.get("pretrained") and is_place(name):  # which anybody may have written
+        try:
+            check_weights(model.state_dict(), model.state_dict(), name)
+        except ValueError as error:
+            raise UserError(error) from None
+    return model
+
+
+# what a model's constructor and timm's builder raise for arguments that do not fit, and for weights that are not there
+_CREATION_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+
+
+def _describe_kwargs(model_kwargs: Mapping[str, Any], called: str) -> str:
+    """ " with --model-kwargs (depths=(1, 1, 2, 1), ...)", or nothing without any."""
+    if not model_kwargs:
+        return ""
+    listed = textwrap.shorten(", ".join(f"{k}={v!r}" for k, v in model_kwargs.items()), 200, placeholder=" ...")
+    return f" with {'these ' if called.startswith('-') else ''}{called} ({listed})"
+
+
+def _explain_creation_error(
+    error: Exception, name: str, problem: str, imports: Sequence[str], pretrained: bool
+) -> UserError:
+    """What a user can do where `timm.create_model` has failed.
+
+    Args:
+        error: What it raised.
+        name: timm's name of the model.
+        problem: "NAME cannot be made", with the arguments.
+        imports: The user's own files, in which the error may have come about.
+        pretrained: Whether pretrained weights were asked for.
+    """
+    if isinstance(error, RuntimeError) and "pretrained weights" in str(error):
+        return UserError(
+            f"There are no pretrained weights of {name}: take a model that has some ({_own_weights()}), leave "
+            "--pretrained out, or convert VMamba's with `vim2 convert IN OUT` and start from them with "
+            "--initial-checkpoint."
+        )
+    if isinstance(error, RuntimeError) and "pretrained tag" in str(error):
+        arch = name.partition(".")[0]
+        known = ", ".join(timm.list_models(f"{arch}.*", pretrained=True)) or f"{arch} alone"
+        return UserError(f"There are no weights {name}: take {known}.")
+    if isinstance(error, OSError) and pretrained:  # huggingface_hub's, above all, where there is no network
+        return UserError(
+            f"The pretrained weights of {name} cannot be had ({first_line(error)}): fetch them where there is a "
+            "network, or give a file of weights."
+        )
+    if isinstance(error, SafetensorError | UnpicklingError):
+        return UserError(f"The weights of {name} are damaged ({first_line(error)}): export or download them again.")
+    reason = first_line(error) if isinstance(error, OSError) else in_short(error)
+    return UserError(f"{problem}: {reason}{place(error, imports)}")
+
+
+def _check_interface(model: nn.Module, name: str, classes: int | None) -> None:
+    """Raises UserError where a model, made for so many classes, lacks what timm's have and the commands read."""
     told = {
         f"num_classes{'' if classes is None else f' of {classes}'}": getattr(model, "num_classes", ()) == classes,
         "parameters": isinstance(model, nn.Module) and any(True for _ in model.parameters()),
@@ -104,8 +152,6 @@ def create_model(
             f"{name} has no {lacking}, as timm's models have: make it by timm.models.build_model_with_cfg, of a class "
             "that keeps its num_classes."
         )
-    check_types(model, model_kwargs, called)
-    return model
 
 
 def _own_weights() -> str:
@@ -135,12 +181,15 @@ def load_checkpoint_model(
     Args:
         checkpoint: File of weights, or a folder of timm's with one. Those of `vim2.classify.train`, and the config.json
             of the latter, name their model, classes and input.
-        model: timm's name; the checkpoint's if None.
+        model: As `find_model` takes it; the checkpoint's if None.
         model_kwargs: Arguments of the model; the checkpoint's if None.
         pretrained: Take the weights that come with the model, of timm or of this package, and no checkpoint.
         use_ema: Prefer the checkpoint's moving average.
         num_classes: Classes of the data, where the checkpoint does not tell.
         imports: See `import_models`.
+
+    Returns:
+        The model, and the facts, among them the `arch` and `model_kwargs` that it was made by.
 
     Raises:
         UserError: No weights, or weights of another model; what a checkpoint tells cannot be true.
@@ -151,48 +200,51 @@ def load_checkpoint_model(
                 "Say what to use: --checkpoint FILE, or --model NAME --pretrained for weights of timm or of this "
                 f"package ({_own_weights()})."
             )
-        created = create_model(model, model_kwargs, imports=imports, pretrained=True)
-        return created, pretrained_facts(created, model)
+        source = find_model(model, imports)
+        created = create_model(source, model_kwargs, imports=imports, pretrained=True)
+        return created, {**source.facts(model_kwargs), **pretrained_facts(created)}
     content, facts = read_described(checkpoint)
     name = model or facts.get("arch")
     if name is None:
         raise UserError(f"{checkpoint} does not say which model it is of: add --model NAME.")
-    import_models(imports)
-    told = told_by_weights(content, checkpoint, name)
+    source = find_model(name, imports)
+    told = told_by_weights(content, checkpoint, source.arch)
     known = {
         "num_classes": facts.get("num_classes") or told.get("num_classes") or num_classes,
         "in_chans": facts.get("in_chans") or told.get("in_chans"),
         **(facts.get("model_kwargs", {}) if model_kwargs is None else model_kwargs),
     }
     called = f"the arguments in {checkpoint}" if model_kwargs is None else "--model-kwargs"
-    created = create_model(name, {k: v for k, v in known.items() if v is not None}, called, imports)
+    created = create_model(source, {k: v for k, v in known.items() if v is not None}, called, imports)
     load(created, checkpoint, use_ema=use_ema)
-    return created, facts
+    made = source.facts(facts.get("model_kwargs") if model_kwargs is None else model_kwargs)
+    return created, {**made, **{name: facts[name] for name in facts.keys() - {"arch", "model_kwargs"}}}
 
 
-def pretrained_facts(model: nn.Module, name: str) -> dict[str, Any]:
-    """What timm's pretrained_cfg tells of the weights that a model was made with, as `read_facts` has it.
+def pretrained_facts(model: nn.Module) -> dict[str, Any]:
+    """What timm's pretrained_cfg tells of the weights that a model was made with, as `read_described` has it.
 
     Args:
         model: Made with pretrained=True.
-        name: timm's.
 
     Returns:
-        Its `arch`, and where the cfg names the model's classes, `class_names` and, by these, `class_descriptions`.
+        The `terms` of the weights, and where the cfg names the model's classes, `class_names` and, by these,
+        `class_descriptions`.
     """
+    facts: dict[str, Any] = {"terms": terms_of(model.pretrained_cfg)}
     names = model.pretrained_cfg.get("label_names") or ()
-    if len(names) != model.num_classes:  # made for other classes, which the classifier does not know yet
-        return {"arch": name}
-    descriptions = model.pretrained_cfg.get("label_descriptions") or {}
-    return {"arch": name, "class_names": list(names), "class_descriptions": dict(descriptions)}
+    if len(names) == model.num_classes:  # or it was made for other classes, which the classifier does not know yet
+        descriptions = model.pretrained_cfg.get("label_descriptions") or {}
+        facts |= {"class_names": list(names), "class_descriptions": dict(descriptions)}
+    return facts
 
 
 def told_by_weights(content: Any, path: str | os.PathLike, name: str) -> dict[str, int]:
     """What the shapes of a bare file of weights tell of its model, of timm's `name`.
 
     Args:
-        content: Of the file.
-        path: Of it.
+        content: What the file holds.
+        path: The file, for messages.
         name: The model's. Where timm has no pretrained_cfg of it, its head is looked for by usual names.
 
     Returns:
@@ -259,9 +311,9 @@ def check_reads(
     """Make sure that a model takes images of a size, before anything is written or trained.
 
     Args:
-        model: On any device; it is put into eval mode.
+        model: The model, on any device. It is put into eval mode.
         input_size: Channels, height and width.
-        context: Of `autocast`.
+        context: What `autocast` returns.
         called: What to call the model in the message.
         classes: How many scores it shall give an image; None where it may give whatever it does.
 

@@ -26,6 +26,7 @@ from ..command.options import (
     length,
     option,
 )
+from ..command.places import short_name
 
 __all__ = ["MAY_CHANGE", "RECIPES", "InputOptions", "PredictOptions", "TrainOptions", "ValidateOptions", "apply_recipe"]
 
@@ -76,7 +77,7 @@ MAY_CHANGE = {
     "workers",
 }
 
-MIN_SIDE = 32  # of images, pixels
+MIN_SIDE = 32  # of an image, in pixels
 Pixels = Annotated[int, Between(MIN_SIDE, words=f"must be at least {MIN_SIDE} pixels")]
 PositiveShare = Annotated[float, Between(0, 1, "(]")]
 
@@ -121,7 +122,7 @@ class ImportOptions(Options, group="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ImportOptions, group="model"):
-    model: str = option("vim2_tiny", "name of a timm model")
+    model: str = option("vim2_tiny", "name of a timm model, local-dir:FOLDER or hf-hub:USER/NAME")
     model_kwargs: dict[str, Any] = option({}, "arguments of the model", metavar="K=V")
     num_classes: Positive | None = option(None, "default: as many as the data have", metavar="N")
     in_chans: int = option(3, "1 reads images as grey", choices=(1, 3))
@@ -265,7 +266,7 @@ class TrainOptions(
     @property
     def default_name(self) -> str:
         data = self.dataset or Path(self.data_dir or "").name.removesuffix(".npz")
-        return "-".join(part.replace("/", "-") for part in (self.model, data) if part)
+        return "-".join(part.replace("/", "-") for part in (short_name(self.model), data) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +274,9 @@ class CheckpointOptions(ImportOptions, group="model"):
     checkpoint: str | None = option(
         None, "best.pth or last.pth of a run, another file of weights, or timm's folder of them", metavar="FILE"
     )
-    model: str | None = option(None, "name of a timm model; default: the checkpoint's")
+    model: str | None = option(
+        None, "name of a timm model, local-dir:FOLDER or hf-hub:USER/NAME; default: the checkpoint's"
+    )
     model_kwargs: dict[str, Any] | None = option(None, "arguments of it; default: the checkpoint's", metavar="K=V")
     pretrained: bool = option(False, "the model's pretrained weights instead of a checkpoint")
     no_ema: bool = option(False, "the weights themselves, not their moving average")
@@ -308,13 +311,14 @@ class PredictOptions(CheckpointOptions, InputOptions, ComputeOptions):
     output: str = option("predictions", "folder for predictions.json and predictions.png", metavar="DIR")
 
 
-def apply_recipe(options: TrainOptions, explicit: set[str], world_size: int) -> TrainOptions:
-    """Options with the recipe's values for those that were not given."""
+def apply_recipe(options: TrainOptions, explicit: set[str], world_size: int, arch: str = "") -> TrainOptions:
+    """Options with the recipe's values for those that were not given; `arch` is timm's name of the model, where that is
+    not --model."""
     if options.recipe is None:
         return options
     values: dict[str, Any] = dict(RECIPES[options.recipe])
     for size, rate in RECIPE_DROP_PATH.items():
-        if options.model.startswith(size):
+        if (arch or options.model).startswith(size):
             values["drop_path"] = rate
     values["batch_size"] = max(RECIPE_BATCH[options.recipe] // (world_size * options.grad_accum_steps), 1)
     return fill_in(options, values, explicit)

@@ -56,7 +56,7 @@ class PackReader(Reader):
 
     Args:
         packs: Packs with the same classes.
-        indices: Of each pack, the images to read.
+        indices: The images to read of each pack.
         class_map: Class names and their indices, or a file with a class name a line; images of other classes are left
             out. The packs' own classes if None.
     """
@@ -185,7 +185,7 @@ def open_packs(
         split: Of a folder, the name of a pack in it or a glob for several, which are joined. Of a pack only its name
             in messages.
         number: What stands for the split in a pack's own `split`: 0 or 1; None if nothing does.
-        class_map: As of `PackReader`.
+        class_map: As for `PackReader`.
 
     Returns:
         The images; all of them where a single pack has no split.

@@ -89,7 +89,7 @@ def draw_interpolation(name: str) -> str:
 
 
 class Operations(NamedTuple):
-    """Of a batch of B images, layer by layer.
+    """The operations on a batch of B images, layer by layer.
 
     Attributes:
         order: (layers, B) int64: the images, sorted by kind of operation.
@@ -118,7 +118,7 @@ def read_policy(
         in_memory: Whether the policy is for images that are held in memory.
         interpolation: As timm spells it, of rotating, shearing and translating.
         size: Height and width of the images, in pixels.
-        mean: Of each channel, or one for all, of 1.
+        mean: The mean of each channel, or one for all, of values from 0 to 1.
 
     Returns:
         The policy, and whether timm jitters colours besides.
@@ -165,7 +165,7 @@ class Policy:
         size: Height and width of the images, in pixels.
         mean: Of each channel, or one for all, of 1: the colour of what comes in from outside of an image.
         channels: 1 or 3.
-        device: Of the images.
+        device: The images'.
         interpolation: Of rotating, shearing and translating: "nearest", "bilinear", "bicubic", or "random", which draws
             one of the last two for each batch and layer.
 
@@ -246,7 +246,7 @@ class Policy:
 
         Args:
             images: (B, C, H, W) float32, whole numbers from 0 to 255.
-            operations: Of this batch.
+            operations: This batch's.
 
         Returns:
             Likewise.

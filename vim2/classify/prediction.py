@@ -12,14 +12,14 @@ from PIL import Image
 from timm.data import create_transform
 from timm.utils import natural_key
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
 from ..command.images import SUFFIXES, ImageFolder, describe_left_out, first_names, read_pixels
 from ..command.options import resolve
+from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import start_processes
 from ..command.progress import progress_bar, say
-from ..command.runs import explain_disk_errors, make_folder
+from ..files import write_atomically
 from .models import autocast, check_reads, compile_model, input_config, load_checkpoint_model
 from .options import PredictOptions
 from .plots import plot_predictions

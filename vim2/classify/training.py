@@ -26,28 +26,29 @@ from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints import save_checkpoint, write_atomically
+from ..checkpoints import save_checkpoint
 from ..command.errors import DivergenceError, UserError, did_you_mean
 from ..command.figures import figures_if_possible
 from ..command.graphs import record
 from ..command.options import resolve, resume_options
+from ..command.outputs import MAKE_ROOM, explain_disk_errors, make_folder
+from ..command.places import is_place, short_name
 from ..command.processes import Processes, start_processes
 from ..command.progress import has_bar, progress_bar, say
 from ..command.runs import (
-    MAKE_ROOM,
-    explain_disk_errors,
     find_last,
     identity,
-    make_folder,
     own_folder,
     read_last,
     restore_optimizer,
     restore_weights,
     seed_everything,
 )
+from ..files import write_atomically
 from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
+from .facts import fine_tuned, read_described, read_facts, terms_of, weights_file, weights_name
 from .fingerprints import fingerprint
 from .models import (
     autocast,
@@ -62,12 +63,14 @@ from .models import (
 )
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
+from .sources import ModelSource, find_model
 
 __all__ = ["train"]
 
 # What a last.pth holds at least, beside moving averages, the loss's scale and, since they are kept, its images'
 # fingerprints.
 LAST = {
+    "arch": str,
     "args": dict,
     "class_names": list | None,
     "history": list,
@@ -113,7 +116,8 @@ def recall(
         path = Path(options.resume)
         path = path / "last.pth" if path.is_dir() else path
     if path is None:
-        return apply_recipe(options, explicit, processes.world_size), None
+        arch = find_model(options.model, options.imports).arch if options.recipe else ""
+        return apply_recipe(options, explicit, processes.world_size, arch), None
     saved = read_last(path, LAST, COLUMNS, "To start from its weights: --initial-checkpoint.")
     if saved["world_size"] != processes.world_size:
         say(
@@ -207,9 +211,14 @@ class Run:
 
     def create_model(self, saved: dict[str, Any] | None) -> None:
         o = self.options
-        in_chans = {} if o.in_chans == 3 and "in_chans" not in o.model_kwargs else {"in_chans": o.in_chans}
+        # a run that goes on needs no folder or repository that it has begun from, and goes by no other
+        facts = read_facts(saved, "The last.pth of the run") if saved else {}
+        given = ModelSource(facts["arch"], facts["arch"], facts.get("model_kwargs", {})) if saved else o.model
+        source = find_model(given, o.imports)
+        told = {**source.model_kwargs, **o.model_kwargs}
+        in_chans = {} if o.in_chans == 3 and "in_chans" not in told else {"in_chans": o.in_chans}
         self.model = create_model(
-            o.model,
+            source,
             o.model_kwargs,
             imports=o.imports,
             pretrained=o.pretrained and not saved,
@@ -218,9 +227,15 @@ class Run:
             drop_path_rate=o.drop_path,
             **in_chans,
         )
-        if o.initial_checkpoint and not saved:
+        self.facts = source.facts(o.model_kwargs) | {"num_classes": self.num_classes, "in_chans": o.in_chans}
+        if saved:
+            self.facts["terms"] = facts.get("terms", {})
+        elif o.initial_checkpoint:
             load(self.model, o.initial_checkpoint, new_head=True)
-        self.data_config = input_config(self.model, o, o.img_size, in_chans=o.in_chans)
+            self.facts["terms"] = started_from(o.initial_checkpoint)
+        else:
+            self.facts["terms"] = started_from(self.model, source.name) if o.pretrained else {}
+        self.data_config = input_config(self.model, o, o.img_size, facts.get("data_config"), in_chans=o.in_chans)
         self.frozen = freeze(self.model, o.freeze)
         if self.frozen and not (o.pretrained or o.initial_checkpoint or saved):
             say(
@@ -359,20 +374,7 @@ class Run:
             UserError: A file could not be written, and the last good checkpoint is kept; another run is in the folder.
         """
         o, first = self.options, len(self.history)
-        images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
-        kept = f" (a share of {o.holdout:g} set aside)" if self.held_out else ""
-        size = " x ".join(map(str, self.data_config["input_size"][1:]))
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        frozen = f", {trained:,} of them trained" if self.frozen else ""
-        say(
-            f"{o.model}: {parameters:.2f} M parameters{frozen}, {self.num_classes} classes, {size} pixels",
-            self.processes,
-        )
-        say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
-        n = torch.cuda.device_count()
-        if not first and self.processes.device.type == "cuda" and self.processes.world_size == 1 and n > 1:
-            say(f"Using one of {n} GPUs; for all: torchrun --no-python --nproc-per-node={n} vim2 train ...")
+        self.describe()
         with own_folder(self.folder, self.last, self.processes):
             if first:
                 say(f"Going on after epoch {first} of {o.epochs}.", self.processes)
@@ -385,23 +387,45 @@ class Run:
                 if (epoch + 1) % o.val_interval == 0 or epoch + 1 == o.epochs:
                     row.update(self.validate())
                 self.require_finite(epoch, row["train_loss"], row.get("val_loss", 0.0), weights=True)
-                skipped = 0
-                for images in (self.train_images, self.val_images):
-                    number, names = images.report_unreadable(self.processes)
-                    skipped += number
-                    for name in names[:20]:
-                        say(f"Skipped, cannot be read: {name}", self.processes)
-                    if len(names) > 20:
-                        say(f"Skipped, cannot be read: {len(names) - 20} more", self.processes)
-                row["unreadable"] = skipped
+                row["unreadable"] = self.count_unreadable()
                 self.history.append(row)
                 self.write()
-                say(describe(row, o.epochs), self.processes)
+                say(describe_epoch(row, o.epochs), self.processes)
             if self.best:
                 say(
                     f"Best: epoch {self.best['epoch']}, {self.best[self.measure]:.2f} % top-1; {self.folder}",
                     self.processes,
                 )
+
+    def describe(self) -> None:
+        """Say what is trained, on what, and where it is written."""
+        o = self.options
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        frozen = f", {trained:,} of them trained" if self.frozen else ""
+        size = " x ".join(map(str, self.data_config["input_size"][1:]))
+        say(
+            f"{o.model}: {parameters:.2f} M parameters{frozen}, {self.num_classes} classes, {size} pixels",
+            self.processes,
+        )
+        images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
+        kept = f" (a share of {o.holdout:g} set aside)" if self.held_out else ""
+        say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
+        n = torch.cuda.device_count()
+        if not self.history and self.processes.device.type == "cuda" and self.processes.world_size == 1 and n > 1:
+            say(f"Using one of {n} GPUs; for all: torchrun --no-python --nproc-per-node={n} vim2 train ...")
+
+    def count_unreadable(self) -> int:
+        """How many images proved unreadable so far; those not named before are named, up to 20."""
+        count = 0
+        for images in (self.train_images, self.val_images):
+            number, names = images.report_unreadable(self.processes)
+            count += number
+            for name in names[:20]:
+                say(f"Skipped, cannot be read: {name}", self.processes)
+            if len(names) > 20:
+                say(f"Skipped, cannot be read: {len(names) - 20} more", self.processes)
+        return count
 
     def record(self) -> None:
         """From here on, training runs the model's passes as CUDA graphs."""
@@ -416,51 +440,17 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        o, device = self.options, self.processes.device
-        seed_everything(o.seed, epoch + 1, self.processes.rank)
-        if self.processes.world_size > 1:
-            self.loader.sampler.set_epoch(epoch)
-        if self.mixup:
-            self.mixup.mixup_enabled = not o.mixup_off_epoch or epoch < o.mixup_off_epoch
-        train_mode(self.model, self.frozen)
-        steps, accumulated = len(self.loader), o.grad_accum_steps
-        total, start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
-        said, steps_said = start, 0
-        tells = not has_bar(self.processes)  # else no look at the loss, for which a GPU has to be waited for, is due
-        if self.scheduler:
-            self.scheduler.step_update(self.updates)
-        for step, (images, target) in enumerate(progress_bar(self.loader, f"epoch {epoch + 1}", self.processes)):
-            if self.mixup:
-                images, target = self.mixup(images, target)
+        """Train for one epoch. Returns its row of the history, without what validation adds."""
+        self.begin_epoch(epoch)
+        steps, accumulated = len(self.loader), self.options.grad_accum_steps
+        watch = EpochWatch(self, epoch)
+        batches = progress_bar(self.loader, f"epoch {epoch + 1}", self.processes)
+        for step, (images, target) in enumerate(batches):
             is_update = (step + 1) % accumulated == 0 or step + 1 == steps
-            part = min(
-                accumulated, steps - step // accumulated * accumulated
-            )  # steps of this update: the last has fewer
-            wait = self.processes.world_size > 1 and not is_update
-            with self.trained.no_sync() if wait else nullcontext():
-                with self.autocast():
-                    loss = self.criterion(self.scores(images), target)
-                self.backward(loss / part, is_update)
-            total += loss.detach()
-            if is_update:
-                self.updates += 1
-                self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
-                if self.ema:
-                    self.ema.update(self.model, step=self.updates)
-                if self.scheduler:
-                    self.scheduler.step_update(self.updates)
-            # of several processes, all take part in a look, and their clocks differ
-            quiet = tells and self.processes.world_size == 1 and time.perf_counter() - said > QUIET
-            if quiet or (step + 1) % o.log_interval == 0:
-                so_far, now = self.mean_loss(total, step + 1), time.perf_counter()
-                self.require_finite(epoch, so_far)
-                if tells and now - said > QUIET:
-                    speed = self.images_per_second(step + 1 - steps_said, now - said)
-                    where = f"epoch {epoch + 1:>3}/{o.epochs}, step {step + 1}/{steps}"
-                    say(f"{where} · loss {so_far:.4f} · {speed:.0f} images/s", self.processes)
-                    said, steps_said = now, step + 1
-        train_loss = self.mean_loss(total, steps)
-        seconds = time.perf_counter() - start
+            in_update = min(accumulated, steps - step // accumulated * accumulated)  # the last has fewer steps
+            loss = self.train_step(images, target, is_update, in_update)
+            watch.add(loss)
+        train_loss, seconds = self.mean_loss(watch.total, steps), watch.seconds()
         return {
             "epoch": epoch + 1,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
@@ -468,6 +458,37 @@ class Run:
             "seconds": seconds,
             "images_per_second": self.images_per_second(steps, seconds),
         }
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set everything that an epoch begins with: seeds, order of the images, Mixup, modes, learning rate."""
+        o = self.options
+        seed_everything(o.seed, epoch + 1, self.processes.rank)
+        if self.processes.world_size > 1:
+            self.loader.sampler.set_epoch(epoch)
+        if self.mixup:
+            self.mixup.mixup_enabled = not o.mixup_off_epoch or epoch < o.mixup_off_epoch
+        train_mode(self.model, self.frozen)
+        if self.scheduler:
+            self.scheduler.step_update(self.updates)
+
+    def train_step(self, images: Tensor, target: Tensor, is_update: bool, in_update: int) -> Tensor:
+        """Both passes for a batch and, with the last of the `in_update` batches of an update, the update. Returns the
+        loss."""
+        if self.mixup:
+            images, target = self.mixup(images, target)
+        wait = self.processes.world_size > 1 and not is_update
+        with self.trained.no_sync() if wait else nullcontext():
+            with self.autocast():
+                loss = self.criterion(self.scores(images), target)
+            self.backward(loss / in_update, is_update)
+        if is_update:
+            self.updates += 1
+            self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
+            if self.ema:
+                self.ema.update(self.model, step=self.updates)
+            if self.scheduler:
+                self.scheduler.step_update(self.updates)
+        return loss.detach()
 
     def scores(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes), in training.
@@ -535,10 +556,7 @@ class Run:
         if not self.processes.is_first:
             return
         weights = {
-            "arch": self.options.model,
-            "model_kwargs": plain_containers(self.options.model_kwargs),
-            "num_classes": self.num_classes,
-            "in_chans": self.options.in_chans,
+            **plain_containers(self.facts),
             "class_names": self.class_names,
             "data_config": plain_containers(self.data_config),
             "held_out": self.held_out,
@@ -582,6 +600,65 @@ class Run:
             plot_curves(self.history, self.folder / "curves.png")
 
 
+class EpochWatch:
+    """Adds up the losses of an epoch's steps and looks at them now and then: one that is not finite ends the run, and
+    where no bar shows how the epoch goes on, a line says so.
+
+    Args:
+        run: The run that trains.
+        epoch: The epoch's number, from 0.
+
+    Attributes:
+        total: Sum of the steps' losses, float64, on the run's device.
+    """
+
+    def __init__(self, run: Run, epoch: int):
+        self.run, self.epoch = run, epoch
+        self.total = torch.zeros((), dtype=torch.float64, device=run.processes.device)
+        self.speaks = not has_bar(run.processes)
+        self.steps = self.steps_said = 0
+        self.start = self.said = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of the next step, and look at the sum if it is time to: a GPU has to be waited for then."""
+        self.total += loss
+        self.steps += 1
+        # several processes have to look at the same step, and their clocks differ
+        by_clock = self.speaks and self.run.processes.world_size == 1
+        is_quiet = by_clock and time.perf_counter() - self.said > QUIET
+        if is_quiet or self.steps % self.run.options.log_interval == 0:
+            self.look()
+
+    def look(self) -> None:
+        run, so_far, now = self.run, self.run.mean_loss(self.total, self.steps), time.perf_counter()
+        run.require_finite(self.epoch, so_far)
+        if self.speaks and now - self.said > QUIET:
+            speed = run.images_per_second(self.steps - self.steps_said, now - self.said)
+            where = f"epoch {self.epoch + 1:>3}/{run.options.epochs}, step {self.steps}/{len(run.loader)}"
+            say(f"{where} · loss {so_far:.4f} · {speed:.0f} images/s", run.processes)
+            self.said, self.steps_said = now, self.steps
+
+
+def started_from(weights: nn.Module | str, called: str = "") -> dict[str, Any]:
+    """The terms, see `terms_of`, of what is trained from weights: those that a model, called so, was made with, or a
+    file's."""
+    if isinstance(weights, nn.Module):
+        cfg = weights.pretrained_cfg
+        return fine_tuned(terms_of(cfg), short_name(called) if is_place(called) else weights_name(cfg))
+    file = weights_file(weights)
+    name = (file if file == Path(weights) else Path(weights).resolve()).name
+    try:
+        terms = read_described(weights)[1].get("terms")
+    except UserError:  # weights that could be loaded, with something beside them that is of no use here
+        terms = None
+    if terms is None:
+        return {"description": f"Fine-tuned from {name}, in which no terms are told."}
+    return fine_tuned(terms, name) if terms else {}
+
+
 def create_loss(options: TrainOptions, mixing: bool) -> nn.Module:
     """The training loss; Mixup smooths labels itself."""
     smoothing = options.smoothing
@@ -603,7 +680,7 @@ def plain_containers(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def describe(row: dict[str, Any], epochs: int) -> str:
+def describe_epoch(row: dict[str, Any], epochs: int) -> str:
     """A line for an epoch."""
     parts = [f"epoch {row['epoch']:>3}/{epochs}", f"loss {row['train_loss']:.4f}"]
     if "val_loss" in row:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
 from ..command.images import first_names
 from ..command.options import resolve
+from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import start_processes
 from ..command.progress import say
-from ..command.runs import explain_disk_errors, make_folder
+from ..files import write_atomically
 from . import data, memory
 from .data import class_names, count_classes, hold_out, open_split, say_left_out
 from .evaluation import evaluate
@@ -134,7 +134,7 @@ def choose_classes(class_map: str, names: list[str], num_classes: int) -> dict[s
     Args:
         class_map: The file: some of the model's classes, in any order, or other names for all, in the model's order.
         names: The model's own.
-        num_classes: Of the model.
+        num_classes: The model's.
 
     Raises:
         UserError: It is neither.

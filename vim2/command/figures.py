@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoints import write_atomically
+from ..files import write_atomically
 from .errors import UserError
 from .processes import Processes
 from .progress import say
@@ -88,5 +88,5 @@ def save(fig, path: str | os.PathLike) -> None:
 def shorten(text: str, length: int = 24) -> str:
     """A text of at most `length` characters, to be drawn as it stands."""
     text = text if len(text) <= length else text[: length - 1] + "…"
-    text = text.encode(errors="replace").decode()  # of a file's name that is not UTF-8, which matplotlib refuses
+    text = text.encode(errors="replace").decode()  # a file's name may not be UTF-8, which matplotlib refuses
     return text.replace("$", r"\$")  # a dollar would start a formula

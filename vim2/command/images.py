@@ -87,7 +87,7 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
     """An image with 8 bits a channel. Pillow's own `convert` cuts all values above 255 off instead.
 
     Args:
-        image: Of any of Pillow's modes; 16 bits a pixel are scaled, so that 65535 becomes 255.
+        image: An image of any of Pillow's modes; 16 bits a pixel are scaled, so that 65535 becomes 255.
         mode: "RGB" or "L".
 
     Raises:

@@ -103,7 +103,7 @@ Count = Annotated[int, Between(0, words="must be 0 or more")]
 PositiveFloat = Annotated[float, Between(0, ends="(]", words="must be positive")]
 NotNegative = Annotated[float, Between(0, words="must be 0 or more")]
 Probability = Annotated[float, Between(0, 1)]
-Rate = Annotated[float, Between(0, 1, "[)")]  # of dropping something, or of decay
+Rate = Annotated[float, Between(0, 1, "[)")]  # the rate of dropping something, or of a decay
 Share = Annotated[float, Between(0, 1, "()")]
 
 

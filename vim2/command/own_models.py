@@ -55,7 +55,7 @@ def add_to_path(name: str) -> str:
     try:
         spec = importlib.util.find_spec(home.name)
         found = spec and spec.origin
-    except ValueError:  # of `__main__`
+    except ValueError:  # the name is `__main__`
         found = None
     if not (found and os.path.exists(found) and file.samefile(found)):
         other = found if found and os.path.isabs(found) else "a module of Python"
@@ -71,7 +71,10 @@ def module_home(name: str) -> Path:
 
 
 def place(error: BaseException, imports: Sequence[str]) -> str:
-    """Where in a user's own files, or what these import from their folders, an error was raised; "" if elsewhere."""
+    """Where in a user's own files, or what these import from their folders, an error was raised; "" if elsewhere, or if
+    there are none."""
+    if not imports:
+        return ""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # without who has caught it
     frames = [frame for frame in frames if os.path.isabs(frame.filename)]
     folders = tuple(os.path.join(Path(name).parent.resolve(), "") for name in imports if name.endswith(".py"))

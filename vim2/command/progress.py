@@ -1,5 +1,6 @@
 """What a run says while it goes on."""
 
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,8 +23,8 @@ def has_bar(processes: Processes) -> bool:
 
 
 def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterator:
-    """The same things with a bar, where `has_bar`. If the first step ever takes long, as it does where kernels are
-    compiled, it says so."""
+    """Iterate with a bar, where `has_bar` says so. If the first step of this process takes long, as where kernels are
+    compiled, a line says why."""
     if has_bar(processes):
         from tqdm import tqdm
 
@@ -51,9 +52,14 @@ def say_if_slow(text: str, processes: Processes | None = None, seconds: float = 
 
 
 def say(text: str, processes: Processes | None = None) -> None:
-    """Print a line, once for all processes. What the output cannot write, such as odd names of files, is escaped."""
+    """Print a line, once for all processes. What the output cannot write, such as odd names of files, is escaped; where
+    its reader has left, as `head` does, nothing more is printed, and the command goes on."""
     if processes is None or processes.is_first:
         try:
-            print(text, flush=True)
-        except UnicodeEncodeError as error:
-            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
+            try:
+                print(text, flush=True)
+            except UnicodeEncodeError as error:
+                print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -2,8 +2,6 @@
 
 import os
 import random
-import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,18 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import check_weights, read_checkpoint, remove_leftovers, try_lock
-from .errors import UserError
+from ..checkpoints import check_weights, read_checkpoint
+from ..files import remove_leftovers, try_lock
+from .errors import UserError, in_short
+from .outputs import explain_folder_errors, make_folder
 from .processes import Processes
 from .progress import say
 
 __all__ = [
-    "explain_disk_errors",
     "find_last",
     "identity",
-    "keep_source",
-    "make_folder",
-    "make_folder_of",
     "own_folder",
     "read_last",
     "read_saved",
@@ -32,8 +28,6 @@ __all__ = [
     "restore_weights",
     "seed_everything",
 ]
-
-MAKE_ROOM = ". Make room, then go on with --resume"
 
 
 def find_last(folder: Path, resume: bool, processes: Processes | None = None) -> Path | None:
@@ -134,7 +128,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str)
                     raise ValueError(f"{name} of the optimiser holds NaN or infinite values")
 
 
-_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}  # of a parameter's shape
+# what optimisers keep of the shape of a parameter
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}
 
 
 @contextmanager
@@ -142,8 +137,7 @@ def _explain_misfit(called: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of what is not so
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-        raise UserError(f"{called} does not fit the model of these options: {reason}") from None
+        raise UserError(f"{called} does not fit the model of these options: {in_short(error)}") from None
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
@@ -153,45 +147,6 @@ def identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def make_folder(folder: Path, output: str = "--output") -> None:
-    """Make a folder for what a command will write, and try to write there, before the command works: so that one where
-    nothing can be written costs nothing.
-
-    Args:
-        folder: The command's.
-        output: What messages call it.
-
-    Raises:
-        UserError: It cannot be made, or nothing can be written there.
-    """
-    with _explain_folder(folder, output):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def make_folder_of(file: Path, output: str = "--output") -> None:
-    """As `make_folder`, the folder of a file that a command will write.
-
-    Args:
-        file: The command's.
-        output: What messages call it.
-
-    Raises:
-        UserError: As `make_folder`; there is a folder of the file's name.
-    """
-    if file.is_dir():
-        raise UserError(f"{file} is a folder: choose another {output}, a file in it.")
-    make_folder(file.parent, output)
-
-
-@contextmanager
-def _explain_folder(folder: Path, output: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"Nothing can be written into {folder} ({error.strerror}): choose another {output}.") from None
 
 
 _locks: set[int] = set()  # descriptors of the folders that this process has locked
@@ -233,7 +188,7 @@ def own_folder(
     path, descriptor, refused = folder / ".lock", None, torch.zeros((), dtype=torch.int64)
     if processes is None or processes.is_first:
         make_folder(folder, output)
-        with _explain_folder(folder, output):
+        with explain_folder_errors(folder, output):
             descriptor = _lock(path)
         if descriptor is None or identity(folder / "last.pth") != last:
             refused += 1
@@ -263,29 +218,6 @@ def _lock(path: Path) -> int | None:
             _locks.add(descriptor)
             return descriptor
         os.close(descriptor)  # the run that had it has just removed it
-
-
-def keep_source(source: str | os.PathLike | None, output: str | os.PathLike) -> None:
-    """See that a command does not write over the file that it reads.
-
-    Args:
-        source: The file that it reads, if it is one.
-        output: The file that it will write.
-
-    Raises:
-        UserError: They are the same, by whatever names.
-    """
-    if source is not None and os.path.exists(source) and os.path.exists(output) and os.path.samefile(source, output):
-        raise UserError(f"{output} is what is read, and would be written over: choose another output.")
-
-
-@contextmanager
-def explain_disk_errors(remedy: str = ": choose another --output") -> Iterator[None]:
-    """Turns an error of `write_atomically` and `save_checkpoint` into a UserError that ends with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.strerror}{remedy}.", one_process=True) from None
 
 
 def seed_everything(*numbers: int) -> None:

@@ -4,15 +4,13 @@ Its recurrence (see `vim2.ops.selective_scan`) is PyTorch's `scan` of one step a
 states at once, as in `vim2.export.onnx_scan`. Compilers make a loop of it, whose length may be dynamic.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
 from torch._higher_order_ops.scan import scan_op
 
 from ..ops.backend import compute_dtype
-from ..ops.scan.operands import Operands
+from ..ops.scan.operands import Call, Operands
 from ..ops.scan.orders import ORDERS, walk
 
 __all__ = ["in_full", "selective_scan"]
@@ -31,28 +29,15 @@ def in_full(operands: Operands, delta_softplus: bool) -> tuple[Tensor, ...]:
     return u.unsqueeze(2) if u.dim() == 3 else u, F.softplus(delta) if delta_softplus else delta, A, B, C, D
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_weight: Tensor,
-    delta_softplus: bool,
-    orders: Sequence[int],
-    height: int,
-    width: int,
-    merge: bool,
-    with_last: bool,
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For `ExportedProgram.run_decompositions`, with the arguments and results of the registered operator, see
-    `vim2.ops.scan.operator`. States and decays are float32, float64 where any input is. No states are kept for a
-    backward pass."""
-    x, dt, A, B, C, D = in_full(Operands(u, delta, A, B, C, D, delta_bias, delta_weight), delta_softplus)
+def selective_scan(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """For `ExportedProgram.run_decompositions`, with the arguments and results of the registered operator.
+
+    Arguments are those of `vim2.ops.scan.operands.Call`, operands first. States and decays are float32, float64 where
+    any input is. No states are kept for a backward pass.
+    """
+    call = Call.of(arguments)
+    u, orders, height, width = call.operands.u, call.orders, call.height, call.width
+    x, dt, A, B, C, D = in_full(call.operands, call.delta_softplus)
     directions, features, states = A.shape
 
     def steps_of(field: Tensor) -> Tensor:
@@ -72,9 +57,9 @@ def selective_scan(
     last, y = scan_op(step, [start], fields, (rates, *_symbols(dt)))
     y = torch.stack([_walk_back(y[:, k], ORDERS[i], height, width) for k, i in enumerate(orders)], 1)
     y = y.permute(2, 0, 1, 3) + x * D
-    last = last.permute(1, 0, 3, 2).contiguous() if with_last else dt.new_empty(0)
+    last = last.permute(1, 0, 3, 2).contiguous() if call.with_last else dt.new_empty(0)
     kept = dt.new_empty(u.shape[0], directions, 0, states, features)
-    return (y.sum(2) if merge else y).to(u.dtype).contiguous(), last, kept
+    return (y.sum(2) if call.merge else y).to(u.dtype).contiguous(), last, kept
 
 
 def _walk_back(steps: Tensor, order: str, height: int, width: int) -> Tensor:

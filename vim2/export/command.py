@@ -11,16 +11,19 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from ..checkpoints import NotWritten, save_checkpoint, save_half_precision
+from ..checkpoints import save_checkpoint, save_half_precision
 from ..classify import validate
 from ..classify.facts import weights_file
 from ..classify.models import check_reads, create_model, input_config, load_checkpoint_model
 from ..classify.options import InputOptions
+from ..classify.sources import find_model
 from ..classify.validation import label_names
 from ..command.errors import UserError
 from ..command.options import Parser
+from ..command.outputs import keep_source, make_folder, make_folder_of
+from ..command.places import local_folder
 from ..command.progress import say
-from ..command.runs import keep_source, make_folder, make_folder_of
+from ..files import NotWritten
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
 from .examples import first_convolution
@@ -34,6 +37,18 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
+PROGRAMS = ("onnx", "pt2")  # the formats that run without this package
+FORMATS_OF = {  # of options that not all formats have
+    "features_only": PROGRAMS,
+    "img_size": PROGRAMS,
+    "compare": PROGRAMS,
+    "batch_size": PROGRAMS,
+    "device": PROGRAMS,
+    "opset": ("onnx",),
+    "scan": ("onnx",),
+    "data_dir": ("safetensors",),
+    "split": ("safetensors",),
+}
 MAX_LOSS = 0.1  # points of top-1 accuracy that half precision may cost
 
 
@@ -46,9 +61,30 @@ def export(argv: Sequence[str]) -> None:
     Raises:
         UserError: Anything that the user can put right.
     """
+    args = _make_parser().parse_args(argv)
+    _check_arguments(args)
+    torch.manual_seed(0)
+    model, facts = _load(args)
+    _prepare_output(args.output, is_folder=args.format == "timm")
+    try:
+        if args.format in PROGRAMS:
+            _export_program(model, facts, args)
+        elif args.format == "timm":
+            _export_timm(model, facts, args)
+        else:
+            _export_weights(model, facts, args)
+    except NotWritten as error:
+        raise UserError(f"{error.strerror}: choose another --output.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
+
+
+def _make_parser() -> Parser:
     parser = Parser(prog="vim2 export", description="Write a model for runtimes other than PyTorch, or to share.")
     add = parser.add_argument
-    add("--model", metavar="NAME", help="a ViM2, or another model of timm's; default: the checkpoint's")
+    named = "a ViM2, another model of timm's, local-dir:FOLDER or hf-hub:USER/NAME; default: the checkpoint's"
+    add("--model", metavar="NAME", help=named)
     registering = "Python files, or modules, that register models of your own with timm"
     add("--imports", nargs="+", default=[], metavar="FILE", help=registering)
     add("--checkpoint", metavar="FILE", help="its weights; default: random ones")
@@ -59,8 +95,8 @@ def export(argv: Sequence[str]) -> None:
     formats += "timm, transformers and the Hugging Face Hub; safetensors: weights in half precision"
     add("--format", required=True, choices=("onnx", "pt2", "timm", "safetensors"), help=formats)
     add("--output", required=True, type=Path, metavar="PATH", help="where to write")
-    programs = parser.add_argument_group("onnx, pt2")
-    add = programs.add_argument
+
+    add = parser.add_argument_group("onnx, pt2").add_argument
     add("--features-only", action="store_true", help="the stages' maps in place of the classifier's logits")
     sizes = "height and width, or one number for both, for runtimes that take no dynamic ones, and for timm's other "
     sizes += f"models; default: any, with pt2 from {MIN_DYNAMIC} on"
@@ -72,27 +108,29 @@ def export(argv: Sequence[str]) -> None:
     add("--batch-size", type=int, nargs="+", metavar="N", help=batches)
     device = "on which a package will run, and a comparison does; default cpu"
     add("--device", choices=("cpu", "cuda"), help=device)
-    opset = f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}"
-    onnx = parser.add_argument_group("onnx")
-    onnx.add_argument("--opset", type=int, help=opset)
+
+    add = parser.add_argument_group("onnx").add_argument
+    add("--opset", type=int, help=f"of ONNX's operators, {MIN_OPSET} or later; default {DEFAULT_OPSET}")
     scan = "form of the scans: steps, one after the other, for CPUs, or chunks, side by side, for GPUs; default steps"
-    onnx.add_argument("--scan", choices=SCANS, help=scan)
-    weights = parser.add_argument_group("safetensors")
-    weights.add_argument("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
-    weights.add_argument("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
-    args = parser.parse_args(argv)
+    add("--scan", choices=SCANS, help=scan)
+
+    add = parser.add_argument_group("safetensors").add_argument
+    add("--data-dir", metavar="DIR", help="check that on these images they are as good as before")
+    add("--split", metavar="NAME", help="split, folder, or packs of it; default validation")
+    return parser
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together, and where the checkpoint would be written over."""
     if args.forecaster is not None:
         for name in ("model", "imports", "checkpoint", "pretrained", "features_only", "img_size"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')} is for image models, not for --forecaster: leave it out.")
+                raise UserError(f"{_flag(name)} is for image models, not for --forecaster: leave it out.")
     elif args.model is None and args.checkpoint is None:
         raise UserError("Say what to export: --model NAME, --checkpoint FILE or both, or --forecaster DIR.")
-    programs = ("onnx", "pt2")
-    own = dict(features_only=programs, img_size=programs, compare=programs, opset=("onnx",), scan=("onnx",))
-    own |= dict(device=programs, batch_size=programs, data_dir=("safetensors",), split=("safetensors",))
-    for name, formats in own.items():
+    for name, formats in FORMATS_OF.items():
         if getattr(args, name) and args.format not in formats:
-            raise UserError(f"--{name.replace('_', '-')} is for --format {' or '.join(formats)}: leave it out.")
+            raise UserError(f"{_flag(name)} is for --format {' or '.join(formats)}: leave it out.")
     if args.format == "pt2" and isinstance(args.compare, str):
         raise UserError(f"A .pt2 package runs in PyTorch, not in {args.compare}: give --compare alone.")
     if args.format == "onnx" and args.device and not args.compare:
@@ -101,32 +139,25 @@ def export(argv: Sequence[str]) -> None:
         raise UserError("--batch-size is for a comparison, and an exported file takes any: add --compare.")
     if min(args.batch_size or [1]) < 1:
         raise UserError(f"--batch-size takes whole numbers from 1 on, got {min(args.batch_size)}.")
-    if args.checkpoint is not None:
-        keep_source(weights_file(args.checkpoint), weights_file(args.output))
-    torch.manual_seed(0)
+    for read in (args.checkpoint, local_folder(args.model or "")):
+        if read is not None:
+            keep_source(weights_file(read), weights_file(args.output))
+    if args.forecaster is not None and args.format not in PROGRAMS:
+        raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model to export, and what its checkpoint tells about it."""
     if args.forecaster is not None:
-        if args.format not in programs:
-            raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
-        model, facts = ForecasterModule(_forecaster(args.forecaster)), {}
-    elif args.checkpoint is None and not args.pretrained:
-        model, facts = create_model(args.model, imports=args.imports), {}
-    else:
-        model, facts = load_checkpoint_model(
-            args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports
-        )
-    _prepare_output(args.output, is_folder=args.format == "timm")
-    try:
-        if args.format in programs:
-            _export_program(model, facts, args)
-        elif args.format == "timm":
-            _export_timm(model, facts, args)
-        else:
-            _export_weights(model, facts, args)
-    except NotWritten as error:
-        raise UserError(f"{error.strerror}: choose another --output.") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"Nothing can be written to {args.output} ({reason}): choose another --output.") from None
+        return ForecasterModule(_forecaster(args.forecaster)), {}
+    if args.checkpoint is None and not args.pretrained:
+        source = find_model(args.model, args.imports)
+        return create_model(source), source.facts()
+    return load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports)
 
 
 def _prepare_output(output: Path, is_folder: bool) -> None:
@@ -199,7 +230,8 @@ def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespa
         raise UserError(f"{name} has no num_features, which timm's config tells: keep that number in the model.")
     channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
     model_args = {**facts.get("model_kwargs", {}), **channels}
-    export_timm(model, args.output, facts.get("data_config"), facts.get("class_names"), model_args)
+    config, terms = facts.get("data_config"), facts.get("terms")
+    export_timm(model, args.output, config, facts.get("class_names"), model_args, terms)
     after = f"what registers it ({', '.join(args.imports)})" if args.imports else "import vim2"
     say(f"{args.output}: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True), after {after}")
 
@@ -231,7 +263,7 @@ def _check_rounding(model: nn.Module, facts: dict[str, Any], args: argparse.Name
     with tempfile.TemporaryDirectory() as folder:
         rounded = {name: v.half().float() if v.is_floating_point() else v for name, v in model.state_dict().items()}
         after = Path(folder) / "rounded.pth"
-        save_checkpoint({**facts, "arch": args.model or facts["arch"], "state_dict": rounded}, after)
+        save_checkpoint({**facts, "state_dict": rounded}, after)
         common = dict(model=args.model, data_dir=args.data_dir, split=args.split or "validation", output=folder)
         was, now = (validate(checkpoint=path, **common)[0]["top1"] for path in (args.checkpoint, after))
     say(f"top-1: {was:.2f} % before, {now:.2f} % in half precision")

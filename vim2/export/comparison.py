@@ -126,11 +126,11 @@ def compare(
     TF32, as products of matrices are anyway.
 
     Args:
-        model: In eval mode.
-        name: Of the runtime, with its version.
+        model: The model, in eval mode.
+        name: The runtime's name, with its version.
         other: The exported model.
         sizes: Height and width of images; of a forecaster [None].
-        batches: Of images or of windows, random.
+        batches: Sizes of batches, of random images or windows.
         repeats: Timed runs of each, in turn, after some that are not.
 
     Returns:

@@ -17,7 +17,7 @@ def examples(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[
     """The inputs of a ViM2, a TSM2 or a whole forecaster by name, each with its dynamic axes.
 
     Args:
-        model: On the CPU.
+        model: The model, on the CPU.
         img_size: Height and width that are not dynamic.
 
     Raises:

@@ -10,12 +10,12 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import nn
 
-from ..checkpoints import write_atomically
+from ..classify.facts import TERMS, terms_of
+from ..files import write_atomically
 
 __all__ = ["export_timm"]
 
-CONFIG = "config.json"
-ORIGIN = ("tag", "description", "notes")  # of the weights that a model's name stands for, which others need not be
+CONFIG, CARD = "config.json", "README.md"
 
 
 def export_timm(
@@ -24,26 +24,32 @@ def export_timm(
     data_config: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     model_args: Mapping[str, Any] | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model as a folder, from which `timm.create_model("local-dir:FOLDER", pretrained=True)` makes it again.
 
-    It holds model.safetensors and config.json. Uploaded as it is to the Hub, it is `hf-hub:USER/NAME`; transformers'
-    TimmWrapper reads it, too.
+    It holds model.safetensors, config.json and README.md, the beginning of a model card. Uploaded as it is to the Hub,
+    it is `hf-hub:USER/NAME`; transformers' TimmWrapper reads it, too.
 
     Args:
         model: Made by `timm.create_model`.
-        folder: Where to write; it is made where there is none. Each file is replaced in one step.
+        folder: Where to write; it is made where there is none. Each file is replaced in one step, but for a README.md,
+            which stays as it is.
         data_config: Size, mean, std, interpolation and crop of the images, as timm names them; the model's own if None.
-        class_names: Of the classes, from the first on.
+        class_names: Names of the classes, from the first on.
         model_args: Arguments that the model was made with, for versions of timm that do not remember them.
+        terms: What is to be said of the weights: the `license`, `description`, `notes` and `origin_url` of a
+            pretrained_cfg. Of a model made with pretrained=True, trained further or not, it is `model.pretrained_cfg`;
+            without terms nothing is said, since what that says need not be true of other weights.
 
     Raises:
         OSError: The files cannot be written.
     """
-    before = model.pretrained_cfg
+    before, terms = model.pretrained_cfg, terms_of(terms or {})
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as made:
-        model.pretrained_cfg = {k: v for k, v in before.items() if k not in ORIGIN} | dict(data_config or {})
+        own = {k: v for k, v in before.items() if k not in (*TERMS, "tag")}
+        model.pretrained_cfg = own | dict(data_config or {}) | terms
         if len(before.get("label_names") or ()) != model.num_classes:
             model.pretrained_cfg |= {"label_names": None, "label_descriptions": None}
         try:
@@ -58,3 +64,14 @@ def export_timm(
         for path in Path(made).glob("*.safetensors"):
             write_atomically(folder / path.name, path.read_bytes())
         write_atomically(folder / CONFIG, json.dumps(config, indent=2).encode())
+        if not (folder / CARD).exists():
+            write_atomically(folder / CARD, _card(folder.resolve().name, config["architecture"], terms))
+
+
+def _card(name: str, architecture: str, terms: Mapping[str, Any]) -> str:
+    """A model card: what the Hub reads of it, and what its reader has to know of the weights."""
+    told = {"library_name": "timm", "pipeline_tag": "image-classification", "license": terms.get("license")}
+    head = [f"{key}: {json.dumps(value)}" for key, value in told.items() if value]
+    link = f"The weights that it began with: {terms['origin_url']}" if "origin_url" in terms else ""
+    parts = [f"# {name}", f"Architecture: `{architecture}`.", terms.get("description"), *terms.get("notes", ()), link]
+    return "\n".join(["---", *head, "---", ""]) + "".join(f"\n{part}\n" for part in parts if part)

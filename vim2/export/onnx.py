@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.processes import require_backend
+from ..files import write_atomically
 from ..tsm2 import TSM2
 from .examples import examples
 from .forecaster import ForecasterModule
@@ -28,7 +28,7 @@ def onnx_translations(scan: str = "steps") -> dict[Callable, Callable]:
     this package's operators. The model must be on the CPU, where the scan is the only one of them that is called.
 
     Args:
-        scan: As of `export_onnx`.
+        scan: As for `export_onnx`.
 
     Returns:
         From operators of `torch.ops.vim2`, and the stable sort of a TSM2's quantiles, which PyTorch does not translate,
@@ -72,7 +72,7 @@ def export_onnx(
     Args:
         model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
             of it is exported in eval mode.
-        path: Of the file, which is replaced in one step.
+        path: The file, which is replaced in one step.
         img_size: Height and width for a runtime that takes no dynamic ones; batches stay dynamic.
         opset: Version of ONNX's operators, 18 or later.
         scan: The form of its scans: "steps", one after the other, for CPUs, or "chunks", side by side, for GPUs.

@@ -133,96 +133,130 @@ def selective_scan(chunked: bool) -> Callable:
 
 
 def _translate(chunked: bool, operands, delta_softplus: bool, orders: Sequence[int], height, width, merge: bool):
-    u, delta, A, B, C, D, delta_bias, delta_weight = operands
-    result = u.dtype
-    directions, features, states = A.shape  # known, as those of other parameters are; sizes of maps are not
-    rank = delta.shape[-1]
-    is_shared, is_low_rank, is_wide = len(u.shape) == 3, len(delta_weight.shape) == 3, features >= WIDE
+    """The operator's results: y, and nothing in place of the last and the kept states."""
+    u, delta, A, B, C, _, _, delta_weight = operands
+    # Sizes of parameters are known, unlike those of maps, and ranks are; both are asked of operands, not of casts.
+    _, features, states = A.shape
+    rank = delta_weight.shape[2] if len(delta_weight.shape) == 3 else None
+    is_shared = len(u.shape) == 3
     is_double = ir.DataType.DOUBLE in (u.dtype, delta.dtype, A.dtype, B.dtype, C.dtype)
-    dtype = ir.DataType.DOUBLE if is_double else ir.DataType.FLOAT
+    dtype, result = ir.DataType.DOUBLE if is_double else ir.DataType.FLOAT, u.dtype
     u, delta, A, B, C, D, delta_bias, delta_weight = (t if t.dtype == dtype else op.Cast(t, to=dtype) for t in operands)
-    batch = op.Shape(delta, start=0, end=1)
-    length = op.Mul(height, width)
-    direction = _ints(*range(directions))
     if isinstance(height, int) and isinstance(width, int) and height * width <= MAX_UNSPLIT_LENGTH:
         chunked = False
-    if chunked:
-        # All chunks' first steps come first, and the last chunk is filled up with its last step.
-        chunks = op.Div(op.Add(length, CHUNK - 1), CHUNK)
-        row = op.Range(0, op.Mul(chunks, CHUNK), 1)
-        steps = op.Add(op.Mul(op.Mod(row, chunks), CHUNK), op.Div(row, chunks))
-        is_step = op.Cast(op.Less(steps, length), to=dtype)
-        steps = op.Min(steps, op.Sub(length, 1))
-    else:
-        steps = op.Range(0, length, 1)
+    walks = _Walks(orders, height, width, op.Shape(delta, start=0, end=1), features, chunked, dtype)
 
-    # The batch goes from the first axis to just before or behind the channels, (L, K, batch, X) or (L, K, X, batch),
-    # the one axis alone, which runtimes have a fast form for.
-    to_steps = [1, 2, 0, 3] if is_wide else [1, 2, 3, 0]
-    from_steps = [2, 0, 1, 3] if is_wide else [3, 0, 1, 2]
-    positions = _visits(orders, steps, height, width, length)
-    rows = op.Add(op.Mul(positions, directions), direction)  # of a step's position and direction, in (L K, ...)
-
-    def walk(t):
-        """(batch, L, K, X) in memory's order to one of steps."""
-        return op.Gather(_join(op.Transpose(t, perm=to_steps)), rows, axis=0)
-
-    if is_low_rank and is_wide:  # one product for each direction, where (L, K, batch, R) would take many small ones
-        factors = op.Reshape(op.Transpose(delta, perm=[2, 1, 0, 3]), _ints(directions, -1, rank))
-        dt = op.MatMul(factors, op.Transpose(delta_weight, perm=[0, 2, 1]))
-        dt = op.Reshape(dt, op.Concat(_ints(-1), batch, _ints(features), axis=0))  # (K L, batch, E)
-        dt = op.Gather(dt, op.Add(positions, op.Mul(length, direction)), axis=0)
-    elif is_low_rank:
-        dt = op.MatMul(delta_weight, walk(delta))
-    else:
-        dt = walk(delta)
-    dt = op.Add(dt, op.Unsqueeze(delta_bias, _ints(1 if is_wide else 2)))
+    dt = walks.to_steps(delta) if rank is None else _low_rank_product(walks, delta, delta_weight, rank)
+    dt = op.Add(dt, op.Unsqueeze(delta_bias, _ints(1 if walks.is_wide else 2)))
     if delta_softplus:
         dt = _softplus(dt, dtype)
     if chunked:  # a step of size zero changes no state
-        dt = op.Mul(dt, op.Unsqueeze(is_step, _ints(1, 2, 3)))
-    if is_shared:
-        inputs = op.Gather(op.Transpose(u, perm=[1, 0, 2] if is_wide else [1, 2, 0]), positions, axis=0)
-    else:
-        inputs = walk(u)
-    x = op.Mul(dt, inputs)
-    A = op.Transpose(A, perm=[0, 2, 1])
-    scan_wide, scan_narrow, last_states, join = _SCANS[dtype]
-    zero = _number(0.0, dtype)
-    if is_wide:
-        of_states = op.Concat(_ints(directions), batch, _ints(states, features), axis=0)
-        fields = *_unsqueeze((dt, 3), (x, 3), (walk(B), 4), (walk(C), 3)), op.Unsqueeze(A, _ints(1))
-        scan, row_axis = scan_wide, 3
-    else:
-        of_states = op.Concat(_ints(directions, states, features), batch, axis=0)
-        fields = *_unsqueeze((dt, 2), (x, 2), (walk(B), 3), (walk(C), 3)), op.Unsqueeze(A, _ints(3))
-        scan, row_axis = scan_narrow, 2
-    if chunked:
-        dt, x, B, C = (_split(t) for t in fields[:4])
-        A = fields[4]
-        of_states = op.Concat(op.Reshape(chunks, _ints(1)), of_states, axis=0)
-        numbers = op.Range(0, chunks, 1)
-        has_earlier = op.Unsqueeze(op.Greater(numbers, 0), _ints(1, 2, 3, 4))
-        ends = last_states(op.Expand(zero, of_states), dt, x, B, A)
-        decay = op.Exp(op.Mul(op.ReduceSum(dt, _ints(0), keepdims=0), A))
-        ends = join(ends, op.Where(has_earlier, decay, zero), _before(numbers, chunks))
-        start = op.Where(has_earlier, op.Gather(ends, op.Max(op.Sub(numbers, 1), 0), axis=0), zero)
-        y = _join(scan(start, dt, x, B, C, A))
-    else:
-        y = scan(op.Expand(zero, of_states), *fields)
-    y = op.Squeeze(y, _ints(row_axis))
-
-    # a map's walk over columns is undone by that of the transposed map
-    at = _visits(orders, op.Range(0, length, 1), width, height, length)
-    if chunked:
-        at = op.Add(op.Mul(op.Mod(at, CHUNK), chunks), op.Div(at, CHUNK))
-    y = op.Gather(_join(y), op.Add(op.Mul(at, directions), direction), axis=0)
-    y = op.Transpose(y, perm=from_steps)
+        dt = op.Mul(dt, op.Unsqueeze(walks.is_step, _ints(1, 2, 3)))
+    x = op.Mul(dt, walks.to_steps_of_each(u) if is_shared else walks.to_steps(u))
+    y = _scan(walks, dt, x, walks.to_steps(B), walks.to_steps(C), A, states)
+    y = walks.to_positions(y)
     y = op.Add(y, op.Mul(op.Unsqueeze(u, _ints(2)) if is_shared else u, D))
     if merge:
         y = op.ReduceSum(y, _ints(2), keepdims=0)
-    nothing = op.Expand(zero, _ints(0))
+    nothing = op.Expand(_number(0.0, dtype), _ints(0))
     return y if result == dtype else op.Cast(y, to=result), nothing, nothing
+
+
+class _Walks:
+    """The walks of all directions, which bring (batch, L, K, X), in memory's order, into the order of steps, and back.
+
+    Steps are (steps, K, batch, X) where there are many channels, `is_wide`, and (steps, K, X, batch) elsewhere: either
+    way the batch alone is moved, for which runtimes have a fast form. In chunks, all chunks' first steps come first,
+    then all second steps, and so on, and the last chunk is filled up with its last step.
+
+    Args:
+        orders: Indices into ORDERS, one a direction.
+        height, width: Of the maps, numbers or values of the graph.
+        batch: A value of the graph, (1,).
+        features: Channels E.
+        is_chunked: Whether steps come in chunks.
+        dtype: The arithmetic's.
+
+    Attributes:
+        positions: (steps, K), the position that each walk visits at each step.
+        chunks: The number of chunks, where there are some.
+        is_step: (steps,), zeros where a chunk was filled up, where there are chunks.
+    """
+
+    def __init__(self, orders: Sequence[int], height, width, batch, features: int, is_chunked: bool, dtype):
+        self.orders, self.height, self.width, self.batch, self.features = orders, height, width, batch, features
+        self.is_wide, self.is_chunked, self.dtype = features >= WIDE, is_chunked, dtype
+        self.directions = len(orders)
+        self.length = op.Mul(height, width)
+        if is_chunked:
+            self.chunks = op.Div(op.Add(self.length, CHUNK - 1), CHUNK)
+            row = op.Range(0, op.Mul(self.chunks, CHUNK), 1)
+            steps = op.Add(op.Mul(op.Mod(row, self.chunks), CHUNK), op.Div(row, self.chunks))
+            self.is_step = op.Cast(op.Less(steps, self.length), to=dtype)
+            steps = op.Min(steps, op.Sub(self.length, 1))
+        else:
+            steps = op.Range(0, self.length, 1)
+        self.positions = _visits(orders, steps, height, width, self.length)
+        # of a step's position and direction, in (L K, ...)
+        self.rows = op.Add(op.Mul(self.positions, self.directions), _ints(*range(self.directions)))
+
+    def to_steps(self, t):
+        """(batch, L, K, X) to the order of steps."""
+        t = op.Transpose(t, perm=[1, 2, 0, 3] if self.is_wide else [1, 2, 3, 0])
+        return op.Gather(_join(t), self.rows, axis=0)
+
+    def to_steps_of_each(self, t):
+        """(batch, L, X), which all directions share, to the order of each direction's steps."""
+        return op.Gather(op.Transpose(t, perm=[1, 0, 2] if self.is_wide else [1, 2, 0]), self.positions, axis=0)
+
+    def to_positions(self, y):
+        """The order of steps to (batch, L, K, X)."""
+        # a map's walk over columns is undone by that of the transposed map
+        at = _visits(self.orders, op.Range(0, self.length, 1), self.width, self.height, self.length)
+        if self.is_chunked:
+            at = op.Add(op.Mul(op.Mod(at, CHUNK), self.chunks), op.Div(at, CHUNK))
+        y = op.Gather(_join(y), op.Add(op.Mul(at, self.directions), _ints(*range(self.directions))), axis=0)
+        return op.Transpose(y, perm=[2, 0, 1, 3] if self.is_wide else [3, 0, 1, 2])
+
+
+def _low_rank_product(walks: _Walks, delta, delta_weight, rank: int):
+    """The step sizes, in the order of steps, from their factor (batch, L, K, R) and its weight (K, E, R)."""
+    if not walks.is_wide:
+        return op.MatMul(delta_weight, walks.to_steps(delta))
+    # one product for each direction, where (L, K, batch, R) would take many small ones
+    directions, features = walks.directions, walks.features
+    factors = op.Reshape(op.Transpose(delta, perm=[2, 1, 0, 3]), _ints(directions, -1, rank))
+    dt = op.MatMul(factors, op.Transpose(delta_weight, perm=[0, 2, 1]))
+    dt = op.Reshape(dt, op.Concat(_ints(-1), walks.batch, _ints(features), axis=0))  # (K L, batch, E)
+    return op.Gather(dt, op.Add(walks.positions, op.Mul(walks.length, _ints(*range(directions)))), axis=0)
+
+
+def _scan(walks: _Walks, dt, x, B, C, A, states: int):
+    """y of the recurrence for the step sizes dt, the inputs x, which are dt u, and B and C, all in the order of steps.
+    A is (K, E, N)."""
+    directions, features = walks.directions, walks.features
+    A = op.Transpose(A, perm=[0, 2, 1])
+    zero = _number(0.0, walks.dtype)
+    scan_wide, scan_narrow, last_states, join = _SCANS[walks.dtype]
+    if walks.is_wide:
+        of_states = op.Concat(_ints(directions), walks.batch, _ints(states, features), axis=0)
+        fields, A = _unsqueeze((dt, 3), (x, 3), (B, 4), (C, 3)), op.Unsqueeze(A, _ints(1))
+        scan, row_axis = scan_wide, 3
+    else:
+        of_states = op.Concat(_ints(directions, states, features), walks.batch, axis=0)
+        fields, A = _unsqueeze((dt, 2), (x, 2), (B, 3), (C, 3)), op.Unsqueeze(A, _ints(3))
+        scan, row_axis = scan_narrow, 2
+    if not walks.is_chunked:
+        return op.Squeeze(scan(op.Expand(zero, of_states), *fields, A), _ints(row_axis))
+    dt, x, B, C = map(_split, fields)
+    of_states = op.Concat(op.Reshape(walks.chunks, _ints(1)), of_states, axis=0)
+    numbers = op.Range(0, walks.chunks, 1)
+    has_earlier = op.Unsqueeze(op.Greater(numbers, 0), _ints(1, 2, 3, 4))
+    ends = last_states(op.Expand(zero, of_states), dt, x, B, A)
+    decay = op.Exp(op.Mul(op.ReduceSum(dt, _ints(0), keepdims=0), A))
+    ends = join(ends, op.Where(has_earlier, decay, zero), _before(numbers, walks.chunks))
+    start = op.Where(has_earlier, op.Gather(ends, op.Max(op.Sub(numbers, 1), 0), axis=0), zero)
+    return op.Squeeze(_join(scan(start, dt, x, B, C, A)), _ints(row_axis))
 
 
 def _visits(orders: Sequence[int], steps, height, width, length):

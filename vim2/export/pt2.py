@@ -15,8 +15,8 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
+from ..files import write_atomically
 from ..ops.backend import HAS_TRITON, IS_ROCM
 from .aten_scan import selective_scan
 from .examples import examples
@@ -46,7 +46,7 @@ def export_program(
         model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
             of it is exported in eval mode.
         img_size: Height and width in place of dynamic ones from 36 x 36 to 4096 x 4096; batches stay dynamic.
-        device: On which the program runs.
+        device: The device on which the program runs.
 
     Raises:
         UserError: An img_size below 32 x 32, or one for a TSM2.
@@ -89,12 +89,12 @@ def export_pt2(
     of PyTorch.
 
     Args:
-        model: As of `export_program`, as img_size and device are.
-        path: Of the file, NAME.pt2, which is replaced in one step.
+        model: As for `export_program`, and so are img_size and device.
+        path: The file, NAME.pt2, which is replaced in one step.
         metadata: Text by name to keep in the package, which its `get_metadata()` tells.
 
     Raises:
-        UserError: As of `export_program`; a path of another name; no C++ compiler, or one that fails, as where a GPU's
+        UserError: As `export_program`; a path of another name; no C++ compiler, or one that fails, as where a GPU's
             libraries are not found, or that finds libstdc++ but as an archive; a device that is not there.
         OSError: The file cannot be written; what was at `path` is untouched.
     """

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from ..ops.scan.operands import Operands
+from ..ops.scan.operands import Call
 from ..ops.scan.orders import ORDERS
 from ..ops.scan.triton.walk import next_position, pack_orders, start_walk
 from .aten_scan import in_full
@@ -83,33 +83,17 @@ def _scan(
     return y
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    delta_weight: Tensor,
-    delta_softplus: bool,
-    orders: Sequence[int],
-    height: int,
-    width: int,
-    merge: bool,
-    with_last: bool,
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """As `aten_scan.selective_scan`, for CUDA.
 
     Raises:
         NotImplementedError: The last states are wanted.
     """
-    if with_last:
+    call = Call.of(arguments)
+    if call.with_last:
         raise NotImplementedError("An exported scan does not return its last state.")
-    x, dt, A, B, C, D = in_full(Operands(u, delta, A, B, C, D, delta_bias, delta_weight), delta_softplus)
+    x, dt, A, B, C, D = in_full(call.operands, call.delta_softplus)
     read = (t.contiguous() for t in (dt, dt * x, B, C, A.transpose(1, 2)))
-    y = _scan(*read, orders, height, width) + x * D
+    y = _scan(*read, call.orders, call.height, call.width) + x * D
     nothing = dt.new_empty(0)
-    return (y.sum(2) if merge else y).to(u.dtype).contiguous(), nothing, nothing
+    return (y.sum(2) if call.merge else y).to(call.operands.u.dtype).contiguous(), nothing, nothing

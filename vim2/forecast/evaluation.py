@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import write_atomically
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
+from ..command.outputs import explain_disk_errors, make_folder
+from ..command.places import is_on_hub
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import explain_disk_errors, make_folder
+from ..files import write_atomically
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
 from .data import Scaler, Table, Windows
-from .forecaster import BEST, Forecaster, is_on_hub
+from .forecaster import BEST, Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
 from .refitting import refit

@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..checkpoints import check_weights, write_atomically
+from ..checkpoints import check_weights
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.options import REQUIRED, Count, Options, Positive, PositiveFloat, as_saved, length, option, resolve
+from ..command.places import is_on_hub
 from ..command.processes import choose_device
 from ..command.progress import say
+from ..files import write_atomically
 from ..tsm2 import TSM2Config
 from .baselines import shorter_lookbacks
 from .committee import Committee
@@ -42,10 +44,9 @@ from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
 from .stamps import follow
 
-__all__ = ["BEST", "REFITTED", "Forecaster", "is_on_hub"]
+__all__ = ["BEST", "REFITTED", "Forecaster"]
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-_ON_HUB = ("hf-hub:", "hf_hub:")  # what names of repositories on the Hugging Face Hub begin with, as timm has them
 CONFORMAL = "conformal"  # its name among the weights
 BEST, REFITTED = "best", "refitted"  # folders within a run's
 
@@ -521,11 +522,6 @@ def _read_config(saved: Any) -> tuple[SavedConfig, TSM2Config]:
     if config.step is not None:
         to_offset(config.step)
     return config, model
-
-
-def is_on_hub(folder: str | os.PathLike) -> bool:
-    """Whether it names a repository on the Hugging Face Hub."""
-    return str(folder).startswith(_ON_HUB)
 
 
 def _download(name: str) -> Path:

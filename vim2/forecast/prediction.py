@@ -5,11 +5,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import write_atomically
 from ..command.figures import figures_if_possible
+from ..command.outputs import explain_disk_errors, keep_source, make_folder
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import explain_disk_errors, keep_source, make_folder
+from ..files import write_atomically
 from .forecaster import Forecaster
 from .options import PredictOptions, open_options, reading_options
 from .plots import plot_prediction

@@ -26,21 +26,14 @@ import torch
 
 import vim2
 
-from ..checkpoints import remove_leftovers, save_checkpoint, write_atomically
+from ..checkpoints import save_checkpoint
 from ..command.errors import UserError
 from ..command.options import fill_in, plain, resume_options
+from ..command.outputs import MAKE_ROOM, explain_disk_errors, make_folder
 from ..command.processes import choose_device
 from ..command.progress import say
-from ..command.runs import (
-    MAKE_ROOM,
-    explain_disk_errors,
-    find_last,
-    identity,
-    make_folder,
-    own_folder,
-    read_last,
-    seed_everything,
-)
+from ..command.runs import find_last, identity, own_folder, read_last, seed_everything
+from ..files import remove_leftovers, write_atomically
 from .baselines import Ridge, cautious, lowest, shorter_lookbacks
 from .committee import Committee, Products, find_weights
 from .conformal import Conformity

@@ -16,7 +16,7 @@ from ..command.errors import UserError, first_line
 
 __all__ = ["check_annotations"]
 
-_IMAGES = 1000  # whose boxes and masks are looked at, of those that a data set holds in memory anyway
+_IMAGES = 1000  # so many are looked at, with their boxes and masks, which the data set holds in memory anyway
 _FILES = 24  # label maps that are read
 
 
@@ -26,8 +26,8 @@ def check_annotations(dataset: Any, model: nn.Module, name: str) -> None:
 
     Args:
         dataset: One of MMDetection's or MMSegmentation's, or one that wraps such.
-        model: Which is to learn from it.
-        name: Of the data set, for messages: "train_dataloader".
+        model: The model that is to learn from it.
+        name: What messages call the data set: "train_dataloader".
 
     Raises:
         UserError: Classes that are not the file's categories, in their order; heads for another number of classes;

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import timm
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -47,8 +47,12 @@ class ViM2(BaseModule):
         options: Further constructor arguments of `vim2.ViM2`: in_chans, patch_size, depths, dims, token_mixers,
             channel_mixer, d_state, token_expand, channel_expand, channel_patch, mlp_ratio.
 
+    Attributes:
+        out_channels: Of the maps that it puts out.
+
     Raises:
-        ValueError: An unknown arch or option, out_indices or frozen_stages out of range; what `vim2.ViM2` raises.
+        ValueError: An unknown arch or option, out_indices or frozen_stages out of range, an init_cfg of no kind that
+            there is; what `vim2.ViM2` raises.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ViM2(BaseModule):
         **options,
     ):
         super().__init__(init_cfg)
+        _check_init_cfg(init_cfg)
         model = _create_model(arch, drop_path_rate, options)
         num_stages = len(model.stages)
         if isinstance(out_indices, int) or not out_indices or list(out_indices) != sorted(set(out_indices)):
@@ -77,10 +82,11 @@ class ViM2(BaseModule):
         self.norm_eval = norm_eval
         self.in_chans = model.in_chans
         self.feature_info = model.feature_info
+        self.out_channels = tuple(model.feature_info[i]["num_chs"] for i in self.out_indices)
         self.patch_embed = model.patch_embed
         self.stages = nn.ModuleList(model.stages[: self.out_indices[-1] + 1])  # stages behind the last are not needed
-        for i in self.out_indices:
-            self.add_module(f"norm{i}", LayerNorm(self.feature_info[i]["num_chs"]))
+        for i, channels in zip(self.out_indices, self.out_channels):
+            self.add_module(f"norm{i}", LayerNorm(channels))
         for stage in self.stages:
             stage.grad_checkpointing = with_cp
         self._freeze_stages()
@@ -91,8 +97,7 @@ class ViM2(BaseModule):
         Raises:
             UserError: No such file, a damaged one, or weights of another architecture.
         """
-        given = self.init_cfg
-        cfgs = [given] if isinstance(given, Mapping) else list(given or ())
+        given, cfgs = self.init_cfg, _init_cfgs(self.init_cfg)
         self.init_cfg = [cfg for cfg in cfgs if cfg.get("type") != "Pretrained"]
         super().init_weights()
         self.init_cfg = given
@@ -152,6 +157,22 @@ class ViM2(BaseModule):
             module.eval()
             for parameter in module.parameters():
                 parameter.requires_grad = False
+
+
+def _init_cfgs(init_cfg: dict | list | None) -> list[Mapping]:
+    return [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg or ())
+
+
+def _check_init_cfg(init_cfg: dict | list | None) -> None:
+    """Raise a ValueError for what MMEngine would only stumble over when the training starts."""
+    for cfg in _init_cfgs(init_cfg):
+        kind = cfg.get("type") if isinstance(cfg, Mapping) else None
+        if kind is None or WEIGHT_INITIALIZERS.get(kind) is None:
+            problem = "has no type" if kind is None else f"has the type {kind!r}, which there is not"
+            remedy = "it is dict(type='Pretrained', checkpoint=...), or another of MMEngine's"
+            raise ValueError(f"init_cfg {problem}: {remedy}.")
+        if kind == "Pretrained" and not cfg.get("checkpoint"):
+            raise ValueError("init_cfg has no checkpoint: name a file of weights, or its address.")
 
 
 def _create_model(arch: str | Mapping, drop_path_rate: float, options: dict) -> vim2.ViM2:

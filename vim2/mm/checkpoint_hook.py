@@ -10,8 +10,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..checkpoints import read_checkpoint, write_atomically
+from ..checkpoints import read_checkpoint
 from ..command.errors import UserError
+from ..files import write_atomically
 from .loading import allow_checkpoints
 
 __all__ = ["find_newest_checkpoint"]
@@ -57,7 +58,7 @@ class _CheckpointHook(CheckpointHook):
         super().before_train(runner)
         self.file_backend = _LateRemoval(self.file_backend)
         resumed = self._path(runner.epoch if self.by_epoch else runner.iter)
-        if self.file_backend.isfile(resumed):  # which is to be written anew if a late validation finds it the best
+        if self.file_backend.isfile(resumed):  # to be written anew if a late validation finds it the best
             self.last_ckpt = resumed
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
@@ -108,7 +109,7 @@ def find_newest_checkpoint(work_dir: str, out_dir: str | None = None) -> str | N
     """The newest checkpoint of a run that can be read; None where it has none.
 
     Args:
-        work_dir: Of the run.
+        work_dir: The run's.
         out_dir: The CheckpointHook's, where the config sets it.
 
     Raises:

@@ -32,8 +32,8 @@ class LazyBitmapMasks(BitmapMasks):
 
     Args:
         annotations: One for each object: polygons or runs, as `decode` takes them.
-        height: Of the masks, in pixels.
-        width: Of the masks, in pixels.
+        height: The masks' height, in pixels.
+        width: Their width, in pixels.
         decode: Makes of an annotation, the height and the width a mask: (height, width), uint8.
     """
 

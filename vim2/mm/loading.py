@@ -21,7 +21,7 @@ def allow_checkpoints() -> None:
     Beside tensors they hold `HistoryBuffer`s of the logged values, which are NumPy arrays. Exactly these types are
     added to what the safe loader constructs; nothing else in a file is run, and no load is made unsafe.
     """
-    makers = np.zeros(0).__reduce__()[0], np.float64().__reduce__()[0]  # of arrays and of scalars
+    makers = np.zeros(0).__reduce__()[0], np.float64().__reduce__()[0]  # what pickles make arrays and scalars by
     modules = ("numpy._core.multiarray", "numpy.core.multiarray")  # where NumPy 2 and NumPy 1 say they are
     torch.serialization.add_safe_globals(
         [
@@ -49,7 +49,7 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
     Args:
         backbone: A `vim2.mm.ViM2`. Where its in_chans is not the 3 of the weights, the stem's are adapted as timm does.
         source: Path, or an address that MMEngine's CheckpointLoader knows (http, https, ...).
-        prefix: Of the backbone's weights in the file; None takes "backbone." where names start so.
+        prefix: What the names of the backbone's weights begin with in the file; None takes "backbone." where names do.
 
     Raises:
         UserError: No such file or nothing at the address, a damaged file, one without weights, weights of another

@@ -309,7 +309,7 @@ def modulated_deform_conv_backward(
     grads = _deform_backward(grad_output, input, weight, _first(offset, size), _first(mask, size), geometry)
     targets = [grad_input, grad_weight, grad_offset, grad_mask] + ([grad_bias] if with_bias else [])
     for target, grad in zip(targets, grads):
-        if target.shape != grad.shape:  # of offsets and masks only the first numbers were used
+        if target.shape != grad.shape:  # only the first numbers of offsets and masks were used
             target.zero_()
             target = target.view(len(target), -1)[:, : grad[0].numel()]
         target.copy_(grad.reshape(target.shape))

@@ -82,7 +82,7 @@ class _Batches:
 
     Attributes:
         seeds: What the seeds of all samples begin with.
-        number: Of the next batch.
+        number: The next batch's.
         done: How many of the next ones to pass over.
     """
 
@@ -146,8 +146,8 @@ def resume_data(loop: EpochBasedTrainLoop | IterBasedTrainLoop, meta: dict[str, 
 
     Args:
         loop: Before its first batch.
-        meta: Of the checkpoint.
-        path: Of the checkpoint, for messages.
+        meta: The checkpoint's.
+        path: The checkpoint's path, for messages.
 
     Raises:
         UserError: The data set has another number of images than the run.
@@ -202,7 +202,7 @@ class LateValidation(Hook):
 
 
 def _sampler(loader: DataLoader) -> Any:
-    """Of the indices; loaders with a batch sampler keep it there."""
+    """The sampler of indices, which loaders with a batch sampler keep there."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 

@@ -1,9 +1,7 @@
-"""From a config file to MMEngine's Runner: what `vim2 mm train`, `test` and `predict` have in common."""
+"""From a config to MMEngine's Runner, and its errors: what `vim2 mm train`, `test` and `predict` have in common."""
 
 import argparse
 import contextlib
-import importlib.metadata
-import importlib.util
 import math
 import os
 import re
@@ -14,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import init_dist
 from mmengine.fileio import LocalBackend, register_backend
@@ -23,157 +20,28 @@ from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.registry import RUNNERS, WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
-from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints import check_weights, explain_load_error, remove_leftovers, verify_archive, write_atomically
+from ..checkpoints import check_weights, explain_load_error, verify_archive
 from ..command.errors import UserError, first_line
+from ..command.outputs import make_folder
 from ..command.processes import require_backend
-from ..command.runs import make_folder
+from ..files import remove_leftovers, write_atomically
 from .annotations import check_annotations
+from .channels import check_channels
 from .checkpoint_hook import find_newest_checkpoint
-from .configs import NO_CONFIG, reference_of
 from .resuming import LateValidation, describe_data, is_validation_due, make_exact, resume_data
 
 __all__ = [
-    "add_config_arguments",
-    "add_launcher_arguments",
     "build_data",
     "build_runner",
     "check_device",
-    "check_parts",
     "checkpoint_errors",
-    "choose_work_dir",
-    "load_config",
     "removed_unless_started",
     "run_errors",
 ]
-
-_LIBRARIES = {"mmdet": "mmdet", "mmseg": "mmsegmentation", "mmpretrain": "mmpretrain"}
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, flag: bool = False) -> None:
-    """CONFIG, or with `flag` --config, and --cfg-options, as all of OpenMMLab's tools have them."""
-    name, options = ("--config", {"required": True}) if flag else ("config", {})
-    text = "a config file, or LIBRARY::PATH for one that a package brings, such as "
-    text += "vim2::mmdet/mask-rcnn_vim2-tiny_fpn_1x_coco.py"
-    parser.add_argument(name, metavar="CONFIG", help=text, **options)
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=_Options,
-        default={},
-        metavar="KEY=VALUE",
-        help='replaces settings of the config: model.backbone.with_cp=True, optim_wrapper.optimizer.betas="(0.9,0.95)"',
-    )
-
-
-class _Options(DictAction):
-    """MMEngine's, with an error of the parser for what cannot be read."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str], *args
-    ) -> None:
-        for value in values:
-            try:
-                super().__call__(parser, namespace, [value], *args)
-            except (AssertionError, IndexError, ValueError):
-                parser.error(f"--cfg-options takes KEY=VALUE, got {value}")
-
-
-def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
-    """--work-dir, and the launcher's own arguments."""
-    parser.add_argument("--work-dir", metavar="DIR", help="where to write; default work_dirs/<name of the config>")
-    parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
-        help="what has started this process: pytorch stands for torchrun",
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # old launchers
-
-
-def load_config(path: str | os.PathLike, options: dict[str, Any] | None = None) -> Config:
-    """Read a config and make sure that its library is there.
-
-    Args:
-        path: Of the file, or LIBRARY::PATH of one that this package or an installed library brings.
-        options: Of --cfg-options, {"model.backbone.arch": "small", ...}.
-
-    Raises:
-        UserError: No such file, one that cannot be read or has a base that is not there, one without a model, a library
-            that is not installed, or a module among `custom_imports` of the options that cannot be imported.
-    """
-    path = str(path)
-    library, colon, name = path.partition(":")
-    if colon and name.startswith(("mmdet/", "mmseg/")) and library == "vim2":
-        raise UserError(f"{path} has one colon: configs of this package are named with two, vim2::{name}.")
-    if "::" not in path and not os.path.isfile(path):
-        problem = f"{path} is a folder, and no config" if os.path.isdir(path) else f"There is no config {path}"
-        remedy = f"give the path of a file, or name one that this package brings, {reference_of(path)}"
-        raise UserError(f"{problem}: {remedy}.")
-    if importlib.util.find_spec("mmseg") and not _is_distribution("mmsegmentation"):
-        MODULE2PACKAGE["mmseg"] = "mmseg"  # forks of the library have its module under another distribution's name
-    try:
-        config = Config.fromstring(f"_base_ = {path!r}", ".py") if "::" in path else Config.fromfile(path)
-    except FileNotFoundError as error:
-        if error.filename is not None:  # of another file that the config wants, such as one of its bases
-            raise UserError(f"{path} needs {error.filename}, which is not there: check its _base_.") from None
-        text = first_line(error)
-        if not text.startswith(NO_CONFIG):  # MMEngine's, of a base in another form, or another library's config
-            text = f"{path} cannot be read: {text}: check its name, and its _base_"
-        raise UserError(text if text.endswith("?") else f"{text}.") from None
-    except ModuleNotFoundError as error:
-        raise UserError(f'{first_line(error)}; pip install "vim2[mm]" brings all libraries.') from None
-    except RecursionError:
-        raise UserError(f"{path} is no config that MMEngine can read: it is among its own bases (_base_).") from None
-    except Exception as error:  # a config is code, which can fail in every way
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path} is no config that MMEngine can read: {reason}.") from None
-    if "::" in path:
-        object.__setattr__(config, "_filename", path)  # a text has that of a temporary file, after which runs are named
-    try:
-        config.merge_from_dict(options or {})
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--cfg-options does not fit {path}: {first_line(error)}.") from None
-    if any(key.partition(".")[0] == "custom_imports" for key in options or {}):  # MMEngine imports what a file names
-        try:
-            import_modules_from_strings(**config.custom_imports)
-        except (ImportError, TypeError) as error:
-            raise UserError(f"--cfg-options custom_imports: {first_line(error)}.") from None
-    scope = config.get("default_scope", "mmengine")
-    if scope != "mmengine" and importlib.util.find_spec(scope) is None:
-        package = _LIBRARIES.get(scope, scope)
-        raise UserError(f'{path} is for {scope}, which is not installed: pip install "vim2[mm]", or {package}.')
-    if not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} has no model: a config for these tools describes a model, its data and its training.")
-    return config
-
-
-def _is_distribution(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def check_parts(config: Config, path: str, split: str) -> None:
-    """Raises UserError where a config, read from `path`, does not say all that a "train" or "test" needs."""
-    needed = (f"{split}_dataloader", f"{split}_cfg", "optim_wrapper" if split == "train" else f"{split}_evaluator")
-    if missing := [name for name in needed if config.get(name) is None]:
-        raise UserError(f"{path} has no {missing[0]}: it needs {', '.join(needed)}.")
-
-
-def choose_work_dir(config: Config, args: argparse.Namespace) -> Path:
-    """The folder to write to, of the options, the config or its name, which it is set to in the config."""
-    if args.work_dir:
-        config.work_dir = args.work_dir
-    elif not config.get("work_dir"):
-        config.work_dir = str(Path("work_dirs", Path(args.config).stem))
-    return Path(config.work_dir)
 
 
 @contextlib.contextmanager
@@ -203,13 +71,13 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     on CPUs several processes work, through gloo.
 
     Args:
-        config: Of `load_config`, with the folder of `choose_work_dir`.
-        args: With those of `add_launcher_arguments`.
+        config: From `load_config`, with the folder that `choose_work_dir` sets.
+        args: Arguments, those of `add_launcher_arguments` among them.
 
     Raises:
-        UserError: The work dir cannot be written to; what the config asks for cannot be built, or not on a CPU; a
-            number that is not finite; no checkpoint to resume from that can be read; VIM2_SCAN_BACKEND names a backend
-            that cannot be used here.
+        UserError: The work dir cannot be written to; what the config asks for cannot be built, or not on a CPU, or does
+            not fit its backbone; a number that is not finite; no checkpoint to resume from that can be read;
+            VIM2_SCAN_BACKEND names a backend that cannot be used here.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
@@ -225,7 +93,9 @@ def build_runner(config: Config, args: argparse.Namespace) -> Runner:
     if get_device() == "cpu":
         _prepare_for_cpu(config)
     try:
-        return RUNNERS.build(config) if "runner_type" in config else _Runner.from_cfg(config)
+        runner = RUNNERS.build(config) if "runner_type" in config else _Runner.from_cfg(config)
+        check_channels(config.model, runner.model.module if is_model_wrapper(runner.model) else runner.model)
+        return runner
     except UserError:
         raise
     except (AssertionError, AttributeError, FileNotFoundError, ImportError, KeyError, TypeError, ValueError) as error:
@@ -248,7 +118,7 @@ def build_data(runner: Runner, split: str) -> None:
     """Build what a runner's loop needs before it starts: the data sets, which are looked at, and the optimiser.
 
     Args:
-        runner: Of `build_runner`.
+        runner: From `build_runner`.
         split: "train", which takes the data for validation with it, or "test".
 
     Raises:
@@ -331,7 +201,7 @@ def checkpoint_errors(path: str) -> Iterator[None]:
     except Exception as error:  # pickles and models each have their own ways to fail
         text = str(error)
         if "state dict" in text or "state_dict" in text:
-            text = textwrap.shorten(text, 300, placeholder=" ...")  # of hundreds of names
+            text = textwrap.shorten(text, 300, placeholder=" ...")  # it may list hundreds of names
             raise UserError(
                 f"{path} is not of this config's model; give the config it was trained with. {text}"
             ) from None

@@ -1,8 +1,8 @@
 """Triton's kernels compiled before they are first launched, many at a time.
 
-A kernel's form is compiled where it is first launched, one after the other, which takes a model on a new machine most
-of a minute. What a model will launch is known by calling it: so it is called once more, with all launches left out, and
-the forms that these would have taken are compiled in threads. Triton's passes and assemblers let other threads run.
+A kernel is compiled where it is first launched: one after the other, which takes a model most of a minute on a new
+machine. Which ones a model launches is found out by calling it. So it is called once with all launches left out, and
+what it would have launched is compiled in threads. (Triton's passes and assemblers let other threads run.)
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import autocast_off
-from .replay import is_captured, is_elsewhere, is_watched
+from .observers import is_autograd_observed, is_captured, is_elsewhere
 
 MAX_THREADS = 16
 
@@ -21,9 +21,9 @@ MAX_THREADS = 16
 def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
     """Compile what `function(*tensors)` launches and, where a gradient is wanted, what its backward pass does.
 
-    Nothing else comes of it: what it would compute is thrown away, random numbers are as before, and no gradient is
-    kept. The function must keep nothing itself, such as a batch norm's statistics. Where this fails, so will the
-    function, and say why. Triton before 3.6 cannot do it: nothing is compiled ahead then.
+    Nothing else comes of it: results are thrown away, random numbers are as before, and no gradient is kept. The
+    function must not change anything itself, such as a batch norm's statistics. Where this fails, it does so without a
+    word, for the function will fail, too, and say why. Triton before 3.6 cannot do it: nothing is compiled ahead then.
 
     Args:
         function: It returns one tensor. Those that it uses without being given them, as a module's parameters, are
@@ -39,7 +39,7 @@ def compile_ahead(function: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
     gpus = [t.get_device() for t in tensors if t.is_cuda][:1]
     if INTERPRETED or has_hooks() or is_elsewhere(tensors) or is_captured(tensors):
         return
-    if is_watched() or any(t._backward_hooks for t in tensors):  # who would see what is thrown away
+    if is_autograd_observed() or any(t._backward_hooks for t in tensors):  # they would see what is thrown away
         return
     threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), MAX_THREADS)
     cached = torch.is_autocast_cache_enabled()

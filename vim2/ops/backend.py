@@ -20,7 +20,7 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # their compiled parts, by the names that these have
 HAS_MAMBA_SSM = importlib.util.find_spec("selective_scan_cuda") is not None
 HAS_CAUSAL_CONV1D = importlib.util.find_spec("causal_conv1d_cuda") is not None
-CAUSAL_CONV1D_TAPS = (2, 3, 4)  # that its kernels know
+CAUSAL_CONV1D_TAPS = (2, 3, 4)  # widths of convolutions that its kernels know
 
 _warned = set()
 
@@ -105,7 +105,7 @@ def resolve_backend(backend: str | None, *tensors: Tensor, scan: bool = False, c
             and so do causal convolutions off a GPU, in float64, with taps that causal-conv1d does not know and, said
             once, where that package is not installed.
         scan: Whether the operator is the scan.
-        causal_taps: Of an operator that is made of causal convolutions, their taps.
+        causal_taps: The taps of the causal convolutions that the operator is made of, if it is.
 
     Raises:
         ValueError: Another name; tensors that are not of a floating dtype, or on several devices.

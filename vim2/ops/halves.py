@@ -1,14 +1,17 @@
-"""The gradients of both halves of a projection's rows, written side by side as the projection's own gradient. Where one
-half goes into a convolution and the other is the gate of what comes of it, autograd would copy them together."""
+"""The gradients of both halves of a projection's rows, written side by side, as the gradient of the projection.
+
+In a mixer one half goes into a convolution, and the other gates what comes of it. Autograd would make the gradients of
+both and then copy them into one tensor.
+"""
 
 import torch
 from torch import Tensor
 
 
 class Room:
-    """Memory for such a gradient, of one walk back through autograd's graph: the gate's half is written first.
+    """Memory for the gradient of a projection, in one backward pass. The gate's half is written first.
 
-    A node of the graph that has one is found by `room_of` what it has put out.
+    It belongs to the node of autograd's graph that has put out both halves, and is found from the gate by `room_of`.
     """
 
     def __init__(self):
@@ -20,7 +23,7 @@ class Room:
         return _second_half(self.whole)
 
     def take(self, grad_gate: Tensor | None) -> Tensor | None:
-        """All of the memory, if the gate's gradient is what was written there, and nothing that others made of it."""
+        """All of the memory, if the gate's gradient is what was written there, and not something made of it since."""
         whole, self.whole = self.whole, None
         if whole is None or grad_gate is None:
             return None
@@ -34,6 +37,6 @@ def _second_half(whole: Tensor) -> Tensor:
 
 
 def room_of(gate: Tensor) -> Room | None:
-    """That of the node which has put out a gate."""
+    """The room of the node that has put out a gate, if it has one."""
     room = getattr(gate.grad_fn, "room", None)
     return room if isinstance(room, Room) else None

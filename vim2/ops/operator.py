@@ -1,7 +1,6 @@
-"""How the package's operators are registered with PyTorch and called, and whether what they keep will be needed."""
+"""How the package's operators are registered with PyTorch, called, and refused where they would be wrong."""
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
+
+from .observers import is_compiling_to_run, is_observed
 
 
 def needs_backward(*tensors: Tensor) -> bool:
@@ -18,7 +18,7 @@ def needs_backward(*tensors: Tensor) -> bool:
 
 
 def refuse_transforms(*tensors: Tensor) -> None:
-    """Refuse what operators would get wrong without a word, or fail at with a riddle.
+    """Refuse calls whose results would be wrong without a warning, or that would fail with an error nobody understands.
 
     Raises:
         RuntimeError: Within torch.func's vmap, grad, jvp or the like; a tensor with a forward-mode tangent.
@@ -51,12 +51,12 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
 
     Args:
         fits: Whether they do.
-        name: Of the operator.
+        name: The operator's name.
         tensors: Its tensors, for the message.
-        sizes: Its numbers, likewise.
+        sizes: Its numbers, for the message.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They do not fit.
     """
     if not fits:
         shapes = ", ".join("none" if t is None else str(tuple(t.shape)) for t in tensors)
@@ -68,67 +68,6 @@ def require_fit(fits: bool, name: str, *tensors: Tensor | None, **sizes) -> None
         )
 
 
-def is_compiled_to_run() -> bool:
-    """Whether torch.compile is at work, and not torch.export, whose programs shall not need this package. Of the latter
-    PyTorch 2.11's `torch.compiler.is_exporting` speaks while it compiles, too."""
-    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
-
-
-def is_looked_into() -> bool:
-    """Whether somebody wants an operator's plain form: torch.export, whose programs shall not need this package, a
-    tracer, a transform or forward-mode derivatives."""
-    return (
-        (torch.compiler.is_compiling() and torch.compiler._is_exporting_flag)
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-class _Own(threading.local):
-    """What is on in a thread that asks for no operators.
-
-    Attributes:
-        modes: Dispatch modes of this package.
-        profiler: Whether a profiler is, it sees what the GPU is given to do and nothing else.
-    """
-
-    modes = 0
-    profiler = False
-
-
-own = _Own()
-
-
-def is_observed() -> bool:
-    """Whether somebody else wants to see operators called: a compiler, a tracer, a mode, a transform, forward-mode
-    derivatives or a profiler."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > own.modes
-        or (torch._C._len_torch_function_stack() > 0 and _does_a_function_mode_look())
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or (torch._C._autograd._profiler_enabled() and not own.profiler)
-        or forward_ad._current_level >= 0
-    )
-
-
-def _does_a_function_mode_look() -> bool:
-    """Whether one of this thread's function modes is another than a default device, for tensors that are made without
-    one, in which there is nothing to see."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(mode.__class__ is not DeviceContext for mode in modes)
-
-
-def hands_out_what_is_saved() -> bool:
-    """Whether what autograd saves between the passes is handed to others, as checkpoints without reentrance ask, which
-    want the same tensors in each of their forward passes. A compiler does not look at that, and sees to it itself."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
 class Operator:
     """An operator that is registered with PyTorch, and in eager mode called without it.
 
@@ -137,13 +76,13 @@ class Operator:
     to the function, or to an autograd function of the same rules.
 
     Args:
-        name: With its namespace, such as "vim2::norm_gate".
-        function: What runs. It returns a tensor, or a tuple of tensors and, for what was not asked for, None. PyTorch,
-            where operators return tensors, is given an empty float32 one in its place.
-        check: Called with the arguments before the function where the call came through PyTorch: a graph that was
+        name: Its name with its namespace, such as "vim2::norm_gate".
+        function: What runs. It returns a tensor, or a tuple of tensors and, for results that were not asked for, None.
+            PyTorch, whose operators return tensors alone, is given an empty float32 tensor for each None.
+        check: Called with the arguments before the function, where the call came through PyTorch: a graph that was
             traced at one size may call with any.
         mutates_args: Names of arguments that the function writes to; others must stay as they are.
-        decorate: Of the check and the function together, where the call came through PyTorch.
+        decorate: A decorator of check and function together, for calls that come through PyTorch.
     """
 
     def __init__(
@@ -240,7 +179,7 @@ class Operator:
 
 
 def _all_tensors(results: Tensor | tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, ...]:
-    """The results of an operator, with an empty tensor in place of each that was not asked for."""
+    """An operator's results, with an empty tensor for each None."""
     if not isinstance(results, tuple) or all(t is not None for t in results):
         return results
     first = next(t for t in results if t is not None)
@@ -251,65 +190,40 @@ _NO_TENSORS = {int, float, bool, str, type(None), torch.dtype}
 
 
 def register_operator(name: str, check: Callable, **options) -> Callable[[Callable], Operator]:
-    """Makes the decorated function an `Operator`, whose options these are."""
+    """A decorator that makes an `Operator` of a function; the options are `Operator`'s."""
     return lambda function: Operator(name, function, check, **options)
 
 
 def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Decorates the plain form of an operator: torch.compile sees one call of it on a CPU, as it does on a GPU.
 
-    The compiler would make some fifty C++ programs of a small model's plain forms, which take most of a minute to
-    compile, and longer with dynamic sizes. torch.export still looks inside: its programs shall not need this package.
+    Else the compiler would make some fifty C++ programs of a small model's plain forms, which take most of a minute to
+    compile, and longer with dynamic sizes. torch.export still looks inside: its programs must run without this package.
 
     Args:
-        name: With its namespace, such as "vim2::norm_gate_torch"; its backward pass, which computes the form again, is
-            that and "_backward". The form's arguments are annotated, for the schema; its results are new tensors, and
-            become contiguous.
+        name: Its name with its namespace, such as "vim2::norm_gate_torch". The backward pass, which computes the form
+            again, is registered as that and "_backward". The form's arguments are annotated, for the schema; its
+            results are new tensors, and become contiguous.
         fake: The rule for tensors without data. The form itself would be slow, and its convolutions' own rules ask
             how large maps are, which makes a compiled graph unfit for other sizes.
     """
 
     def decorate(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=())
-        arguments, _ = schema.split(" -> ")
-        _register(name, schema, function, fake)
-        backward = f"{name}_backward"
-
-        def differentiate(grads, *args):
-            leaves, structure = pytree.tree_flatten(args)
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
-                outputs = pytree.tree_leaves(function(*pytree.tree_unflatten(leaves, structure)))
-            return list(torch.autograd.grad(outputs, [t for t in leaves if isinstance(t, Tensor)], grads))
-
-        def shapes(grads, *args):
-            return [t.new_empty(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-
-        _register(backward, f"(Tensor[] grads, {arguments[1:]} -> Tensor[]", differentiate, shapes)
-        registered, registered_backward = (getattr(torch.ops.vim2, n.removeprefix("vim2::")) for n in (name, backward))
-
-        def set_up(ctx, inputs, output):
-            leaves, ctx.structure = pytree.tree_flatten(inputs)
-            ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-            ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-
-        def fill(ctx, tensors, others):
-            tensors = iter(tensors)
-            leaves = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, others)]
-            return pytree.tree_unflatten(leaves, ctx.structure)
+        registered = _register_plain(name, schema, function, fake)
+        recomputed = _register_plain_backward(f"{name}_backward", schema, function)
 
         def derive(ctx, *grads):
             refuse_second_derivatives()
-            gradients = registered_backward(list(grads), *fill(ctx, ctx.saved_tensors, ctx.others))
-            return tuple(fill(ctx, gradients, [None] * len(ctx.others)))
+            gradients = recomputed(list(grads), *_arguments(ctx, ctx.saved_tensors, ctx.others))
+            return tuple(_arguments(ctx, gradients, [None] * len(ctx.others)))
 
-        torch.library.register_autograd(name, derive, setup_context=set_up)
+        torch.library.register_autograd(name, derive, setup_context=_save_arguments)
 
         @functools.wraps(function)
         def call(*args):
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            if first.device.type == "cpu" and is_compiled_to_run():
+            if first.device.type == "cpu" and is_compiling_to_run():
                 return registered(*args)
             return function(*args)
 
@@ -318,14 +232,48 @@ def opaque_on_cpus(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _register(name: str, schema: str, function: Callable, fake: Callable) -> None:
-    """An operator that runs a function of plain PyTorch, whose results it makes contiguous."""
+def _register_plain(name: str, schema: str, function: Callable, fake: Callable) -> Callable:
+    """Register an operator that runs a function of plain PyTorch, whose results it makes contiguous. Returns it."""
 
     def run(*args):
         return pytree.tree_map(Tensor.contiguous, function(*args))
 
     _define(name, schema, run)
     torch.library.register_fake(name)(fake)
+    return getattr(torch.ops.vim2, name.removeprefix("vim2::"))
+
+
+def _register_plain_backward(name: str, schema: str, function: Callable) -> Callable:
+    """Register the backward pass of such an operator, which runs the function once more. Returns it: a function of the
+    list of the results' gradients and the operator's arguments, to the list of their tensors' gradients."""
+
+    def differentiate(grads, *args):
+        leaves, structure = pytree.tree_flatten(args)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
+            outputs = pytree.tree_leaves(function(*pytree.tree_unflatten(leaves, structure)))
+        return list(torch.autograd.grad(outputs, [t for t in leaves if isinstance(t, Tensor)], grads))
+
+    def fake(grads, *args):
+        return [t.new_empty(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+
+    arguments, _ = schema.split(" -> ")
+    return _register_plain(name, f"(Tensor[] grads, {arguments[1:]} -> Tensor[]", differentiate, fake)
+
+
+def _save_arguments(ctx, inputs, output) -> None:
+    """Save an operator's arguments, tensors and others, lists of them too, for `_arguments`."""
+    leaves, ctx.structure = pytree.tree_flatten(inputs)
+    ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+
+def _arguments(ctx, tensors: Sequence[Tensor], others: Sequence) -> Sequence:
+    """Arguments of the structure that `_save_arguments` has seen, from these tensors and, elsewhere, these others."""
+    tensors = iter(tensors)
+    leaves = [next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, others)]
+    return pytree.tree_unflatten(leaves, ctx.structure)
 
 
 def _define(name: str, schema: str, function: Callable) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on the CPU
-MAX_LAUNCHES = 4096  # of a kernel that are remembered, where every image has a size of its own
+MAX_LAUNCHES = 4096  # remembered for a kernel: every image may have a size of its own
 
 
 class Form(NamedTuple):
@@ -23,12 +23,12 @@ class Form(NamedTuple):
 
 
 class _Notes(threading.local):
-    """What else than to launch kernels a thread's launches do.
+    """What this thread's launches do besides, or instead of, launching kernels.
 
     Attributes:
-        take: Who notes them down: called with each, after it was made, its tensors, and the form of the kernel that
-            they took, or None in Triton's interpreter.
-        compiles_only: Whether kernels are compiled, but not launched.
+        take: Who notes launches down (`vim2.ops.notebook`): called after each with the `Launch`, its tensors, and the
+            form of the kernel that they took, or None in Triton's interpreter.
+        compiles_only: Whether kernels are compiled, and not launched (`vim2.ops.ahead`).
     """
 
     take: Callable[["Launch", tuple, Form | None], None] | None = None
@@ -39,11 +39,11 @@ notes = _Notes()
 
 
 class Launch:
-    """The launch of a kernel with all settled but its tensors.
+    """The launch of a kernel, with everything settled but its tensors.
 
     At every launch Triton works out which of a kernel's compiled forms fits the arguments, calls hooks, and asks the
     driver about each address. Here the form is remembered by the tensors' types, alignment and device, hooks are called
-    where a tool has set some, and addresses are known to be good: it costs the host a fraction.
+    only where a tool has set some, and addresses are known to be good, which costs the host a fraction of that.
 
     Args:
         kernel: Its arguments are tensors (also tuples of them, and None), then numbers, then constants.
@@ -70,7 +70,8 @@ class Launch:
             notes.take(self, tensors, form)
 
     def launch(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> Form | None:
-        """Untold of. Returns the form of the kernel that they took, or None in Triton's interpreter."""
+        """Launch, and tell nobody. Returns the form of the kernel that the tensors took, or None in Triton's
+        interpreter."""
         if INTERPRETED:
             with _disable_current_modes():  # the interpreter works with tensors of its own
                 self.kernel[self.grid](*tensors, *self.numbers, **self.options)
@@ -117,8 +118,8 @@ def _alignment(address: int | tuple[int, ...] | None) -> bool | tuple[bool, ...]
 
 
 def has_hooks() -> bool:
-    """Whether a tool, such as Triton's profiler, wants to see launches. Where Triton has chains of hooks now, it had
-    single ones."""
+    """Whether a tool, such as Triton's profiler, wants to see launches. (Hooks come in chains; in older versions of
+    Triton there is one of each.)"""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
@@ -130,7 +131,7 @@ class Layout(NamedTuple):
         shape: As the tensor's.
         stride: As the tensor's, in elements.
         size: Bytes of an element.
-        address: Of the first element, modulo 16.
+        address: The first element's, modulo 16.
     """
 
     shape: tuple[int, ...]

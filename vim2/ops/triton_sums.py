@@ -1,6 +1,8 @@
-"""Sums of the parts of gradients that a kernel's programs have written one beside another, each to where it belongs: as
-many sums of as many tensors as one likes in one launch, which costs the host more than they take the GPU. A sum of one
-part is a copy in another layout or dtype."""
+"""Sums over the parts of gradients, which a kernel's programs have written one beside another, each to its place.
+
+One launch makes any number of sums of any number of tensors: a launch costs the host more than such sums take the GPU.
+A sum of one part is a copy in another layout or dtype.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -24,11 +26,11 @@ class Sum(NamedTuple):
 
     Attributes:
         source: The place among a launch's sources of the tensor that has the parts.
-        target: Likewise of the tensor for the result.
-        offset: Of the first number in the source.
+        target: The place among its targets of the tensor for the result.
+        offset: Where the first number lies in the source.
         parts, directions, rows, width: Sizes of the source.
-        strides: Of the source, but for columns, which lie side by side; PARTS times the first has 31 bits.
-        target_strides: Of the target's directions, rows and columns.
+        strides: The source's, but for columns, which lie side by side; PARTS times the first fits into 31 bits.
+        target_strides: The target's, of directions, rows and columns.
     """
 
     source: int
@@ -48,7 +50,7 @@ class Sum(NamedTuple):
         return all_rows * triton.cdiv(self.width, BLOCK)
 
 
-FIELDS = 14  # of a sum in the table
+FIELDS = 14  # numbers that the table has for a sum
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _store(target, strides, place, sums, mask):
 
 @triton.jit
 def _sum_few(source, offset, strides, target, target_strides, parts, place, mask):
-    """Of each number by itself."""
+    """The sums of a program where parts are few: each number by itself."""
     address, dtype = source
     at = offset + place[0] * strides[1] + place[1] * strides[2] + place[2]
     total = (place[2] * 0).to(tl.float32) * -1.0  # of a copy of -0.0, to which 0.0 would add up to 0.0
@@ -110,7 +112,7 @@ def _sum_many(
     source, offset, strides, target, target_strides, parts, place, width,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK columns of a row, PARTS at once."""
+    """The sums of a program where parts are many: BLOCK columns of a row, PARTS parts at once."""
     address, dtype = source
     start = offset + place[0] * strides[1] + place[1] * strides[2]
     inside = place[2] < width
@@ -161,7 +163,7 @@ def _sums_kernel(
 
 
 class Sums(Launch):
-    """The launch of some sums, of the tensors that they are of."""
+    """The launch of sums, called with a tuple of the tensors that hold the parts, and one of those for results."""
 
     def __init__(self, sums: tuple[Sum, ...], device: torch.device):
         self.sums = sums
@@ -187,8 +189,8 @@ def _keep(table: list[list[int]], device: torch.device) -> Tensor:
 
 @functools.cache
 def launch_sums(sums: tuple[Sum, ...], device: torch.device) -> Sums:
-    """Remembered for good, and so are few of them, as most sizes of a batch make as many parts: a CUDA graph reads the
-    table whenever it is replayed, and nobody knows how long it lives."""
+    """The launch of these sums, remembered for good: a CUDA graph reads its table whenever it is replayed, and nobody
+    knows how long that lives. There are few, since batches of most sizes make equally many parts."""
     return Sums(sums, device)
 
 
@@ -230,7 +232,7 @@ def sum_parts_of(
 
 @functools.lru_cache(MAX_LAUNCHES)
 def copy_of(count: int, device: torch.device) -> Sums:
-    """Of so many numbers side by side, in another dtype."""
+    """The launch that copies `count` numbers, side by side, to another dtype."""
     return launch_sums((Sum(0, 0, 0, 1, 1, 1, count, (0, 0, 0), (0, 0, 1)),), device)
 
 

@@ -18,9 +18,9 @@ from ..command.errors import UserError
 from ..command.figures import figure
 from ..command.images import read_pixels
 from ..command.options import REQUIRED, Count, DeviceOptions, Positive, length, option, resolve
+from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import Processes, choose_device
 from ..command.progress import progress_bar, say
-from ..command.runs import explain_disk_errors, make_folder
 from ..mixers import SelectiveChannelMixer, SelectiveTokenMixer
 from ..vim2 import ViM2
 from .attention import channel_attention, scan_inputs, token_attention, tokens_seen
@@ -178,7 +178,7 @@ class View:
     """What is looked at.
 
     Attributes:
-        stage: Of receptive field and Grad-CAM, from 0 on.
+        stage: The stage of the receptive field and of Grad-CAM, from 0 on.
         size: Height and width of its map.
         tokens: In the token mixer.
         channels: In the channel mixer; None where the model has no S6 one.

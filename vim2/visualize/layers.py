@@ -46,7 +46,7 @@ def choose_layer(model: ViM2, name: str, kind: type[nn.Module]) -> nn.Module:
 
     Args:
         model: Has the layer.
-        name: Of the layer, as `mixers_of` gives them.
+        name: The layer's name, as `mixers_of` gives it.
         kind: SelectiveTokenMixer or SelectiveChannelMixer.
 
     Raises:
@@ -71,7 +71,7 @@ def legible_layer(model: ViM2, sizes: Sequence[tuple[int, int]]) -> str:
 
     Args:
         model: Has the layer.
-        sizes: Of the stages' maps, see `map_sizes`.
+        sizes: The sizes of the stages' maps, see `map_sizes`.
     """
     names = list(mixers_of(model, SelectiveTokenMixer))
     large = [name for name in names if min(sizes[stage_of(name)]) >= LEGIBLE]

@@ -42,7 +42,7 @@ attention are drawn below."""
 class DemoOptions(CheckpointOptions, InputOptions, DeviceOptions):
     """Show a page on which to drop images: their classes, and what a token that you click attends to.
 
-    Without --checkpoint or --model, the model is vim2_nano with the weights that come with the package.
+    Without --checkpoint or --model, the model is vim2_nano_token_d1 with the weights that come with the package.
     """
 
     program = "vim2 demo"
@@ -61,7 +61,8 @@ def demo(argv: Sequence[str] | None = None, /, **options) -> None:
 
     Args:
         argv: Command line; or else
-        options: the same options by name: `demo(checkpoint="best.pth")`; without any, `vim2_nano` with its weights.
+        options: the same options by name: `demo(checkpoint="best.pth")`; without any, `vim2_nano_token_d1` with its
+            weights.
 
     Raises:
         UserError: Anything that the user can put right.
@@ -76,7 +77,7 @@ def demo(argv: Sequence[str] | None = None, /, **options) -> None:
             server_name=o.host,
             server_port=o.port,
             share=False,
-            ssr_mode=False,  # which would need Node.js
+            ssr_mode=False,  # it would need Node.js
             quiet=True,
             prevent_thread_lock=True,
             footer_links=[],
@@ -130,7 +131,7 @@ class Explorer:
     def __init__(self, options: DemoOptions):
         o = options
         if not (o.checkpoint or o.model):
-            o = dataclasses.replace(o, model="vim2_nano", pretrained=True)
+            o = dataclasses.replace(o, model="vim2_nano_token_d1", pretrained=True)
         figure()  # without matplotlib, there is nothing to show
         device = choose_device(o.device)
         self.model, facts = load_model(o)
@@ -153,7 +154,7 @@ class Explorer:
         Args:
             file: The image.
             layer: Which layer's token mixer to look into; None for `self.layer`.
-            place: Of the token: from 0 to 1, right and down, in what the model sees.
+            place: Where the token lies: from 0 to 1, right and down, in what the model sees.
 
         Raises:
             UserError: No image that can be read, or no such layer.

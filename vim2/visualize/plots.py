@@ -20,7 +20,7 @@ __all__ = [
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"
 NOT_SEEN = "#d0d0d0"
 MARK = "#ff2d2d"
-DECADES = 4  # of a logarithmic scale, at most
+DECADES = 4  # at most, on a logarithmic scale
 MAX_NUMBERED = 10  # rows of cells that still leave room for numbers
 ORDERS = {
     "forward": "along rows, from the top left",
@@ -69,7 +69,7 @@ def plot_token_attention(
         image: (H, W, 3) or (H, W), what the model sees.
         weights: (K, H', W', E), see `token_attention`.
         seen: (K, H', W') bool, whether a walk comes to a token before or at the one that is looked at.
-        orders: Of the K scans.
+        orders: The K scans' directions.
         token: Row and column of that token.
         layer: Its name.
         path: PNG to write.
@@ -189,9 +189,9 @@ def plot_grad_cam(
     Args:
         image: (H, W, 3) or (H, W), what the model sees.
         heat: (H, W), see `grad_cam`.
-        label: Of the class.
-        probability: Of the class, 0 to 1.
-        stage: Whose map it is, from 1 on.
+        label: The class's.
+        probability: The class's, 0 to 1.
+        stage: The stage whose map it is, from 1 on.
         path: PNG to write.
     """
     fig = figure(figsize=(9, 4.4))
@@ -214,7 +214,7 @@ class _Scale:
     It reaches to their smallest value that is seen, over one decade at least and DECADES at most.
 
     Args:
-        maps: Of numbers from 0 on; masked ones are not seen.
+        maps: Maps of numbers from 0 on; masked ones are not seen.
     """
 
     def __init__(self, maps: Sequence[np.ndarray]):

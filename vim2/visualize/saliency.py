@@ -24,7 +24,7 @@ def receptive_field(model: ViM2, images: Iterable[Tensor], stage: int, token: tu
     before the final norm, of whose features the sum has no gradient.
 
     Args:
-        model: In eval mode.
+        model: The model, in eval mode.
         images: Each (channels, H, W), all of one size, on the model's device.
         stage: From 0 on.
         token: Its row and column on the stage's map; the centre where None.
@@ -61,9 +61,9 @@ def grad_cam(model: ViM2, image: Tensor, stage: int) -> tuple[np.ndarray, int, f
     """Grad-CAM (Selvaraju et al., 2017, arXiv 1610.02391) of the class that the model sees, by pytorch_grad_cam.
 
     Args:
-        model: In eval mode, with a classifier.
+        model: The model, in eval mode, with a classifier.
         image: (channels, H, W).
-        stage: Whose map is weighed, from 0 on.
+        stage: The stage whose map is weighed, from 0 on.
 
     Returns:
         (H, W) float32 from 0 to 1, the class's index, and its probability.
@@ -78,6 +78,6 @@ def grad_cam(model: ViM2, image: Tensor, stage: int) -> tuple[np.ndarray, int, f
         probabilities = cam.outputs[0].detach().float().softmax(-1)
     finally:
         cam.activations_and_grads.release()
-        model.zero_grad()  # of the parameters, which the package leaves behind
+        model.zero_grad()  # the package leaves gradients of parameters behind
     index = int(probabilities.argmax())
     return heat, index, float(probabilities[index])

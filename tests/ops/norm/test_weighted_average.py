@@ -5,7 +5,7 @@ from devices import DEVICE, both_backends, needs_triton
 from torch.utils.checkpoint import checkpoint
 
 from vim2.ops import weighted_average, weighted_average_norm
-from vim2.ops.norm.weighted_average import weighted_average_norm_passing
+from vim2.ops.norm.weighted_average import weighted_average_norm_handing_on
 
 
 def make(n, dtype=torch.float64):
@@ -244,7 +244,7 @@ def test_gradients_of_features_that_are_handed_on_are_those_that_autograd_adds_u
         given, total = features, 0
         for scale in (1, 3):
             if passes:
-                y, *given = weighted_average_norm_passing(given, *parameters, backend=backend)
+                y, *given = weighted_average_norm_handing_on(given, *parameters, backend=backend)
             else:
                 y = weighted_average_norm(given, *parameters, backend=backend)
             total = total + scale * y.float().square().sum()

@@ -90,13 +90,13 @@ def test_the_gradient_of_one_number_a_step_is_made_with_those_of_the_states_weig
 
 
 @needs_triton
-def test_a_factor_has_room_where_seven_more_numbers_of_its_memory_stand_behind_the_last():
-    from vim2.ops.scan.triton.backward import _has_room
+def test_a_factor_is_padded_where_seven_more_numbers_of_its_memory_stand_behind_the_last():
+    from vim2.ops.scan.triton.backward import _is_padded
 
     memory = torch.zeros(5 + 3 * 16 + 8)
     for numbers, room in ((memory[5:], True), (memory[5:-1].clone(), False)):
-        assert _has_room(numbers.as_strided((3, 1, 1, 1), (16, 16, 16, 1))) is True
-        assert _has_room(numbers.as_strided((4, 1, 1, 1), (16, 16, 16, 1))) is room
+        assert _is_padded(numbers.as_strided((3, 1, 1, 1), (16, 16, 16, 1))) is True
+        assert _is_padded(numbers.as_strided((4, 1, 1, 1), (16, 16, 16, 1))) is room
 
 
 def test_autocast_computes_the_projections_again_in_the_same_type():

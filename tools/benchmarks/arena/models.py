@@ -45,7 +45,7 @@ class Entry:
     kwargs: dict[str, Any]
 
     def having(self, **kwargs) -> "Entry":
-        """The same with further arguments."""
+        """This entry with further arguments."""
         return replace(self, kwargs={**self.kwargs, **kwargs})
 
 

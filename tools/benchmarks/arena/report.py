@@ -64,7 +64,7 @@ def collect(results: list[dict], settings: dict) -> list[dict]:
 
     Args:
         results: Lines of arena.jsonl.
-        settings: Of settings.json.
+        settings: The content of settings.json.
 
     Returns:
         Dictionaries with `label`, `epochs`, `lr`, `seeds`, `params_m`, `gflops`; `top1`, `top5` and their deviations

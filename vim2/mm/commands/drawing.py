@@ -15,13 +15,14 @@ from mmengine.runner import load_checkpoint
 from mmengine.utils import track_iter_progress
 from torch import nn
 
-from ...checkpoints import write_atomically
 from ...command.errors import UserError
 from ...command.images import SUFFIXES, ImageFolder, describe_left_out, read_pixels
 from ...command.options import Parser
+from ...command.outputs import explain_disk_errors, make_folder
 from ...command.progress import say
-from ...command.runs import explain_disk_errors, make_folder
-from ..runner import add_config_arguments, check_device, checkpoint_errors, load_config
+from ...files import write_atomically
+from ..config_loading import add_config_arguments, load_config
+from ..runner import check_device, checkpoint_errors
 
 __all__ = ["predict"]
 
@@ -101,7 +102,7 @@ def predict(argv: Sequence[str]) -> None:
     for i, path in enumerate(track_iter_progress(images)):
         try:
             data = pipeline(dict(img_path=str(path), img_id=i))
-        except (AssertionError, OSError, cv2.error) as error:  # of a format that OpenCV does not know
+        except (AssertionError, OSError, cv2.error) as error:  # a format that OpenCV does not know
             raise UserError(
                 f"{path} cannot be read by the config's pipeline: {error or type(error).__name__}"
             ) from error

@@ -10,18 +10,9 @@ from mmengine.config import Config
 
 from ...command.errors import UserError
 from ...command.options import Parser
-from ...command.runs import make_folder, make_folder_of
-from ..runner import (
-    add_config_arguments,
-    add_launcher_arguments,
-    build_data,
-    build_runner,
-    check_parts,
-    choose_work_dir,
-    load_config,
-    removed_unless_started,
-    run_errors,
-)
+from ...command.outputs import make_folder, make_folder_of
+from ..config_loading import add_config_arguments, add_launcher_arguments, check_parts, choose_work_dir, load_config
+from ..runner import build_data, build_runner, removed_unless_started, run_errors
 
 __all__ = ["test"]
 
@@ -80,7 +71,7 @@ def draw(config: Config, args: argparse.Namespace) -> None:
     hook.update(draw=True, show=args.show, wait_time=args.wait_time, interval=1)
     if args.show_dir:
         if config.get("default_scope") == "mmdet":
-            hook.test_out_dir = os.path.abspath(args.show_dir)  # which else lies within the work dir
+            hook.test_out_dir = os.path.abspath(args.show_dir)  # relative, it would lie within the work dir
         else:
             config.visualizer.save_dir = args.show_dir
 

@@ -12,17 +12,8 @@ from ...command.errors import UserError
 from ...command.options import Parser
 from ...command.processes import Processes
 from ...command.runs import identity, own_folder
-from ..runner import (
-    add_config_arguments,
-    add_launcher_arguments,
-    build_data,
-    build_runner,
-    check_parts,
-    choose_work_dir,
-    load_config,
-    removed_unless_started,
-    run_errors,
-)
+from ..config_loading import add_config_arguments, add_launcher_arguments, check_parts, choose_work_dir, load_config
+from ..runner import build_data, build_runner, removed_unless_started, run_errors
 
 __all__ = ["train"]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import compute_dtype, resolve_backend
-from ..operator import is_looked_into
+from ..observers import wants_plain_form
 from .operator import register_conv
 
 
@@ -55,7 +55,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | Non
 def runs_in_numba(backend: str, *tensors: Tensor) -> bool:
     """Whether Numba's form is to convolve tensors: not float64 ones, which it does not know, nor where somebody looks
     for PyTorch's operators."""
-    return backend == "numba" and compute_dtype(*tensors) == torch.float32 and not is_looked_into()
+    return backend == "numba" and compute_dtype(*tensors) == torch.float32 and not wants_plain_form()
 
 
 def _kernels():

@@ -11,8 +11,8 @@ import torch
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from torch import Tensor
 
-GROUP = 8  # of channels that lie together
-ALIGNMENT = 16  # of what threads load at once, in bytes
+GROUP = 8  # channels that lie side by side
+ALIGNMENT = 16  # bytes that a thread loads at once
 MAX_OFFSET = 2**32  # of a sequence's first element, which the kernels work out in 32 bits
 
 if tuple(map(int, causal_conv1d.__version__.split(".")[:2])) < (1, 6):

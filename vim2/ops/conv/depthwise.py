@@ -38,8 +38,9 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str | 
 def depthwise_conv_silu_of_half(
     projected: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of the halves of a projection's rows, (batch, H, W, 2 E), the `depthwise_conv_silu` of the first, and the second:
-    two tensors (batch, H, W, E). In eager training the gradients of both are written side by side."""
+    """Cut the rows of a projection (batch, H, W, 2 E) in halves: `depthwise_conv_silu` of the first, and the second as
+    it is, each (batch, H, W, E). In eager training the gradients of both are written side by side (`vim2.ops.halves`).
+    """
     value, gate = projected.chunk(2, dim=-1)
     if resolve_backend(backend, projected, weight, bias) == "triton" and takes_halves(projected, weight, bias):
         _check_arguments(value, weight, bias)

@@ -51,9 +51,9 @@ def directional_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, backend: str 
 def directional_conv_silu_of_half(
     projected: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of the halves of a projection's rows, (..., 2 E), the second, (..., E), behind the `directional_conv_silu` of the
-    first, each of whose rows is a sequence of E / P steps: (rows, E / P, 2, P). In eager training the gradients of both
-    are written side by side."""
+    """Cut the rows of a projection (..., 2 E) in halves: `directional_conv_silu` of the first, each of whose rows is a
+    sequence of E / P steps, (rows, E / P, 2, P), and the second as it is, (..., E). In eager training the gradients of
+    both are written side by side (`vim2.ops.halves`)."""
     value, gate = projected.chunk(2, dim=-1)
     as_sequences = functools.partial(_as_sequences, features=weight.shape[0] // 2)
     x = as_sequences(value)

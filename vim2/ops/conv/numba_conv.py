@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..numba_math import LOG2E, exp2, fma, jit, kernel, threads_to_use
 
-PARTS = 64  # of the sequences, whose gradients of weight and bias are summed apart: as many whatever the threads
-STEPS = 128  # whose sums are float32
+PARTS = 64  # of the sequences, each with its own sums for weight and bias: as many, however many threads there are
+STEPS = 128  # that are summed in float32; the sums of these are added up in float64
 
 
 @jit

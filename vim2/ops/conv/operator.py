@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from ..halves import Room
-from ..operator import Operator, is_observed, needs_backward, refuse_second_derivatives, register_operator, require_fit
+from ..observers import is_observed
+from ..operator import Operator, needs_backward, refuse_second_derivatives, register_operator, require_fit
 
 
 def register_conv(
@@ -25,14 +26,14 @@ def register_conv(
     SiLU was applied to.
 
     Args:
-        name: Of the forward operator, without the namespace.
+        name: The forward operator's, without the namespace.
         kernels: Imports the module whose `convolve(x, weight, bias)` is the forward pass, and whose
             `convolve_backward(grad_y, x, weight, bias)` returns the gradients for x, weight and bias.
         output_shape: From x's shape to the output's.
         weight_fits: Whether a weight of a shape fits x of another.
         flops: From the shapes of x and weight, two a multiply-add. The backward pass counts as the convolution's two
             adjoints, without what it computes again.
-        options: Of both operators, see `vim2.ops.operator.Operator`.
+        options: Options of both operators, see `vim2.ops.operator.Operator`.
     """
 
     def check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -88,16 +89,16 @@ def takes_halves(projected: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 class ConvolvedHalf(torch.autograd.Function):
-    """Of the halves of a projection's rows the first convolved, and the second as it is.
+    """Cuts the rows of a projection in halves: the first is convolved, and the second stays as it is.
 
-    The gradients of both are written to the memory of the projection's own, if a `norm_gate` has made the second's.
+    The gradients of both are written side by side, as the projection's, if a `norm_gate` has made the second's.
     """
 
     @staticmethod
     def forward(ctx, operator, kernels, as_input, projected, weight, bias):
         """
         Args:
-            operator: The name of the one that it stands for.
+            operator: The name of the operator that this stands for.
             kernels: As those of `register_conv`, imported; the backward pass also takes where to write x's gradient.
             as_input: From the first half of rows to a view of it that kernels take.
             projected: (..., 2 E).

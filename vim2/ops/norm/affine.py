@@ -42,6 +42,8 @@ def split_norm_gradient(grad: Tensor | Sequence[Tensor], dtypes: Sequence[torch.
 
 
 def norm_dtypes(*norm: Tensor | None) -> list[torch.dtype | None]:
-    """Of a norm's weight and bias, or None where there is no norm: what is kept of a bias that a backward pass does not
-    read, so that it may be changed before that."""
+    """The dtypes of a norm's weight and bias, None where there is no norm.
+
+    They are kept for the backward pass in place of the bias, which it does not read: so that may be changed before it.
+    """
     return [None if t is None else t.dtype for t in norm]

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from ..backend import autocast_dtype, compute_dtype, resolve_backend
 from ..halves import room_of
-from ..operator import (
-    is_observed,
-    needs_backward,
-    opaque_on_cpus,
-    refuse_second_derivatives,
-    register_operator,
-    require_fit,
-)
+from ..observers import is_observed
+from ..operator import needs_backward, opaque_on_cpus, refuse_second_derivatives, register_operator, require_fit
 from ..replay import replayed
 from .affine import (
     check_norm,

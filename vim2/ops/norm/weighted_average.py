@@ -81,7 +81,7 @@ def weighted_average_norm(
     return _weighted_average_norm_torch(list(features), weight, norm_weight, norm_bias, float(eps), dtype)
 
 
-def weighted_average_norm_passing(
+def weighted_average_norm_handing_on(
     features: Sequence[Tensor],
     weight: Tensor,
     norm_weight: Tensor,
@@ -96,10 +96,10 @@ def weighted_average_norm_passing(
     if resolve_backend(backend, *tensors) != "triton":
         return weighted_average_norm(features, weight, norm_weight, norm_bias, eps, backend), *features
     dtype = _check_and_promote(features, weight, norm_weight, norm_bias)
-    return _Passing.apply(float(eps), dtype, weight, norm_weight, norm_bias, *features)
+    return _HandingOn.apply(float(eps), dtype, weight, norm_weight, norm_bias, *features)
 
 
-class _Passing(torch.autograd.Function):
+class _HandingOn(torch.autograd.Function):
     """`_weighted_average` with a norm, which hands its features on."""
 
     @staticmethod
@@ -118,7 +118,7 @@ class _Passing(torch.autograd.Function):
         refuse_second_derivatives()
         from .triton.weighted_average import weighted_average_triton_backward
 
-        if grad is None:  # of the result nobody made anything
+        if grad is None:  # nobody used the result
             return *(None,) * 5, *others
         *features, weight, norm_weight, statistics = ctx.saved_tensors
         if any(other is not None for other in others):

@@ -15,6 +15,8 @@ def kept_every(backend: str, length: int, keeps: bool) -> int:
 
 
 def kept_dtype(activations: torch.dtype) -> torch.dtype:
-    """Of the states that the Triton kernels keep: bfloat16 where activations are, and so the gradients that come of
-    these states. The scan itself goes on from its states in float32."""
+    """The dtype in which the Triton kernels keep states: bfloat16 where activations are, else float32.
+
+    Gradients that are computed from these states are as exact as that. The scan itself goes on in float32.
+    """
     return torch.bfloat16 if activations == torch.bfloat16 else torch.float32

@@ -76,7 +76,7 @@ def selective_scan_mamba_backward(
     directions, features, n = A.shape
     arguments = kernel_arguments(u, delta, A, B, C, D, delta_bias, orders, height, width)
     grad = _walks(grad_y.to(arguments[0].dtype), orders, height, width).flatten(1, 2)
-    ends = None  # which one chunk does not need
+    ends = None  # one chunk does not need them
     if length > MAMBA_CHUNK:
         ends = starts.new_zeros(batch, directions * features, starts.shape[2] + 1, 2 * n)
         ends[:, :, :-1, 1::2] = starts.permute(0, 1, 4, 2, 3).flatten(1, 2)

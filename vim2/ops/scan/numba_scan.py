@@ -37,7 +37,7 @@ def _softplus(x):
 
 @numba.njit(fastmath={*FAST, "reassoc"}, error_model="numpy")
 def _sums(a, b, size):
-    """Of two arrays, by vectors: a loop that writes nothing has one form only."""
+    """The sums of two arrays. This loop may be reordered, into vectors: it writes nothing, and so has one form only."""
     sum_a = np.float32(0)
     sum_b = np.float32(0)
     for e in range(size):
@@ -133,6 +133,73 @@ def _forward(u, delta, A, B, C, D, bias, y, last, orders, height, width, softplu
                             last[b, k, first + e, i] = h[i, e]
 
 
+@jit
+def _scale(du, dt, u, size):
+    """du = dt u: the inputs, as the states take them."""
+    for e in range(size):
+        du[e] = dt[e] * u[e]
+
+
+@jit
+def _advance(h, a, dt, du, b, size):
+    """The states after h, in its place."""
+    for i in range(h.shape[0]):
+        bi = b[i]
+        for e in range(size):
+            h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
+
+
+@jit
+def _advance_and_keep(after, decay, h, a, dt, du, b, size):
+    """The states after h, and the decays that led to them."""
+    for i in range(h.shape[0]):
+        bi = b[i]
+        for e in range(size):
+            decay[i, e] = exp2(dt[e] * a[i, e])
+            after[i, e] = fma(decay[i, e], h[i, e], du[e] * bi)
+
+
+@jit
+def _differentiate_states(
+    g, ga, ginput, gdt, gB, gC, products_b, products_c, h, after, decay, a, dt, du, b, c, gy, size
+):
+    """From the adjoint g of the states after a step to that of the states before it, in its place. Writes the gradients
+    of du to ginput and of dt, by way of the decays, to gdt, and adds those of a, B and C to theirs."""
+    for e in range(size):
+        ginput[e] = 0
+        gdt[e] = 0
+    for i in range(h.shape[0]):
+        bi, ci = b[i], c[i]
+        for e in range(size):
+            gafter = fma(ci, gy[e], g[i, e])  # the adjoint of the state after this step
+            products_c[e] = gy[e] * after[i, e]
+            products_b[e] = gafter * du[e]
+            ginput[e] = fma(gafter, bi, ginput[e])
+            gbefore = gafter * decay[i, e]  # and of the state before it
+            exponent = gbefore * h[i, e]
+            gdt[e] = fma(exponent, a[i, e], gdt[e])
+            ga[i, e] = fma(exponent, dt[e], ga[i, e])
+            g[i, e] = gbefore
+        sum_b, sum_c = _sums(products_b, products_c, size)
+        gB[i] += sum_b
+        gC[i] += sum_c
+
+
+@jit
+def _differentiate_inputs(gu, gdelta, gd, gb, ginput, gdt, dt, u, gy, D, softplus, size):
+    """Writes the gradients of u and delta, from those of du and dt, and adds those of D and the bias to theirs."""
+    for e in range(size):
+        gu[e] = fma(dt[e], ginput[e], D[e] * gy[e])
+        gd[e] = fma(gy[e], u[e], gd[e])
+        x = fma(u[e], ginput[e], _LN2 * gdt[e])
+        if softplus:
+            d = dt[e]  # sigmoid = 1 - exp(-softplus), by its series where that would cancel
+            small = d * fma(-d, fma(-d, np.float32(1 / 6), np.float32(0.5)), np.float32(1))
+            x *= small if d < np.float32(0.01) else np.float32(1) - exp2(-d * LOG2E)
+        gdelta[e] = x
+        gb[e] += x
+
+
 @kernel
 def _backward(
     gy, glast, u, delta, A, B, C, D, bias, gu, gdelta, gA, gB, gC, gD, gbias, orders, height, width, softplus, threads
@@ -176,13 +243,8 @@ def _backward(
                         starts[t // CHUNK] = h
                     p = _position(t, order, height, width)
                     _step_sizes(dt, delta[k, b, p, first:end], bias_row, softplus)
-                    u_row, b_row = u[b, p, ku, first:end], B[k, b, p]
-                    for e in range(size):
-                        du[e] = dt[e] * u_row[e]
-                    for i in range(n):
-                        bi = b_row[i]
-                        for e in range(size):
-                            h[i, e] = _next(a[i, e], dt[e], h[i, e], du[e], bi)
+                    _scale(du, dt, u[b, p, ku, first:end], size)
+                    _advance(h, a, dt, du, B[k, b, p], size)
                 starts[chunks - 1] = h
                 g[:] = 0
                 if glast.shape[0] > 0:
@@ -201,49 +263,21 @@ def _backward(
                         p = _position(begin + r, order, height, width)
                         h, after, decay, dt = states[r], states[r + 1], decays[r], dts[r]
                         _step_sizes(dt, delta[k, b, p, first:end], bias_row, softplus)
-                        u_row, b_row = u[b, p, ku, first:end], B[k, b, p]
-                        for e in range(size):
-                            du[e] = dt[e] * u_row[e]
-                        for i in range(n):
-                            bi = b_row[i]
-                            for e in range(size):
-                                decay[i, e] = exp2(dt[e] * a[i, e])
-                                after[i, e] = fma(decay[i, e], h[i, e], du[e] * bi)
+                        _scale(du, dt, u[b, p, ku, first:end], size)
+                        _advance_and_keep(after, decay, h, a, dt, du, B[k, b, p], size)
                     for r in range(steps - 1, -1, -1):
                         p = _position(begin + r, order, height, width)
                         h, after, decay, dt = states[r], states[r + 1], decays[r], dts[r]
-                        u_row, y_row = u[b, p, ku, first:end], gy[b, p, ky, first:end]
-                        b_row, c_row, gB_row, gC_row = B[k, b, p], C[k, b, p], gB[k, b, p], gC[k, b, p]
-                        for e in range(size):
-                            ginput[e] = 0
-                            gdt[e] = 0
-                            du[e] = dt[e] * u_row[e]
-                        for i in range(n):
-                            bi, ci = b_row[i], c_row[i]
-                            for e in range(size):
-                                gafter = fma(ci, y_row[e], g[i, e])  # the adjoint of the state after this step
-                                products_c[e] = y_row[e] * after[i, e]
-                                products_b[e] = gafter * du[e]
-                                ginput[e] = fma(gafter, bi, ginput[e])
-                                gbefore = gafter * decay[i, e]  # and of the state before it
-                                exponent = gbefore * h[i, e]
-                                gdt[e] = fma(exponent, a[i, e], gdt[e])
-                                ga[i, e] = fma(exponent, dt[e], ga[i, e])
-                                g[i, e] = gbefore
-                            sum_b, sum_c = _sums(products_b, products_c, size)
-                            gB_row[i] += sum_b
-                            gC_row[i] += sum_c
-                        gu_row, gdelta_row = gu[k, b, p, first:end], gdelta[k, b, p, first:end]
-                        for e in range(size):
-                            gu_row[e] = fma(dt[e], ginput[e], D_row[e] * y_row[e])
-                            gd[e] = fma(y_row[e], u_row[e], gd[e])
-                            x = fma(u_row[e], ginput[e], _LN2 * gdt[e])
-                            if softplus:
-                                d = dt[e]  # sigmoid = 1 - exp(-softplus), by its series where that would cancel
-                                small = d * fma(-d, fma(-d, np.float32(1 / 6), np.float32(0.5)), np.float32(1))
-                                x *= small if d < np.float32(0.01) else np.float32(1) - exp2(-d * LOG2E)
-                            gdelta_row[e] = x
-                            gb[e] += x
+                        u_row, gy_row = u[b, p, ku, first:end], gy[b, p, ky, first:end]
+                        _scale(du, dt, u_row, size)
+                        _differentiate_states(
+                            g, ga, ginput, gdt, gB[k, b, p], gC[k, b, p], products_b, products_c,
+                            h, after, decay, a, dt, du, B[k, b, p], C[k, b, p], gy_row, size,
+                        )  # fmt: skip
+                        _differentiate_inputs(
+                            gu[k, b, p, first:end], gdelta[k, b, p, first:end], gd, gb,
+                            ginput, gdt, dt, u_row, gy_row, D_row, softplus, size,
+                        )  # fmt: skip
                     for e in range(size):
                         gD[b, k, first + e] += gd[e]
                         gbias[b, k, first + e] += gb[e]

@@ -1,6 +1,7 @@
 """What a scan reads, as it travels from the public functions to the kernels."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,3 +67,33 @@ class Operands(NamedTuple):
             rank_1 = weight.shape[-1] == 1
             delta = delta * weight.squeeze(-1) if rank_1 else torch.einsum("blkr,ker->blke", delta, weight)
         return self._replace(delta=delta)[:-1]
+
+
+class Call(NamedTuple):
+    """A call of the operator `torch.ops.vim2.selective_scan`: its first eight arguments are the operands.
+
+    Attributes:
+        operands: The tensors.
+        delta_softplus: Whether softplus is applied to delta + delta_bias.
+        orders: The directions, by their index in ORDERS.
+        height, width: Of the map that is walked over.
+        merge: Whether directions are summed.
+        with_last: Whether the last states are wanted.
+        chunk: Steps from one state that is kept to the next.
+        backend: Which form runs.
+    """
+
+    operands: Operands
+    delta_softplus: bool
+    orders: Sequence[int]
+    height: int
+    width: int
+    merge: bool
+    with_last: bool
+    chunk: int
+    backend: str
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "Call":
+        """The call of the operator with these arguments."""
+        return cls(Operands(*arguments[:8]), *arguments[8:])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backend import BACKENDS, autocast_off, check_tensors, compute_dtype, resolve_backend
 from ..operator import refuse_second_derivatives, register_operator, require_fit
 from .chunks import kept_dtype, kept_every
-from .operands import Operands
+from .operands import Call, Operands
 from .orders import ORDERS
 from .reference import selective_scan_chunked, selective_scan_chunked_backward
 
@@ -32,7 +32,7 @@ def scan(
     """Run the scan on operands whose shapes fit together.
 
     Args:
-        operands: Of sequences, or of maps that are flattened.
+        operands: The tensors of sequences, or of maps that are flattened.
         orders: The K directions.
         spatial: Height and width of the maps, or the sequences' length alone.
         keeps: Whether a backward pass may follow, for which kernels keep states.
@@ -76,7 +76,7 @@ def scan_backward(
     Args:
         grad_y: (batch, L, E), or (batch, L, K, E) where directions were not summed.
         starts: The states that `scan` kept.
-        operands: As of `scan`, as orders, spatial and backend are.
+        operands: As for `scan`, and so are orders, spatial and backend.
         grad_B, grad_C, grad_delta: Where the gradients of B, C and delta are written. The last may be wider than a
             low-rank delta: the rest is zeroed.
 
@@ -101,7 +101,7 @@ def flatten_as_traced(field: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def _height_and_width(spatial: Sequence[int]) -> Sequence[int]:
-    """Of a map, or of the one row that a sequence is."""
+    """A map's height and width; a sequence is a map of one row."""
     return spatial if len(spatial) == 2 else (1, *spatial)
 
 
@@ -119,11 +119,12 @@ def _check_call(tensors: Sequence[Tensor], orders: Sequence[int], backend: str) 
 
 
 def _check(*args):
-    operands, (_, orders, height, width, _, _, chunk, backend) = Operands(*args[:8]), args[8:]
-    _check_call(operands, orders, backend)
+    call = Call.of(args)
+    operands, orders, height, width = call.operands, call.orders, call.height, call.width
+    _check_call(operands, orders, call.backend)
     length = height * width
-    fits = operands.fit(len(orders), height, width) and chunk in (length, kept_every(backend, length, True))
-    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=chunk)
+    fits = operands.fit(len(orders), height, width) and call.chunk in (length, kept_every(call.backend, length, True))
+    require_fit(fits, "selective_scan", *operands, height=height, width=width, chunk=call.chunk)
 
 
 @register_operator("vim2::selective_scan", _check)
@@ -158,20 +159,27 @@ def _selective_scan(
         y, last, starts = form(operands, **walks, chunk=chunk, with_last=with_last)
         return sum_directions(y) if merge else y, last, starts
     with autocast_off(u):
-        full = operands.with_full_delta()
-        if backend == "mamba_ssm":
-            from .mamba_ssm_scan import selective_scan_mamba
-
-            y, last, starts = selective_scan_mamba(*full, **walks, chunk=chunk, with_last=with_last)
-        else:
-            if backend == "numba":
-                from .numba_scan import selective_scan_numba
-
-                y, last = selective_scan_numba(*full, **walks, with_last=with_last)
-            else:
-                y, last = selective_scan_chunked(*full, **walks, with_last=with_last)
-            starts = last.new_empty(u.shape[0], len(orders), 0, A.shape[-1], A.shape[-2])
+        y, last, starts = _scan_in_full(operands, walks, chunk, with_last, backend)
         return (y.sum(2) if merge else y).to(u.dtype), last, starts
+
+
+def _scan_in_full(
+    operands: Operands, walks: dict, chunk: int, with_last: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (batch, L, K, E), the last states and the kept ones, by a form that takes delta in full."""
+    full = operands.with_full_delta()
+    if backend == "mamba_ssm":
+        from .mamba_ssm_scan import selective_scan_mamba
+
+        return selective_scan_mamba(*full, **walks, chunk=chunk, with_last=with_last)
+    if backend == "numba":
+        from .numba_scan import selective_scan_numba
+
+        y, last = selective_scan_numba(*full, **walks, with_last=with_last)
+    else:
+        y, last = selective_scan_chunked(*full, **walks, with_last=with_last)
+    directions, features, n = operands.A.shape
+    return y, last, last.new_empty(operands.u.shape[0], directions, 0, n, features)
 
 
 def _of_directions(t: Tensor, shape: Sequence[int], backend: str) -> Tensor:
@@ -255,29 +263,41 @@ def _selective_scan_backward(
                 grad_y, grad_last, starts, operands, **walks, **gradients
             )
         else:
-            full = operands.with_full_delta()
-            if backend == "mamba_ssm" and not grad_last.numel():  # which knows no gradient of last states
-                from .mamba_ssm_scan import selective_scan_mamba_backward
-
-                grads = selective_scan_mamba_backward(grad_y, starts, *full, **walks)
-            elif backend == "numba":
-                from .numba_scan import selective_scan_numba_backward
-
-                grads = selective_scan_numba_backward(grad_y, grad_last, *full, **walks)
-            else:
-                grads = selective_scan_chunked_backward(grad_y, grad_last, *full, **walks)
+            grads = _differentiate_in_full(grad_y, grad_last, starts, operands, walks, backend)
             grad_u, grad_steps, grad_A, B_gradient, C_gradient, grad_D, grad_bias = grads
             grad_B.copy_(B_gradient)
             grad_C.copy_(C_gradient)
-            if operands.is_low_rank:
-                grad_weight = torch.einsum("blke,blkr->ker", grad_steps, delta)
-                rank = delta.shape[-1]
-                grad_delta[..., :rank] = torch.einsum("blke,ker->blkr", grad_steps, delta_weight.to(grad_steps.dtype))
-                grad_delta[..., rank:] = 0
-            else:
-                grad_delta.copy_(grad_steps)
-                grad_weight = torch.empty_like(delta_weight)
+            grad_weight = _differentiate_delta(grad_steps, operands, grad_delta)
         return grad_u, grad_A, grad_D, grad_bias, grad_weight.to(delta_weight.dtype)
+
+
+def _differentiate_in_full(
+    grad_y: Tensor, grad_last: Tensor, starts: Tensor, operands: Operands, walks: dict, backend: str
+) -> tuple[Tensor, ...]:
+    """Gradients of the operands with delta in full, by a form that takes it so."""
+    full = operands.with_full_delta()
+    if backend == "mamba_ssm" and not grad_last.numel():  # it knows no gradient of last states
+        from .mamba_ssm_scan import selective_scan_mamba_backward
+
+        return selective_scan_mamba_backward(grad_y, starts, *full, **walks)
+    if backend == "numba":
+        from .numba_scan import selective_scan_numba_backward
+
+        return selective_scan_numba_backward(grad_y, grad_last, *full, **walks)
+    return selective_scan_chunked_backward(grad_y, grad_last, *full, **walks)
+
+
+def _differentiate_delta(grad_steps: Tensor, operands: Operands, grad_delta: Tensor) -> Tensor:
+    """Write the gradient of delta, which may be a factor, to grad_delta, from that of the step sizes in full. Returns
+    the gradient of delta_weight."""
+    delta, weight = operands.delta, operands.delta_weight
+    if not operands.is_low_rank:
+        grad_delta.copy_(grad_steps)
+        return torch.empty_like(weight)
+    rank = delta.shape[-1]
+    grad_delta[..., :rank] = torch.einsum("blke,ker->blkr", grad_steps, weight.to(grad_steps.dtype))
+    grad_delta[..., rank:] = 0
+    return torch.einsum("blke,blkr->ker", grad_steps, delta)
 
 
 @_selective_scan_backward.register_fake
@@ -326,7 +346,7 @@ def selective_scan_jit_flops(inputs: Sequence, outputs: Sequence) -> int:
     `counter.set_op_handle("vim2::selective_scan", selective_scan_jit_flops)`.
 
     Args:
-        inputs: Of the operator in the graph, values of torch.jit.
-        outputs: Likewise.
+        inputs: The operator's inputs in the graph, values of torch.jit.
+        outputs: Its outputs.
     """
     return selective_scan_flops(*(value.type().sizes() for value in inputs[:8]))

@@ -1,9 +1,16 @@
-"""The selective scan with B, C and delta projected from its input: S6. The projections, in the channel mixer five times
-as large as the input, are not kept for the backward pass, which computes them again.
+"""S6: the selective scan with B, C and delta projected from its input.
 
-The operators `torch.ops.vim2.scan_parameters` and, in compiled training, `torch.ops.vim2.projected_scan` are opaque to
-torch.compile and activation checkpointing, the first to torch.export as well, and carry their own fake and autograd
-rules."""
+The projections, in the channel mixer five times as large as the input, are not kept for the backward pass, which
+computes them again. It takes two steps: parameters become what kernels read (`scan_parameters`), and the input is
+projected by them and scanned, in one of three forms:
+
+- in eager training, `_ProjectedScan`, an autograd function;
+- in compiled training, the operator `torch.ops.vim2.projected_scan`, which does the same;
+- without gradients, `project` and then `scan`, each as compilers and exporters know it.
+
+The operators `torch.ops.vim2.scan_parameters` and `torch.ops.vim2.projected_scan` are opaque to torch.compile and
+activation checkpointing, the first to torch.export as well, and carry their own fake and autograd rules.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import autocast_dtype, autocast_off, resolve_backend
+from ..observers import is_compiling_to_run
 from ..operator import (
-    is_compiled_to_run,
     needs_backward,
     opaque_on_cpus,
     refuse_second_derivatives,
@@ -69,12 +76,12 @@ def projected_scan(
     tensors = (flat, matrix, A, D, delta_bias, delta_weight)
     options = dict(orders=orders, spatial=spatial, backend=backend)
     trains = needs_backward(*tensors)
-    if trains and is_compiled_to_run():
+    if trains and is_compiling_to_run():
         backend = resolve_backend(backend, *tensors, scan=True)
         y, _ = _projected_scan(
             *tensors, autocast_dtype(flat), merge, [ORDERS.index(o) for o in orders], spatial, backend
         )
-    elif trains and not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # which knows no such functions
+    elif trains and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         y = _ProjectedScan.apply(*tensors, options, merge)
     else:
         projected = project(flatten_as_traced(u, spatial), matrix, A.shape[0])
@@ -147,7 +154,7 @@ def project(u: Tensor, weight: Tensor, directions: int) -> Tensor:
 
 
 def project_backward(grad: Tensor, u: Tensor, weight: Tensor, grad_u: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of `project`'s result, in its dtype, grad_u with that of u added to it, and that of weight."""
+    """The gradients of u, added to grad_u, and of weight, from the gradient of `project`'s result and in its dtype."""
     if u.dim() == 4 and weight.dim() == 3:
         grad_weight = torch.einsum("...kc,...ke->kce", grad, u.to(grad.dtype))
         return grad_u + torch.einsum("...kc,kce->...ke", grad, weight.to(grad.dtype)), grad_weight.to(weight.dtype)
@@ -166,7 +173,7 @@ def project_backward(grad: Tensor, u: Tensor, weight: Tensor, grad_u: Tensor) ->
 
 
 def _split(projected: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    """B, C, and delta with what stands behind it."""
+    """B, C, and delta's factor with the zeros behind it, as `project` returns them side by side."""
     n = A.shape[-1]
     return projected.split((n, n, projected.shape[-1] - 2 * n), dim=-1)
 
@@ -178,7 +185,7 @@ def _operands(u: Tensor, projected: Tensor, A: Tensor, D: Tensor, delta_bias: Te
 
 
 def _project_in(u: Tensor, weight: Tensor, directions: int, dtype: torch.dtype | None) -> Tensor:
-    """`project` as under autocast of a dtype, which operators of their own are called without by some."""
+    """`project` as under autocast of this dtype, which compiled graphs turn off where they call an operator."""
     with autocast_off(u):
         return project(u, weight, directions) if dtype is None else project(u.to(dtype), weight.to(dtype), directions)
 
@@ -212,7 +219,7 @@ def _scan_projected_backward(grad_y, starts, tensors, dtype, options):
 
 
 class _ProjectedScan(torch.autograd.Function):
-    """Projection and scan, of which only the scan's own input and kept states wait for the backward pass."""
+    """Projection and scan. Only the input and the states that the scan keeps wait for the backward pass."""
 
     @staticmethod
     def forward(ctx, u, weight, A, D, delta_bias, delta_weight, options, merge):
@@ -231,7 +238,7 @@ class _ProjectedScan(torch.autograd.Function):
 
 
 def _options(orders: Sequence[int], spatial: Sequence[int], backend: str) -> dict:
-    """The scan's, of what operators can be given."""
+    """The options of `scan`, from what an operator can be given."""
     return dict(orders=tuple(ORDERS[i] for i in orders), spatial=tuple(spatial), backend=backend)
 
 
@@ -239,7 +246,7 @@ def _check_projected(u, weight, A, D, delta_bias, delta_weight, dtype, *options)
     orders, spatial, _ = options[-3:]
     directions, features, n = A.shape
     width = directions * features if u.dim() == 4 and weight.dim() == 2 else features
-    rows = 2 * n + delta_weight.shape[-1]  # of the weight, for a direction; there may be more, of zeros
+    rows = 2 * n + delta_weight.shape[-1]  # the weight's, for a direction; there may be further ones, of zeros
     fits = (
         len(orders) == directions
         and all(0 <= order < len(ORDERS) for order in orders)
@@ -266,13 +273,14 @@ def _projected_scan(
     spatial: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`_ProjectedScan` as compilers see it, who would keep the projections, and add up their gradients in copies.
+    """`_ProjectedScan` as one operator for compilers, which would keep the projections otherwise, and add up their
+    gradients in copies.
 
     Args:
         u: Flattened, (batch, L, E) or (batch, L, K, E).
         weight, A: See `scan_parameters`.
-        dtype: In which the projections are made, as under autocast; None is as they come.
-        orders: By their index.
+        dtype: The dtype in which the projections are made, as under autocast; None leaves them as they come.
+        orders: The directions, by their index in ORDERS.
         backend: Settled, see `vim2.ops.backend.resolve_backend`.
 
     Returns:
@@ -319,18 +327,18 @@ def _(*args):
     return _projected_scan_backward.function(*args)
 
 
-def _keep(ctx, inputs, output):
+def _save_projected(ctx, inputs, output):
     *tensors, ctx.dtype, _, ctx.orders, ctx.spatial, ctx.backend = inputs
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _differentiate(ctx, grad_y, _):
+def _differentiate_projected(ctx, grad_y, _):
     refuse_second_derivatives()
     options = (ctx.dtype, ctx.orders, ctx.spatial, ctx.backend)
     return *_projected_scan_backward(grad_y, *ctx.saved_tensors, *options), *(None,) * 5
 
 
-_projected_scan.register_autograd(_differentiate, _keep)
+_projected_scan.register_autograd(_differentiate_projected, _save_projected)
 
 
 def _check_parameters(weight, A_log, *options):
@@ -376,7 +384,7 @@ def _(grad_matrix, grad_A, A, rows, separate_inputs, dtype):
     return A.new_empty((directions, rows, features), dtype=dtype), A.new_empty(A.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _save_parameters(ctx, inputs, output):
     weight, _, ctx.separate_inputs, _ = inputs
     matrix, A = output
     ctx.rows, ctx.dtype = weight.shape[1], weight.dtype
@@ -384,7 +392,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(A)
 
 
-def _backward(ctx, grad_matrix, grad_A):
+def _differentiate_parameters(ctx, grad_matrix, grad_A):
     refuse_second_derivatives()
     (A,) = ctx.saved_tensors
     given = grad_matrix is not None, grad_A is not None
@@ -397,4 +405,4 @@ def _backward(ctx, grad_matrix, grad_A):
     return *(grad if wanted else None for grad, wanted in zip(grads, given)), None, None
 
 
-_scan_parameters.register_autograd(_backward, _setup_context)
+_scan_parameters.register_autograd(_differentiate_parameters, _save_parameters)

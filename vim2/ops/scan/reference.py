@@ -132,6 +132,36 @@ def _chunk_starts(walk, dt, u, B, At):
     return starts
 
 
+def _states_after(walk, starts, dt, u, B, At):
+    """The states after every step, (steps, batch, K, chunks, N, E), from those at the chunks' starts."""
+    states = starts.new_empty(walk.steps, *starts.shape)
+    h = starts.clone()
+    for t in range(walk.steps):
+        _advance(h[:, :, : walk.active(t)], walk.read(dt, t), walk.read(u, t), walk.read(B, t), At)
+        states[t] = h
+    return states
+
+
+def _end_adjoints(walk, dt, C, grad_y, At, grad_last):
+    """The adjoints of the states at the chunks' ends, from what follows each chunk: as `_chunk_starts`, but from the
+    other end. `grad_last`, (batch, K, E, N), is the gradient of the last states, or None."""
+    adjoints = dt.new_zeros(dt.shape[0], walk.directions, walk.chunks, C.shape[-1], dt.shape[-1])
+    if grad_last is not None:
+        adjoints[:, :, -1] = grad_last.transpose(-1, -2)
+    if walk.chunks > 1:
+        local = torch.zeros_like(adjoints)  # of the states at the chunks' starts, from their own steps
+        total = dt.new_zeros(*local.shape[:3], local.shape[-1])
+        for t in reversed(range(walk.steps)):
+            g, dtt = local[:, :, : walk.active(t)], walk.read(dt, t)
+            g.addcmul_(walk.read(C, t).unsqueeze(-1), walk.read(grad_y, t).unsqueeze(-2))
+            g.mul_((dtt.unsqueeze(-2) * At).exp_())
+            total[:, :, : walk.active(t)] += dtt
+        decay = torch.exp(total.unsqueeze(-2) * At)
+        for c in reversed(range(walk.chunks - 1)):
+            adjoints[:, :, c] = local[:, :, c + 1] + decay[:, :, c + 1] * adjoints[:, :, c + 1]
+    return adjoints
+
+
 def selective_scan_chunked(u, delta, A, B, C, D, delta_bias, delta_softplus, orders, height, width, with_last):
     """The scan in O(sqrt(L)) sequential steps. No permuted or flipped copy of a map is made. No autograd.
 
@@ -186,32 +216,13 @@ def selective_scan_chunked_backward(
     for s in _batch_slices(u, delta, A):
         dt = _discretisation(delta[s], delta_bias, delta_softplus, dtype)
         us, Bs, Cs, gy = u[s], B[s], C[s], grad_y[s]
-        # the states after every step; those before step t are states[t - 1], or the chunks' starts
-        first = _chunk_starts(walk, dt, us, Bs, At)
-        states = first.new_empty(walk.steps, *first.shape)
-        h = first.clone()
-        for t in range(walk.steps):
-            _advance(h[:, :, : walk.active(t)], walk.read(dt, t), walk.read(us, t), walk.read(Bs, t), At)
-            states[t] = h
-        # the adjoint of the state at each chunk's end, from what follows that chunk
-        adjoint = torch.zeros_like(h)
-        if grad_last.numel():
-            adjoint[:, :, -1] = grad_last[s].transpose(-1, -2)
-        if walk.chunks > 1:
-            local = torch.zeros_like(h)
-            total = dt.new_zeros(*local.shape[:3], local.shape[-1])
-            for t in reversed(range(walk.steps)):
-                g, dtt = local[:, :, : walk.active(t)], walk.read(dt, t)
-                g.addcmul_(walk.read(Cs, t).unsqueeze(-1), walk.read(gy, t).unsqueeze(-2))
-                g.mul_((dtt.unsqueeze(-2) * At).exp_())
-                total[:, :, : walk.active(t)] += dtt
-            decay = torch.exp(total.unsqueeze(-2) * At)
-            for c in reversed(range(walk.chunks - 1)):
-                adjoint[:, :, c] = local[:, :, c + 1] + decay[:, :, c + 1] * adjoint[:, :, c + 1]
+        starts = _chunk_starts(walk, dt, us, Bs, At)
+        states = _states_after(walk, starts, dt, us, Bs, At)
+        adjoint = _end_adjoints(walk, dt, Cs, gy, At, grad_last[s] if grad_last.numel() else None)
         for t in reversed(range(walk.steps)):
             active = walk.active(t)
             g, after = adjoint[:, :, :active], states[t][:, :, :active]
-            before = (states[t - 1] if t else first)[:, :, :active]
+            before = (states[t - 1] if t else starts)[:, :, :active]
             dtt, ut, Bt, Ct, gyt = (walk.read(field, t) for field in (dt, us, Bs, Cs, gy))
             g.addcmul_(Ct.unsqueeze(-1), gyt.unsqueeze(-2))
             walk.write(grad_C[s], t, (after * gyt.unsqueeze(-2)).sum(-1))

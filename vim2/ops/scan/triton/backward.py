@@ -4,6 +4,18 @@
 A program is one warp. It walks a tile of states from the sequence's end, spread over the lanes as tiles.py says, and
 has a room of its own, in shared memory, for what it needs again soon. Little is left to Triton's own loads and stores:
 for each it searches the whole kernel for the best layout of its vectors, see `load_word`.
+
+The words of this file:
+
+    part      of a sequence: what one program walks, where a sequence is split (SPLIT); `span` chunks
+    chunk     TRITON_CHUNK steps, before which the forward pass has kept the states
+    sub       UNROLL steps, which are walked at once, with their states in registers
+    adjoint   the gradient for a state, which the walk carries, as the forward scan carries the state itself
+    room      a program's shared memory; in Triton's interpreter, its part of a tensor
+    row       in the room: what one step reads, dt, u, gy, B, C and the factor, or the gradients of these
+    piece     16 bytes of a row, which one lane copies at once
+    turn      the order in which a lane holds its states or channels: the i-th is that at i ^ turn
+    own       of states and channels: those whose sums over lanes end up in this lane
 """
 
 import functools
@@ -65,7 +77,8 @@ def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WI
 
 @triton.jit
 def _own(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Of COUNT values that all lanes of an axis have, those whose sums `sum_over_lanes` would leave in this lane."""
+    """This lane's own of COUNT values that all lanes of an axis have: those whose sums `sum_over_lanes` would leave in
+    it."""
     for i in tl.static_range(5):
         if (SIZE >> i) > 1 and (COUNT >> (i + 1)) > 0:
             values = half(values, (lane & (STRIDE * (SIZE >> (i + 1)))) != 0, COUNT >> (i + 1))
@@ -97,8 +110,7 @@ def _shared_memory(lane, SIZE: tl.constexpr):
 
 @triton.jit
 def _wait(lane, COPIES: tl.constexpr, FAST: tl.constexpr):
-    """Until what each lane has written to the program's room, with COPIES also by asynchronous copies, is there for all
-    of its lanes."""
+    """Wait until all lanes see what each has written to the program's room, with COPIES also by asynchronous copies."""
     if FAST:
         tl.inline_asm_elementwise(
             "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
@@ -161,8 +173,8 @@ def _copy_rows(
     """Copies the rows of subs times UNROLL steps from step t on to the program's room, or back, SPREAD of them at once.
 
     Args:
-        rows: Of `_rows`.
-        at: Of the rows in the room, each ROW from the one before.
+        rows: What `_rows` has returned.
+        at: The address of the first of the rows in the room, each ROW from the one before.
     """
     address, stride, in_row, lane_row, there, order = rows
     at += in_row
@@ -238,7 +250,7 @@ def _take(at, turn, COUNT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _put_element(at, i, value, mask, FAST: tl.constexpr):
-    """Makes the value the i-th bfloat16 from there in the program's room, where the mask says so."""
+    """Writes the value to the i-th bfloat16 from `at` on in the program's room, where the mask says so."""
     value = value.to(tl.bfloat16)
     if FAST:
         tl.inline_asm_elementwise(
@@ -270,7 +282,7 @@ def _load_tile(at, row, inside, turns, mask, NR: tl.constexpr, CR: tl.constexpr,
 
 @triton.jit
 def _store_tile(at, row, tile, inside, turns, NR: tl.constexpr, CR: tl.constexpr):
-    """As `store_tile`, likewise."""
+    """As `store_tile`, with states and channels of each lane in the order that its turns make."""
     turn_n, turn_e = turns
     n, e, n_states, features, sequence_in = inside
     for i in tl.static_range(NR):
@@ -319,7 +331,7 @@ def _put_tile(at, tile, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.cons
 
 @triton.jit
 def _take_tile(at, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
-    """What the same thread has kept there."""
+    """The values that the same thread has kept in its program's room."""
     WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
     ROW: tl.constexpr = WORDS if WORDS < 4 else 4
     words = ()
@@ -425,7 +437,7 @@ def _load_steps(
 
 @triton.jit
 def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr):
-    """Their operands unpacked."""
+    """Steps of `_load_steps` with their operands unpacked, in float32."""
     dt_at, u_at, gy_at, B_at, C_at = at
     converted = ()
     for r in tl.static_range(UNROLL):
@@ -441,7 +453,7 @@ def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.conste
 
 @triton.jit
 def _choose(piece, values, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
-    """What belongs to a lane's piece of a row in the program's room."""
+    """The one of six values, of dt, u, gy, B, C and the factor, that belongs to a lane's piece of a row."""
     dt, u, gy, b, c, factor = values
     of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, b, tl.where(piece < 3 * PIECES_C + 2 * PIECES_S, c, factor))
     of_channels = tl.where(piece < PIECES_C, dt, tl.where(piece < 2 * PIECES_C, u, gy))
@@ -933,7 +945,7 @@ def _backward_kernel(
 
 @functools.lru_cache(None)
 def _copies_in_background(device: torch.device) -> bool:
-    """Whether the GPU does: from compute capability 8.0 on."""
+    """Whether the GPU copies from global to shared memory in the background: from compute capability 8.0 on."""
     return INTERPRETED or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -945,9 +957,9 @@ def scan_backward(
     delta_weight at the end, which is empty where delta is full.
 
     Args:
-        starts: Those states, (batch, K, chunks - 1, N, E).
-        grad_B, grad_C: Where the gradients of B and C are written, (batch, L, K, N); they may have room between rows.
-        grad_delta: Likewise of delta; where that is a factor, it may be wider, and the rest is zeroed.
+        starts: The states that are kept, (batch, K, chunks - 1, N, E).
+        grad_B, grad_C: Where the gradients of B and C are written, (batch, L, K, N); their rows may lie apart.
+        grad_delta: Where that of delta is written; where delta is a factor, it may be wider, and the rest is zeroed.
     """
     u, dt, At, B, C, D = kernel_inputs(operands, delta_softplus)
     (grad_y,) = last_axis_contiguous(grad_y)
@@ -959,7 +971,7 @@ def scan_backward(
         u.device, *layouts, n, starts.shape[2] + 1, orders, height, width, delta_softplus, grad_last.numel() > 0,
         all(t.dtype == torch.bfloat16 for t in (operands.u, delta, B, C, grad_y, starts))
         and starts.data_ptr() % 16 == 0,
-        operands.is_rank_1 and _has_room(delta),
+        operands.is_rank_1 and _is_padded(delta),
     )  # fmt: skip
 
     def empty(*shape, dtype=torch.float32):
@@ -1008,8 +1020,8 @@ def scan_backward(
     return grad_u if u.dim() == 4 else sum_directions(grad_u), grad_A, grad_D, grad_bias, grad_weight
 
 
-def _has_room(factor: Tensor) -> bool:
-    """Whether behind each of the factor's numbers are seven more of the same memory, with which they are a piece."""
+def _is_padded(factor: Tensor) -> bool:
+    """Whether behind each of the factor's numbers lie seven more of the same memory: eight are a piece."""
     last = sum((size - 1) * stride for size, stride in zip(factor.shape, factor.stride()))
     return (factor.storage_offset() + last + 8) * factor.itemsize <= factor.untyped_storage().nbytes()
 
@@ -1018,10 +1030,10 @@ class _Plan(NamedTuple):
     """How the backward scan runs.
 
     Attributes:
-        blocks: Of channels, whose parts of B's and C's gradients are summed.
-        parts: Of a sequence, that are scanned side by side.
+        blocks: How many blocks of channels there are, whose parts of B's and C's gradients are summed.
+        parts: How many parts of a sequence are scanned side by side.
         factor: Whether the kernel makes the gradients of the step sizes' factor and weight.
-        sums: Parts of the gradients of A, D and the bias, and with `factor` the weight, which are summed together.
+        sums: How many parts the gradients of A, D and the bias, and with `factor` the weight, come in.
         room: Shape of the programs' rooms, in words of 32 bits; empty where they are in shared memory.
         scan_parts: Where there are several parts of a sequence, the launch for each from a zero adjoint.
         scan_all: The launch for the results.
@@ -1043,9 +1055,13 @@ def _plan(
     n: int, chunks: int, orders: tuple[str, ...], height: int, width: int, softplus: bool, last: bool,
     bfloat16: bool, padded: bool,
 ) -> _Plan:  # fmt: skip
-    """
+    """How tensors of these layouts are scanned.
+
     Args:
-        padded: Whether delta is a factor of one number a step with memory behind each, see `_has_room`.
+        n: States N.
+        last: Whether the last states have a gradient.
+        bfloat16: Whether all that is staged is bfloat16, and lies on multiples of 16 bytes.
+        padded: Whether delta is a factor of one number a step with memory behind each, see `_is_padded`.
     """
     batch, length, directions, features = dt.shape
     fill = schedule.programs_to_fill(device)

@@ -46,7 +46,8 @@ def _parameters_backward_kernel(
     directions, E, columns, states, rank, room,  # as above
     SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of weight and A_log every number is one program's; A, but not its gradient, is (directions, states, E)."""
+    """The gradients of weight and A_log, each number made by one program. A is (directions, states, E), but not its
+    gradient."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = 2 * states + rank
     k = i // (rows * E)

@@ -81,9 +81,12 @@ def _forward_tile(n: int, features: int, channels: int, whole: bool) -> dict[str
 
 
 def forward_registers(tile: dict[str, int], makes_steps: bool) -> int | None:
-    """So that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small ones. Where there are
-    few warps, and so fewer than four channels a thread, room for more of a group's steps at once is worth more: twelve
-    warps then, if a lane has all states of its channels and more than STEPS steps under way."""
+    """Registers a thread, such that sixteen warps with large tiles fit on a multiprocessor, or twenty-four with small
+    ones.
+
+    Where there are few warps, and so fewer than four channels a thread, it is worth more to have more of a group's
+    steps at once: twelve warps then, if a lane has all states of its channels and more than STEPS steps under way.
+    """
     if INTERPRETED:
         return None
     if tile["NL"] == 1 and tile["GROUPS"] > STEPS:
@@ -111,8 +114,8 @@ def backward_tile(n: int, features: int, batch: int, directions: int, fill: int)
 
 
 def backward_registers(tile: dict[str, int], staged: bool) -> int | None:
-    """So that twelve warps with rooms of their own fit on a multiprocessor, where two channels a thread leave registers
-    over. With four they need nearly all, and eight warps fit."""
+    """Registers a thread, such that twelve warps with rooms of their own fit on a multiprocessor, where two channels a
+    thread leave registers over. With four they need nearly all, and eight warps fit."""
     return 168 if staged and tile["CR"] == 2 and not INTERPRETED else None
 
 
@@ -151,7 +154,8 @@ def tiles_a_program(programs: int, device: torch.device) -> int:
 
 
 def states_layout(*shape: int) -> Layout:
-    """Of states that are kept: contiguous. Of whatever size, see `kept_dtype`: strides are all that is asked for."""
+    """The layout of the states that are kept, which are contiguous. Only its strides are read: the size of an element
+    may be another, see `kept_dtype`."""
     return Layout(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), 4, 0)
 
 

@@ -5,8 +5,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from vim2.checkpoints import NotWritten
-from vim2.command.errors import Command, UserError, run_command
+from vim2.command.errors import UserError
+from vim2.command.main import Command, run_command
+from vim2.files import NotWritten
 
 COMMANDS = {"train": Command("use less", resumable=True), "predict": Command(extra="pictures"), "none": Command()}
 
@@ -18,7 +19,11 @@ def main(monkeypatch):
     """The command line of a package in which every command ends as its argument says."""
 
     def end(argv):
-        endings = {"stop": KeyboardInterrupt(), "full": torch.OutOfMemoryError(), "bad": UserError("What is\nwrong.")}
+        endings = {
+            "stop": KeyboardInterrupt(),
+            "full": torch.OutOfMemoryError(),
+            "bad": UserError("What is\n   wrong: run 'a  b.py'.\n"),
+        }
         endings["lacks"] = ModuleNotFoundError("No module named 'nowhere.at'", name="nowhere.at")
         endings["closed"] = NotWritten(errno.EROFS, "Could not write a.json (Read-only file system)")
         endings["disk"] = OSError(errno.ENOSPC, "No space left on device")
@@ -41,7 +46,7 @@ def main(monkeypatch):
     [
         (["train"], 0, ""),
         (["trian"], 2, "sample.py: error: unknown command trian; did you mean train? (of train, predict, none)\n"),
-        (["train", "bad"], 2, "sample.py: error: What is wrong.\n"),
+        (["train", "bad"], 2, "sample.py: error: What is wrong: run 'a  b.py'.\n"),
         (["none"], 2, "sample.py: error: It needs this package.\n"),
         (["train", "lacks"], 2, LACKS.format("train", "nowhere")),
         (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]", or nowhere')),
