@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from classify_helpers import make_folders
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation, resized_crop
 
@@ -114,6 +115,35 @@ def test_unreadable_images_are_left_out_and_noted(data, tmp_path):
         path.write_text("no image")
     with pytest.raises(UserError, match="Not one of the 15 images can be read"):
         memory.eval_loader(files.open_split("", root, "val"), CONFIG, 4, 0, ALONE)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Five images of 36 x 40 a block, so that processes decode them."""
+    monkeypatch.setattr(memory, "BLOCK", 5 * 3 * 36 * 40)
+
+
+def test_processes_decode_what_one_does(data, tmp_path, small_blocks):
+    root = shutil.copytree(data, tmp_path / "data")
+    for name in ("3", "4", "5", "6", "7", "8"):  # a whole block among them
+        (root / "train" / "green" / f"{name}.png").write_text("no image")
+    state = torch.get_rng_state()
+    here, there = (memory.hold_to_train(files.open_split("", root, "train"), 32, ALONE, workers) for workers in (0, 2))
+    assert torch.equal(torch.get_rng_state(), state)  # what is trained does not depend on how many decode
+    assert len(there) == 30 and torch.equal(here.images, there.images) and torch.equal(here.targets, there.targets)
+    images = files.open_split("", root, "train")
+    memory.hold_to_train(images, 32, ALONE, 2)
+    assert images.report_unreadable(ALONE)[0] == 6
+
+
+@pytest.mark.parametrize("module", [memory, files])
+def test_an_error_of_a_process_that_reads_is_that_error(module, data, tmp_path, small_blocks):
+    path = shutil.copytree(data, tmp_path / "data") / "train" / "red" / "0.tif"
+    Image.fromarray(np.ones((36, 40), dtype=np.float32)).save(path)
+    images = files.open_split("", tmp_path / "data", "train")
+    with pytest.raises(UserError) as caught:
+        list(module.train_loader(images, CONFIG, 4, 2, ALONE, no_aug=True, interpolation="bicubic"))
+    assert str(caught.value).startswith(f"{path} has floating-point pixels") and caught.value.one_process
 
 
 def test_too_little_memory(opened, monkeypatch):

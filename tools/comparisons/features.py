@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--neighbours", type=int, default=20, metavar="K", help="default %(default)s")
     add("--decay", type=float, default=1e-3, help="L2 decay of the probe; default %(default)s")
     add("--batch-size", type=int, default=64, metavar="N", help="images a step; default %(default)s")
-    add("--workers", type=int, default=2, metavar="N", help="threads that decode; default %(default)s")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode; default %(default)s")
     add("--device", help="default: a GPU if there is one")
     args = parser.parse_args(argv)
     if args.neighbours < 1 or args.batch_size < 1 or args.decay < 0:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
     add("--img-size", type=int, metavar="PIXELS", help="default: the checkpoint's")
     add("--batch-size", type=int, default=128, metavar="N", help="images a step; default %(default)s")
-    add("--workers", type=int, default=2, metavar="N", help="threads that decode; default %(default)s")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode; default %(default)s")
     add("--device", help="default: a GPU if there is one")
     args = vars(parser.parse_args(argv))
     size, given = args.pop("img_size"), {name: value for name, value in args.items() if value is not None}

@@ -8,7 +8,6 @@ of these on the device.
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -29,7 +28,7 @@ from .policies import Policy
 
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
 
-CHUNK = 2048  # images that are decoded before they are copied to the device
+BLOCK = 4 * 2**20  # bytes of images that are copied at once; in containers, processes often share no more than 64 MiB
 MARGIN = 8 / 7  # images of many sizes are held so much larger than they are trained at, as 256 is than 224
 LARGEST = 2  # images of one size are resized only if they are more than this many times the side to train at
 
@@ -50,12 +49,32 @@ class HeldImages:
         return len(self.images)
 
 
+class _Decoded(Dataset):
+    """Images as bytes, and their classes; None in place of those that cannot be read."""
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
+        sample = self.images.load(self.images.indices[position])
+        return sample and (self.transform(sample[0]), sample[1])
+
+
+def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor | None, list[int]]:
+    """The images that could be read, None if they differ in shape or there are none; and their classes."""
+    images, targets = [sample[0] for sample in samples if sample], [sample[1] for sample in samples if sample]
+    return (torch.stack(images) if len({image.shape for image in images}) == 1 else None), targets
+
+
 def hold(
     images: Images,
     transform: Callable[[Image.Image], Tensor],
     shape: tuple[int, int, int],
     processes: Processes,
-    threads: int,
+    workers: int,
     description: str = "decode",
 ) -> HeldImages | None:
     """Decode images and hold them on this process's device. Those that cannot be read are noted in `images`.
@@ -65,7 +84,7 @@ def hold(
         transform: From a decoded image to (C, H, W) uint8.
         shape: C, H and W.
         processes: Each holds all images.
-        threads: Threads that decode.
+        workers: Processes that decode; 0: this one.
         description: What the progress bar says.
 
     Returns:
@@ -85,18 +104,22 @@ def hold(
     held = torch.empty((n, *shape), dtype=torch.uint8, device=device)
     targets: list[int] = []
 
-    def decode(index: int) -> tuple[Tensor, int] | None:
-        sample = images.load(index)
-        return sample and (transform(sample[0]), sample[1])
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        for start in progress_bar(range(0, n, CHUNK), description, processes):
-            decoded = [sample for sample in pool.map(decode, images.indices[start : start + CHUNK]) if sample]
-            if any(image.shape != shape for image, _ in decoded):
+    batch_size = max(BLOCK // math.prod(shape), 1)
+    blocks = math.ceil(n / batch_size)
+    loader = DataLoader(
+        _Decoded(images, transform),
+        batch_size,
+        # processes, since threads wait for one another wherever Python itself is at work; not for a single block
+        num_workers=min(workers, blocks) if blocks > 1 else 0,
+        collate_fn=_stack,
+        generator=torch.Generator(),  # else the loader would draw a seed from the state that training draws from
+    )
+    for decoded, classes in progress_bar(loader, description, processes):
+        if classes:
+            if decoded is None or decoded.shape[1:] != shape:
                 return None
-            if decoded:
-                held[len(targets) : len(targets) + len(decoded)] = torch.stack([image for image, _ in decoded])
-                targets += [target for _, target in decoded]
+            held[len(targets) : len(targets) + len(classes)] = decoded
+            targets += classes
     if not targets:
         raise UserError(
             f"Not one of the {n} images can be read, {images.filename(images.indices[0])} first: check the data."
@@ -104,21 +127,21 @@ def hold(
     return HeldImages(held[: len(targets)], torch.tensor(targets, dtype=torch.int64).to(device))
 
 
-def hold_to_train(images: Images, side: int, processes: Processes, threads: int) -> HeldImages:
+def hold_to_train(images: Images, side: int, processes: Processes, workers: int) -> HeldImages:
     """Hold images to cut random crops from; says how large they are held.
 
     Args:
         images: What to decode.
         side: Height and width to train at.
         processes: Each holds all images.
-        threads: Threads that decode.
+        workers: Processes that decode; 0: this one.
     """
     channels = len(images.mode)  # "RGB" or "L"
     first = next((sample for i in images.indices if (sample := images.load(i))), None)
     held = None
     if first is not None and min(first[0].size) <= LARGEST * side:
         width, height = first[0].size
-        held = hold(images, pil_to_tensor, (channels, height, width), processes, threads)
+        held = hold(images, pil_to_tensor, (channels, height, width), processes, workers)
     how = "as they are"
     if held is None:
         square = math.ceil(MARGIN * side)
@@ -129,7 +152,7 @@ def hold_to_train(images: Images, side: int, processes: Processes, threads: int)
                 transforms.PILToTensor(),
             ]
         )
-        held = hold(images, resize, (channels, square, square), processes, threads)
+        held = hold(images, resize, (channels, square, square), processes, workers)
         how = f"resized and cropped, for crops of {side} x {side}"
     _, _, height, width = held.images.shape
     say(
@@ -220,7 +243,7 @@ def train_loader(
         images: The images to train on, which are decoded here.
         data_config: From `timm.data.resolve_data_config`.
         batch_size: Images a step and process; a last, smaller batch is dropped.
-        workers: Threads that decode.
+        workers: Processes that decode.
         processes: The processes that train.
         no_aug: Resize and crop in the middle, by timm's transform, and nothing else.
         auto_augment: A policy of timm's, as `policies.Policy` takes it.

@@ -98,7 +98,7 @@ class DataOptions(Options, group="data"):
     dataset_download: bool = option(False, "download torch/ data sets")
     class_map: str | None = option(None, "text file with a class name a line, in the order to use", metavar="FILE")
     # PyTorch warns of more workers than there are CPUs
-    workers: Count = option(min(4, cpus()), "processes, or threads, that read images", short="-j", metavar="N")
+    workers: Count = option(min(4, cpus()), "processes that read images", short="-j", metavar="N")
     in_memory: bool = option(False, "decode all images once, and hold and augment them on the device")
 
 

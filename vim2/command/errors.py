@@ -18,7 +18,12 @@ class UserError(ValueError):
 
     def __init__(self, message: str, one_process: bool = False):
         # line breaks alone go: a path, and a command to be pasted, may have blanks side by side
-        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", str(message).strip()))
+        message = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())
+        name = type(self).__name__
+        if message.startswith(f"Caught {name} in DataLoader worker"):
+            # a loader makes an error of its worker anew, of what the worker's traceback says
+            message, one_process = message.rsplit(f"{name}: ", 1)[-1], True
+        super().__init__(message)
         self.one_process = one_process
 
 

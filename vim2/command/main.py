@@ -117,8 +117,7 @@ def run_main(
             torch.distributed.destroy_process_group()
     except UserError as error:
         if not one_voice or error.one_process or (os.environ.get("RANK") or "0") == "0":
-            # an error of a loader's worker comes with the worker's trace before it
-            print(f"{prefix}error: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr, flush=True)
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.errno not in _FULL and not isinstance(error, NotWritten):
