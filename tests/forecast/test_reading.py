@@ -82,6 +82,11 @@ def test_an_index_that_was_asked_for_stays(tmp_path, frame):
     assert read(tmp_path, frame.to_csv(), targets=["Unnamed: 0", "a"]).columns == ["Unnamed: 0", "a"]
 
 
+def test_numbers_are_read_to_their_last_bit(tmp_path, frame):
+    frame["a"] = np.random.default_rng(0).normal(size=60)  # of 17 digits, of which pandas 2 loses the last
+    assert (read(tmp_path, text(frame)).values[:, 0] == frame["a"]).all()
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_without_a_header_no_row_is_lost_and_columns_are_numbered(tmp_path, frame, index):
     table = read(tmp_path, frame.to_csv(header=False, index=index))

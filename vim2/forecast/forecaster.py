@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
-from pandas.tseries.frequencies import to_offset
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -40,7 +39,7 @@ from .data import (
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
-from .stamps import follow
+from .stamps import follow, to_offset
 
 __all__ = ["BEST", "REFITTED", "Forecaster", "is_on_hub"]
 
@@ -298,9 +297,8 @@ class Forecaster:
         given = table.future_times[len(table) : len(table) + horizon]
         if len(given) == horizon:
             return given
-        step = self.step_of(table)
-        if step is None:  # rows taken as they are
-            step = usual_gap(table.times)
+        name = self.step_of(table)
+        step = to_offset(name) if name else usual_gap(table.times)  # of rows taken as they are
         if step is None:
             raise UserError(
                 "The time stamps tell no step to continue with: there is one row only, or none is later than the one "

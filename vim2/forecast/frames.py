@@ -262,6 +262,8 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
             )
     names += [f"Unnamed: {i}" for i in range(len(names), widest)]
     how = dict(sep=separator, header=None, names=names, index_col=False, skipinitialspace=True, low_memory=False)
+    if int(pd.__version__.partition(".")[0]) < 3:  # whose last bits are others, unless it is told
+        how["float_precision"] = "round_trip"
     frame = pd.read_csv(io.StringIO(text), **how)
     if any(number_texts(frame[name]).size for name in names):
         # whether 1.234 is a thousand depends on cells of other columns, so none may be taken for a number yet

@@ -27,6 +27,7 @@ __all__ = [
     "parse_times",
     "repair_times",
     "stamp_rows",
+    "to_offset",
     "to_step",
     "usual_gap",
     "years_or_months",
@@ -377,7 +378,7 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # by which pandas 2 tells old names
-            step = pd.tseries.frequencies.to_offset(freq)
+            step = to_offset(freq)
     except (ValueError, FutureWarning):
         count, name = re.fullmatch(r"(\d*)(.*)", freq, re.DOTALL).groups()
         now = " or ".join(count + each for each in OLD_STEPS.get(name, ()))
@@ -414,9 +415,11 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
     step = pd.tseries.frequencies.to_offset(frequency)
-    # pandas takes the last Friday of each month, which may be the fifth, for the fourth; the name that it has for last
-    # ones, pandas 2 does not read
-    return None if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step) else step
+    if not isinstance(step, pd.offsets.WeekOfMonth):
+        return step
+    # pandas takes the last Friday of each month, which may be the fifth, for the fourth
+    steps = (step, pd.offsets.LastWeekOfMonth(weekday=step.weekday))
+    return next((step for step in steps if follow(times, step)), None)
 
 
 def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
@@ -424,6 +427,18 @@ def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
     with warnings.catch_warnings():  # of steps that pandas adds one by one
         warnings.simplefilter("ignore")
         return bool((times[1:] == times[:-1] + step).all())
+
+
+def to_offset(name: str) -> pd.offsets.BaseOffset:
+    """The step of a name that pandas gives one: of LWOM-FRI, too, the last Fridays of months, which pandas 2 does not
+    read.
+
+    Raises:
+        ValueError: It is the name of none.
+    """
+    last = re.fullmatch("LWOM-(.*)", name)
+    step = pd.tseries.frequencies.to_offset(f"W-{last[1]}" if last else name)
+    return pd.offsets.LastWeekOfMonth(weekday=step.weekday) if last else step
 
 
 def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
