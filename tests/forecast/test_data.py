@@ -169,7 +169,7 @@ def test_unreadable_files(tmp_path):
 def test_unknown_columns_suggest_the_one_that_was_meant(data):
     with pytest.raises(UserError, match="no column nroth; did you mean north"):
         read_table(data, targets=["nroth"])
-    with pytest.raises(UserError, match="no column promo "):
+    with pytest.raises(UserError, match="no column promo; did you mean promotion"):
         read_table(data, future_columns=["promo "])
     twice = [(["north", "promotion"], ["promotion"]), (["north"] * 2, []), (["north"], ["promotion"] * 2)]
     for targets, futures in twice:

@@ -84,7 +84,8 @@ def test_an_index_that_was_asked_for_stays(tmp_path, frame):
 
 def test_numbers_are_read_to_their_last_bit(tmp_path, frame):
     frame["a"] = np.random.default_rng(0).normal(size=60)  # of 17 digits, of which pandas 2 loses the last
-    assert (read(tmp_path, text(frame)).values[:, 0] == frame["a"]).all()
+    for options in ({}, {"sep": ";", "decimal": ","}):
+        assert (read(tmp_path, text(frame, **options)).values[:, 0] == frame["a"]).all()
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -58,7 +58,7 @@ def number_texts(column: pd.Series) -> np.ndarray:
 
 
 def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
-    """Numbers that are written with decimal commas or thousands separators, as Python writes them.
+    """Numbers that are written with decimal commas or thousands separators, as Python's.
 
     Args:
         frame: Columns of numbers; those that hold text are changed.
@@ -74,12 +74,13 @@ def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
     decimal = find_decimal(cells, name)
     other = "." if decimal == "," else ","
 
-    def python(cell):
-        if not isinstance(cell, str) or not is_number(cell):
-            return cell
+    def python(cell: str) -> str:
         return SPACES.sub("", cell.strip()).replace(other, "").replace(decimal, ".")
 
-    frame = frame.assign(**{c: frame[c].astype(object).map(python) for c in cells})
+    def number(cell: object) -> object:
+        return float(python(cell)) if isinstance(cell, str) and is_number(cell) else cell
+
+    frame = frame.assign(**{c: frame[c].astype(object).map(number) for c in cells})
     return frame, [
         f"Numbers were read with a decimal {'comma' if decimal == ',' else 'point'}: {separated[0]} is "
         f"{python(separated[0])}."

@@ -212,7 +212,7 @@ class Forecaster:
             columns = {f"{c}{q}": values[:, i, j] for i, c in enumerate(self.columns) for j, q in enumerate(levels)}
             return pd.DataFrame(columns, index=times.rename("date" if table.first_row is None else "row"))
         series, time, _ = LONG
-        ids = [table.ids[c] for c in self.columns for _ in times]
+        ids = [table.ids[c] for c in table.columns for _ in times]
         columns = {series: ids, time: times.append([times] * (len(self.columns) - 1))}
         columns |= {f"TSM2{q}": values[:, :, j].T.flatten() for j, q in enumerate(levels)}
         return pd.DataFrame(columns)

@@ -137,12 +137,12 @@ def index_to_column(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str |
             )
         frame = frame.reset_index()
     index, time, notes = frame.index, None, []
-    frame = frame.set_axis([str(c) for c in frame.columns], axis=1).reset_index(drop=True)
+    frame = frame.set_axis([str(c).strip() for c in frame.columns], axis=1).reset_index(drop=True)
     if isinstance(index, pd.PeriodIndex):
         index = index.to_timestamp()
     dated = isinstance(index, pd.DatetimeIndex) or holds_years(index, frame)
     if dated or not pd.api.types.is_numeric_dtype(index):
-        column = str(index.name if index.name is not None else "date" if dated else "index")
+        column = str(index.name if index.name is not None else "date" if dated else "index").strip()
         if column in frame.columns:
             raise UserError(f"{name} has an index and a column that are both called {column}: drop or rename one.")
         frame.insert(0, column, index)
@@ -465,10 +465,13 @@ def widen(
         notes.append(f"{count} rows of a series whose time stamp it had already were left out.")
     series, ids = pd.factorize(frame[identity])
     rows, stamps = pd.factorize(frame[time], sort=True)
-    names = [str(i) for i in ids]
+    names = [str(i).strip() for i in ids]
     if len(names) > len(set(names)):
         refused = next(one for i, one in enumerate(names) if one in names[:i])
-        raise UserError(f"{name} has two series that are both called {refused}, as a number and as text: rename one.")
+        raise UserError(
+            f"{name} has two series that are both called {refused}, as a number and as text, or with spaces around it: "
+            "rename one."
+        )
     refuse_equal_names([time, *names, *future], name)
     number = pd.api.types.is_any_real_numeric_dtype(frame[value])
     kind = dict(dtype=np.float64, na_value=np.nan) if number else dict(dtype=object)
