@@ -212,7 +212,8 @@ def read_table(
     targets = [c for c in names if c not in future_columns] if targets is None else targets
     for name in (*targets, *future_columns):
         if name not in names:
-            raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
+            kind = "column" if ids is None or name in future_columns else "series"
+            raise UserError(f"{source} has no {kind} {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
     if parsed is None:
@@ -406,10 +407,10 @@ def static_features(static: pd.DataFrame) -> np.ndarray:
             numbers = column.to_numpy(np.float64)[:, None]
             with np.errstate(over="ignore", invalid="ignore"):
                 scaler = Scaler.fit(numbers)
-            if not (np.isfinite(numbers).all() and np.isfinite(scaler.std).all()):
+            if not (np.isfinite(numbers).all() and np.isfinite(scaler.std).all() and scaler.std.all()):
                 raise UserError(
-                    f"Static column {name} holds infinite numbers, or such as have an infinite deviation: correct "
-                    "them, or leave it out."
+                    f"Static column {name} holds infinite numbers, or such as have a deviation of 0 or infinity in "
+                    "float64: correct them, or leave it out."
                 )
             parts.append(scaler.transform(numbers))
         else:

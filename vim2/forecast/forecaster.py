@@ -113,6 +113,9 @@ class Forecaster:
                 raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
+        if others := [str(i) for name, i in (table.ids or {}).items() if name not in table.columns]:
+            named = ", ".join(others[:5]) + f" and {len(others) - 5} more" * (len(others) > 5)
+            table.repairs.append(f"Series that the forecaster was not trained for were left out: {named}.")
         step = self.step_of(table)
         # a single row has none, and is too short for what follows, which says so
         if self.step and step != self.step and reading.get("times") != "keep" and len(table.values) > 1:
