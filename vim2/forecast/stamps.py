@@ -509,13 +509,14 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
     distinct = times.unique().sort_values()
     if len(distinct) == 1:
         raise UserError(f"All time stamps of {name} are {times[0]}: they must tell the rows apart.")
-    step, rows = (find_step(distinct), len(distinct)) if find_step(distinct) is not None else find_grid(distinct)
+    step = find_step(distinct)
+    step, rows = find_grid(distinct) if step is None else (step, len(distinct))
     even = isinstance(step, pd.offsets.Tick | pd.offsets.Day)
     shown = in_words(usual_gap(distinct)) if even else step.freqstr
     follows = times[:-1] + step
     if (times[1:] == follows).all():  # a step for which pandas has no name
         return numbers, []
-    twice, added = len(times) - len(distinct), rows - len(distinct)
+    twice, added, back = len(times) - len(distinct), rows - len(distinct), int((times[1:] < times[:-1]).sum())
     fault = None
     if 2 * twice > len(times):
         fault = (
@@ -543,11 +544,11 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
         )
         raise UserError(
             f"Time stamps of {name} are not all {shown} apart: {twice} are there twice, "
-            f"{int((times[1:] < times[:-1]).sum())} go back, {int((times[1:] > follows).sum())} come after a gap; "
-            f"first, row {wrong + 2} ({times[wrong + 1]}) follows {times[wrong]}. {remedy}."
+            f"{back} go back, {int((times[1:] > follows).sum())} come after a gap; first, row {wrong + 2} "
+            f"({times[wrong + 1]}) follows {times[wrong]}. {remedy}."
         )
     repairs = []
-    if back := int((times[1:] < times[:-1]).sum()):
+    if back:
         numbers = numbers.sort_index(kind="stable")
         repairs.append(f"Rows were sorted by time: {back} went back.")
     if twice:
