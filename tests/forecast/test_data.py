@@ -21,10 +21,10 @@ from vim2.forecast.data import (
 from vim2.forecast.stamps import to_offset
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".csv.xz", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.xz", ".csv.gz", ".parquet", ".PARQUET"])
 def test_the_same_table_from_every_format(tmp_path, suffix):
     frame, path = make_frame(), tmp_path / f"series{suffix}"
-    if suffix == ".parquet":
+    if suffix.lower() == ".parquet":
         pytest.importorskip("pyarrow")
         frame.to_parquet(path)
     else:

@@ -373,6 +373,13 @@ def test_months_and_irregular_rows_are_continued(tmp_path):
             "week",
             ["2024-05-01", "2024-05-02", "2024-05-03"],
         ),
+        (
+            "fifteenth",
+            make_frame(120, step="MS").assign(date=lambda f: f["date"] + pd.Timedelta(days=14)),
+            {"times": "keep"},
+            "year",
+            ["2034-01-15", "2034-02-15", "2034-03-15"],
+        ),
     ):
         data = write_csv(tmp_path / f"{name}.csv", frame)
         run = fit(data=str(data), output=str(tmp_path), device="cpu", calendar=True, **options, **kept)

@@ -12,6 +12,7 @@ from forecast_helpers import make_frame, write_csv
 
 from vim2.forecast import UserError
 from vim2.forecast.data import read_table
+from vim2.forecast.stamps import to_offset
 
 
 @pytest.fixture
@@ -198,6 +199,28 @@ def test_days_without_separators(tmp_path):
     table = read(tmp_path, text(written, header=False))
     assert len(table) == 60 and (table.times == days["date"]).all()
     assert "'20240230' is no time stamp" in refusal(tmp_path, text(written.replace({"date": {"20240229": "20240230"}})))
+
+
+@pytest.mark.parametrize("step", ["BMS", "BME", "BQE", "QE-JAN", "YS-APR", "WOM-2FRI", "WOM-4TUE", "LWOM-FRI"])
+def test_a_gap_in_months_of_any_kind_is_filled(step):
+    times = pd.date_range("1990-01-01", periods=61, freq=to_offset(step))
+    frame = make_frame(61).assign(date=times)
+    table = read_table(frame.drop(index=[9, 30]), times="regular", missing="interpolate")
+    assert (table.times == times).all() and "2 missing rows were added" in " ".join(table.repairs)
+
+
+def test_na_is_a_word_among_words_and_missing_among_numbers(tmp_path, frame):
+    long = frame.rename(columns={"date": "ds"}).melt(id_vars="ds", var_name="unique_id", value_name="y")
+    long["unique_id"] = long["unique_id"].map({"a": "NA", "b": "DE"})  # Namibia and Germany
+    long["continent"] = long["unique_id"].map({"NA": "null", "DE": "Europe"})
+    table = read(tmp_path, text(long), static_columns=["continent"])
+    assert table.columns == ["NA", "DE"] and table.static["continent"].tolist() == ["null", "Europe"]
+    for missing in ("NA", "null", ""):
+        for others in (frame["b"], frame["b"] > 7, [f"{b},5" for b in frame["b"]]):
+            cells = pd.Series(others, dtype=object).where(frame.index != 3, missing)
+            table = read(tmp_path, text(frame.assign(a=cells)[["date", "a"]], sep=";"), missing="mask")
+            assert np.flatnonzero(np.isnan(table.values[:, 0])).tolist() == [3]
+    assert "'NULL' is no time stamp" in refusal(tmp_path, text(frame.assign(date=[*frame["date"][1:], "NULL"])))
 
 
 def test_business_days_with_holidays_do_not_become_weekends(tmp_path):

@@ -34,12 +34,11 @@ from .data import (
     last_known,
     make_split,
     read_table,
-    usual_gap,
 )
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
-from .stamps import follow, to_offset
+from .stamps import follow, to_offset, usual_step
 
 __all__ = ["BEST", "REFITTED", "Forecaster", "is_on_hub"]
 
@@ -301,7 +300,7 @@ class Forecaster:
         if len(given) == horizon:
             return given
         name = self.step_of(table)
-        step = to_offset(name) if name else usual_gap(table.times)  # of rows taken as they are
+        step = to_offset(name) if name else usual_step(table.times)  # of rows taken as they are
         if step is None:
             raise UserError(
                 "The time stamps tell no step to continue with: there is one row only, or none is later than the one "

@@ -100,7 +100,7 @@ def read_frame(
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        if path.suffix in (".parquet", ".pq"):
+        if path.suffix.lower() in (".parquet", ".pq"):
             return index_to_column(pd.read_parquet(path), str(path))
         content = read_bytes(path)
         if path.suffix.lower() in OTHERS or content.startswith(WORKBOOKS):
@@ -268,11 +268,20 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     if any(number_texts(frame[name]).size for name in names):
         # whether 1.234 is a thousand depends on cells of other columns, so none may be taken for a number yet
         frame = pd.read_csv(io.StringIO(text), dtype=str, **how)
+    if words := [name for name in names if frame[name].isna().any() and holds_words(frame[name])]:
+        kept = dict(dtype=str, keep_default_na=False, na_values=[""])
+        frame[words] = pd.read_csv(io.StringIO(text), **how, **kept)[words]  # NA may be Namibia, or North America
     empty = frame.isna().all(axis=1)
     if empty.any() and not empty.all():
         frame = frame[~empty].reset_index(drop=True).infer_objects()
         notes.append(f"{int(empty.sum())} rows without any value were left out.")
     return frame, notes
+
+
+def holds_words(column: pd.Series) -> bool:
+    """Whether what a column holds is text, and no numbers."""
+    cells = column.dropna().iloc[:SAMPLE]
+    return len(cells) > 0 and all(isinstance(cell, str) and not is_number(cell) for cell in cells)
 
 
 def find_separator(text: str) -> str:

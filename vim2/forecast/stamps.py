@@ -30,6 +30,7 @@ __all__ = [
     "to_offset",
     "to_step",
     "usual_gap",
+    "usual_step",
     "years_or_months",
 ]
 
@@ -424,9 +425,14 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
 
 def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
     """Whether each time stamp is the one before and a step."""
+    return bool((times[1:] == followers(times, step)).all())
+
+
+def followers(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> pd.DatetimeIndex:
+    """What comes a step after each time stamp but the last."""
     with warnings.catch_warnings():  # of steps that pandas adds one by one
         warnings.simplefilter("ignore")
-        return bool((times[1:] == times[:-1] + step).all())
+        return times[:-1] + step
 
 
 def to_offset(name: str) -> pd.offsets.BaseOffset:
@@ -461,32 +467,45 @@ def usual_gap(times: pd.DatetimeIndex) -> pd.Timedelta | None:
     return None if gaps.empty else gaps.mode().iloc[0]
 
 
+def usual_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | pd.Timedelta | None:
+    """The `usual_gap`, in months where rows lie on one day of these."""
+    gap = usual_gap(times)
+    if gap is not None and gap > pd.Timedelta(days=27) and on_one_day(times):
+        return pd.DateOffset(months=count_months(times.unique().sort_values())[1])
+    return gap
+
+
 def irregular_steps(times: pd.DatetimeIndex) -> int:
     """How many steps are not the usual one; none where the rows are regular, oldest or newest first."""
     if len(times) < 3 or find_step(times) is not None or find_step(times[::-1]) is not None:
         return 0
     steps = [pd.Series(times[1:] - times[:-1])]
-    if (months := month_numbers(times)) is not None:
-        steps.append(pd.Series(np.diff(months)))
+    if on_one_day(times):
+        steps.append(pd.Series(np.diff(count_months(times)[0])))
     return min(len(s) - int(s.value_counts().iloc[0]) for s in steps)
 
 
-def month_numbers(times: pd.DatetimeIndex) -> np.ndarray | None:
-    """Months since the year 0, where all time stamps are of one day of the month, or of its last day, at one time of
-    the day; otherwise None."""
-    days = times.is_month_end.all() or times.day.nunique() == 1
-    return (12 * times.year + times.month).to_numpy() if days and (times - times.normalize()).nunique() == 1 else None
+def count_months(times: pd.DatetimeIndex) -> tuple[np.ndarray, int]:
+    """Months since the year 0, and how many there usually are from one time stamp to the next."""
+    months = (12 * times.year + times.month).to_numpy()
+    return months, int(pd.Series(np.diff(months)).mode().iloc[0])
+
+
+def on_one_day(times: pd.DatetimeIndex) -> bool:
+    """Whether all time stamps are of one day of the month, or of its last day, at one time of the day."""
+    return (times.is_month_end.all() or times.day.nunique() == 1) and (times - times.normalize()).nunique() == 1
 
 
 def find_grid(times: pd.DatetimeIndex) -> tuple[pd.offsets.BaseOffset, int]:
     """The step of a table without gaps, for time stamps in order, and how many rows it would have."""
-    usual, starts = usual_gap(times), times.is_month_start.all()
-    months = month_numbers(times) if starts or times.is_month_end.all() else None
-    if months is not None and usual > pd.Timedelta(days=27):
-        count = int(pd.Series(np.diff(months)).mode().iloc[0])
-        step = pd.offsets.MonthBegin(count) if starts else pd.offsets.MonthEnd(count)
-        return step, int(months[-1] - months[0]) // count + 1
-    day = pd.Timedelta(days=1)
+    usual, day, first = usual_gap(times), pd.Timedelta(days=1), times[0]
+    if usual > 27 * day and (times - times.normalize()).nunique() == 1:
+        o, weekday = pd.offsets, first.weekday()
+        kinds = [o.MonthBegin(), o.MonthEnd(), o.BMonthBegin(), o.BMonthEnd(), o.LastWeekOfMonth(weekday=weekday)]
+        kinds.append(o.WeekOfMonth(week=min((first.day - 1) // 7, 3), weekday=weekday))
+        if (kind := next((kind for kind in kinds if all(map(kind.is_on_offset, times))), None)) is not None:
+            months, count = count_months(times)
+            return count * kind, int(months[-1] - months[0]) // count + 1
     if usual == day and times[-1] - times[0] > 7 * day and (times.day_of_week < 5).all():
         return pd.offsets.BusinessDay(), int(np.busday_count(times[0].date(), times[-1].date())) + 1
     return to_step(usual), int((times[-1] - times[0]) // usual) + 1
@@ -513,7 +532,7 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
     step, rows = find_grid(distinct) if step is None else (step, len(distinct))
     even = isinstance(step, pd.offsets.Tick | pd.offsets.Day)
     shown = in_words(usual_gap(distinct)) if even else step.freqstr
-    follows = times[:-1] + step
+    follows = followers(times, step)
     if (times[1:] == follows).all():  # a step for which pandas has no name
         return numbers, []
     twice, added, back = len(times) - len(distinct), rows - len(distinct), int((times[1:] < times[:-1]).sum())
