@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -47,12 +48,13 @@ def is_text(column: pd.Series) -> bool:
 
 
 def texts(column: pd.Series) -> list[str]:
-    """Cells that are text."""
-    return [cell.strip() for cell in column if isinstance(cell, str)] if is_text(column) else []
+    """What cells hold that are text, each once."""
+    cells = column if is_text(column) else ()
+    return list(dict.fromkeys(cell.strip() for cell in cells if isinstance(cell, str)))
 
 
 def number_texts(column: pd.Series) -> np.ndarray:
-    """Cells that are numbers, but only without their separators."""
+    """What cells hold that are numbers, but only without their separators, each once."""
     separated = (c for c in texts(column) if "," in c or c.count(".") > 1 or SPACES.search(c))
     return np.array([cell for cell in separated if is_number(cell)], dtype=object)
 
@@ -77,10 +79,13 @@ def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
     def python(cell: str) -> str:
         return SPACES.sub("", cell.strip()).replace(other, "").replace(decimal, ".")
 
-    def number(cell: object) -> object:
-        return float(python(cell)) if isinstance(cell, str) and is_number(cell) else cell
+    @lru_cache(maxsize=2**16)
+    def number(cell: str) -> float | str:
+        return float(python(cell)) if is_number(cell) else cell
 
-    frame = frame.assign(**{c: frame[c].astype(object).map(number) for c in cells})
+    for c in cells:
+        read = [number(cell) if isinstance(cell, str) else cell for cell in frame[c]]
+        frame = frame.assign(**{c: pd.Series(read, frame.index, dtype=object)})
     return frame, [
         f"Numbers were read with a decimal {'comma' if decimal == ',' else 'point'}: {separated[0]} is "
         f"{python(separated[0])}."
