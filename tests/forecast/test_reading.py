@@ -103,10 +103,19 @@ def test_numbers_and_nothing_are_names_too(tmp_path, frame):
         assert table.columns == ["0", "1"] and len(table) == 60 and not table.repairs
 
 
-def test_integers_with_thousands(tmp_path, frame):
-    values = [f"{v:,}" for v in range(990, 1050)]
-    table = read(tmp_path, text(frame.assign(a=values)))
-    assert table.values[:, 0].tolist() == list(range(990, 1050)) and "1,000 is 1000" in table.repairs[0]
+@pytest.mark.parametrize("thousands", [",", "."])
+def test_integers_with_thousands(tmp_path, frame, thousands):
+    written = frame.assign(a=[f"{v:,}".replace(",", thousands) for v in range(990, 1050)])
+    for given in (written, written[::-1].reset_index(drop=True).assign(date=frame["date"])):
+        table = read(tmp_path, text(given, sep=";"))
+        assert sorted(table.values[:, 0]) == list(range(990, 1050)) and f"1{thousands}0" in table.repairs[0]
+        assert (table.values[:, 1] == given["b"]).all()
+    decimal = "point" if thousands == "," else "comma"
+    assert f"decimal {decimal}" in table.repairs[0]
+    # three decimals of each, as many as there are, and with other decimals are no thousands
+    for cells in ([f"{v / 1000:.3f}" for v in range(990, 1050)], [*range(100, 130), *(f"{v}.5" for v in range(30))]):
+        table = read(tmp_path, text(frame.assign(a=cells), sep=";"))
+        assert table.values[:, 0].tolist() == [float(c) for c in cells] and not table.repairs
 
 
 @pytest.mark.parametrize(

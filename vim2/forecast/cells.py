@@ -1,7 +1,7 @@
 """Numbers as people write them: decimal commas, thousands separators, and values that cannot be meant."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +14,7 @@ __all__ = [
     "is_text",
     "number_texts",
     "parse_numbers",
+    "points_of_thousands",
     "refuse_extremes",
     "refuse_sentinels",
     "rewrite",
@@ -55,8 +56,9 @@ def texts(column: pd.Series) -> list[str]:
 
 def number_texts(column: pd.Series) -> np.ndarray:
     """What cells hold that are numbers, but only without their separators, each once."""
-    separated = (c for c in texts(column) if "," in c or c.count(".") > 1 or SPACES.search(c))
-    return np.array([cell for cell in separated if is_number(cell)], dtype=object)
+    cells = texts(column)
+    separated = (c for c in cells if "," in c or c.count(".") > 1 or SPACES.search(c))
+    return np.array([*filter(is_number, separated), *points_of_thousands(cells)], dtype=object)
 
 
 def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
@@ -102,6 +104,7 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
     either = [c for c in comma if DECIMAL_COMMA.fullmatch(c) and THOUSANDS_COMMA.fullmatch(c)]
     points = [c for c in point if not THOUSANDS_POINT.fullmatch(c)]  # which can only be decimal
     groups = [c for c in every if c.count(".") > 1 or ("." in c and DECIMAL_COMMA.fullmatch(c))]
+    groups += [cell for column in cells.values() for cell in points_of_thousands(column)]
     as_comma, as_point = [*decimals, *groups], [*thousands, *points]
     if as_comma and as_point:
         raise UserError(f"{name} writes numbers in two ways, {as_comma[0]} and {as_point[0]}: write them in one.")
@@ -111,7 +114,7 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
                 f"{name} has decimal commas ({as_comma[0]}), and {doubtful[0]}: write it without the point."
             )
         return ","
-    if either and not as_point and not any(map(beside_integers, cells.values())):
+    if either and not as_point and not any(beside_integers(column, THOUSANDS_COMMA) for column in cells.values()):
         text = either[0]
         raise UserError(
             f"{name} holds {text}, which may be {text.replace(',', '')} or {text.replace(',', '.')}: "
@@ -120,11 +123,17 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
     return "."
 
 
-def beside_integers(cells: Iterable[str]) -> bool:
+def points_of_thousands(cells: Sequence[str]) -> list[str]:
+    """Those of a column that Python would read as decimals, such as 1.230, where they are thousands."""
+    pointed = [c for c in cells if "." in c]
+    thousands = all(map(THOUSANDS_POINT.fullmatch, pointed)) and beside_integers(cells, THOUSANDS_POINT)
+    return pointed if thousands else []
+
+
+def beside_integers(cells: Sequence[str], form: re.Pattern) -> bool:
     """Whether 1,230 stands beside 987. With three decimals that would be 987,000, and with no more than needed 1,23."""
-    cells = list(cells)
     whole = [c for c in cells if re.fullmatch(r"[+-]?\d+", c)]
-    grouped = [c for c in cells if THOUSANDS_COMMA.fullmatch(c)]
+    grouped = [c for c in cells if form.fullmatch(c)]
     return bool(whole) and all(len(c.lstrip("+-")) <= 3 for c in whole) and any(c.endswith("0") for c in grouped)
 
 

@@ -10,7 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Collection, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
-from .cells import is_number, is_text, number_texts
+from .cells import is_number, is_text, number_texts, points_of_thousands
 from .stamps import TIME_NAMES, holds_stamps, is_date, number_cells, years_or_months
 
 __all__ = [
@@ -265,7 +265,8 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
     if int(pd.__version__.partition(".")[0]) < 3:  # whose last bits are others, unless it is told
         how["float_precision"] = "round_trip"
     frame = pd.read_csv(io.StringIO(text), **how)
-    if any(number_texts(frame[name]).size for name in names):
+    columns = zip_longest(*sample, fillvalue="")
+    if any(number_texts(frame[name]).size for name in names) or any(map(points_of_thousands, columns)):
         # whether 1.234 is a thousand depends on cells of other columns, so none may be taken for a number yet
         frame = pd.read_csv(io.StringIO(text), dtype=str, **how)
     if words := [name for name in names if frame[name].isna().any() and holds_words(frame[name])]:
