@@ -264,6 +264,32 @@ def test_midnights_over_a_change_to_summer_time_stay_days(tmp_path, frame):
     assert "offsets of the time stamps were left out" in table.repairs[0]
 
 
+@pytest.mark.parametrize(
+    ("start", "step", "clock"),
+    [
+        ("2024-01-01", "D", True),  # without a change of the clock, too: a day's name is that of its midnight
+        ("2024-02-20", "D", True),
+        ("2010-01-01", "MS", True),
+        ("2010-01-01", "YS", True),
+        ("2024-03-30", "h", False),
+        ("2024-01-10", "6h", False),
+    ],
+)
+@pytest.mark.parametrize("gaps", [[], [7, 40]])
+def test_days_go_by_the_clock_and_hours_by_utc_in_any_order_with_gaps(tmp_path, frame, start, step, clock, gaps):
+    times = pd.date_range(start, periods=60, freq=step).tz_localize("Europe/Berlin" if clock else "UTC")
+    expected, frame = times.tz_localize(None) if clock else times, frame.assign(date=times.tz_convert("Europe/Berlin"))
+    shuffled = frame.drop(index=gaps).sample(frac=1, random_state=0)
+    for given in (shuffled, write_csv(tmp_path / "a.csv", shuffled)):
+        table = read_table(given, times="regular", missing="interpolate")
+        assert table.times.tolist() == expected.tolist()
+        if not gaps:
+            np.testing.assert_array_equal(table.values, frame[["a", "b"]])
+    table = read_table(frame)
+    last = pd.date_range(table.times[-1], periods=4, freq=table.step)  # over a change of the clock
+    assert (table.in_zone(last) == pd.date_range(times[-1], periods=4, freq=step)).all()
+
+
 def test_some_offsets_are_none(tmp_path, frame):
     dates = frame["date"].astype(str).tolist()
     assert "row 2" in refusal(tmp_path, text(frame.assign(date=[dates[0] + "+01:00", *dates[1:]])))

@@ -167,7 +167,7 @@ def parse_times(
     """Time stamps of a column, those with an offset in UTC.
 
     Where dates can be read in several orders, that is taken in which they are a constant step apart; likewise the time
-    on the clock rather than in UTC, if only that is regular, as with days at midnight.
+    on the clock rather than in UTC, if rows go by that, as days at midnight do.
 
     Args:
         column: Dates as text or as pandas has them; its index numbers the rows, as messages tell them.
@@ -329,11 +329,13 @@ def rewritten(cell: str, match: re.Match | None, order: str | None) -> str:
 
 
 def choose_clock(utc: pd.DatetimeIndex, clock: pd.DatetimeIndex) -> tuple[pd.DatetimeIndex, list[str]]:
-    """UTC, unless only the time on the clock is regular."""
+    """UTC, unless the time on the clock is more regular, or as regular and the step is of days, which begin by it."""
     if (utc.tz_localize(None) == clock).all():
         return utc, []
-    if irregular_steps(utc.sort_values()) and not irregular_steps(clock.sort_values()):
-        return clock, ["UTC offsets of the time stamps were left out: on the clock they are a constant step apart."]
+    gap, *irregular = usual_gap(clock.sort_values()), *(irregular_steps(t.sort_values()) for t in (clock, utc))
+    of_days = gap is not None and gap % pd.Timedelta(days=1) == ZERO
+    if irregular[0] < irregular[1] + of_days:
+        return clock, ["UTC offsets of the time stamps were left out: rows go by the clock."]
     return utc, ["Time stamps were converted to UTC."]
 
 
@@ -416,11 +418,10 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
     step = pd.tseries.frequencies.to_offset(frequency)
-    if not isinstance(step, pd.offsets.WeekOfMonth):
-        return step
-    # pandas takes the last Friday of each month, which may be the fifth, for the fourth
-    steps = (step, pd.offsets.LastWeekOfMonth(weekday=step.weekday))
-    return next((step for step in steps if follow(times, step)), None)
+    # pandas does not look at the time of the day, and takes the last Friday of each month, which may be the fifth, for
+    # the fourth
+    last = [pd.offsets.LastWeekOfMonth(weekday=step.weekday)] if isinstance(step, pd.offsets.WeekOfMonth) else []
+    return next((s for s in (step, *last) if s is not None and follow(times, s)), None)
 
 
 def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
