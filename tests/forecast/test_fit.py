@@ -155,6 +155,22 @@ def test_a_run_goes_on_with_the_season_that_its_best_epoch_was_saved_with(tmp_pa
     assert Forecaster.from_pretrained(run, refitted=False).season == 1
 
 
+def test_a_run_goes_on_though_its_step_had_another_name(tmp_path):
+    """Quarters that begin with January are QS-OCT to pandas 2, and QS-JAN to pandas 3; those of February are others."""
+    data, run = write_csv(tmp_path / "a.csv", make_frame(step="QS")), tmp_path / "r"
+    options = dict(epochs=1, epoch_steps=1, experiment="r")
+    start(data, tmp_path, **options)
+    for name in ("QS-JAN", "QS-OCT", "QS-FEB", "no step"):
+        last = read_checkpoint(run / "last.pth")
+        last["forecaster"]["step"] = name
+        save_checkpoint(last, run / "last.pth")
+        if name in ("QS-JAN", "QS-OCT"):
+            start(data, tmp_path, resume=True, **options)
+        else:
+            with pytest.raises(UserError, match="is not the data"):
+                start(data, tmp_path, resume=True, **options)
+
+
 def test_values_of_the_same_scale_are_other_data(tmp_path, data):
     start(data, tmp_path, epochs=1, epoch_steps=1, experiment="r")
     frame = make_frame()

@@ -373,6 +373,13 @@ def test_months_and_irregular_rows_are_continued(tmp_path):
             "week",
             ["2024-05-01", "2024-05-02", "2024-05-03"],
         ),
+        (
+            "fifteenth",
+            make_frame(120, step="MS").assign(date=lambda f: f["date"] + pd.Timedelta(days=14)),
+            {"times": "keep"},
+            "year",
+            ["2034-01-15", "2034-02-15", "2034-03-15"],
+        ),
     ):
         data = write_csv(tmp_path / f"{name}.csv", frame)
         run = fit(data=str(data), output=str(tmp_path), device="cpu", calendar=True, **options, **kept)
@@ -390,3 +397,23 @@ def test_the_whole_way_by_command(tmp_path, data, capsys):
     assert main([str(a) for a in ("evaluate", data, "--checkpoint", tmp_path / "runs" / "r")]) == 0
     assert main([str(a) for a in ("predict", data, "--checkpoint", tmp_path / "runs" / "r", "--output", tmp_path)]) == 0
     assert list(pd.read_csv(tmp_path / "forecast.csv")) == ["date", "north", "level"]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_forecaster_from_before_spaces_around_names_were_left_out_finds_its_columns(trained, tmp_path, long):
+    forecaster, frame = Forecaster.from_pretrained(trained), pd.read_csv(future_csv(tmp_path / "a.csv"))
+    expected = forecaster.predict(frame)
+    forecaster.columns, forecaster.future_columns = ["north ", "south", " level"], ["promotion "]
+    spaced = frame.rename(columns={"north": "north ", "level": " level", "promotion": "promotion "})
+    if long:
+        spaced = spaced.rename(columns={"date": "ds"}).melt(["ds", "promotion "], var_name="unique_id", value_name="y")
+    forecast = forecaster.predict(spaced)
+    if long:
+        assert forecast["unique_id"].unique().tolist() == forecaster.columns
+        values = forecast.set_index("unique_id")["TSM2_q0.5"]
+        assert all((values[c] == expected[f"{c.strip()}_q0.5"].to_numpy()).all() for c in forecaster.columns)
+    else:
+        assert (forecast.to_numpy() == expected.to_numpy()).all() and "north _q0.1" in forecast
+    spaced.to_csv(tmp_path / "b.csv", index=False)
+    again = forecaster.predict(tmp_path / "b.csv")
+    assert (again.select_dtypes(float).to_numpy() == forecast.select_dtypes(float).to_numpy()).all()

@@ -270,6 +270,19 @@ def test_few_rows_are_continued_by_the_step_of_training(step, rows, ahead, tmp_p
     assert forecast.index[0] == few["date"].iloc[-1] + pd.Timedelta(days=ahead)
 
 
+def test_series_that_a_forecaster_does_not_know_are_left_out_and_that_is_told(trained, capsys):
+    forecaster, long = Forecaster.from_pretrained(trained), melt(ahead(), ["promotion"])
+    expected = forecaster.predict(long)
+    capsys.readouterr()
+    north = long[long["unique_id"] == "north"]
+    others = [north.assign(unique_id=f"new {i}") for i in range(7)]
+    pd.testing.assert_frame_equal(forecaster.predict(pd.concat([*others, long], ignore_index=True)), expected)
+    told = "Series that the forecaster was not trained for were left out: new 0, new 1, new 2, new 3, new 4 and 2 more."
+    assert told in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has no series south \(of north, level, promotion\)"):
+        forecaster.predict(long[long["unique_id"] != "south"])
+
+
 def test_predict_continues_a_long_frame(trained, tmp_path):
     forecaster, frame = Forecaster.from_pretrained(trained), ahead()
     wide, long = forecaster.predict(frame), forecaster.predict(melt(frame, ["promotion"], COLUMNS[::-1]))
@@ -343,7 +356,8 @@ def test_static_columns_reach_the_model_and_are_kept_with_it(tmp_path):
         (dict(region=np.nan), "region", "region of DataFrame holds nothing for series north"),
         (dict(region="hills"), "region", "region is the same for all series"),
         (dict(size=np.inf), "size", r"infinite|the same"),
-        (dict(size=[1e300] * 400 + [-1e300] * 400 + [0.0] * 400), "size", "size holds .* an infinite deviation"),
+        (dict(size=[1e300] * 400 + [-1e300] * 400 + [0.0] * 400), "size", "size holds .* a deviation of 0 or inf"),
+        (dict(size=[1e-200] * 400 + [2e-200] * 400 + [4e-200] * 400), "size", "size holds .* a deviation of 0 or inf"),
         (dict(size=np.arange(1200)), "size", "size of DataFrame changes for series north"),
     ],
 )

@@ -84,6 +84,36 @@ def test_exogenous_columns_reach_the_forecast(fitted, frames):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_categorical_columns_reach_the_forecast(frames, tmp_path):
+    """Of all three kinds, beside columns of numbers."""
+    history, static, future = frames
+    history, future = (f.assign(hour=f["ds"].dt.hour.astype(str)) for f in (history, future))
+    history["weather"] = np.where(history["clicks"] > 0, "fair", "foul")
+    static["city"] = ["Bonn", "Oslo", "Bonn"]
+    columns = dict(
+        futr_exog_list=["sale", "hour"], hist_exog_list=["clicks", "weather"], stat_exog_list=["size", "city"]
+    )
+    columns |= dict(cat_exog_list=["hour", "weather", "city"])
+    model = TSM2(**columns, categorical_cardinalities={"hour": 25, "weather": 3, "city": 3}, **OPTIONS)
+    forecasts = NeuralForecast([model], freq="h")
+    forecasts.fit(history, static_df=static)
+    forecast = forecasts.predict(futr_df=future)
+    for changed in (
+        forecasts.predict(futr_df=future.assign(hour="0")),
+        forecasts.predict(history.assign(weather="foul"), static, future),
+        forecasts.predict(history, static.assign(city="Oslo"), future),
+    ):
+        assert not np.allclose(changed["TSM2"], forecast["TSM2"], atol=1e-4)
+    forecasts.save(str(tmp_path / "saved"))
+    pd.testing.assert_frame_equal(NeuralForecast.load(str(tmp_path / "saved")).predict(futr_df=future), forecast)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lookback_of_three_horizons_where_it_is_left_open():
+    assert TSM2(**{**OPTIONS, "input_size": -1}).model.config.lookback == 36
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_cross_validation(frames):
     history, _, _ = frames
     rows = NeuralForecast([TSM2(**{**OPTIONS, "max_steps": 2})], freq="h").cross_validation(history, n_windows=2)

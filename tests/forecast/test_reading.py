@@ -12,6 +12,7 @@ from forecast_helpers import make_frame, write_csv
 
 from vim2.forecast import UserError
 from vim2.forecast.data import read_table
+from vim2.forecast.stamps import to_offset
 
 
 @pytest.fixture
@@ -82,6 +83,12 @@ def test_an_index_that_was_asked_for_stays(tmp_path, frame):
     assert read(tmp_path, frame.to_csv(), targets=["Unnamed: 0", "a"]).columns == ["Unnamed: 0", "a"]
 
 
+def test_numbers_are_read_to_their_last_bit(tmp_path, frame):
+    frame["a"] = np.random.default_rng(0).normal(size=60)  # of 17 digits, of which pandas 2 loses the last
+    for options in ({}, {"sep": ";", "decimal": ","}):
+        assert (read(tmp_path, text(frame, **options)).values[:, 0] == frame["a"]).all()
+
+
 @pytest.mark.parametrize("index", [False, True])
 def test_without_a_header_no_row_is_lost_and_columns_are_numbered(tmp_path, frame, index):
     table = read(tmp_path, frame.to_csv(header=False, index=index))
@@ -96,10 +103,19 @@ def test_numbers_and_nothing_are_names_too(tmp_path, frame):
         assert table.columns == ["0", "1"] and len(table) == 60 and not table.repairs
 
 
-def test_integers_with_thousands(tmp_path, frame):
-    values = [f"{v:,}" for v in range(990, 1050)]
-    table = read(tmp_path, text(frame.assign(a=values)))
-    assert table.values[:, 0].tolist() == list(range(990, 1050)) and "1,000 is 1000" in table.repairs[0]
+@pytest.mark.parametrize("thousands", [",", "."])
+def test_integers_with_thousands(tmp_path, frame, thousands):
+    written = frame.assign(a=[f"{v:,}".replace(",", thousands) for v in range(990, 1050)])
+    for given in (written, written[::-1].reset_index(drop=True).assign(date=frame["date"])):
+        table = read(tmp_path, text(given, sep=";"))
+        assert sorted(table.values[:, 0]) == list(range(990, 1050)) and f"1{thousands}0" in table.repairs[0]
+        assert (table.values[:, 1] == given["b"]).all()
+    decimal = "point" if thousands == "," else "comma"
+    assert f"decimal {decimal}" in table.repairs[0]
+    # three decimals of each, as many as there are, and with other decimals are no thousands
+    for cells in ([f"{v / 1000:.3f}" for v in range(990, 1050)], [*range(100, 130), *(f"{v}.5" for v in range(30))]):
+        table = read(tmp_path, text(frame.assign(a=cells), sep=";"))
+        assert table.values[:, 0].tolist() == [float(c) for c in cells] and not table.repairs
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,28 @@ def test_days_without_separators(tmp_path):
     assert "'20240230' is no time stamp" in refusal(tmp_path, text(written.replace({"date": {"20240229": "20240230"}})))
 
 
+@pytest.mark.parametrize("step", ["BMS", "BME", "BQE", "QE-JAN", "YS-APR", "WOM-2FRI", "WOM-4TUE", "LWOM-FRI"])
+def test_a_gap_in_months_of_any_kind_is_filled(step):
+    times = pd.date_range("1990-01-01", periods=61, freq=to_offset(step))
+    frame = make_frame(61).assign(date=times)
+    table = read_table(frame.drop(index=[9, 30]), times="regular", missing="interpolate")
+    assert (table.times == times).all() and "2 missing rows were added" in " ".join(table.repairs)
+
+
+def test_na_is_a_word_among_words_and_missing_among_numbers(tmp_path, frame):
+    long = frame.rename(columns={"date": "ds"}).melt(id_vars="ds", var_name="unique_id", value_name="y")
+    long["unique_id"] = long["unique_id"].map({"a": "NA", "b": "DE"})  # Namibia and Germany
+    long["continent"] = long["unique_id"].map({"NA": "null", "DE": "Europe"})
+    table = read(tmp_path, text(long), static_columns=["continent"])
+    assert table.columns == ["NA", "DE"] and table.static["continent"].tolist() == ["null", "Europe"]
+    for missing in ("NA", "null", ""):
+        for others in (frame["b"], frame["b"] > 7, [f"{b},5" for b in frame["b"]]):
+            cells = pd.Series(others, dtype=object).where(frame.index != 3, missing)
+            table = read(tmp_path, text(frame.assign(a=cells)[["date", "a"]], sep=";"), missing="mask")
+            assert np.flatnonzero(np.isnan(table.values[:, 0])).tolist() == [3]
+    assert "'NULL' is no time stamp" in refusal(tmp_path, text(frame.assign(date=[*frame["date"][1:], "NULL"])))
+
+
 def test_business_days_with_holidays_do_not_become_weekends(tmp_path):
     days = make_frame(90, step="B")
     table = read(tmp_path, text(days.drop(index=[20, 40])), times="regular", missing="interpolate")
@@ -224,6 +262,32 @@ def test_midnights_over_a_change_to_summer_time_stay_days(tmp_path, frame):
     table = read(tmp_path, text(frame.assign(date=[t.isoformat() for t in times])))
     assert table.step.freqstr == "D" and (table.times == times.tz_localize(None)).all()
     assert "offsets of the time stamps were left out" in table.repairs[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "clock"),
+    [
+        ("2024-01-01", "D", True),  # without a change of the clock, too: a day's name is that of its midnight
+        ("2024-02-20", "D", True),
+        ("2010-01-01", "MS", True),
+        ("2010-01-01", "YS", True),
+        ("2024-03-30", "h", False),
+        ("2024-01-10", "6h", False),
+    ],
+)
+@pytest.mark.parametrize("gaps", [[], [7, 40]])
+def test_days_go_by_the_clock_and_hours_by_utc_in_any_order_with_gaps(tmp_path, frame, start, step, clock, gaps):
+    times = pd.date_range(start, periods=60, freq=step).tz_localize("Europe/Berlin" if clock else "UTC")
+    expected, frame = times.tz_localize(None) if clock else times, frame.assign(date=times.tz_convert("Europe/Berlin"))
+    shuffled = frame.drop(index=gaps).sample(frac=1, random_state=0)
+    for given in (shuffled, write_csv(tmp_path / "a.csv", shuffled)):
+        table = read_table(given, times="regular", missing="interpolate")
+        assert table.times.tolist() == expected.tolist()
+        if not gaps:
+            np.testing.assert_array_equal(table.values, frame[["a", "b"]])
+    table = read_table(frame)
+    last = pd.date_range(table.times[-1], periods=4, freq=table.step)  # over a change of the clock
+    assert (table.in_zone(last) == pd.date_range(times[-1], periods=4, freq=step)).all()
 
 
 def test_some_offsets_are_none(tmp_path, frame):

@@ -1,7 +1,8 @@
 """Numbers as people write them: decimal commas, thousands separators, and values that cannot be meant."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ __all__ = [
     "is_text",
     "number_texts",
     "parse_numbers",
+    "points_of_thousands",
     "refuse_extremes",
     "refuse_sentinels",
     "rewrite",
@@ -47,18 +49,20 @@ def is_text(column: pd.Series) -> bool:
 
 
 def texts(column: pd.Series) -> list[str]:
-    """Cells that are text."""
-    return [cell.strip() for cell in column if isinstance(cell, str)] if is_text(column) else []
+    """What cells hold that are text, each once."""
+    cells = column if is_text(column) else ()
+    return list(dict.fromkeys(cell.strip() for cell in cells if isinstance(cell, str)))
 
 
 def number_texts(column: pd.Series) -> np.ndarray:
-    """Cells that are numbers, but only without their separators."""
-    separated = (c for c in texts(column) if "," in c or c.count(".") > 1 or SPACES.search(c))
-    return np.array([cell for cell in separated if is_number(cell)], dtype=object)
+    """What cells hold that are numbers, but only without their separators, each once."""
+    cells = texts(column)
+    separated = (c for c in cells if "," in c or c.count(".") > 1 or SPACES.search(c))
+    return np.array([*filter(is_number, separated), *points_of_thousands(cells)], dtype=object)
 
 
 def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
-    """Numbers that are written with decimal commas or thousands separators, as Python writes them.
+    """Numbers that are written with decimal commas or thousands separators, as Python's.
 
     Args:
         frame: Columns of numbers; those that hold text are changed.
@@ -74,12 +78,16 @@ def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
     decimal = find_decimal(cells, name)
     other = "." if decimal == "," else ","
 
-    def python(cell):
-        if not isinstance(cell, str) or not is_number(cell):
-            return cell
+    def python(cell: str) -> str:
         return SPACES.sub("", cell.strip()).replace(other, "").replace(decimal, ".")
 
-    frame = frame.assign(**{c: frame[c].astype(object).map(python) for c in cells})
+    @lru_cache(maxsize=2**16)
+    def number(cell: str) -> float | str:
+        return float(python(cell)) if is_number(cell) else cell
+
+    for c in cells:
+        read = [number(cell) if isinstance(cell, str) else cell for cell in frame[c]]
+        frame = frame.assign(**{c: pd.Series(read, frame.index, dtype=object)})
     return frame, [
         f"Numbers were read with a decimal {'comma' if decimal == ',' else 'point'}: {separated[0]} is "
         f"{python(separated[0])}."
@@ -96,6 +104,7 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
     either = [c for c in comma if DECIMAL_COMMA.fullmatch(c) and THOUSANDS_COMMA.fullmatch(c)]
     points = [c for c in point if not THOUSANDS_POINT.fullmatch(c)]  # which can only be decimal
     groups = [c for c in every if c.count(".") > 1 or ("." in c and DECIMAL_COMMA.fullmatch(c))]
+    groups += [cell for column in cells.values() for cell in points_of_thousands(column)]
     as_comma, as_point = [*decimals, *groups], [*thousands, *points]
     if as_comma and as_point:
         raise UserError(f"{name} writes numbers in two ways, {as_comma[0]} and {as_point[0]}: write them in one.")
@@ -105,7 +114,7 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
                 f"{name} has decimal commas ({as_comma[0]}), and {doubtful[0]}: write it without the point."
             )
         return ","
-    if either and not as_point and not any(map(beside_integers, cells.values())):
+    if either and not as_point and not any(beside_integers(column, THOUSANDS_COMMA) for column in cells.values()):
         text = either[0]
         raise UserError(
             f"{name} holds {text}, which may be {text.replace(',', '')} or {text.replace(',', '.')}: "
@@ -114,11 +123,17 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
     return "."
 
 
-def beside_integers(cells: Iterable[str]) -> bool:
+def points_of_thousands(cells: Sequence[str]) -> list[str]:
+    """Those of a column that Python would read as decimals, such as 1.230, where they are thousands."""
+    pointed = [c for c in cells if "." in c]
+    thousands = all(map(THOUSANDS_POINT.fullmatch, pointed)) and beside_integers(cells, THOUSANDS_POINT)
+    return pointed if thousands else []
+
+
+def beside_integers(cells: Sequence[str], form: re.Pattern) -> bool:
     """Whether 1,230 stands beside 987. With three decimals that would be 987,000, and with no more than needed 1,23."""
-    cells = list(cells)
     whole = [c for c in cells if re.fullmatch(r"[+-]?\d+", c)]
-    grouped = [c for c in cells if THOUSANDS_COMMA.fullmatch(c)]
+    grouped = [c for c in cells if form.fullmatch(c)]
     return bool(whole) and all(len(c.lstrip("+-")) <= 3 for c in whole) and any(c.endswith("0") for c in grouped)
 
 

@@ -173,10 +173,14 @@ def read_table(
     if start and not freq:
         raise UserError("--start is for rows without time stamps: say with --freq how far apart they are.")
     frame, index, repairs = read_frame(data, untimed=freq is not None)
+    # as names are read; forecasters from before have them with the spaces around them
+    time_column = time_column and time_column.strip()
+    targets = None if targets is None else [name.strip() for name in targets]
+    future_columns, static_columns = ([name.strip() for name in names] for names in (future_columns, static_columns))
     asked = [*(targets or ()), *future_columns]
-    if twice := sorted({str(c) for c in asked if asked.count(c) > 1}):
+    if twice := sorted({c for c in asked if asked.count(c) > 1}):
         raise UserError(f"Columns are named twice as targets or future columns: {', '.join(twice)}. Name each once.")
-    if twice := sorted({str(c) for c in static_columns if list(static_columns).count(c) > 1}):
+    if twice := sorted({c for c in static_columns if static_columns.count(c) > 1}):
         raise UserError(f"Static columns are named twice: {', '.join(twice)}. Name each once.")
     asked += static_columns
     frame, more = leave_out_index(frame, [c for c in (time_column, *asked) if c])
@@ -205,11 +209,11 @@ def read_table(
             f"Static columns describe the series of a long table, with columns {', '.join(LONG)}, and {source} is none."
         )
     names = [c for c in frame.columns if c != time_column]
-    future_columns = list(future_columns)
-    targets = [c for c in names if c not in future_columns] if targets is None else list(targets)
+    targets = [c for c in names if c not in future_columns] if targets is None else targets
     for name in (*targets, *future_columns):
         if name not in names:
-            raise UserError(f"{source} has no column {name}{did_you_mean(name, names)} (of {', '.join(names)})")
+            kind = "column" if ids is None or name in future_columns else "series"
+            raise UserError(f"{source} has no {kind} {name}{did_you_mean(name, names)} (of {', '.join(names)})")
     if not targets:
         raise UserError(f"{source} has no column to forecast beside {time_column}.")
     if parsed is None:
@@ -403,10 +407,10 @@ def static_features(static: pd.DataFrame) -> np.ndarray:
             numbers = column.to_numpy(np.float64)[:, None]
             with np.errstate(over="ignore", invalid="ignore"):
                 scaler = Scaler.fit(numbers)
-            if not (np.isfinite(numbers).all() and np.isfinite(scaler.std).all()):
+            if not (np.isfinite(numbers).all() and np.isfinite(scaler.std).all() and scaler.std.all()):
                 raise UserError(
-                    f"Static column {name} holds infinite numbers, or such as have an infinite deviation: correct "
-                    "them, or leave it out."
+                    f"Static column {name} holds infinite numbers, or such as have a deviation of 0 or infinity in "
+                    "float64: correct them, or leave it out."
                 )
             parts.append(scaler.transform(numbers))
         else:

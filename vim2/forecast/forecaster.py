@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
-from pandas.tseries.frequencies import to_offset
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -37,12 +36,11 @@ from .data import (
     last_known,
     make_split,
     read_table,
-    usual_gap,
 )
 from .frames import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
-from .stamps import follow
+from .stamps import follow, to_offset, usual_step
 
 __all__ = ["BEST", "REFITTED", "Forecaster"]
 
@@ -115,6 +113,9 @@ class Forecaster:
                 raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
         reading = {**self.reading, **changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
+        if others := [str(i) for name, i in (table.ids or {}).items() if name not in table.columns]:
+            named = ", ".join(others[:5]) + f" and {len(others) - 5} more" * (len(others) > 5)
+            table.repairs.append(f"Series that the forecaster was not trained for were left out: {named}.")
         step = self.step_of(table)
         # a single row has none, and is too short for what follows, which says so
         if self.step and step != self.step and reading.get("times") != "keep" and len(table.values) > 1:
@@ -214,7 +215,7 @@ class Forecaster:
             columns = {f"{c}{q}": values[:, i, j] for i, c in enumerate(self.columns) for j, q in enumerate(levels)}
             return pd.DataFrame(columns, index=times.rename("date" if table.first_row is None else "row"))
         series, time, _ = LONG
-        ids = [table.ids[c] for c in self.columns for _ in times]
+        ids = [table.ids[c] for c in table.columns for _ in times]
         columns = {series: ids, time: times.append([times] * (len(self.columns) - 1))}
         columns |= {f"TSM2{q}": values[:, :, j].T.flatten() for j, q in enumerate(levels)}
         return pd.DataFrame(columns)
@@ -299,9 +300,8 @@ class Forecaster:
         given = table.future_times[len(table) : len(table) + horizon]
         if len(given) == horizon:
             return given
-        step = self.step_of(table)
-        if step is None:  # rows taken as they are
-            step = usual_gap(table.times)
+        name = self.step_of(table)
+        step = to_offset(name) if name else usual_step(table.times)  # of rows taken as they are
         if step is None:
             raise UserError(
                 "The time stamps tell no step to continue with: there is one row only, or none is later than the one "

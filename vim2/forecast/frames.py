@@ -10,7 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Collection, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
-from .cells import is_number, is_text, number_texts
+from .cells import is_number, is_text, number_texts, points_of_thousands
 from .stamps import TIME_NAMES, holds_stamps, is_date, number_cells, years_or_months
 
 __all__ = [
@@ -100,7 +100,7 @@ def read_frame(
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        if path.suffix in (".parquet", ".pq"):
+        if path.suffix.lower() in (".parquet", ".pq"):
             return index_to_column(pd.read_parquet(path), str(path))
         content = read_bytes(path)
         if path.suffix.lower() in OTHERS or content.startswith(WORKBOOKS):
@@ -137,12 +137,12 @@ def index_to_column(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str |
             )
         frame = frame.reset_index()
     index, time, notes = frame.index, None, []
-    frame = frame.set_axis([str(c) for c in frame.columns], axis=1).reset_index(drop=True)
+    frame = frame.set_axis([str(c).strip() for c in frame.columns], axis=1).reset_index(drop=True)
     if isinstance(index, pd.PeriodIndex):
         index = index.to_timestamp()
     dated = isinstance(index, pd.DatetimeIndex) or holds_years(index, frame)
     if dated or not pd.api.types.is_numeric_dtype(index):
-        column = str(index.name if index.name is not None else "date" if dated else "index")
+        column = str(index.name if index.name is not None else "date" if dated else "index").strip()
         if column in frame.columns:
             raise UserError(f"{name} has an index and a column that are both called {column}: drop or rename one.")
         frame.insert(0, column, index)
@@ -262,15 +262,27 @@ def read_csv(text: str, path: Path, untimed: bool = False) -> tuple[pd.DataFrame
             )
     names += [f"Unnamed: {i}" for i in range(len(names), widest)]
     how = dict(sep=separator, header=None, names=names, index_col=False, skipinitialspace=True, low_memory=False)
+    if int(pd.__version__.partition(".")[0]) < 3:  # whose last bits are others, unless it is told
+        how["float_precision"] = "round_trip"
     frame = pd.read_csv(io.StringIO(text), **how)
-    if any(number_texts(frame[name]).size for name in names):
+    columns = zip_longest(*sample, fillvalue="")
+    if any(number_texts(frame[name]).size for name in names) or any(map(points_of_thousands, columns)):
         # whether 1.234 is a thousand depends on cells of other columns, so none may be taken for a number yet
         frame = pd.read_csv(io.StringIO(text), dtype=str, **how)
+    if words := [name for name in names if frame[name].isna().any() and holds_words(frame[name])]:
+        kept = dict(dtype=str, keep_default_na=False, na_values=[""])
+        frame[words] = pd.read_csv(io.StringIO(text), **how, **kept)[words]  # NA may be Namibia, or North America
     empty = frame.isna().all(axis=1)
     if empty.any() and not empty.all():
         frame = frame[~empty].reset_index(drop=True).infer_objects()
         notes.append(f"{int(empty.sum())} rows without any value were left out.")
     return frame, notes
+
+
+def holds_words(column: pd.Series) -> bool:
+    """Whether what a column holds is text, and no numbers."""
+    cells = column.dropna().iloc[:SAMPLE]
+    return len(cells) > 0 and all(isinstance(cell, str) and not is_number(cell) for cell in cells)
 
 
 def find_separator(text: str) -> str:
@@ -463,10 +475,13 @@ def widen(
         notes.append(f"{count} rows of a series whose time stamp it had already were left out.")
     series, ids = pd.factorize(frame[identity])
     rows, stamps = pd.factorize(frame[time], sort=True)
-    names = [str(i) for i in ids]
+    names = [str(i).strip() for i in ids]
     if len(names) > len(set(names)):
         refused = next(one for i, one in enumerate(names) if one in names[:i])
-        raise UserError(f"{name} has two series that are both called {refused}, as a number and as text: rename one.")
+        raise UserError(
+            f"{name} has two series that are both called {refused}, as a number and as text, or with spaces around it: "
+            "rename one."
+        )
     refuse_equal_names([time, *names, *future], name)
     number = pd.api.types.is_any_real_numeric_dtype(frame[value])
     kind = dict(dtype=np.float64, na_value=np.nan) if number else dict(dtype=object)

@@ -28,11 +28,11 @@ class TSM2(BaseModel):
 
     Args:
         h: Horizon.
-        input_size: Lookback.
+        input_size: Lookback; -1 for three horizons.
         n_series: Number of series in the data frame.
         patch, stride, d_model, depth, d_state, expand, d_conv, time_mixer, variate_mixer, norm, instance_norm, dropout,
             head_dropout: As in `vim2.TSM2Config`; patches are shortened to the lookback.
-        Others: As in neuralforecast's own multivariate models, such as TSMixerx.
+        Others: As in neuralforecast's own multivariate models, such as TSMixerx; categorical columns are taken too.
 
     Raises:
         ValueError: A loss of another kind, or options that do not fit together.
@@ -41,6 +41,7 @@ class TSM2(BaseModel):
     EXOGENOUS_FUTR = True
     EXOGENOUS_HIST = True
     EXOGENOUS_STAT = True
+    EXOGENOUS_CAT = True
     MULTIVARIATE = True
     RECURRENT = False
 
@@ -131,10 +132,10 @@ class TSM2(BaseModel):
             levels, order = self.loss.quantiles.detach().sort()
             quantiles = tuple(round(level, 6) for level in levels.tolist())
             self.register_buffer("order", order.argsort(), persistent=False)
-        patch = min(patch, input_size)
+        patch = min(patch, self.input_size)
         self.model = tsm2.TSM2(
             tsm2.TSM2Config(
-                lookback=input_size,
+                lookback=self.input_size,
                 horizon=h,
                 patch=patch,
                 stride=min(stride, patch),
@@ -152,7 +153,7 @@ class TSM2(BaseModel):
                 quantiles=quantiles,
                 static_features=self.stat_exog_size,
                 future_features=self.futr_exog_size,
-                future_length=input_size + h,
+                future_length=self.input_size + h,
             )
         )
 

@@ -27,8 +27,10 @@ __all__ = [
     "parse_times",
     "repair_times",
     "stamp_rows",
+    "to_offset",
     "to_step",
     "usual_gap",
+    "usual_step",
     "years_or_months",
 ]
 
@@ -165,7 +167,7 @@ def parse_times(
     """Time stamps of a column, those with an offset in UTC.
 
     Where dates can be read in several orders, that is taken in which they are a constant step apart; likewise the time
-    on the clock rather than in UTC, if only that is regular, as with days at midnight.
+    on the clock rather than in UTC, if rows go by that, as days at midnight do.
 
     Args:
         column: Dates as text or as pandas has them; its index numbers the rows, as messages tell them.
@@ -327,11 +329,13 @@ def rewritten(cell: str, match: re.Match | None, order: str | None) -> str:
 
 
 def choose_clock(utc: pd.DatetimeIndex, clock: pd.DatetimeIndex) -> tuple[pd.DatetimeIndex, list[str]]:
-    """UTC, unless only the time on the clock is regular."""
+    """UTC, unless the time on the clock is more regular, or as regular and the step is of days, which begin by it."""
     if (utc.tz_localize(None) == clock).all():
         return utc, []
-    if irregular_steps(utc.sort_values()) and not irregular_steps(clock.sort_values()):
-        return clock, ["UTC offsets of the time stamps were left out: on the clock they are a constant step apart."]
+    gap, *irregular = usual_gap(clock.sort_values()), *(irregular_steps(t.sort_values()) for t in (clock, utc))
+    of_days = gap is not None and gap % pd.Timedelta(days=1) == ZERO
+    if irregular[0] < irregular[1] + of_days:
+        return clock, ["UTC offsets of the time stamps were left out: rows go by the clock."]
     return utc, ["Time stamps were converted to UTC."]
 
 
@@ -377,7 +381,7 @@ def stamp_rows(rows: int, freq: str, start: str | None) -> pd.DatetimeIndex:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # by which pandas 2 tells old names
-            step = pd.tseries.frequencies.to_offset(freq)
+            step = to_offset(freq)
     except (ValueError, FutureWarning):
         count, name = re.fullmatch(r"(\d*)(.*)", freq, re.DOTALL).groups()
         now = " or ".join(count + each for each in OLD_STEPS.get(name, ()))
@@ -414,16 +418,34 @@ def find_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         warnings.simplefilter("ignore")
         frequency = pd.infer_freq(times) if len(times) > 2 else None  # months, business days
     step = pd.tseries.frequencies.to_offset(frequency)
-    # pandas takes the last Friday of each month, which may be the fifth, for the fourth; the name that it has for last
-    # ones, pandas 2 does not read
-    return None if isinstance(step, pd.offsets.WeekOfMonth) and not follow(times, step) else step
+    # pandas does not look at the time of the day, and takes the last Friday of each month, which may be the fifth, for
+    # the fourth
+    last = [pd.offsets.LastWeekOfMonth(weekday=step.weekday)] if isinstance(step, pd.offsets.WeekOfMonth) else []
+    return next((s for s in (step, *last) if s is not None and follow(times, s)), None)
 
 
 def follow(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> bool:
     """Whether each time stamp is the one before and a step."""
+    return bool((times[1:] == followers(times, step)).all())
+
+
+def followers(times: pd.DatetimeIndex, step: pd.offsets.BaseOffset) -> pd.DatetimeIndex:
+    """What comes a step after each time stamp but the last."""
     with warnings.catch_warnings():  # of steps that pandas adds one by one
         warnings.simplefilter("ignore")
-        return bool((times[1:] == times[:-1] + step).all())
+        return times[:-1] + step
+
+
+def to_offset(name: str) -> pd.offsets.BaseOffset:
+    """The step of a name that pandas gives one: of LWOM-FRI, too, the last Fridays of months, which pandas 2 does not
+    read.
+
+    Raises:
+        ValueError: It is the name of none.
+    """
+    last = re.fullmatch("LWOM-(.*)", name)
+    step = pd.tseries.frequencies.to_offset(f"W-{last[1]}" if last else name)
+    return pd.offsets.LastWeekOfMonth(weekday=step.weekday) if last else step
 
 
 def to_step(gap: pd.Timedelta) -> pd.offsets.BaseOffset:
@@ -446,32 +468,45 @@ def usual_gap(times: pd.DatetimeIndex) -> pd.Timedelta | None:
     return None if gaps.empty else gaps.mode().iloc[0]
 
 
+def usual_step(times: pd.DatetimeIndex) -> pd.offsets.BaseOffset | pd.Timedelta | None:
+    """The `usual_gap`, in months where rows lie on one day of these."""
+    gap = usual_gap(times)
+    if gap is not None and gap > pd.Timedelta(days=27) and on_one_day(times):
+        return pd.DateOffset(months=count_months(times.unique().sort_values())[1])
+    return gap
+
+
 def irregular_steps(times: pd.DatetimeIndex) -> int:
     """How many steps are not the usual one; none where the rows are regular, oldest or newest first."""
     if len(times) < 3 or find_step(times) is not None or find_step(times[::-1]) is not None:
         return 0
     steps = [pd.Series(times[1:] - times[:-1])]
-    if (months := month_numbers(times)) is not None:
-        steps.append(pd.Series(np.diff(months)))
+    if on_one_day(times):
+        steps.append(pd.Series(np.diff(count_months(times)[0])))
     return min(len(s) - int(s.value_counts().iloc[0]) for s in steps)
 
 
-def month_numbers(times: pd.DatetimeIndex) -> np.ndarray | None:
-    """Months since the year 0, where all time stamps are of one day of the month, or of its last day, at one time of
-    the day; otherwise None."""
-    days = times.is_month_end.all() or times.day.nunique() == 1
-    return (12 * times.year + times.month).to_numpy() if days and (times - times.normalize()).nunique() == 1 else None
+def count_months(times: pd.DatetimeIndex) -> tuple[np.ndarray, int]:
+    """Months since the year 0, and how many there usually are from one time stamp to the next."""
+    months = (12 * times.year + times.month).to_numpy()
+    return months, int(pd.Series(np.diff(months)).mode().iloc[0])
+
+
+def on_one_day(times: pd.DatetimeIndex) -> bool:
+    """Whether all time stamps are of one day of the month, or of its last day, at one time of the day."""
+    return (times.is_month_end.all() or times.day.nunique() == 1) and (times - times.normalize()).nunique() == 1
 
 
 def find_grid(times: pd.DatetimeIndex) -> tuple[pd.offsets.BaseOffset, int]:
     """The step of a table without gaps, for time stamps in order, and how many rows it would have."""
-    usual, starts = usual_gap(times), times.is_month_start.all()
-    months = month_numbers(times) if starts or times.is_month_end.all() else None
-    if months is not None and usual > pd.Timedelta(days=27):
-        count = int(pd.Series(np.diff(months)).mode().iloc[0])
-        step = pd.offsets.MonthBegin(count) if starts else pd.offsets.MonthEnd(count)
-        return step, int(months[-1] - months[0]) // count + 1
-    day = pd.Timedelta(days=1)
+    usual, day, first = usual_gap(times), pd.Timedelta(days=1), times[0]
+    if usual > 27 * day and (times - times.normalize()).nunique() == 1:
+        o, weekday = pd.offsets, first.weekday()
+        kinds = [o.MonthBegin(), o.MonthEnd(), o.BMonthBegin(), o.BMonthEnd(), o.LastWeekOfMonth(weekday=weekday)]
+        kinds.append(o.WeekOfMonth(week=min((first.day - 1) // 7, 3), weekday=weekday))
+        if (kind := next((kind for kind in kinds if all(map(kind.is_on_offset, times))), None)) is not None:
+            months, count = count_months(times)
+            return count * kind, int(months[-1] - months[0]) // count + 1
     if usual == day and times[-1] - times[0] > 7 * day and (times.day_of_week < 5).all():
         return pd.offsets.BusinessDay(), int(np.busday_count(times[0].date(), times[-1].date())) + 1
     return to_step(usual), int((times[-1] - times[0]) // usual) + 1
@@ -494,13 +529,14 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
     distinct = times.unique().sort_values()
     if len(distinct) == 1:
         raise UserError(f"All time stamps of {name} are {times[0]}: they must tell the rows apart.")
-    step, rows = (find_step(distinct), len(distinct)) if find_step(distinct) is not None else find_grid(distinct)
+    step = find_step(distinct)
+    step, rows = find_grid(distinct) if step is None else (step, len(distinct))
     even = isinstance(step, pd.offsets.Tick | pd.offsets.Day)
     shown = in_words(usual_gap(distinct)) if even else step.freqstr
-    follows = times[:-1] + step
+    follows = followers(times, step)
     if (times[1:] == follows).all():  # a step for which pandas has no name
         return numbers, []
-    twice, added = len(times) - len(distinct), rows - len(distinct)
+    twice, added, back = len(times) - len(distinct), rows - len(distinct), int((times[1:] < times[:-1]).sum())
     fault = None
     if 2 * twice > len(times):
         fault = (
@@ -528,11 +564,11 @@ def repair_times(numbers: pd.DataFrame, how: str, name: str) -> tuple[pd.DataFra
         )
         raise UserError(
             f"Time stamps of {name} are not all {shown} apart: {twice} are there twice, "
-            f"{int((times[1:] < times[:-1]).sum())} go back, {int((times[1:] > follows).sum())} come after a gap; "
-            f"first, row {wrong + 2} ({times[wrong + 1]}) follows {times[wrong]}. {remedy}."
+            f"{back} go back, {int((times[1:] > follows).sum())} come after a gap; first, row {wrong + 2} "
+            f"({times[wrong + 1]}) follows {times[wrong]}. {remedy}."
         )
     repairs = []
-    if back := int((times[1:] < times[:-1]).sum()):
+    if back:
         numbers = numbers.sort_index(kind="stable")
         repairs.append(f"Rows were sorted by time: {back} went back.")
     if twice:

@@ -14,7 +14,7 @@ import math
 import platform
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -61,6 +61,7 @@ from .options import (
 from .recipes import RECIPES
 from .refitting import refit
 from .scores import Errors, baseline_forecasts, model_forecast, score, score_all
+from .stamps import follow, to_offset
 from .trainer import Trainer
 
 __all__ = ["fit"]
@@ -242,8 +243,13 @@ class Run:
 
     def restore(self, saved: dict[str, Any]) -> None:
         same = saved.get("table", self.fingerprint) == self.fingerprint
-        # earlier versions had no static columns, and told other seasons of some steps
-        before = {"static_columns": [], **plain(saved["forecaster"]), "season": self.forecaster.season}
+        before = saved["forecaster"]
+        # earlier versions had no static columns, and told other seasons of some steps; the quarters that pandas 2 calls
+        # QS-OCT are QS-JAN to pandas 3
+        with suppress(TypeError, ValueError):  # of what is no step, or none
+            if follow(self.table.times, to_offset(before.get("step"))):
+                self.forecaster.step = before["step"]
+        before = {"static_columns": [], **plain(before), "season": self.forecaster.season}
         if not same or before != plain(described(self.forecaster)):
             raise UserError(
                 f"{self.options.data} is not the data that {self.folder / 'last.pth'} was trained on: its columns, "
