@@ -41,6 +41,8 @@ def test_commands_and_options(fails, argv, words):
         (["--model", "vim2_nan"], "did you mean vim2_nano?"),
         (["--model-kwargs", "depth=3"], "depth"),
         (["--opt", "adamm"], "did you mean adam"),
+        (["--opt", "adahessian"], "adahessian needs gradients of gradients"),
+        (["--opt", "lookahead_adamm"], "There is no optimiser lookahead_adamm"),
         (["--opt-betas", "0.9"], "adamw cannot be made"),
         (["--aa", "random"], "--aa random"),
         (["--interpolation", "cubic"], "bicubic"),

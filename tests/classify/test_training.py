@@ -289,3 +289,14 @@ def test_containers_become_plain(tmp_path):
     value = plain_containers({"a": (1, [2.5, None]), "path": tmp_path, "n": np.float64(0.5)})
     torch.save(value, tmp_path / "x.pth")
     assert torch.load(tmp_path / "x.pth", weights_only=True) == {"a": (1, [2.5, None]), "path": str(tmp_path), "n": 0.5}
+
+
+@pytest.mark.parametrize("opt", ["novograd", "lookahead_adamw"])
+def test_optimisers_that_keep_something_else_go_on_exactly(opt, data, tmp_path):
+    """A number for a whole parameter; slow weights beside the state of another optimiser."""
+    options = dict(data_dir=data, model="test_vim2", img_size=32, workers=0, batch_size=8, device="cpu", no_aug=True)
+    options.update(opt=opt, sched="constant", warmup_epochs=0, output=tmp_path)
+    whole = train(**options, epochs=2, experiment="whole")["history"]
+    train(**options, epochs=1, experiment="cut")
+    again = train(**options, epochs=2, experiment="cut", resume=True)["history"]
+    assert [row["val_loss"] for row in again] == [row["val_loss"] for row in whole]

@@ -290,11 +290,13 @@ def test_classes_of_any_name_are_told(smaller, tmp_path, monkeypatch):
     monkeypatch.setattr("vim2.export.command.export_onnx", write)
     names = ["k\udce4se", "日本", 'a "quoted" name', *"defg"]
     facts = dict(arch="test_vim2", num_classes=7, model_kwargs=SMALLER, class_names=names)
+    facts["terms"] = {"license": "other", "notes": ["For research."]}
     save_checkpoint({**facts, "state_dict": smaller.state_dict()}, tmp_path / "best.pth")
     options = ["--checkpoint", tmp_path / "best.pth", "--output", tmp_path / "x.onnx", "--img-size", 32]
     assert main(["export", "--format", "onnx", *map(str, options)]) == 0
     told = {p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}
     assert json.loads(told["labels"]) == names
+    assert {name: json.loads(told[name]) for name in facts["terms"]} == facts["terms"]
 
 
 @pytest.mark.parametrize(

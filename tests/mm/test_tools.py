@@ -272,6 +272,13 @@ def test_no_picture_overwrites_another(configs, tmp_path):
         demo([*(str(tmp_path / name) for name in "ab"), "--config", str(configs["mmdet"]), "--checkpoint", "none.pth"])
 
 
+def test_no_picture_overwrites_its_image(fails_to_draw, tmp_path):
+    image = tmp_path / "0.png"
+    image.write_bytes(png([[0]]))
+    assert "0.png is what is read, and would be written over" in fails_to_draw(tmp_path, "--out-dir", tmp_path)
+    assert image.read_bytes() == png([[0]])
+
+
 @pytest.mark.parametrize(
     "images, message",
     [(["none.jpg"], "none.jpg is no image"), (["empty"], "holds no images"), (["text.png"], "no image")],

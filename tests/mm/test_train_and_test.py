@@ -87,6 +87,14 @@ class TestOneProcess:
         else:
             assert np.unique(np.asarray(Image.open(out / "0.png"))).max() <= 1
 
+    def test_outputs_do_not_replace_the_data(self, kind, trained, configs, data, tmp_path):
+        before = {path: path.read_bytes() for path in data.rglob("*.png")}
+        option, folder = {"mmdet": ("--show-dir", "images"), "mmseg": ("--out", "maps")}[kind]
+        argv = [configs[kind], trained[kind] / LAST[kind], "--work-dir", tmp_path / "run", option, data / folder]
+        with pytest.raises(UserError, match=f"{option} .* holds what is tested on, which would be written over"):
+            call(evaluate, *argv)
+        assert {path: path.read_bytes() for path in data.rglob("*.png")} == before
+
     @pytest.mark.parametrize("option", ["--out", "--show-dir"])
     def test_outputs_that_cannot_be_written_cost_no_testing(
         self, kind, option, trained, configs, tmp_path, monkeypatch

@@ -309,7 +309,7 @@ class Run:
 
     def create_optimizer(self) -> None:
         o, device = self.options, self.processes.device
-        if o.opt.lower() not in list_optimizers():
+        if o.opt.lower().removeprefix("lookahead_") not in list_optimizers():  # which timm lets go around any of them
             raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}.")
         images = self.batch_size * self.processes.world_size * o.grad_accum_steps
         scale = images / o.lr_base_size
@@ -329,6 +329,10 @@ class Run:
             )
         except (TypeError, ValueError, IndexError) as error:
             raise UserError(f"The optimiser {o.opt} cannot be made with these options: {error}") from None
+        if getattr(self.optimizer, "is_second_order", False):
+            raise UserError(
+                f"The optimiser {o.opt} needs gradients of gradients, which there are not here: use another."
+            )
         self.updates_per_epoch = math.ceil(len(self.loader) / o.grad_accum_steps)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,

@@ -120,9 +120,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str)
             if "fused" in group:  # the device may be another one
                 group["fused"] = optimizer.defaults["fused"]
         optimizer.load_state_dict(state)
-        for parameter, values in optimizer.state.items():
+        inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead, which has no state itself
+        kept = [values[name] for values in inner.state.values() for name in _NORMS & values.keys()]
+        moments = _MOMENTS - _NORMS if kept and not any(norm.dim() for norm in kept) else _MOMENTS
+        for parameter, values in inner.state.items():
             for name, value in values.items():
-                if name in _MOMENTS and value is not None and value.shape != parameter.shape:
+                if name in moments and value is not None and value.shape != parameter.shape:
                     raise ValueError(f"{name} of the optimiser has the shape {tuple(value.shape)}")
                 if isinstance(value, Tensor) and not value.isfinite().all():
                     raise ValueError(f"{name} of the optimiser holds NaN or infinite values")
@@ -130,6 +133,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str)
 
 # what optimisers keep of the shape of a parameter
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}
+# what an optimiser may keep as one number for a whole parameter instead, as NovoGrad does
+_NORMS = {"exp_avg_sq"}
 
 
 @contextmanager

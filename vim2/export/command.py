@@ -179,7 +179,7 @@ def _forecaster(folder: str) -> "Forecaster":
 
 def _metadata(model: nn.Module, facts: dict[str, Any], size: tuple[int, int] | None) -> dict[str, str]:
     """What a program of images cannot tell by itself to those who run it without this package, in JSON: what images it
-    was trained on, in timm's words, and the names of its classes."""
+    was trained on, and the terms of its weights, in timm's words, and the names of its classes."""
     if isinstance(model, ForecasterModule):
         return {}
     try:
@@ -190,7 +190,7 @@ def _metadata(model: nn.Module, facts: dict[str, Any], size: tuple[int, int] | N
         config["input_size"] = (config["input_size"][0], *size)
     if facts.get("class_names"):
         config["labels"] = label_names(facts, None, model.num_classes)
-    return {name: json.dumps(value) for name, value in config.items()}
+    return {name: json.dumps(value) for name, value in {**config, **facts.get("terms", {})}.items()}
 
 
 def _export_program(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..command.errors import UserError, first_line
 
-__all__ = ["check_annotations"]
+__all__ = ["check_annotations", "lies_in"]
 
 _IMAGES = 1000  # so many are looked at, with their boxes and masks, which the data set holds in memory anyway
 _FILES = 24  # label maps that are read
@@ -50,6 +50,18 @@ def check_annotations(dataset: Any, model: nn.Module, name: str) -> None:
             _check_objects(part, classes, getattr(loaders[0], "with_mask", False), name)
         if loaders[0].with_seg and hasattr(model, "decode_head"):
             _check_maps(part, loaders[0], model, name)
+
+
+def lies_in(dataset: Any, folder: Path) -> bool:
+    """Whether images or label maps of a data set, of some looked at, lie in a folder itself."""
+    files = [
+        part.get_data_info(i).get(name)
+        for part in _parts(dataset)
+        for i in (_sample(len(part), _FILES) if hasattr(part, "get_data_info") else ())
+        for name in ("img_path", "seg_map_path")
+    ]
+    folders = {Path(file).parent for file in files if isinstance(file, str)}
+    return any(place.is_dir() and folder.is_dir() and place.samefile(folder) for place in folders)
 
 
 def _parts(dataset: Any) -> Iterator[Any]:

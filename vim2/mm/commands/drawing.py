@@ -18,7 +18,7 @@ from torch import nn
 from ...command.errors import UserError
 from ...command.images import SUFFIXES, ImageFolder, describe_left_out, read_pixels
 from ...command.options import Parser
-from ...command.outputs import explain_disk_errors, make_folder
+from ...command.outputs import explain_disk_errors, keep_source, make_folder
 from ...command.progress import say
 from ...files import write_atomically
 from ..config_loading import add_config_arguments, load_config
@@ -89,6 +89,8 @@ def predict(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     check_device(args.device)
     images = find_images(args.images)
+    for path in images:
+        keep_source(path, args.out_dir / f"{path.stem}.png")
     make_folder(args.out_dir, "--out-dir")
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.default_scope)

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from ...command.errors import UserError
 from ...command.options import Parser
 from ...command.outputs import make_folder, make_folder_of
+from ..annotations import lies_in
 from ..config_loading import add_config_arguments, add_launcher_arguments, check_parts, choose_work_dir, load_config
 from ..runner import build_data, build_runner, removed_unless_started, run_errors
 
@@ -51,6 +52,10 @@ def test(argv: Sequence[str]) -> None:
         runner = build_runner(config, args)
         runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
         build_data(runner, "test")
+        for option, folder in (("--out", args.out), ("--show-dir", args.show_dir)):
+            if folder and lies_in(runner.test_loop.dataloader.dataset, Path(folder)):
+                problem = f"{option} {folder} holds what is tested on, which would be written over"
+                raise UserError(f"{problem}: choose another folder.")
     with run_errors():
         runner.test()
 
