@@ -310,7 +310,7 @@ class Run:
     def create_optimizer(self) -> None:
         o, device = self.options, self.processes.device
         if o.opt.lower().removeprefix("lookahead_") not in list_optimizers():  # which timm lets go around any of them
-            raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}.")
+            raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}")
         images = self.batch_size * self.processes.world_size * o.grad_accum_steps
         scale = images / o.lr_base_size
         self.lr = o.lr or o.lr_base * (scale if o.lr_base_scale == "linear" else math.sqrt(scale))
