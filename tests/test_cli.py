@@ -1,6 +1,7 @@
 """The console command: what it says without a command, of one that does not exist, and where packages are missing."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,28 @@ def run(*argv, missing="none"):
 def test_help_loads_nothing(argv):
     done = run(*argv)
     assert done.returncode == 0 and done.stdout.endswith("\nFalse\n") and not done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["forecast", "--help"], ["forecast", "fit", "--help"]])
+def test_a_reader_of_the_help_may_leave(argv):
+    done = run_without_readers(*argv)
+    assert done.returncode == 0 and not done.stderr
+
+
+def run_without_readers(*argv, stderr=subprocess.PIPE):
+    """A process of `vim2 ARGV` whose reader has left, as `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vim2_cli", *argv]
+    env = {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+    try:
+        return subprocess.run(command, stdout=writing, stderr=stderr or writing, text=True, env=env)
+    finally:
+        os.close(writing)
+
+
+def test_an_error_without_a_reader_keeps_its_exit_code():
+    assert run_without_readers("predict", "nowhere.png", stderr=None).returncode == 2
 
 
 def test_as_a_module():

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     stopped. `argv` None takes the process's arguments."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        _print(USAGE)
         return 0
     if name not in _PACKAGES and name != "--version":
         close = difflib.get_close_matches(name, _PACKAGES, n=1, cutoff=0.7)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     start()
     try:
         if name == "--version":
-            print(_versions())
+            _print(_versions())
             return 0
         cli = importlib.import_module(f"{_PACKAGES[name]}.cli")
     except ModuleNotFoundError as error:
@@ -83,6 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         loaded()
     return cli.main(rest if name in _GROUPS else [name, *rest])
+
+
+def _print(text: str) -> None:
+    """Print a text whose reader may leave before its end, as `head` does. `say` does so for what has loaded PyTorch."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

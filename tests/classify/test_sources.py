@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,8 +10,10 @@ import torch
 from classify_helpers import TINY
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from vim2.checkpoints import save_checkpoint
 from vim2.classify import predict, train, validate
 from vim2.classify.cli import main
+from vim2.classify.facts import read_described
 from vim2.classify.models import load_checkpoint_model
 from vim2.export import export_timm
 from vim2.export.cli import main as export
@@ -71,6 +74,29 @@ def test_what_is_trained_on_from_a_checkpoint_keeps_its_terms(folder, data, tmp_
     terms = [torch.load(f"{run}/best.pth", weights_only=True)["terms"] for run in (second, third, unknown, scratch)]
     assert terms[0] == terms[1] == {**TERMS, "description": "Fine-tuned from mine. Ours."}
     assert terms[2:] == [{"description": "Fine-tuned from bare.pth, in which no terms are told."}, {}]
+
+
+@pytest.mark.parametrize(
+    ("args", "description"),
+    [
+        ({"initial_checkpoint": "somewhere/mine.pth", "pretrained": True}, "mine.pth, in which no terms are told."),
+        ({"initial_checkpoint": None, "pretrained": True}, "test_vim2."),
+        ({"initial_checkpoint": None, "pretrained": False}, None),
+    ],
+)
+def test_a_run_from_before_terms_were_kept(args, description, data, tmp_path):
+    """Its options say how it began, for it and for what is trained from it."""
+    common = options(data, tmp_path, model="test_vim2", img_size=32)
+    run = Path(train(**common, epochs=1, experiment="before")["folder"])
+    for name in ("last.pth", "best.pth"):
+        saved = torch.load(run / name, weights_only=True)
+        del saved["terms"]
+        save_checkpoint({**saved, "args": saved["args"] | args}, run / name)
+    start = read_described(run / "best.pth")[1]["terms"]
+    assert start == ({"description": f"Fine-tuned from {description}"} if description else {})
+    after = train(**common, epochs=1, initial_checkpoint=run / "best.pth", experiment="after")["folder"]
+    train(resume=run / "last.pth", epochs=2)
+    assert [torch.load(f"{of}/last.pth", weights_only=True)["terms"] for of in (after, run)] == [start, start]
 
 
 def test_other_classes_and_other_arguments(folder, data, tmp_path, fails):

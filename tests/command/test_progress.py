@@ -38,6 +38,15 @@ def test_a_reader_that_leaves_stops_no_command(monkeypatch):
             progress.say(line)
 
 
+def test_without_outputs_nothing_is_said(monkeypatch):
+    """As after `>&- 2>&-`, where Python has neither."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    progress.say("line")
+    progress.say("line", as_error=True)
+    assert list(progress.progress_bar([1], "epoch", Processes(torch.device("cpu")))) == [1]
+
+
 def test_the_first_step_of_a_process_is_explained_and_no_other(monkeypatch):
     explained = []
     monkeypatch.setattr(progress, "_started", False)

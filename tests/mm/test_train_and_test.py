@@ -4,6 +4,7 @@ from common.command import run_tool
 
 import gc
 import json
+import os
 import pickle
 import re
 import shutil
@@ -94,6 +95,14 @@ class TestOneProcess:
         with pytest.raises(UserError, match=f"{option} .* holds what is tested on, which would be written over"):
             call(evaluate, *argv)
         assert {path: path.read_bytes() for path in data.rglob("*.png")} == before
+
+    def test_nor_the_files_that_the_data_are_links_to(self, kind, trained, configs, data, tmp_path):
+        option, folder = {"mmdet": ("--show-dir", "images"), "mmseg": ("--out", "maps")}[kind]
+        linked = tmp_path / "linked"
+        shutil.copytree(data, linked, copy_function=os.symlink)
+        argv = [configs[kind], trained[kind] / LAST[kind], "--work-dir", tmp_path / "run", option, data / folder]
+        with pytest.raises(UserError, match=f"{option} .* holds what is tested on"):
+            call(evaluate, *argv, "--cfg-options", f"test_dataloader.dataset.data_root={linked}")
 
     @pytest.mark.parametrize("option", ["--out", "--show-dir"])
     def test_outputs_that_cannot_be_written_cost_no_testing(

@@ -23,6 +23,7 @@ __all__ = [
     "check_model_kwargs",
     "check_types",
     "fine_tuned",
+    "no_terms_told",
     "read_described",
     "read_facts",
     "terms_of",
@@ -105,9 +106,8 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
                 raise UserError(f"its data_config is not for images of {channels} channels")
         if "terms" in facts:
             facts["terms"] = terms_of(facts["terms"])
-        elif facts.get("args", {}).get("pretrained") is True and (cfg := _pretrained_cfg(facts["arch"])):
-            # of a run from before terms were kept
-            facts["terms"] = fine_tuned(terms_of(cfg), weights_name(cfg))
+        elif (terms := _terms_by_args(facts["arch"], facts.get("args", {}))) is not None:
+            facts["terms"] = terms
         if is_place(facts["arch"]):  # nothing is read or downloaded because a file says so
             raise UserError(f"There is no model {facts['arch']}")
         if facts.get("held_out"):
@@ -136,9 +136,24 @@ def fine_tuned(terms: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**terms, "description": described}
 
 
+def no_terms_told(name: str) -> dict[str, Any]:
+    """The terms of weights that were trained from those that `name` names, of which nothing is known."""
+    return {"description": f"Fine-tuned from {name}, in which no terms are told."}
+
+
 def weights_name(cfg: Mapping[str, Any]) -> str:
     """timm's name of the weights that a pretrained_cfg is of."""
     return ".".join(cfg[part] for part in ("architecture", "tag") if cfg.get(part))
+
+
+def _terms_by_args(arch: str, args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The terms of a run from before terms were kept, by its options; None where these do not tell how it began."""
+    if isinstance(file := args.get("initial_checkpoint"), str):
+        return no_terms_told(Path(file).name)  # which is not read because another file names it
+    if args.get("pretrained") is True:
+        cfg = _pretrained_cfg(arch)
+        return fine_tuned(terms_of(cfg), weights_name(cfg)) if cfg else no_terms_told(arch)
+    return {} if args.get("pretrained") is False else None
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ from ..files import write_atomically
 from . import data, memory
 from .data import count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
-from .facts import fine_tuned, read_described, read_facts, terms_of, weights_file, weights_name
+from .facts import fine_tuned, no_terms_told, read_described, read_facts, terms_of, weights_file, weights_name
 from .fingerprints import fingerprint
 from .models import (
     autocast,
@@ -310,7 +310,7 @@ class Run:
     def create_optimizer(self) -> None:
         o, device = self.options, self.processes.device
         if o.opt.lower().removeprefix("lookahead_") not in list_optimizers():  # which timm lets go around any of them
-            raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}.")
+            raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}")
         images = self.batch_size * self.processes.world_size * o.grad_accum_steps
         scale = images / o.lr_base_size
         self.lr = o.lr or o.lr_base * (scale if o.lr_base_scale == "linear" else math.sqrt(scale))
@@ -659,7 +659,7 @@ def started_from(weights: nn.Module | str, called: str = "") -> dict[str, Any]:
     except UserError:  # weights that could be loaded, with something beside them that is of no use here
         terms = None
     if terms is None:
-        return {"description": f"Fine-tuned from {name}, in which no terms are told."}
+        return no_terms_told(name)
     return fine_tuned(terms, name) if terms else {}
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..files import NotWritten
 from .errors import UserError, did_you_mean
+from .progress import reader_may_leave, say
 
 __all__ = ["Command", "run_command", "run_main"]
 
@@ -52,7 +53,7 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
     """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(usage)
+        say(usage)
         return 0
     command = commands.get(name, Command())
 
@@ -117,15 +118,19 @@ def run_main(
             torch.distributed.destroy_process_group()
     except UserError as error:
         if not one_voice or error.one_process or (os.environ.get("RANK") or "0") == "0":
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+            say(f"{prefix}error: {error}", as_error=True)
         return 2
     except OSError as error:
         if error.errno not in _FULL and not isinstance(error, NotWritten):
             raise
         remedy = "make room" if error.errno in _FULL else "choose another folder to write to"
-        print(f"{prefix}error: {error.strerror or error}: {remedy}.", file=sys.stderr)
+        say(f"{prefix}error: {error.strerror or error}: {remedy}.", as_error=True)
         return 2
     except KeyboardInterrupt:
-        print(f"{prefix}{stopped}", file=sys.stderr)
+        say(f"{prefix}{stopped}", as_error=True)
         return 130
+    finally:
+        if sys.stdout is not None:
+            with reader_may_leave(sys.stdout):
+                sys.stdout.flush()  # of what argparse, or a library, has printed
     return code or 0

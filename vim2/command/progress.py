@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TextIO
 
 from .processes import Processes
 
-__all__ = ["COMPILING", "has_bar", "progress_bar", "say", "say_if_slow"]
+__all__ = ["COMPILING", "has_bar", "progress_bar", "reader_may_leave", "say", "say_if_slow"]
 
 SLOW = 3.0  # seconds
 COMPILING = "The first step takes longer: kernels may have to be compiled, which is done once."
@@ -19,7 +20,7 @@ _started = False  # whether this process has made a first step
 
 def has_bar(processes: Processes) -> bool:
     """Whether `progress_bar` shows a bar: for the first process on a terminal, if tqdm is installed."""
-    return processes.is_first and sys.stderr.isatty() and find_spec("tqdm") is not None
+    return processes.is_first and sys.stderr is not None and sys.stderr.isatty() and find_spec("tqdm") is not None
 
 
 def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterator:
@@ -51,15 +52,24 @@ def say_if_slow(text: str, processes: Processes | None = None, seconds: float = 
         timer.cancel()
 
 
-def say(text: str, processes: Processes | None = None) -> None:
-    """Print a line, once for all processes. What the output cannot write, such as odd names of files, is escaped; where
-    its reader has left, as `head` does, nothing more is printed, and the command goes on."""
-    if processes is None or processes.is_first:
+def say(text: str, processes: Processes | None = None, *, as_error: bool = False) -> None:
+    """Print a line, once for all processes, on stdout or, as an error, on stderr. What the output cannot write, such as
+    odd names of files, is escaped; where its reader has left, the command goes on, see `reader_may_leave`."""
+    stream = sys.stderr if as_error else sys.stdout
+    if stream is None or not (processes is None or processes.is_first):
+        return
+    with reader_may_leave(stream):
         try:
-            try:
-                print(text, flush=True)
-            except UnicodeEncodeError as error:
-                print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
-        except BrokenPipeError:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError as error:
+            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), file=stream, flush=True)
+
+
+@contextmanager
+def reader_may_leave(stream: TextIO) -> Iterator[None]:
+    """Where the reader of an output leaves, as `head` does, what is printed is lost from then on, and is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

@@ -53,14 +53,16 @@ def check_annotations(dataset: Any, model: nn.Module, name: str) -> None:
 
 
 def lies_in(dataset: Any, folder: Path) -> bool:
-    """Whether images or label maps of a data set, of some looked at, lie in a folder itself."""
+    """Whether images or label maps of a data set, or files that these are links to, of some looked at, lie in a folder
+    itself."""
     files = [
         part.get_data_info(i).get(name)
         for part in _parts(dataset)
         for i in (_sample(len(part), _FILES) if hasattr(part, "get_data_info") else ())
         for name in ("img_path", "seg_map_path")
     ]
-    folders = {Path(file).parent for file in files if isinstance(file, str)}
+    paths = [Path(file) for file in files if isinstance(file, str)]
+    folders = {path.parent for path in paths} | {path.resolve().parent for path in paths}
     return any(place.is_dir() and folder.is_dir() and place.samefile(folder) for place in folders)
 
 
