@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -28,7 +29,7 @@ from .policies import Policy
 
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
 
-BLOCK = 4 * 2**20  # bytes of images that are copied at once; in containers, processes often share no more than 64 MiB
+BLOCK = 4 * 2**20  # bytes of images that are copied at once
 MARGIN = 8 / 7  # images of many sizes are held so much larger than they are trained at, as 256 is than 224
 LARGEST = 2  # images of one size are resized only if they are more than this many times the side to train at
 
@@ -63,10 +64,14 @@ class _Decoded(Dataset):
         return sample and (self.transform(sample[0]), sample[1])
 
 
-def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor | None, list[int]]:
-    """The images that could be read, None if they differ in shape or there are none; and their classes."""
+def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[np.ndarray | None, list[int]]:
+    """The images that could be read, None if they differ in shape or there are none; and their classes.
+
+    An array goes from one process to another through a pipe. A tensor would go through /dev/shm, of which containers
+    often have no more than 64 MiB, and where that is full, PyTorch waits forever.
+    """
     images, targets = [sample[0] for sample in samples if sample], [sample[1] for sample in samples if sample]
-    return (torch.stack(images) if len({image.shape for image in images}) == 1 else None), targets
+    return (torch.stack(images).numpy() if len({image.shape for image in images}) == 1 else None), targets
 
 
 def hold(
@@ -114,11 +119,11 @@ def hold(
         collate_fn=_stack,
         generator=torch.Generator(),  # else the loader would draw a seed from the state that training draws from
     )
-    for decoded, classes in progress_bar(loader, description, processes):
+    for decoded, classes in progress_bar(loader, description, processes, has_kernels=False):
         if classes:
             if decoded is None or decoded.shape[1:] != shape:
                 return None
-            held[len(targets) : len(targets) + len(classes)] = decoded
+            held[len(targets) : len(targets) + len(classes)] = torch.from_numpy(decoded)
             targets += classes
     if not targets:
         raise UserError(
