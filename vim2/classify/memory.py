@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, get_worker_info
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -64,14 +64,23 @@ class _Decoded(Dataset):
         return sample and (self.transform(sample[0]), sample[1])
 
 
-def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[np.ndarray | None, list[int]]:
+def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor | np.ndarray | None, list[int]]:
     """The images that could be read, None if they differ in shape or there are none; and their classes.
 
-    An array goes from one process to another through a pipe. A tensor would go through /dev/shm, of which containers
-    often have no more than 64 MiB, and where that is full, PyTorch waits forever.
+    A tensor goes from a loader's process through /dev/shm, of which containers often have no more than 64 MiB, and
+    where that is full, PyTorch would lose it and wait for it forever. There it is an array, which goes through a pipe:
+    not always, since a process that fills a pipe does not end where the one that reads from it is killed.
     """
     images, targets = [sample[0] for sample in samples if sample], [sample[1] for sample in samples if sample]
-    return (torch.stack(images).numpy() if len({image.shape for image in images}) == 1 else None), targets
+    if len({image.shape for image in images}) != 1:
+        return None, targets
+    stacked = torch.stack(images)
+    if get_worker_info() is not None:
+        try:
+            stacked.share_memory_()
+        except RuntimeError:
+            return stacked.numpy(), targets
+    return stacked, targets
 
 
 def hold(
@@ -123,7 +132,7 @@ def hold(
         if classes:
             if decoded is None or decoded.shape[1:] != shape:
                 return None
-            held[len(targets) : len(targets) + len(classes)] = torch.from_numpy(decoded)
+            held[len(targets) : len(targets) + len(classes)] = torch.as_tensor(decoded)
             targets += classes
     if not targets:
         raise UserError(
