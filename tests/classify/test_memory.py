@@ -146,6 +146,37 @@ def test_an_error_of_a_process_that_reads_is_that_error(module, data, tmp_path, 
     assert str(caught.value).startswith(f"{path} has floating-point pixels") and caught.value.one_process
 
 
+@pytest.fixture
+def fill_shared_memory(monkeypatch):
+    """Has /dev/shm be full from now on, of which containers often have little, for processes that are forked, too."""
+
+    def fail(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    def fill():
+        for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+            monkeypatch.setattr(torch.UntypedStorage, name, fail)
+
+    return fill
+
+
+@pytest.mark.timeout(120)
+def test_images_in_memory_need_no_shared_memory(opened, small_blocks, fill_shared_memory):
+    fill_shared_memory()
+    here, there = (memory.hold_to_train(opened[0], 32, ALONE, workers) for workers in (0, 2))
+    assert torch.equal(here.images, there.images)
+
+
+@pytest.mark.timeout(120)
+def test_a_batch_for_which_shared_memory_has_no_room_is_told(opened, fill_shared_memory):
+    here, there = (files.eval_loader(opened[1], CONFIG, 4, workers, ALONE) for workers in (0, 2))
+    fill_shared_memory()
+    assert len(list(here)) == math.ceil(len(opened[1]) / 4)
+    with pytest.raises(UserError, match=r"shared memory .*No space left.*: use fewer --workers, 0 for none,") as caught:
+        list(there)
+    assert caught.value.one_process and len(str(caught.value)) < 400
+
+
 def test_too_little_memory(opened, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
     with pytest.raises(UserError, match=r"36 images of 3 x 36 x 40 .* 0\.0 GB free: choose a smaller --img-size"):

@@ -22,6 +22,7 @@ def main(monkeypatch):
         endings = {
             "stop": KeyboardInterrupt(),
             "full": torch.OutOfMemoryError(),
+            "killed": RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "bad": UserError("What is\n   wrong: run 'a  b.py'.\n"),
         }
         endings["lacks"] = ModuleNotFoundError("No module named 'nowhere.at'", name="nowhere.at")
@@ -52,6 +53,12 @@ def main(monkeypatch):
         (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]", or nowhere')),
         (["train", "full"], 2, "sample.py: error: The GPU's memory is full: use less.\n"),
         (["predict", "full"], 2, "sample.py: error: The GPU's memory is full: use a smaller --batch-size.\n"),
+        (
+            ["train", "killed"],
+            2,
+            "sample.py: error: A process that reads data was ended from outside, as where memory is full (DataLoader "
+            "worker (pid 7) is killed by signal: Killed): use fewer of them, or make memory free.\n",
+        ),
         (["train", "disk"], 2, "sample.py: error: No space left on device: make room.\n"),
         (
             ["train", "closed"],

@@ -51,6 +51,8 @@ def test_the_first_step_of_a_process_is_explained_and_no_other(monkeypatch):
     explained = []
     monkeypatch.setattr(progress, "_started", False)
     monkeypatch.setattr(progress, "say_if_slow", lambda text, _: explained.append(text) or nullcontext())
+    assert list(progress.progress_bar([1, 2], "decode", Processes(torch.device("cpu")), has_kernels=False)) == [1, 2]
+    assert not explained
     for _ in range(2):
         assert list(progress.progress_bar([1, 2, 3], "epoch", Processes(torch.device("cpu")))) == [1, 2, 3]
     assert explained == [progress.COMPILING]

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader
-from torch.utils.data import Dataset, IterableDataset
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..command.errors import UserError
+from ..command.errors import UserError, first_line
 from ..command.images import UnreadableImage, first_names, read_image, to_8_bits, upright
 from ..command.processes import Processes
 from ..command.progress import say
@@ -310,6 +312,27 @@ def _is_unsplit(name: str, root: str | os.PathLike | None, train_split: str, val
     return unsplit
 
 
+def _collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """timm's batch of images and classes, in shared memory where a loader's process makes it: where that is full,
+    PyTorch would lose the batch on its way, and the one that waits for it would wait forever.
+
+    Raises:
+        UserError: Shared memory is full.
+    """
+    images, targets = fast_collate(samples)
+    if get_worker_info() is not None:
+        try:
+            images.share_memory_()
+        except RuntimeError as error:
+            raise UserError(
+                f"A batch of {images.nbytes / 1e6:.0f} MB does not fit into shared memory any more "
+                f"({first_line(error)}): use fewer --workers, 0 for none, or a smaller --batch-size, or make /dev/shm "
+                "larger (Docker: --shm-size=8g).",
+                one_process=True,
+            ) from None
+    return images, targets
+
+
 def common_options(
     images: Images, data_config: dict[str, Any], batch_size: int, workers: int, device: torch.device
 ) -> dict[str, Any]:
@@ -320,6 +343,7 @@ def common_options(
         mean=data_config["mean"],
         std=data_config["std"],
         num_workers=min(workers, math.ceil(len(images) / batch_size)),  # each reads whole batches: others would idle
+        collate_fn=_collate,
         device=device,
         pin_memory=device.type == "cuda",
         # workers live for one epoch, so that their random state is that of the epoch's start

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, get_worker_info
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -28,7 +29,7 @@ from .policies import Policy
 
 __all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
 
-BLOCK = 4 * 2**20  # bytes of images that are copied at once; in containers, processes often share no more than 64 MiB
+BLOCK = 4 * 2**20  # bytes of images that are copied at once
 MARGIN = 8 / 7  # images of many sizes are held so much larger than they are trained at, as 256 is than 224
 LARGEST = 2  # images of one size are resized only if they are more than this many times the side to train at
 
@@ -63,10 +64,23 @@ class _Decoded(Dataset):
         return sample and (self.transform(sample[0]), sample[1])
 
 
-def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor | None, list[int]]:
-    """The images that could be read, None if they differ in shape or there are none; and their classes."""
+def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor | np.ndarray | None, list[int]]:
+    """The images that could be read, None if they differ in shape or there are none; and their classes.
+
+    A tensor goes from a loader's process through /dev/shm, of which containers often have no more than 64 MiB, and
+    where that is full, PyTorch would lose it and wait for it forever. There it is an array, which goes through a pipe:
+    not always, since a process that fills a pipe does not end where the one that reads from it is killed.
+    """
     images, targets = [sample[0] for sample in samples if sample], [sample[1] for sample in samples if sample]
-    return (torch.stack(images) if len({image.shape for image in images}) == 1 else None), targets
+    if len({image.shape for image in images}) != 1:
+        return None, targets
+    stacked = torch.stack(images)
+    if get_worker_info() is not None:
+        try:
+            stacked.share_memory_()
+        except RuntimeError:
+            return stacked.numpy(), targets
+    return stacked, targets
 
 
 def hold(
@@ -114,11 +128,11 @@ def hold(
         collate_fn=_stack,
         generator=torch.Generator(),  # else the loader would draw a seed from the state that training draws from
     )
-    for decoded, classes in progress_bar(loader, description, processes):
+    for decoded, classes in progress_bar(loader, description, processes, has_kernels=False):
         if classes:
             if decoded is None or decoded.shape[1:] != shape:
                 return None
-            held[len(targets) : len(targets) + len(classes)] = decoded
+            held[len(targets) : len(targets) + len(classes)] = torch.as_tensor(decoded)
             targets += classes
     if not targets:
         raise UserError(

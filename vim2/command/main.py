@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..files import NotWritten
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, first_line
 from .progress import reader_may_leave, say
 
 __all__ = ["Command", "run_command", "run_main"]
@@ -70,6 +70,14 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
             raise UserError(f"{name} needs {missing}, which is not installed: pip install {install}.") from None
         except torch.OutOfMemoryError:
             raise UserError(f"The GPU's memory is full: {command.less_memory}.", one_process=True) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise UserError(
+                f"A process that reads data was ended from outside, as where memory is full ({first_line(error)}): "
+                "use fewer of them, or make memory free.",
+                one_process=True,
+            ) from None
 
     stopped = f"stopped{'; it goes on with --resume' if command.resumable else ''}"
     return run_main(main, rest, f"{program}: ", stopped, command.one_voice)

@@ -23,16 +23,16 @@ def has_bar(processes: Processes) -> bool:
     return processes.is_first and sys.stderr is not None and sys.stderr.isatty() and find_spec("tqdm") is not None
 
 
-def progress_bar(iterable: Iterable, description: str, processes: Processes) -> Iterator:
-    """Iterate with a bar, where `has_bar` says so. If the first step of this process takes long, as where kernels are
-    compiled, a line says why."""
+def progress_bar(iterable: Iterable, description: str, processes: Processes, has_kernels: bool = True) -> Iterator:
+    """Iterate with a bar, where `has_bar` says so. If the first step of this process that `has_kernels` takes long, as
+    where they are compiled, a line says why."""
     if has_bar(processes):
         from tqdm import tqdm
 
         iterable = tqdm(iterable, desc=description, leave=False, dynamic_ncols=True)
     global _started
     for item in iterable:
-        if _started:
+        if _started or not has_kernels:
             yield item
             continue
         with say_if_slow(COMPILING, processes):
