@@ -58,3 +58,17 @@ def failing(capsys):
         return run
 
     return of
+
+
+@pytest.fixture
+def fill_shared_memory(monkeypatch):
+    """Has /dev/shm be full from now on, of which containers often have little, for processes that are forked, too."""
+
+    def fail(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    def fill():
+        for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+            monkeypatch.setattr(torch.UntypedStorage, name, fail)
+
+    return fill

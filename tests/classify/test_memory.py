@@ -146,20 +146,6 @@ def test_an_error_of_a_process_that_reads_is_that_error(module, data, tmp_path, 
     assert str(caught.value).startswith(f"{path} has floating-point pixels") and caught.value.one_process
 
 
-@pytest.fixture
-def fill_shared_memory(monkeypatch):
-    """Has /dev/shm be full from now on, of which containers often have little, for processes that are forked, too."""
-
-    def fail(*_):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
-
-    def fill():
-        for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
-            monkeypatch.setattr(torch.UntypedStorage, name, fail)
-
-    return fill
-
-
 @pytest.mark.timeout(120)
 def test_images_in_memory_need_no_shared_memory(opened, small_blocks, fill_shared_memory):
     fill_shared_memory()

@@ -201,3 +201,14 @@ def test_other_images_are_refused(configs, tmp_path):
     config = write_config(tmp_path / "more.py", "mmseg", make_data(tmp_path / "data", number=5))
     with pytest.raises(UserError, match=r"iter_1\.pth is of a training on 4 images, and train_dataloader now has 5"):
         call(train, config, "--work-dir", tmp_path / "run", "--resume", *options)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["mmdet", "mmseg"])
+def test_samples_for_which_shared_memory_has_no_room_are_told(kind, configs, tmp_path, fill_shared_memory):
+    """PyTorch alone would wait for them forever."""
+    fill_shared_memory()
+    options = ["--cfg-options", *NO_VALIDATION, "train_dataloader.num_workers=2"]
+    with pytest.raises(UserError, match=r"shared memory .*No space left.*: use fewer num_workers") as caught:
+        call(train, configs[kind], "--work-dir", tmp_path / "run", *options)
+    assert caught.value.one_process

@@ -17,11 +17,11 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader
 from timm.data.loader import fast_collate
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 
-from ..command.errors import UserError, first_line
+from ..command.errors import UserError
 from ..command.images import UnreadableImage, first_names, read_image, to_8_bits, upright
-from ..command.processes import Processes
+from ..command.processes import Processes, share
 from ..command.progress import say
 from .folders import SPLITS, ClassFolderReader, find_split, is_tar, open_class_folders, read_class_map
 from .packs import PackReader, is_pack, open_packs
@@ -313,23 +313,13 @@ def _is_unsplit(name: str, root: str | os.PathLike | None, train_split: str, val
 
 
 def _collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    """timm's batch of images and classes, in shared memory where a loader's process makes it: where that is full,
-    PyTorch would lose the batch on its way, and the one that waits for it would wait forever.
+    """timm's batch of images and classes, which a loader's process shares.
 
     Raises:
         UserError: Shared memory is full.
     """
     images, targets = fast_collate(samples)
-    if get_worker_info() is not None:
-        try:
-            images.share_memory_()
-        except RuntimeError as error:
-            raise UserError(
-                f"A batch of {images.nbytes / 1e6:.0f} MB does not fit into shared memory any more "
-                f"({first_line(error)}): use fewer --workers, 0 for none, or a smaller --batch-size, or make /dev/shm "
-                "larger (Docker: --shm-size=8g).",
-                one_process=True,
-            ) from None
+    share([images, targets], "use fewer --workers, 0 for none, or a smaller --batch-size")
     return images, targets
 
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -10,6 +10,7 @@ from multiprocessing import resource_tracker
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..ops import backend
 from .errors import UserError, first_line
@@ -21,6 +22,7 @@ __all__ = [
     "die_of_ctrl_c",
     "free_memory",
     "require_backend",
+    "share",
     "start_processes",
     "to_device",
 ]
@@ -182,3 +184,27 @@ def die_of_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def share(tensors: Iterable[Tensor], remedy: str) -> None:
+    """Move what a process of a loader hands on into shared memory, here and not on its way: where that is full, PyTorch
+    would lose it, and the one that waits for it would wait forever. In any other process nothing is done.
+
+    Args:
+        tensors: CPU tensors, which stay the same objects.
+        remedy: What to do where they find no room, beside making room, such as "use fewer --workers".
+
+    Raises:
+        UserError: Shared memory is full.
+    """
+    if get_worker_info() is None:
+        return
+    for tensor in tensors:
+        try:
+            tensor.share_memory_()
+        except RuntimeError as error:
+            raise UserError(
+                f"{tensor.nbytes / 1e6:.1f} MB of a batch do not fit into shared memory any more "
+                f"({first_line(error)}): {remedy}, or make /dev/shm larger (Docker: --shm-size=8g).",
+                one_process=True,
+            ) from None

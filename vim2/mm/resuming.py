@@ -6,7 +6,7 @@ run only passes over the indices of the batches that are done.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mmengine.dist import get_rank, get_world_size
@@ -14,9 +14,12 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.structures import BaseDataElement
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..command.errors import UserError
+from ..command.processes import share
 from ..command.runs import seed_everything
 
 __all__ = ["LateValidation", "describe_data", "is_validation_due", "make_exact", "resume_data"]
@@ -30,8 +33,8 @@ class _Draw(NamedTuple):
 
 
 class _Dataset:
-    """A data set, each of whose samples has a seed of its own, and whose errors name the file. All else is the data
-    set's own, for hooks read and set its attributes."""
+    """A data set, each of whose samples has a seed of its own and, in a loader's process, lies in shared memory, and
+    whose errors name the file. All else is the data set's own, for hooks read and set its attributes."""
 
     def __init__(self, dataset: Any):
         self.__dict__["_wrapped"] = dataset
@@ -58,7 +61,9 @@ class _Dataset:
             seed_everything(*index.seeds)
             index = index.index
         try:
-            return self._wrapped[index]
+            sample = self._wrapped[index]
+            share(_tensors(sample), "use fewer num_workers of the dataloader, 0 for none, or a smaller batch_size")
+            return sample
         except UserError:
             raise
         except Exception as error:  # every decoder and transform has its own ways to fail
@@ -68,6 +73,17 @@ class _Dataset:
                 "the file, or take it out of the data set.",
                 one_process=True,
             ) from error
+
+
+def _tensors(sample: Any) -> Iterator[Tensor]:
+    """The tensors in a sample: its inputs, and what its labels hold."""
+    if isinstance(sample, Tensor):
+        yield sample
+    elif isinstance(sample, Mapping | list | tuple | BaseDataElement):
+        is_labels = isinstance(sample, BaseDataElement)
+        values = sample.all_values() if is_labels else sample.values() if isinstance(sample, Mapping) else sample
+        for value in values:
+            yield from _tensors(value)
 
 
 def _name(dataset: Any, index: int) -> str:
