@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..command.errors import UserError
-from ..command.processes import Processes, free_memory, to_device
+from ..command.processes import Processes, free_memory, share, to_device
 from ..command.progress import progress_bar, say
 from .augmentation import Augmentation, Normalize, check_augmentation
 from .data import Images
@@ -67,19 +67,18 @@ class _Decoded(Dataset):
 def _stack(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor | np.ndarray | None, list[int]]:
     """The images that could be read, None if they differ in shape or there are none; and their classes.
 
-    A tensor goes from a loader's process through /dev/shm, of which containers often have no more than 64 MiB, and
-    where that is full, PyTorch would lose it and wait for it forever. There it is an array, which goes through a pipe:
-    not always, since a process that fills a pipe does not end where the one that reads from it is killed.
+    A tensor goes from a loader's process through /dev/shm, of which containers often have no more than 64 MiB. Where
+    that is full it is an array instead, which goes through a pipe: not always, since a process that fills a pipe does
+    not end where the one that reads from it is killed.
     """
     images, targets = [sample[0] for sample in samples if sample], [sample[1] for sample in samples if sample]
     if len({image.shape for image in images}) != 1:
         return None, targets
     stacked = torch.stack(images)
-    if get_worker_info() is not None:
-        try:
-            stacked.share_memory_()
-        except RuntimeError:
-            return stacked.numpy(), targets
+    try:
+        share([stacked], "use fewer --workers")
+    except UserError:
+        return stacked.numpy(), targets
     return stacked, targets
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import nn
 
-from ..classify.facts import TERMS, terms_of
+from ..classify.facts import CONFIG, TERMS, terms_of
 from ..files import write_atomically
 
 __all__ = ["export_timm"]
 
-CONFIG, CARD = "config.json", "README.md"
+CARD = "README.md"
 
 
 def export_timm(
