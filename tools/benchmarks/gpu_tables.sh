@@ -32,18 +32,19 @@ tables() {
     bench scans --ops --batch-size 128
     # one large image, and as many pixels of several sizes
     bench large --model vim2_tiny vim2_tiny_d1 --compare $SWIN --img-size 1024 --batch-size 1 --infer --repeats 100
-    bench pixels --model vim2_tiny --compare $SWIN --img-size 224 384 512 768 1024 --batch-size 128 --same-pixels --infer \
-        --plot --output "$FOLDER/pixels"
+    bench pixels --model vim2_tiny --compare $SWIN --img-size 224 384 512 768 1024 --batch-size 128 --same-pixels \
+        --infer --plot --output "$FOLDER/pixels"
     # what is compiled, and how long that takes at first
     bench first-step --first-step --model vim2_tiny_d1 vim2_tiny
     bench compiled --model vim2_tiny vim2_tiny_d1 --compare $SWIN --batch-size 128 --torchcompile
-    TORCHINDUCTOR_FREEZING=1 bench compiled-latency --model vim2_tiny vim2_tiny_d1 --compare $SWIN --batch-size 1 --infer \
-        --torchcompile --torchcompile-mode reduce-overhead --repeats 100
+    TORCHINDUCTOR_FREEZING=1 bench compiled-latency --model vim2_tiny vim2_tiny_d1 --compare $SWIN --batch-size 1 \
+        --infer --torchcompile --torchcompile-mode reduce-overhead --repeats 100
     bench compilations --compilations --batch-size 4 6
     bench compilations-compiled --compilations --batch-size 4 --infer --torchcompile
     # whole detectors and segmenters
     table detectors benchmarks/mm.py mmdet_configs/mask-rcnn_vim2-tiny_fpn_1x_coco.py \
-        mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --shape 800 1344 --batch-size 4 --repeats 20 --amp bf16
+        mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py \
+        --shape 800 1344 --batch-size 4 --repeats 20 --amp bf16
     table segmenters benchmarks/mm.py mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py \
         mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py \
         mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py --shape 512 512 --batch-size 16 --repeats 20 --amp bf16
