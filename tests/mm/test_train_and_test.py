@@ -212,6 +212,21 @@ class TestOneProcess:
                 call(train, configs[kind], "--work-dir", tmp_path, *options)
 
 
+def test_a_moving_average_is_tested(configs, tmp_path):
+    """The hook has a model of its own, which the checkpoint goes into as well, and tests with that."""
+    config = tmp_path / "average.py"
+    config.write_text(
+        f"_base_ = {str(configs['mmseg'])!r}\n"
+        "custom_hooks = [dict(type='EMAHook', momentum=0.3)]\n"
+        "optim_wrapper = dict(optimizer=dict(lr=0.1))\n"
+        "param_scheduler = []\n"
+    )
+    call(train, config, "--work-dir", tmp_path / "run")
+    call(evaluate, config, tmp_path / "run" / LAST["mmseg"], "--work-dir", tmp_path / "test")
+    tested = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())
+    assert {key: tested[key] for key in KEYS["mmseg"]} == {key: metrics(tmp_path / "run")[key] for key in KEYS["mmseg"]}
+
+
 def test_segmenters_with_augmentation(trained, configs, tmp_path):
     call(evaluate, configs["mmseg"], trained["mmseg"] / LAST["mmseg"], "--work-dir", tmp_path, "--tta")
     assert "mIoU" in json.loads(next(tmp_path.glob("*/*.json")).read_text())
