@@ -212,6 +212,20 @@ class TestOneProcess:
                 call(train, configs[kind], "--work-dir", tmp_path, *options)
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("default_hooks.checkpoint.save_best=mAP", r"save_best is mAP, and the validation gives aAcc, mIoU, mAcc: set"),
+        ("val_evaluator.iou_metrics=['mDog']", r"evaluator cannot be used: metrics \['mDog'\] is not supported\.$"),
+        ("param_scheduler.0.type=CosineLR", r"^CosineLR is not in the mmseg::parameter scheduler registry\.$"),
+        ("train_cfg.max_iter=3", r"^train_cfg cannot be used: .*max_iter"),
+    ],
+)
+def test_names_that_are_known_late(option, says, configs, tmp_path):
+    with pytest.raises(UserError, match=says):
+        call(train, configs["mmseg"], "--work-dir", tmp_path / "run", "--cfg-options", option)
+
+
 def test_a_moving_average_is_tested(configs, tmp_path):
     """The hook has a model of its own, which the checkpoint goes into as well, and tests with that."""
     config = tmp_path / "average.py"

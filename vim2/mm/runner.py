@@ -138,6 +138,8 @@ def build_data(runner: Runner, split: str) -> None:
                 ) from error
             raise UserError(f"the data of {part}_dataloader cannot be read: {first_line(error)}.") from error
         except Exception as error:  # JSON, image lists and loaders each have their own ways to fail
+            if re.match(r"\w*Loop\.__init__", str(error)):
+                raise UserError(f"{part}_cfg cannot be used: {first_line(error)}.") from error
             raise UserError(f"the data of {part}_dataloader cannot be read: {first_line(error)}.") from error
         check_annotations(loop.dataloader.dataset, runner.model, f"{part}_dataloader")
     if split == "train":
@@ -176,6 +178,14 @@ def run_errors() -> Iterator[None]:
         ) from error
     except UserError:
         raise
+    except KeyError as error:
+        text, frame = str(error.args[0]), traceback.extract_tb(error.__traceback__)[-1]
+        parts = Path(frame.filename).parts
+        if "evaluation" in parts and {"mmdet", "mmseg"} & {*parts} and " " in text:  # a metric's own words
+            text = f"the config's evaluator cannot be used: {text}"
+        elif " registry" not in text:  # what MMEngine builds as it starts: schedulers, for one
+            raise
+        raise UserError(f"{text.splitlines()[0].partition('. Please')[0]}.") from error
     except ValueError as error:
         if traceback.extract_tb(error.__traceback__)[-1].name != check_image.__name__:
             raise
