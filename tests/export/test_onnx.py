@@ -1,5 +1,6 @@
 """ONNX files, read by onnxruntime, give what PyTorch does."""
 
+import copy
 import json
 import sys
 
@@ -236,6 +237,23 @@ def test_what_cannot_be_written(model, options, says, tmp_path):
     with pytest.raises(UserError, match=says):
         export_onnx(model, tmp_path / "model.onnx", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_what_is_around_it(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8), torch.nn.AdaptiveAvgPool2d(1)).eval()
+    export_onnx(torch.compile(torch.nn.DataParallel(model)), tmp_path / "model.onnx")
+    x = torch.randn(3, 3, 40, 48)
+    assert_alike(read(tmp_path / "model.onnx")[0](x), [model(x)])
+
+
+def test_models_that_onnx_has_no_form_of(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8), torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="takes no bfloat16"):
+        export_onnx(copy.deepcopy(model).bfloat16(), tmp_path / "model.onnx")
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    with pytest.raises(UserError, match="were quantized by torch"):
+        export_onnx(quantized, tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
 
 
 def test_tsm2_has_no_image_size(tmp_path):

@@ -71,6 +71,28 @@ class TestCategories:
         assert "model.roi_head.bbox_head.num_classes is 80, and the data have 2 classes (box, disc)" in text
         assert "model.decode_head.num_classes is 3" in complaint("mmseg", "model.decode_head.num_classes=3")
 
+    def test_one_without_a_comma(self, complaint):
+        """("box") is no tuple."""
+        extra = "train_dataloader['dataset']['metainfo'] = dict(classes=('box'))\n"
+        assert "metainfo.classes is the text 'box': write a tuple, ('box',)." in complaint("mmdet", extra=extra)
+
+    def test_an_rpn_alone_learns_no_classes(self, own_data, tmp_path):
+        extra = """
+model = dict(
+    type="RPN",
+    neck=model["neck"],
+    rpn_head=model["rpn_head"],
+    backbone=model["backbone"],
+    train_cfg=dict(rpn_proposal=dict(_delete_=True)),
+    roi_head=None,
+)
+for loader in (train_dataloader, val_dataloader, test_dataloader):
+    loader["dataset"]["pipeline"][1] = dict(type="LoadAnnotations", with_bbox=True)
+val_cfg = val_evaluator = val_dataloader = None
+"""
+        config = write_config(tmp_path / "rpn.py", "mmdet", own_data, extra=extra)
+        call(train, config, "--work-dir", tmp_path / "run")
+
     def test_a_file_is_not_read_whole_for_them(self, tmp_path):
         path = tmp_path / "instances.json"
         path.write_text(

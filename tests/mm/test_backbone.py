@@ -212,6 +212,16 @@ class TestWeights:
         with pytest.raises(UserError, match=message):
             self.loaded(tmp_path / "weights.pth", **options)
 
+    def test_within_another_model(self, classifier, tmp_path):
+        """As Lightning has them."""
+        path = tmp_path / "weights.pth"
+        torch.save({f"net.model.{name}": value for name, value in classifier.state_dict().items()}, path)
+        with pytest.raises(UserError, match=r"names begin with 'net\.model\.': set init_cfg\.prefix to that"):
+            self.loaded(path)
+        backbone = build(init_cfg=dict(type="Pretrained", checkpoint=str(path), prefix="net.model."))
+        backbone.init_weights()
+        assert torch.equal(backbone.patch_embed.proj.weight, classifier.patch_embed.proj.weight)
+
     def test_no_file_and_a_damaged_one(self, tmp_path):
         with pytest.raises(UserError, match="no checkpoint at"):
             self.loaded(tmp_path / "none.pth")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mm_helpers import ROOT, TOOLS, call, make_data, write_config
+from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -80,11 +81,18 @@ OPTIONS = {
     "optim_wrapper.optimizer.lr=-1": "Invalid learning rate: -1",
     "optim_wrapper.optimizer.type=Nothing": "the optim_wrapper with the optimizer Nothing cannot be built",
     "optim_wrapper.optimizer=1": "optim_wrapper",
+    "optim_wrapper.constructor=LearningRateDecayOptimizerConstructor optim_wrapper.paramwise_cfg.decay_rate=0.9 "
+    "optim_wrapper.paramwise_cfg.decay_type=layer_wise optim_wrapper.paramwise_cfg.num_layers=6": (
+        "LearningRateDecayOptimizerConstructor, does not know the model's backbone. A ViM2's layers are known to "
+    ),
     "param_scheduler.0.begin=nan": "param_scheduler.0.begin is nan",
     "param_scheduler.9.begin=1": "--cfg-options does not fit",
     "train_cfg.max_iters=1.5": "max_iters",
     "train_cfg=None": "has no train_cfg",
     "model.decode_head.type=Nothing": "Nothing",
+    "model.backbone.in_chans=1": "model.data_preprocessor has a mean of 3 values, and model.backbone.in_chans is 1",
+    "model.auxiliary_head.num_convs=-1": "AssertionError: assert num_convs >= 0 and",
+    "custom_hooks=[dict(type='EMAHook',momentum=0.1)]": "--cfg-options takes no dict(...), got custom_hooks=[dict(",
     "model.backbone.arch=nano": "decode_head.in_channels is (8, 8, 16, 16) (in_index [0, 1, 2, 3]), and model.b",
     "model.backbone.out_indices=(0,1,2)": "model.backbone gives maps of (8, 8, 16) channels",
     "model.auxiliary_head.in_index=7": "model.auxiliary_head.in_channels is 16 (in_index 7), and model.backbone gives",
@@ -102,7 +110,7 @@ OPTIONS = {
 def test_a_setting_that_cannot_be(option, complaint, configs, tmp_path):
     folder = tmp_path / "work_dirs" / "run"
     (tmp_path / "mine.txt").write_text("")
-    assert OPTIONS[option] in complaint(train, configs["mmseg"], "--work-dir", folder, "--cfg-options", option)
+    assert OPTIONS[option] in complaint(train, configs["mmseg"], "--work-dir", folder, "--cfg-options", *option.split())
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -127,6 +135,32 @@ def test_necks_and_heads_that_fit():
         check_channels(part, model)
     with pytest.raises(UserError, match="panoptic_head"):
         check_channels(dict(panoptic_head=dict(in_channels=[16, 16])), model)
+
+
+def test_images_of_one_channel():
+    model = torch.nn.Module()
+    model.backbone = ViM2(arch=dict(depths=(1,), dims=(16,), channel_expand=2), in_chans=1, out_indices=(0,))
+    for options in (dict(mean=[1.0], std=[2.0]), {}):
+        model.data_preprocessor = ImgDataPreprocessor(**options)
+        check_channels({}, model)
+    model.data_preprocessor = ImgDataPreprocessor(mean=[1.0], std=[2.0], bgr_to_rgb=True)
+    with pytest.raises(UserError, match="changes the order of three colours"):
+        check_channels({}, model)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64, 64), (1, 3, 20, 64)])
+def test_images_that_the_backbone_refuses(shape, complaint):
+    """Which a step finds out, in training as in testing; other ValueErrors are programming errors."""
+    backbone = ViM2(arch=dict(depths=(1,), dims=(16,), channel_expand=2), out_indices=(0,))
+
+    def learn(argv):
+        with run_errors():
+            backbone(torch.zeros(shape))
+
+    assert "model.backbone cannot take what the pipeline gives: " in complaint(learn)
+    with pytest.raises(ValueError, match="another") as error, run_errors():
+        raise ValueError("another")
+    assert not isinstance(error.value, UserError)
 
 
 def test_a_test_that_cannot_start_leaves_no_folder(complaint, configs, tmp_path):

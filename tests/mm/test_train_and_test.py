@@ -212,6 +212,35 @@ class TestOneProcess:
                 call(train, configs[kind], "--work-dir", tmp_path, *options)
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("default_hooks.checkpoint.save_best=mAP", r"save_best is mAP, and the validation gives aAcc, mIoU, mAcc: set"),
+        ("val_evaluator.iou_metrics=['mDog']", r"evaluator cannot be used: metrics \['mDog'\] is not supported\.$"),
+        ("param_scheduler.0.type=CosineLR", r"^CosineLR is not in the mmseg::parameter scheduler registry\.$"),
+        ("train_cfg.max_iter=3", r"^train_cfg cannot be used: .*max_iter"),
+    ],
+)
+def test_names_that_are_known_late(option, says, configs, tmp_path):
+    with pytest.raises(UserError, match=says):
+        call(train, configs["mmseg"], "--work-dir", tmp_path / "run", "--cfg-options", option)
+
+
+def test_a_moving_average_is_tested(configs, tmp_path):
+    """The hook has a model of its own, which the checkpoint goes into as well, and tests with that."""
+    config = tmp_path / "average.py"
+    config.write_text(
+        f"_base_ = {str(configs['mmseg'])!r}\n"
+        "custom_hooks = [dict(type='EMAHook', momentum=0.3)]\n"
+        "optim_wrapper = dict(optimizer=dict(lr=0.1))\n"
+        "param_scheduler = []\n"
+    )
+    call(train, config, "--work-dir", tmp_path / "run")
+    call(evaluate, config, tmp_path / "run" / LAST["mmseg"], "--work-dir", tmp_path / "test")
+    tested = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())
+    assert {key: tested[key] for key in KEYS["mmseg"]} == {key: metrics(tmp_path / "run")[key] for key in KEYS["mmseg"]}
+
+
 def test_segmenters_with_augmentation(trained, configs, tmp_path):
     call(evaluate, configs["mmseg"], trained["mmseg"] / LAST["mmseg"], "--work-dir", tmp_path, "--tta")
     assert "mIoU" in json.loads(next(tmp_path.glob("*/*.json")).read_text())

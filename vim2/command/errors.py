@@ -3,7 +3,9 @@
 import difflib
 import re
 import textwrap
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = ["DivergenceError", "UserError", "did_you_mean", "first_line", "in_short"]
 
@@ -32,14 +34,22 @@ class DivergenceError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first, to stand within a message; its type's name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """What a library's error says first, to stand within a message; where it says nothing, its type's name and the line
+    of code that raised it, which for an assertion is what it asks for."""
+    return (str(error).strip() or _describe(error)).splitlines()[0].rstrip(".")
 
 
 def in_short(error: BaseException) -> str:
-    """All that a library's error says, in one line, but for what is beyond 300 letters of it; its type's name where it
-    says nothing."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    """All that a library's error says, in one line, but for what is beyond 300 letters of it; where it says nothing, as
+    `first_line`."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or _describe(error)
+
+
+def _describe(error: BaseException) -> str:
+    """An error that says nothing, by its type and where it comes from."""
+    frames = traceback.extract_tb(error.__traceback__, -1)
+    code = f": {frames[-1].line} ({Path(frames[-1].filename).name})" if frames and frames[-1].line else ""
+    return f"{type(error).__name__}{code}"
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -1,13 +1,15 @@
-"""The inputs with which models are exported, and their dynamic axes."""
+"""What of a model is exported, the inputs with which it is, and their dynamic axes."""
 
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from ..command.errors import UserError
 from ..tsm2 import TSM2
 from ..vim2 import MIN_SIZE
 from .forecaster import ForecasterModule
 
-__all__ = ["examples", "first_convolution"]
+__all__ = ["examples", "first_convolution", "unwrapped"]
 
 # Sizes of the example that is exported. All differ, and none is 0 or 1, which would be taken as fixed.
 _EXAMPLE_BATCH, _EXAMPLE_HEIGHT, _EXAMPLE_WIDTH, _EXAMPLE_VARIATES = 2, 64, 96, 3
@@ -28,6 +30,22 @@ def examples(model: nn.Module, img_size: tuple[int, int] | None = None) -> dict[
     if img_size is not None:
         raise UserError("A TSM2 reads no images: leave the image size out.")
     return _series(model) if isinstance(model, TSM2) else _tables(model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what torch.compile and data parallelism have put around it.
+
+    Raises:
+        UserError: Its layers were quantized by PyTorch, in a form that no file here has.
+    """
+    while isinstance(model, OptimizedModule | nn.DataParallel | DistributedDataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    if any("quantized" in type(module).__module__.split(".") for module in model.modules()):
+        raise UserError(
+            "The model's layers were quantized by torch.ao, which cannot be exported: export the model in floats, and "
+            "quantize the file, see docs/export.md."
+        )
+    return model
 
 
 def first_convolution(model: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from ..command.errors import UserError
 from ..command.processes import require_backend
 from ..files import write_atomically
 from ..tsm2 import TSM2
-from .examples import examples
+from .examples import examples, unwrapped
 from .forecaster import ForecasterModule
 
 __all__ = ["DEFAULT_OPSET", "MIN_OPSET", "SCANS", "export_onnx", "onnx_translations"]
@@ -71,7 +71,7 @@ def export_onnx(
 
     Args:
         model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
-            of it is exported in eval mode.
+            of it is exported in eval mode, without what torch.compile or data parallelism has put around it.
         path: The file, which is replaced in one step.
         img_size: Height and width for a runtime that takes no dynamic ones; batches stay dynamic.
         opset: Version of ONNX's operators, 18 or later.
@@ -81,7 +81,8 @@ def export_onnx(
 
     Raises:
         UserError: onnx or onnxscript are not installed; an opset that is too old, or too new for PyTorch; an img_size
-            below 32 x 32, or one for a TSM2 or forecaster; a VIM2_SCAN_BACKEND that cannot be used on CPUs.
+            below 32 x 32, or one for a TSM2 or forecaster; a model of bfloat16; layers that PyTorch has
+            quantized; a VIM2_SCAN_BACKEND that cannot be used on CPUs.
         OSError: The file cannot be written; what was at `path` is untouched.
     """
     translations = onnx_translations(scan)
@@ -92,7 +93,9 @@ def export_onnx(
             f"LayerNorm are no operators of another."
         )
     require_backend("cpu")
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(unwrapped(model)).cpu().eval()
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise UserError("ONNX's Einsum takes no bfloat16: export the model as model.half() or model.float().")
     named = examples(model, img_size)
     inputs, dynamic = zip(*named.values())
     with torch.no_grad(), warnings.catch_warnings():

@@ -19,7 +19,7 @@ from ..command.errors import UserError
 from ..files import write_atomically
 from ..ops.backend import HAS_TRITON, IS_ROCM
 from .aten_scan import selective_scan
-from .examples import examples
+from .examples import examples, unwrapped
 
 __all__ = ["MIN_DYNAMIC", "export_program", "export_pt2"]
 
@@ -44,12 +44,12 @@ def export_program(
 
     Args:
         model: A ViM2, one of timm's features_only, a TSM2, or a forecaster as `ForecasterModule`, on any device. A copy
-            of it is exported in eval mode.
+            of it is exported in eval mode, without what torch.compile or data parallelism has put around it.
         img_size: Height and width in place of dynamic ones from 36 x 36 to 4096 x 4096; batches stay dynamic.
         device: The device on which the program runs.
 
     Raises:
-        UserError: An img_size below 32 x 32, or one for a TSM2.
+        UserError: An img_size below 32 x 32, or one for a TSM2; layers that PyTorch has quantized.
     """
     return _program(model, img_size, device, selective_scan)
 
@@ -58,7 +58,7 @@ def _program(
     model: nn.Module, img_size: tuple[int, int] | None, device: str | torch.device, scan: Callable
 ) -> ExportedProgram:
     """As `export_program`, with a form of the scan."""
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(unwrapped(model)).cpu().eval()
     dims = {name: Dim(name, min=least, max=most) for name, (least, most) in _RANGES.items()}
     inputs, axes = zip(*examples(model, img_size).values())
     dynamic = tuple({axis: dims[name] for axis, name in of_input.items()} for of_input in axes)

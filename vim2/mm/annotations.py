@@ -39,12 +39,15 @@ def check_annotations(dataset: Any, model: nn.Module, name: str) -> None:
         classes = (getattr(part, "metainfo", None) or {}).get("classes")
         steps = getattr(getattr(part, "pipeline", None), "transforms", [])
         loaders = [step for step in steps if type(step).__name__.startswith("Load") and hasattr(step, "with_seg")]
+        if isinstance(classes, str):  # ("cat") is no tuple
+            raise UserError(f"{name}: metainfo.classes is the text {classes!r}: write a tuple, ({classes!r},).")
         if not classes or not loaders:
             continue
         # data sets that load themselves in another way number their classes in another way
         if part.load_data_list.__qualname__ == "CocoDataset.load_data_list":
             _check_categories(part, classes, name)
-        if not getattr(part, "return_classes", False):  # what reads the classes' names needs no place for each
+        # what reads the classes' names needs no place for each, nor what proposes objects of whatever class
+        if not getattr(part, "return_classes", False) and not _is_rpn(model):
             _check_heads(model, classes, name)
         if loaders[0].with_bbox:
             _check_objects(part, classes, getattr(loaders[0], "with_mask", False), name)
@@ -134,6 +137,11 @@ def _read_categories(path: Path) -> list[dict]:
                 return value
             start = text.find(key, end)
     return []
+
+
+def _is_rpn(model: nn.Module) -> bool:
+    """Whether a model is MMDetection's RPN without a detector behind it, whose head is called bbox_head."""
+    return any(base.__name__ == "RPN" for base in type(model).__mro__)
 
 
 def _check_heads(model: nn.Module, classes: Sequence[str], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Do a config's neck and heads take the maps that its backbone gives?"""
+"""Does a config's backbone take the images, and do its neck and heads take the maps that it gives?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,19 +14,21 @@ _HEADS = ("decode_head", "auxiliary_head", "panoptic_head")  # which take a back
 
 
 def check_channels(config: Mapping[str, Any], model: nn.Module) -> None:
-    """Compare what a model's neck and heads take with what its backbone gives, which a convolution would complain about
-    at the first image, without a name.
+    """Compare what a model's neck and heads take with what its backbone gives, and that with the images, which would be
+    complained about at the first of them, without a name.
 
     Args:
         config: The model's, of which what does not tell its `in_channels` is left out.
         model: Built of it; nothing is compared unless its backbone is a ViM2.
 
     Raises:
-        UserError: They take maps of other channels, or more maps.
+        UserError: They take maps of other channels, or more maps; the data_preprocessor is for images of other channels
+            than the backbone.
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, ViM2):
         return
+    _check_images(getattr(model, "data_preprocessor", None), backbone)
     gives = backbone.out_channels
     for name in ("neck",) if config.get("neck") else _HEADS:
         parts = config.get(name) or ()
@@ -40,6 +42,21 @@ def check_channels(config: Mapping[str, Any], model: nn.Module) -> None:
                 f"model.{name}.in_channels is {wants}{index}, and model.backbone gives maps of {gives} channels: set "
                 "them alike, or other out_indices of the backbone."
             )
+
+
+def _check_images(preprocessor: Any, backbone: ViM2) -> None:
+    """Colours are turned round and normalised before the backbone, of three channels in all configs that others are
+    made from."""
+    if backbone.in_chans == 3:
+        return
+    values = getattr(preprocessor, "mean", None)
+    if values is not None and len(values) == 3:
+        problem, remedy = "has a mean of 3 values", "give mean and std one value for all, such as [128.0] and [60.0]"
+    elif getattr(preprocessor, "_channel_conversion", False):
+        problem, remedy = "changes the order of three colours", "set bgr_to_rgb=False and rgb_to_bgr=False"
+    else:
+        return
+    raise UserError(f"model.data_preprocessor {problem}, and model.backbone.in_chans is {backbone.in_chans}: {remedy}.")
 
 
 def _fits(wants: int | tuple[int, ...], index: Any, gives: tuple[int, ...], is_neck: bool) -> bool:

@@ -92,6 +92,12 @@ class _CheckpointHook(CheckpointHook):
             self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        wanted = [name for name in getattr(self, "key_indicators", ()) if name != "auto" and name not in metrics]
+        if metrics and wanted:
+            raise UserError(
+                f"default_hooks.checkpoint.save_best is {wanted[0]}, and the validation gives {', '.join(metrics)}: "
+                "set it to one of these, and go on with --resume."
+            )
         self.validated = True
         super()._save_best_checkpoint(runner, metrics)
         self.validated = False

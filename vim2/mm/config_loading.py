@@ -46,6 +46,8 @@ class _Options(DictAction):
                 super().__call__(parser, namespace, [value], *args)
             except (AssertionError, IndexError, ValueError):
                 parser.error(f"--cfg-options takes KEY=VALUE, got {value}")
+            except RecursionError:  # MMEngine's, of calls with several arguments
+                parser.error(f"--cfg-options takes no dict(...), got {value}: write it into a config")
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:

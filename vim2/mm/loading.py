@@ -88,9 +88,12 @@ def load_backbone_weights(backbone: nn.Module, source: str, prefix: str | None =
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
+        remedy = "Set the backbone's arch to the one of the weights, or take others"
+        if within := sorted(name.removesuffix(stem) for name in given if name.endswith(f".{stem}")):
+            remedy = f"It holds a ViM2 whose weights' names begin with {within[0]!r}: set init_cfg.prefix to that"
         raise UserError(
             f"{source} (init_cfg of the backbone) does not fit a ViM2 backbone of arch {backbone.arch!r}: "
-            f"{'; '.join(problems)}. Set the backbone's arch to the one of the weights, or take others."
+            f"{'; '.join(problems)}. {remedy}."
         )
     try:
         check_weights(given, wanted, source)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import textwrap
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..command.errors import UserError, first_line
 from ..command.outputs import make_folder
 from ..command.processes import require_backend
 from ..files import remove_leftovers, write_atomically
+from ..vim2 import check_image
 from .annotations import check_annotations
 from .channels import check_channels
 from .checkpoint_hook import find_newest_checkpoint
@@ -136,17 +138,24 @@ def build_data(runner: Runner, split: str) -> None:
                 ) from error
             raise UserError(f"the data of {part}_dataloader cannot be read: {first_line(error)}.") from error
         except Exception as error:  # JSON, image lists and loaders each have their own ways to fail
+            if re.match(r"\w*Loop\.__init__", str(error)):
+                raise UserError(f"{part}_cfg cannot be used: {first_line(error)}.") from error
             raise UserError(f"the data of {part}_dataloader cannot be read: {first_line(error)}.") from error
         check_annotations(loop.dataloader.dataset, runner.model, f"{part}_dataloader")
     if split == "train":
         try:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             optimizer = runner.cfg.optim_wrapper.get("optimizer")
             optimizer = optimizer.get("type") if isinstance(optimizer, dict) else optimizer
-            raise UserError(
-                f"the optim_wrapper with the optimizer {optimizer} cannot be built: {first_line(error)}."
-            ) from error
+            problem = f"the optim_wrapper with the optimizer {optimizer} cannot be built"
+            if isinstance(error, NotImplementedError):  # of MMDetection's and MMSegmentation's layer decay, wordless
+                raise UserError(
+                    f"{problem}: its constructor, {runner.cfg.optim_wrapper.get('constructor')}, does not know the "
+                    "model's backbone. A ViM2's layers are known to ViM2LayerDecayOptimWrapperConstructor, with "
+                    "paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.8)."
+                ) from error
+            raise UserError(f"{problem}: {first_line(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -165,6 +174,23 @@ def run_errors() -> Iterator[None]:
         raise UserError(
             f"a label of the data is not among the model's classes: {first_line(error)}. Compare num_classes and the "
             "annotations.",
+            one_process=True,
+        ) from error
+    except UserError:
+        raise
+    except KeyError as error:
+        text, frame = str(error.args[0]), traceback.extract_tb(error.__traceback__)[-1]
+        parts = Path(frame.filename).parts
+        if "evaluation" in parts and {"mmdet", "mmseg"} & {*parts} and " " in text:  # a metric's own words
+            text = f"the config's evaluator cannot be used: {text}"
+        elif " registry" not in text:  # what MMEngine builds as it starts: schedulers, for one
+            raise
+        raise UserError(f"{text.splitlines()[0].partition('. Please')[0]}.") from error
+    except ValueError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].name != check_image.__name__:
+            raise
+        raise UserError(
+            f"model.backbone cannot take what the pipeline gives: {error}",
             one_process=True,
         ) from error
     except RuntimeError as error:

@@ -50,14 +50,17 @@ def test(argv: Sequence[str]) -> None:
     prepare_outputs(config, args)
     with removed_unless_started(choose_work_dir(config, args)):
         runner = build_runner(config, args)
-        runner.load_checkpoint(args.checkpoint, strict=True)  # by default, weights that do not fit would stay random
         build_data(runner, "test")
         for option, folder in (("--out", args.out), ("--show-dir", args.show_dir)):
             if folder and lies_in(runner.test_loop.dataloader.dataset, Path(folder)):
                 problem = f"{option} {folder} holds what is tested on, which would be written over"
                 raise UserError(f"{problem}: choose another folder.")
+        # what runner.test() does, but strictly: by default, weights that do not fit would stay random
+        runner.call_hook("before_run")  # where hooks make models of their own (EMAHook), which load as well
+        runner.load_checkpoint(args.checkpoint, strict=True)
     with run_errors():
-        runner.test()
+        runner.test_loop.run()
+        runner.call_hook("after_run")
 
 
 def prepare_outputs(config: Config, args: argparse.Namespace) -> None:
