@@ -33,27 +33,25 @@ from ..chunks import TRITON_CHUNK
 from ..operands import Operands
 from . import schedule
 from .combine import combine
+from .room import fetch, put_element, put_tile, put_zero, send, shared_memory, take, take_tile, unknown_zero, wait
 from .step_size import kernel_inputs, step_sizes_backward
 from .sums import sum_blocks, sum_directions
 from .tiles import (
     add,
     decays,
     half,
-    load_element,
-    load_word,
     multiply,
     multiply_add,
     of_channels,
     of_states,
-    pack_word,
     store_row,
     sum_over_lanes,
     sum_states,
     unpack,
-    unpack_word,
     zeros,
 )
 from .walk import MAX_ORDERS, advance_walk, group_stride, next_position, pack_orders, start_walk
+from .words import load_element, load_word
 
 
 @triton.jit
@@ -96,75 +94,6 @@ def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _shared_memory(lane, SIZE: tl.constexpr):
-    """The address of that many bytes of shared memory. Triton has no word for it, but the assembler does."""
-    return tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 room[{SIZE}]; mov.u32 $0, room; }}",
-        "=r,r",
-        [lane],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _wait(lane, COPIES: tl.constexpr, FAST: tl.constexpr):
-    """Wait until all lanes see what each has written to the program's room, with COPIES also by asynchronous copies."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
-            if COPIES
-            else "bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
-            "=r,r",
-            [lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.debug_barrier()
-
-
-@triton.jit
-def _fetch(at, address, there, FAST: tl.constexpr):
-    """Copies 16 bytes of each lane's own from global memory to the program's room, or zeros where `there` says that
-    there are none. The copy goes on in the background, see `_wait`."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;",
-            "=r,r,l,r",
-            [at, address.to(tl.uint64), there.to(tl.int32) * 16],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        at = at.to(tl.pointer_type(tl.int64))
-        for i in tl.static_range(2):
-            tl.store(at + i, tl.load(address + i, mask=there, other=0))
-
-
-@triton.jit
-def _send(address, at, there, FAST: tl.constexpr):
-    """Copies 16 bytes of each lane's own from the program's room to global memory, where `there` says so."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %e; .reg .b64 %x, %y; setp.ne.s32 %e, $3, 0; "
-            "@%e ld.shared.v2.b64 {%x, %y}, [$2]; @%e st.global.v2.b64 [$1], {%x, %y}; mov.u32 $0, 0; }",
-            "=r,l,r,r",
-            [address.to(tl.uint64), at, there.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        at = at.to(tl.pointer_type(tl.int64))
-        for i in tl.static_range(2):
-            tl.store(address + i, tl.load(at + i), mask=there)
-
-
-@triton.jit
 def _copy_rows(
     rows, at, t, subs, L, H, W,
     ROW: tl.constexpr, SPREAD: tl.constexpr, UNROLL: tl.constexpr, LARGE: tl.constexpr, FETCH: tl.constexpr,
@@ -186,9 +115,9 @@ def _copy_rows(
     for i in range(subs):
         for r in tl.static_range(0, UNROLL, SPREAD):
             if FETCH:
-                _fetch(at + (i * UNROLL + r) * ROW, address + walk[0], there & (t < L), FAST)
+                fetch(at + (i * UNROLL + r) * ROW, address + walk[0], there & (t < L), FAST)
             else:
-                _send(address + walk[0], at + (i * UNROLL + r) * ROW, there & (t < L), FAST)
+                send(address + walk[0], at + (i * UNROLL + r) * ROW, there & (t < L), FAST)
             walk = advance_walk(walk, advance)
             t += SPREAD
 
@@ -205,64 +134,7 @@ def _fetch_tile(
     for i in tl.static_range(0, PIECES, LANES):
         piece = i + lane
         address = states + (piece // PIECES_C * E + piece % PIECES_C * 8)
-        _fetch(at + piece * PIECE, address.to(tl.pointer_type(tl.int64)), there, FAST)
-
-
-@triton.jit
-def _zero(at, FAST: tl.constexpr):
-    """Zero, which the compiler cannot know to be. What is computed with it in a loop is computed there, each time: kept
-    in registers over all of the loop, it would drive out what is needed more often, and come back from far away."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ld.volatile.shared.b32 $0, [$1];", "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
-    else:
-        return tl.zeros([LANES], dtype=tl.int32)
-
-
-@triton.jit
-def _take(at, turn, COUNT: tl.constexpr, FAST: tl.constexpr):
-    """COUNT bfloat16, 2 or 4, of the program's room, in float32: the i-th is that at i ^ turn, with a turn for each
-    lane."""
-    far = turn // 2
-    odd = turn % 2 == 1
-    values = ()
-    for i in tl.static_range(COUNT // 2):
-        if FAST:
-            word = tl.inline_asm_elementwise(
-                "ld.shared.b32 $0, [$1];", "=r,r", [at + (far ^ i) * 4], dtype=tl.int32, is_pure=False, pack=1
-            )
-            for j in tl.static_range(2):
-                bits = tl.inline_asm_elementwise(  # the lower or the upper half, above zeros
-                    "prmt.b32 $0, $1, 0, $2;",
-                    "=r,r,r",
-                    [word, tl.where(odd, 0x1044, 0x3244) if j == 1 else tl.where(odd, 0x3244, 0x1044)],
-                    dtype=tl.int32,
-                    is_pure=True,
-                    pack=1,
-                )
-                values = values + (bits.to(tl.float32, bitcast=True),)
-        else:
-            low, high = unpack_word(tl.load(at + (far ^ i)), tl.bfloat16)
-            values = values + (tl.where(odd, high, low), tl.where(odd, low, high))
-    return values
-
-
-@triton.jit
-def _put_element(at, i, value, mask, FAST: tl.constexpr):
-    """Writes the value to the i-th bfloat16 from `at` on in the program's room, where the mask says so."""
-    value = value.to(tl.bfloat16)
-    if FAST:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %e; setp.ne.s32 %e, $3, 0; @%e st.shared.b16 [$1], $2; mov.u32 $0, 0; }",
-            "=r,r,h,r",
-            [at + i * 2, value.to(tl.int16, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(at.to(tl.pointer_type(tl.bfloat16)) + i, value, mask=mask)
+        fetch(at + piece * PIECE, address.to(tl.pointer_type(tl.int64)), there, FAST)
 
 
 @triton.jit
@@ -291,85 +163,6 @@ def _store_tile(at, row, tile, inside, turns, NR: tl.constexpr, CR: tl.constexpr
             j_turned = turn_e ^ j
             there = (n + i_turned < n_states) & (e + j_turned < features) & sequence_in
             tl.store(at + (i_turned * row + j_turned), tile[i * CR + j], mask=there)
-
-
-@triton.jit
-def _put_tile(at, tile, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
-    """Keeps the COUNT values of a tile in the program's room; with NARROW in bfloat16."""
-    words = ()
-    if NARROW:
-        for i in tl.static_range(COUNT // 2):
-            words = words + (pack_word(tile[2 * i], tile[2 * i + 1], FAST),)
-    else:
-        for i in tl.static_range(COUNT):
-            words = words + (tile[i].to(tl.uint32, bitcast=True),)
-    WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
-    ROW: tl.constexpr = WORDS if WORDS < 4 else 4
-    for i in tl.static_range(0, WORDS, ROW):
-        if FAST:
-            row = (at + i * (LANES * 4),)
-            for j in tl.static_range(ROW):
-                row = row + (words[i + j],)
-            tl.inline_asm_elementwise(
-                "st.shared.b32 [$1], $2; mov.u32 $0, 0;"
-                if ROW == 1
-                else (
-                    "st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;"
-                    if ROW == 2
-                    else "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;"
-                ),
-                "=r,r,r" if ROW == 1 else ("=r,r,r,r" if ROW == 2 else "=r,r,r,r,r,r"),
-                row,
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            for j in tl.static_range(ROW):
-                tl.store(at + (i * LANES + j), words[i + j].to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _take_tile(at, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
-    """The values that the same thread has kept in its program's room."""
-    WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
-    ROW: tl.constexpr = WORDS if WORDS < 4 else 4
-    words = ()
-    for i in tl.static_range(0, WORDS, ROW):
-        if FAST:
-            here = at + i * (LANES * 4)
-            if ROW == 1:
-                first = tl.inline_asm_elementwise(
-                    "ld.shared.b32 $0, [$1];", "=r,r", [here], dtype=tl.int32, is_pure=False, pack=1
-                )
-                words = words + (first,)
-            elif ROW == 2:
-                first, second = tl.inline_asm_elementwise(
-                    "ld.shared.v2.b32 {$0, $1}, [$2];",
-                    "=r,=r,r",
-                    [here],
-                    dtype=(tl.int32, tl.int32),
-                    is_pure=False,
-                    pack=1,
-                )
-                words = words + (first, second)
-            else:
-                first, second, third, fourth = tl.inline_asm_elementwise(
-                    "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-                    "=r,=r,=r,=r,r",
-                    [here],
-                    dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                    is_pure=False,
-                    pack=1,
-                )
-                words = words + (first, second, third, fourth)
-        else:
-            for j in tl.static_range(ROW):
-                words = words + (tl.load(at + (i * LANES + j)),)
-    tile = ()
-    for i in tl.static_range(WORDS):
-        tile = tile + (unpack_word(words[i], tl.bfloat16) if NARROW else (words[i].to(tl.float32, bitcast=True),))
-    return tile
 
 
 @triton.jit
@@ -503,8 +296,8 @@ def _take_operands(
     of_channels, of_states, turns, AT_U: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr
 ):
     """dt, u and B of a step, from its row in the program's room."""
-    dt = _take(of_channels, turns[1], CR, FAST)
-    return dt, _take(of_channels + AT_U, turns[1], CR, FAST), _take(of_states, turns[0], NR, FAST)
+    dt = take(of_channels, turns[1], CR, FAST)
+    return dt, take(of_channels + AT_U, turns[1], CR, FAST), take(of_states, turns[0], NR, FAST)
 
 
 # Triton would compile the kernel again for numbers that 16 divides: no faster, and it takes long to compile.
@@ -611,7 +404,7 @@ def _backward_kernel(
     AT_B: tl.constexpr = 3 * PIECES_C * PIECE
     AT_C: tl.constexpr = (3 * PIECES_C + PIECES_S) * PIECE
     AT_FACTOR: tl.constexpr = (3 * PIECES_C + 2 * PIECES_S) * PIECE
-    room = _shared_memory(lane, PIECES * 16 + LANES * 4) if FAST else room_ptr + program * (PIECES * PIECE) + lane * 0
+    room = shared_memory(lane, PIECES * 16 + LANES * 4) if FAST else room_ptr + program * (PIECES * PIECE) + lane * 0
     BUFFER: tl.constexpr = CHUNK * ROW * PIECE
     KEPT_STEP: tl.constexpr = KEPT * PIECE
     next_at = room + 2 * BUFFER
@@ -620,15 +413,7 @@ def _backward_kernel(
         channel_at = room + lane % CE * (CR * PIECE // 8)
         state_at = room + lane // STATES_STRIDE * (NR * PIECE // 8)
         zero_at = room + PIECES * PIECE + lane * (PIECE // 4)
-        if FAST:
-            tl.inline_asm_elementwise(
-                "st.volatile.shared.b32 [$1], 0; mov.u32 $0, 0;",
-                "=r,r",
-                [zero_at],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        put_zero(zero_at, FAST)
         own_state_at = room + tl.where(own_C, AT_C, AT_B)
 
     existing = (n, e, N_STATES, E, lane >= 0)
@@ -713,16 +498,16 @@ def _backward_kernel(
             first = chunk * CHUNK
             subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
             if STAGED:
-                _wait(lane, True, FAST)
-                again = lane + _zero(zero_at, FAST)
+                wait(lane, True, FAST)
+                again = lane + unknown_zero(zero_at, FAST)
                 if not LOCAL:
                     own_next_at = next_at + again // STATES_STRIDE * (NR * PIECES_C * PIECE)
                     own_next_at += again % CE * (CR * PIECE // 8)
                     h = ()
                     for i in tl.static_range(NR):
                         row_at = own_next_at + (turns[0] ^ i) * (PIECES_C * PIECE)
-                        h = h + _take(row_at, turns[1], CR, FAST)
-                    _wait(lane, False, FAST)
+                        h = h + take(row_at, turns[1], CR, FAST)
+                    wait(lane, False, FAST)
                 if j + 1 < num_chunks:
                     rows = _rows(
                         again, order, seq + (again - lane), seq, k, block * (CE * CR), operands, False, FACTOR,
@@ -751,7 +536,7 @@ def _backward_kernel(
                         first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
                     )
                 for i in range(subs - 1):  # the last group's own states are left to the second pass
-                    _put_tile(kept_at + i * KEPT_STEP, h, NR * CR, STAGED, FAST)
+                    put_tile(kept_at + i * KEPT_STEP, h, NR * CR, STAGED, FAST)
                     if not STAGED:
                         # here and below, the next operands are under way while these are used
                         t = first + (i + 1) * UNROLL
@@ -770,7 +555,7 @@ def _backward_kernel(
                         h = _next(decays(dt, A, NR, CR, FAST), h, b, multiply(dt, u, CR), NR, CR)
                 state = h
                 # not for the room: else ptxas makes two loops of the one before, more than its cache has room for
-                _wait(lane, False, FAST)
+                wait(lane, False, FAST)
 
             last = first + subs * UNROLL - 1
             if not STAGED:
@@ -797,7 +582,7 @@ def _backward_kernel(
                 factors = ()
                 if FACTOR:
                     for r in tl.static_range(UNROLL):
-                        factor, _ = _take(room + (current[r][0] + AT_FACTOR), lane * 0, 2, FAST)
+                        factor, _ = take(room + (current[r][0] + AT_FACTOR), lane * 0, 2, FAST)
                         factors = factors + (factor,)
                 gfactors = ()
                 steps_decays = ()
@@ -810,8 +595,8 @@ def _backward_kernel(
                         before = (state,) + before
                         state = _next(decay, state, b, multiply(dt, u, CR), NR, CR)
                 if STAGED:
-                    gy = _take(channel_at + current[0][0] + AT_GY, turns[1], CR, FAST)
-                    c = _take(state_at + current[0][0] + AT_C, turns[0], NR, FAST)
+                    gy = take(channel_at + current[0][0] + AT_GY, turns[1], CR, FAST)
+                    c = take(state_at + current[0][0] + AT_C, turns[0], NR, FAST)
                 for r in tl.static_range(UNROLL):  # against it
                     # g: the gradient of the state after the step, then of the state before it
                     if STAGED:  # the position is that of the row
@@ -819,10 +604,10 @@ def _backward_kernel(
                         # the next operands are under way while these are used; no lane writes results before all have
                         # taken theirs
                         next_row = current[r + 1 if r + 1 < UNROLL else r][0]
-                        next_gy = _take(channel_at + next_row + AT_GY, turns[1], CR, FAST)
-                        next_c = _take(state_at + next_row + AT_C, turns[0], NR, FAST)
+                        next_gy = take(channel_at + next_row + AT_GY, turns[1], CR, FAST)
+                        next_c = take(state_at + next_row + AT_C, turns[0], NR, FAST)
                         if not LOCAL:
-                            _wait(lane, False, FAST)
+                            wait(lane, False, FAST)
                     else:
                         position, live, dt, u, gy, b, c = current[r]
                     g = _outer(g, c, gy, NR, CR)
@@ -838,10 +623,10 @@ def _backward_kernel(
                         gBC = sum_over_lanes(gB + gC, lane, lane, 1, REST, 2 * OWN_STATES, FAST)
                         if STAGED:
                             for v in tl.static_range(OWN_STATES):
-                                _put_element(own_state_at + position, own_n + v, gBC[v], first_n, FAST)
+                                put_element(own_state_at + position, own_n + v, gBC[v], first_n, FAST)
                                 if REST == 1:  # a lane has C's, too
                                     own_at = own_state_at + (position + (AT_C - AT_B))
-                                    _put_element(own_at, own_n + v, gBC[OWN_STATES + v], first_n, FAST)
+                                    put_element(own_at, own_n + v, gBC[OWN_STATES + v], first_n, FAST)
                         else:
                             mask = first_n & s_in & live
                             gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
@@ -889,8 +674,8 @@ def _backward_kernel(
                             for v in tl.static_range(OWN_CHANNELS):
                                 i_own = own_e - block * (CE * CR) + v
                                 if not FACTOR:
-                                    _put_element(room + position, i_own, gdts[v], first_e, FAST)
-                                _put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
+                                    put_element(room + position, i_own, gdts[v], first_e, FAST)
+                                put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
                         else:
                             own = tl.where(first_e & s_in & live, E - own_e, 0)
                             gu_at = (gu_ptr + first_in_dt, own_in_dt, K * E)
@@ -904,15 +689,15 @@ def _backward_kernel(
                     # of eight lanes that have a step's, the first puts it in place, the others the zeros behind it
                     row = current[0][0] - lane // (LANES // UNROLL) * (ROW * PIECE)
                     column = lane % (LANES // UNROLL)
-                    _put_element(room + (row + AT_FACTOR), column, tl.where(column == 0, gfactor, 0.0), lane >= 0, FAST)
+                    put_element(room + (row + AT_FACTOR), column, tl.where(column == 0, gfactor, 0.0), lane >= 0, FAST)
                 if not LOCAL:
                     before_next = kept_at + tl.maximum(subs - 2 - i, 0) * KEPT_STEP
-                    state = _take_tile(before_next, NR * CR, STAGED, FAST)
+                    state = take_tile(before_next, NR * CR, STAGED, FAST)
 
             if STAGED:
-                _wait(lane, False, FAST)
+                wait(lane, False, FAST)
                 if not LOCAL:
-                    again = lane + _zero(zero_at, FAST)
+                    again = lane + unknown_zero(zero_at, FAST)
                     rows = _rows(
                         again, order, seq + (again - lane), block * batch + seq + (again - lane), k, block * (CE * CR),
                         results, True, FACTOR, PIECES_C, PIECES_S, SPREAD, PIECE,
@@ -920,7 +705,7 @@ def _backward_kernel(
                     _copy_rows(
                         rows, room + buffer, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, False, FAST
                     )
-                    _wait(lane, False, FAST)
+                    wait(lane, False, FAST)
                 buffer = BUFFER - buffer
 
         if LOCAL:
