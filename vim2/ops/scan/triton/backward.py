@@ -16,6 +16,10 @@ The words of this file:
     piece     16 bytes of a row, which one lane copies at once
     turn      the order in which a lane holds its states or channels: the i-th is that at i ^ turn
     own       of states and channels: those whose sums over lanes end up in this lane
+
+From the top: `_backward_kernel` has sequences, one after the other, `_walk_chunk` a chunk of one, `_walk_sub` a sub,
+and `_differentiate` a step. What stands above each of these is what it is made of, in its order. What many functions
+want to know comes in named tuples: FORM and LAYOUT are constants, lanes, places, parameters and the sequence values.
 """
 
 import functools
@@ -33,56 +37,123 @@ from ..chunks import TRITON_CHUNK
 from ..operands import Operands
 from . import schedule
 from .combine import combine
+from .room import fetch, put_element, put_tile, put_zero, send, shared_memory, take, take_tile, unknown_zero, wait
 from .step_size import kernel_inputs, step_sizes_backward
 from .sums import sum_blocks, sum_directions
 from .tiles import (
     add,
     decays,
     half,
-    load_element,
-    load_word,
     multiply,
     multiply_add,
     of_channels,
     of_states,
-    pack_word,
     store_row,
     sum_over_lanes,
     sum_states,
     unpack,
-    unpack_word,
     zeros,
 )
 from .walk import MAX_ORDERS, advance_walk, group_stride, next_position, pack_orders, start_walk
+from .words import load_element, load_word
 
 
-@triton.jit
-def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """As `load_row`, for 2 or 4 neighbours with WIDE; and with LIVE zero where not `live`."""
-    address = at[0] + p * at[2] + at[1]
-    if WIDE and COUNT > 1:
-        mask = live & (at[1] >= 0) if LIVE else at[1] >= 0  # in the second case, everywhere
-        if FAST:
-            return (load_word(address, mask, COUNT),)
-        else:
-            word: tl.constexpr = tl.int64 if COUNT == 4 else tl.int32
-            return (tl.load(address.to(tl.pointer_type(word)), mask=mask, other=0),)
-    else:
-        row = ()
-        for i in tl.static_range(COUNT):
-            mask = (i < existing) & live if LIVE else i < existing
-            row = row + (load_element(address + i, mask, FAST),)
-        return row
+class _Form(NamedTuple):
+    """What the kernel is compiled for: a constant of its functions.
+
+    Attributes:
+        CHUNK, UNROLL, SOFTPLUS, LOCAL, STAGED, FAST, FACTOR, LARGE, WIDE: As `_backward_kernel` has them.
+        NR, NL, S, CE, CR: The tile, see tiles.py.
+        TILE: States of a lane.
+        STATES_STRIDE: Between lanes of neighbouring groups of states.
+        HALVED, REST: A state's channels spread over CE = HALVED REST lanes: sums over HALVED of these leave a lane with
+            OWN_STATES of B's values and of C's, and those over the REST are still to come.
+        OWN_STATES: So many of B's and C's gradients are a lane's own.
+        OWN_CHANNELS: And of u's and delta's, after sums over states.
+    """
+
+    CHUNK: int
+    UNROLL: int
+    SOFTPLUS: bool
+    LOCAL: bool
+    STAGED: bool
+    FAST: bool
+    FACTOR: bool
+    LARGE: bool
+    WIDE: bool
+    NR: int
+    NL: int
+    S: int
+    CE: int
+    CR: int
+    TILE: int
+    STATES_STRIDE: int
+    HALVED: int
+    REST: int
+    OWN_STATES: int
+    OWN_CHANNELS: int
 
 
-@triton.jit
-def _own(values, lane, STRIDE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """This lane's own of COUNT values that all lanes of an axis have: those whose sums `sum_over_lanes` would leave in
-    it."""
-    for i in tl.static_range(5):
-        if (SIZE >> i) > 1 and (COUNT >> (i + 1)) > 0:
-            values = half(values, (lane & (STRIDE * (SIZE >> (i + 1)))) != 0, COUNT >> (i + 1))
-    return values
+class _Layout(NamedTuple):
+    """How a program's room is laid out: rows of two chunks' operands, the states before the next chunk, tiles of states
+    of this one, and a zero for each lane. Without STAGED it is but the tiles. A constant of the kernel's functions.
+
+    Attributes:
+        PIECES_C, PIECES_S: Pieces that a row has of the block's channels, three times, and of its states, twice.
+        ROW: Pieces of a row: dt, u, gy, B, C, and with FACTOR the factor, with zeros behind it.
+        SPREAD: Rows that are copied at once.
+        KEPT: Pieces of a tile.
+        SIZE: Pieces of the room.
+        PIECE: The distance of neighbouring pieces, as all that follows in addresses: bytes, or words of 32 bits.
+        AT_U, AT_GY, AT_B, AT_C, AT_FACTOR: Where in a row they begin.
+        STEP: The distance of neighbouring rows.
+        BUFFER: And of one chunk's rows from the other's.
+        KEPT_STEP: And of neighbouring tiles.
+    """
+
+    PIECES_C: int
+    PIECES_S: int
+    ROW: int
+    SPREAD: int
+    KEPT: int
+    SIZE: int
+    PIECE: int
+    AT_U: int
+    AT_GY: int
+    AT_B: int
+    AT_C: int
+    AT_FACTOR: int
+    STEP: int
+    BUFFER: int
+    KEPT_STEP: int
+
+
+class _Lanes(NamedTuple):
+    """What of a block's tile the lanes have: a vector each.
+
+    Attributes:
+        lane: The lane's number.
+        s, n, e: Its sequence of the tile, its first state and its first channel.
+        block_e: The block's first channel.
+        own_n, own_e: The first of its own states and channels.
+        own_is_C: Whether its own states' gradients are those of C; without REST it has B's and C's.
+        writes_n, writes_e: Whether it writes these: of lanes with the same own states or channels, one does.
+        turns: Of states and channels.
+        ordered: The lane's number, for sums over lanes; zero where turns put the lane's own first.
+    """
+
+    lane: tl.tensor
+    s: tl.tensor
+    n: tl.tensor
+    e: tl.tensor
+    block_e: tl.tensor
+    own_n: tl.tensor
+    own_e: tl.tensor
+    own_is_C: tl.tensor
+    writes_n: tl.tensor
+    writes_e: tl.tensor
+    turns: tuple
+    ordered: tl.tensor
 
 
 @triton.jit
@@ -96,296 +167,449 @@ def _share(place, SIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _shared_memory(lane, SIZE: tl.constexpr):
-    """The address of that many bytes of shared memory. Triton has no word for it, but the assembler does."""
-    return tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 room[{SIZE}]; mov.u32 $0, room; }}",
-        "=r,r",
-        [lane],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def _spread(block, FORM: tl.constexpr):
+    """What of a block's tile the lanes have: `_Lanes`."""
+    REST: tl.constexpr = FORM.REST
+    lane = tl.arange(0, LANES)
+    s = (lane // FORM.CE) % FORM.S
+    n = lane // FORM.STATES_STRIDE * FORM.NR
+    block_e = block * (FORM.CE * FORM.CR)
+    e = block_e + lane % FORM.CE * FORM.CR
+    own_n = lane % FORM.CE // REST * FORM.OWN_STATES
+    own_is_C = lane % REST * 2 // REST == 1 if REST > 1 else lane < 0
+    writes_n = lane % REST % (REST // 2) == 0 if REST > 1 else lane >= 0
+    own_e, writes_e = _share(lane // FORM.STATES_STRIDE, FORM.NL, FORM.CR)
+    turns = (own_n, own_e) if FORM.STAGED else (lane * 0, lane * 0)
+    ordered = lane * 0 if FORM.STAGED else lane
+    return _Lanes(lane, s, n, e, block_e, own_n + n, own_e + e, own_is_C, writes_n, writes_e, turns, ordered)
 
 
-@triton.jit
-def _wait(lane, COPIES: tl.constexpr, FAST: tl.constexpr):
-    """Wait until all lanes see what each has written to the program's room, with COPIES also by asynchronous copies."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "cp.async.wait_all; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
-            if COPIES
-            else "bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
-            "=r,r",
-            [lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.debug_barrier()
+class _Places(NamedTuple):
+    """Addresses in the room, one a lane; those from `channels` on with STAGED only.
 
-
-@triton.jit
-def _fetch(at, address, there, FAST: tl.constexpr):
-    """Copies 16 bytes of each lane's own from global memory to the program's room, or zeros where `there` says that
-    there are none. The copy goes on in the background, see `_wait`."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;",
-            "=r,r,l,r",
-            [at, address.to(tl.uint64), there.to(tl.int32) * 16],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        at = at.to(tl.pointer_type(tl.int64))
-        for i in tl.static_range(2):
-            tl.store(at + i, tl.load(address + i, mask=there, other=0))
-
-
-@triton.jit
-def _send(address, at, there, FAST: tl.constexpr):
-    """Copies 16 bytes of each lane's own from the program's room to global memory, where `there` says so."""
-    if FAST:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %e; .reg .b64 %x, %y; setp.ne.s32 %e, $3, 0; "
-            "@%e ld.shared.v2.b64 {%x, %y}, [$2]; @%e st.global.v2.b64 [$1], {%x, %y}; mov.u32 $0, 0; }",
-            "=r,l,r,r",
-            [address.to(tl.uint64), at, there.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        at = at.to(tl.pointer_type(tl.int64))
-        for i in tl.static_range(2):
-            tl.store(address + i, tl.load(at + i), mask=there)
-
-
-@triton.jit
-def _copy_rows(
-    rows, at, t, subs, L, H, W,
-    ROW: tl.constexpr, SPREAD: tl.constexpr, UNROLL: tl.constexpr, LARGE: tl.constexpr, FETCH: tl.constexpr,
-    FAST: tl.constexpr,
-):  # fmt: skip
-    """Copies the rows of subs times UNROLL steps from step t on to the program's room, or back, SPREAD of them at once.
-
-    Args:
-        rows: What `_rows` has returned.
-        at: The address of the first of the rows in the room, each ROW from the one before.
+    Attributes:
+        room: Where it begins.
+        next: The states before the next chunk.
+        kept: The lane's part of the tile of states before a chunk's first sub.
+        channels, states: The lane's first of what a row begins with, if that is of channels, as it is, or of states:
+            AT_U and the like and a row's beginning are added to these.
+        own_states: Where the first row's B begins, or C in lanes whose own states' gradients are those of C.
+        zero: For `unknown_zero`.
     """
-    address, stride, in_row, lane_row, there, order = rows
-    at += in_row
-    t += lane_row
-    p, left, inner, step, turn = start_walk(tl.minimum(t, L - 1), order, L, H, W, LARGE)
-    jump, bend, rest, inner = group_stride(SPREAD, inner, step, turn)
-    walk = (p * stride, left)  # in words
-    advance = (jump * stride, bend * stride, rest, inner)
-    for i in range(subs):
-        for r in tl.static_range(0, UNROLL, SPREAD):
-            if FETCH:
-                _fetch(at + (i * UNROLL + r) * ROW, address + walk[0], there & (t < L), FAST)
-            else:
-                _send(address + walk[0], at + (i * UNROLL + r) * ROW, there & (t < L), FAST)
-            walk = advance_walk(walk, advance)
-            t += SPREAD
+
+    room: tl.tensor
+    next: tl.tensor
+    kept: tl.tensor
+    channels: tl.tensor
+    states: tl.tensor
+    own_states: tl.tensor
+    zero: tl.tensor
 
 
 @triton.jit
-def _fetch_tile(
-    at, states_ptr, chunk, e, lane, E, N_STATES, PIECES_C: tl.constexpr, PIECES: tl.constexpr,
-    PIECE: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Copies the states before a chunk to the program's room, as rows of its block of channels, from e on; zeros before
-    the first."""
-    there = chunk + lane * 0 > 0
-    states = states_ptr + tl.maximum(chunk - 1, 0).to(tl.int64) * (N_STATES * E) + e
-    for i in tl.static_range(0, PIECES, LANES):
-        piece = i + lane
-        address = states + (piece // PIECES_C * E + piece % PIECES_C * 8)
-        _fetch(at + piece * PIECE, address.to(tl.pointer_type(tl.int64)), there, FAST)
+def _find_places(room, lanes, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The addresses in the room that begins there: `_Places`."""
+    lane = lanes.lane
+    PIECE: tl.constexpr = LAYOUT.PIECE
+    WORDS: tl.constexpr = FORM.TILE // 2 if FORM.STAGED else FORM.TILE  # of a tile, a lane
+    next_at = room + 2 * LAYOUT.BUFFER
+    kept_at = room + (2 * LAYOUT.BUFFER + (LAYOUT.KEPT_STEP if FORM.STAGED else 0))
+    kept_at += lane * ((WORDS if WORDS < 4 else 4) * PIECE // 4)
+    channel_at = room + lane % FORM.CE * (FORM.CR * PIECE // 8)
+    state_at = room + lane // FORM.STATES_STRIDE * (FORM.NR * PIECE // 8)
+    zero_at = room + LAYOUT.SIZE * PIECE + lane * (PIECE // 4)
+    if FORM.STAGED:
+        put_zero(zero_at, FORM.FAST)
+    own_state_at = room + tl.where(lanes.own_is_C, LAYOUT.AT_C, LAYOUT.AT_B)
+    return _Places(room, next_at, kept_at, channel_at, state_at, own_state_at, zero_at)
 
 
 @triton.jit
-def _zero(at, FAST: tl.constexpr):
-    """Zero, which the compiler cannot know to be. What is computed with it in a loop is computed there, each time: kept
-    in registers over all of the loop, it would drive out what is needed more often, and come back from far away."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ld.volatile.shared.b32 $0, [$1];", "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
-    else:
-        return tl.zeros([LANES], dtype=tl.int32)
-
-
-@triton.jit
-def _take(at, turn, COUNT: tl.constexpr, FAST: tl.constexpr):
-    """COUNT bfloat16, 2 or 4, of the program's room, in float32: the i-th is that at i ^ turn, with a turn for each
-    lane."""
-    far = turn // 2
-    odd = turn % 2 == 1
-    values = ()
-    for i in tl.static_range(COUNT // 2):
-        if FAST:
-            word = tl.inline_asm_elementwise(
-                "ld.shared.b32 $0, [$1];", "=r,r", [at + (far ^ i) * 4], dtype=tl.int32, is_pure=False, pack=1
-            )
-            for j in tl.static_range(2):
-                bits = tl.inline_asm_elementwise(  # the lower or the upper half, above zeros
-                    "prmt.b32 $0, $1, 0, $2;",
-                    "=r,r,r",
-                    [word, tl.where(odd, 0x1044, 0x3244) if j == 1 else tl.where(odd, 0x3244, 0x1044)],
-                    dtype=tl.int32,
-                    is_pure=True,
-                    pack=1,
-                )
-                values = values + (bits.to(tl.float32, bitcast=True),)
-        else:
-            low, high = unpack_word(tl.load(at + (far ^ i)), tl.bfloat16)
-            values = values + (tl.where(odd, high, low), tl.where(odd, low, high))
-    return values
-
-
-@triton.jit
-def _put_element(at, i, value, mask, FAST: tl.constexpr):
-    """Writes the value to the i-th bfloat16 from `at` on in the program's room, where the mask says so."""
-    value = value.to(tl.bfloat16)
-    if FAST:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %e; setp.ne.s32 %e, $3, 0; @%e st.shared.b16 [$1], $2; mov.u32 $0, 0; }",
-            "=r,r,h,r",
-            [at + i * 2, value.to(tl.int16, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(at.to(tl.pointer_type(tl.bfloat16)) + i, value, mask=mask)
-
-
-@triton.jit
-def _load_tile(at, row, inside, turns, mask, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr):
+def _load_tile(at, row, inside, turns, mask, FORM: tl.constexpr):
     """As `load_tile`, with states and channels of each lane in the order that its turns make."""
     turn_n, turn_e = turns
     n, e, n_states, features, sequence_in = inside
     tile = ()
-    for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
+    for i in tl.static_range(FORM.NR):
+        for j in tl.static_range(FORM.CR):
             i_turned = turn_n ^ i
             j_turned = turn_e ^ j
             there = (n + i_turned < n_states) & (e + j_turned < features) & sequence_in & mask
-            tile = tile + (load_element(at + (i_turned * row + j_turned), there, FAST).to(tl.float32),)
+            tile = tile + (load_element(at + (i_turned * row + j_turned), there, FORM.FAST).to(tl.float32),)
     return tile
 
 
 @triton.jit
-def _store_tile(at, row, tile, inside, turns, NR: tl.constexpr, CR: tl.constexpr):
+def _store_tile(at, row, tile, inside, turns, FORM: tl.constexpr):
     """As `store_tile`, with states and channels of each lane in the order that its turns make."""
     turn_n, turn_e = turns
     n, e, n_states, features, sequence_in = inside
-    for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
+    for i in tl.static_range(FORM.NR):
+        for j in tl.static_range(FORM.CR):
             i_turned = turn_n ^ i
             j_turned = turn_e ^ j
             there = (n + i_turned < n_states) & (e + j_turned < features) & sequence_in
-            tl.store(at + (i_turned * row + j_turned), tile[i * CR + j], mask=there)
+            tl.store(at + (i_turned * row + j_turned), tile[i * FORM.CR + j], mask=there)
+
+
+class _Parameters(NamedTuple):
+    """A's tile of rates to the base 2; of the lane's own channels D, and with FACTOR the step sizes' weight."""
+
+    A: tuple
+    D: tuple
+    weight: tuple
 
 
 @triton.jit
-def _put_tile(at, tile, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
-    """Keeps the COUNT values of a tile in the program's room; with NARROW in bfloat16."""
-    words = ()
-    if NARROW:
-        for i in tl.static_range(COUNT // 2):
-            words = words + (pack_word(tile[2 * i], tile[2 * i + 1], FAST),)
-    else:
-        for i in tl.static_range(COUNT):
-            words = words + (tile[i].to(tl.uint32, bitcast=True),)
-    WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
-    ROW: tl.constexpr = WORDS if WORDS < 4 else 4
-    for i in tl.static_range(0, WORDS, ROW):
-        if FAST:
-            row = (at + i * (LANES * 4),)
-            for j in tl.static_range(ROW):
-                row = row + (words[i + j],)
-            tl.inline_asm_elementwise(
-                "st.shared.b32 [$1], $2; mov.u32 $0, 0;"
-                if ROW == 1
-                else (
-                    "st.shared.v2.b32 [$1], {$2, $3}; mov.u32 $0, 0;"
-                    if ROW == 2
-                    else "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;"
-                ),
-                "=r,r,r" if ROW == 1 else ("=r,r,r,r" if ROW == 2 else "=r,r,r,r,r,r"),
-                row,
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            for j in tl.static_range(ROW):
-                tl.store(at + (i * LANES + j), words[i + j].to(tl.int32, bitcast=True))
+def _load_parameters(A_ptr, D_ptr, weight_ptr, k, E, N_STATES, lanes, FORM: tl.constexpr):
+    """Those of direction k: `_Parameters`."""
+    everywhere = (lanes.n, lanes.e, N_STATES, E, lanes.lane >= 0)
+    A = ()
+    A_at = A_ptr + k * (N_STATES * E) + (lanes.n * E + lanes.e)
+    rates = _load_tile(A_at, E, everywhere, lanes.turns, lanes.lane >= 0, FORM)
+    for v in tl.static_range(FORM.TILE):
+        A = A + (rates[v].to(tl.float32) * LOG2E,)  # for exp2
+    D = ()
+    for v in tl.static_range(FORM.OWN_CHANNELS):
+        D = D + (tl.load(D_ptr + k * E + lanes.own_e + v, mask=lanes.own_e + v < E, other=0.0).to(tl.float32),)
+    weight = ()
+    if FORM.FACTOR:  # of lanes that have the same channels, one adds their part
+        for v in tl.static_range(FORM.OWN_CHANNELS):
+            own = tl.load(weight_ptr + k * E + lanes.own_e + v, mask=lanes.writes_e, other=0.0)
+            weight = weight + (own.to(tl.float32),)
+    return _Parameters(A, D, weight)
+
+
+class _Rows(NamedTuple):
+    """What rows are made of with STAGED: dt, u, gy, B, C and the factor, or the gradients of these. Without FACTOR the
+    factor has no piece; with it, none of dt's gradient is copied.
+
+    Attributes:
+        pointers: Where each begins.
+        of_sequence, of_direction, of_step: Its strides.
+    """
+
+    pointers: tuple
+    of_sequence: tuple
+    of_direction: tuple
+    of_step: tuple
+
+
+class _Operands(NamedTuple):
+    """Where a sequence's operands are without STAGED, as `load_row` wants it, and how many of the lane's channels and
+    states exist."""
+
+    dt: tuple
+    u: tuple
+    gy: tuple
+    B: tuple
+    C: tuple
+    channels: tl.tensor
+    states: tl.tensor
+
+
+class _Results(NamedTuple):
+    """Where their gradients are written.
+
+    Attributes:
+        u, delta, B, C: Pointers.
+        of_dt, own_dt: How far it is from u's and delta's to the sequence, and from there to the lane's own channels.
+        of_part, own_part: Likewise from B's and C's, to the lane's own states.
+        part_row: How far it is from one direction to the next of B's and C's.
+        K: Directions.
+    """
+
+    u: tl.tensor
+    delta: tl.tensor
+    B: tl.tensor
+    C: tl.tensor
+    of_dt: tl.tensor
+    own_dt: tl.tensor
+    of_part: tl.tensor
+    own_part: tl.tensor
+    part_row: tl.tensor
+    K: tl.tensor
+
+
+class _Sequence(NamedTuple):
+    """The sequence that is walked, or those of a tile, in one direction.
+
+    Attributes:
+        seq, k: The number of the first, and that of the direction.
+        block, batch: The number of the block of channels, and how many sequences there are.
+        order, L, H, W: The order, the steps, and the map's height and width, see walk.py.
+        inside: Of the lane's tile, as `load_tile` wants it.
+        starts, in_tile: Where the states that the forward pass has kept begin, and the lane's tile of these.
+        operands, results: `_Rows` with STAGED, `_Operands` and `_Results` without.
+    """
+
+    seq: tl.tensor
+    k: tl.tensor
+    block: tl.tensor
+    batch: tl.tensor
+    order: tl.tensor
+    L: tl.tensor
+    H: tl.tensor
+    W: tl.tensor
+    inside: tuple
+    starts: tl.tensor
+    in_tile: tl.tensor
+    operands: tuple
+    results: tuple
 
 
 @triton.jit
-def _take_tile(at, COUNT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr):
-    """The values that the same thread has kept in its program's room."""
-    WORDS: tl.constexpr = COUNT // 2 if NARROW else COUNT
-    ROW: tl.constexpr = WORDS if WORDS < 4 else 4
-    words = ()
-    for i in tl.static_range(0, WORDS, ROW):
-        if FAST:
-            here = at + i * (LANES * 4)
-            if ROW == 1:
-                first = tl.inline_asm_elementwise(
-                    "ld.shared.b32 $0, [$1];", "=r,r", [here], dtype=tl.int32, is_pure=False, pack=1
-                )
-                words = words + (first,)
-            elif ROW == 2:
-                first, second = tl.inline_asm_elementwise(
-                    "ld.shared.v2.b32 {$0, $1}, [$2];",
-                    "=r,=r,r",
-                    [here],
-                    dtype=(tl.int32, tl.int32),
-                    is_pure=False,
-                    pack=1,
-                )
-                words = words + (first, second)
+def _choose(piece, values, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
+    """The one of six values, of dt, u, gy, B, C and the factor, that belongs to a lane's piece of a row."""
+    dt, u, gy, b, c, factor = values
+    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, b, tl.where(piece < 3 * PIECES_C + 2 * PIECES_S, c, factor))
+    of_channels = tl.where(piece < PIECES_C, dt, tl.where(piece < 2 * PIECES_C, u, gy))
+    return tl.where(piece < 3 * PIECES_C, of_channels, of_states)
+
+
+@triton.jit
+def _copy_rows(
+    buffer, rows, t, subs, zero, sequence, lanes, places,
+    BACK: tl.constexpr, FORM: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Copies the rows of a chunk's steps, `subs` subs from step t on, to the room, or with BACK from there to memory:
+    SPREAD rows at once, of which each lane copies a piece.
+
+    Args:
+        buffer: Where the chunk's rows begin in those of both chunks.
+        rows: What they are made of, `_Rows`.
+        zero: One a lane, which the compiler may know or not, see `unknown_zero`.
+    """
+    C: tl.constexpr = LAYOUT.PIECES_C
+    S: tl.constexpr = LAYOUT.PIECES_S
+    lane = lanes.lane + zero
+    seq = sequence.seq + zero
+    piece = lane % LAYOUT.ROW
+    lane_row = lane // LAYOUT.ROW % LAYOUT.SPREAD  # lanes that are left over copy what others do
+    in_channels = lanes.block_e + piece % C * 8
+    in_states = (piece - 3 * C) % S * 8
+    if BACK:  # of B's and C's gradients, there is a part for each block
+        seq = tl.where(piece < 3 * C, seq, sequence.block * sequence.batch + sequence.seq + zero)
+    offset = seq.to(tl.int64) * _choose(piece, rows.of_sequence, C, S)
+    offset += sequence.k.to(tl.int64) * _choose(piece, rows.of_direction, C, S)
+    offset += tl.where(piece < 3 * C, in_channels, in_states)
+    address = (_choose(piece, rows.pointers, C, S) + offset).to(tl.pointer_type(tl.int64))
+    stride = _choose(piece, rows.of_step, C, S) // 4  # in words of 64 bits
+    there = piece >= 0
+    if BACK:
+        there = ((piece < 2 * C) | (piece >= 3 * C)) & (piece >= C * FORM.FACTOR)
+
+    in_rows = (lane_row * LAYOUT.ROW + piece) * LAYOUT.PIECE
+    at = places.room + buffer + in_rows
+    t += lane_row
+    start = tl.minimum(t, sequence.L - 1)
+    p, left, inner, step, turn = start_walk(start, sequence.order, sequence.L, sequence.H, sequence.W, FORM.LARGE)
+    jump, bend, rest, inner = group_stride(LAYOUT.SPREAD, inner, step, turn)
+    walk = (p * stride, left)
+    advance = (jump * stride, bend * stride, rest, inner)
+    for i in range(subs):
+        for r in tl.static_range(0, FORM.UNROLL, LAYOUT.SPREAD):
+            if BACK:
+                send(address + walk[0], at + (i * FORM.UNROLL + r) * LAYOUT.STEP, there & (t < sequence.L), FORM.FAST)
             else:
-                first, second, third, fourth = tl.inline_asm_elementwise(
-                    "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-                    "=r,=r,=r,=r,r",
-                    [here],
-                    dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                    is_pure=False,
-                    pack=1,
-                )
-                words = words + (first, second, third, fourth)
-        else:
-            for j in tl.static_range(ROW):
-                words = words + (tl.load(at + (i * LANES + j)),)
+                fetch(at + (i * FORM.UNROLL + r) * LAYOUT.STEP, address + walk[0], there & (t < sequence.L), FORM.FAST)
+            walk = advance_walk(walk, advance)
+            t += LAYOUT.SPREAD
+
+
+@triton.jit
+def _fetch_states(at, chunk, zero, sequence, lanes, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """Copies the states before a chunk to the room, as rows of their block's channels; zeros before the first.
+
+    Args:
+        zero: As for `_copy_rows`.
+    """
+    lane = lanes.lane + zero
+    _, _, N_STATES, E, _ = sequence.inside
+    there = chunk + lane * 0 > 0
+    states = sequence.starts + tl.maximum(chunk - 1, 0).to(tl.int64) * (N_STATES * E) + lanes.block_e
+    for i in tl.static_range(0, LAYOUT.KEPT, LANES):
+        piece = i + lane
+        address = states + (piece // LAYOUT.PIECES_C * E + piece % LAYOUT.PIECES_C * 8)
+        fetch(at + piece * LAYOUT.PIECE, address.to(tl.pointer_type(tl.int64)), there, FORM.FAST)
+
+
+@triton.jit
+def _take_states(at, lane, turns, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The lane's tile of what `_fetch_states` has brought."""
+    at += lane // FORM.STATES_STRIDE * (FORM.NR * LAYOUT.PIECES_C * LAYOUT.PIECE)
+    at += lane % FORM.CE * (FORM.CR * LAYOUT.PIECE // 8)
     tile = ()
-    for i in tl.static_range(WORDS):
-        tile = tile + (unpack_word(words[i], tl.bfloat16) if NARROW else (words[i].to(tl.float32, bitcast=True),))
+    for i in tl.static_range(FORM.NR):
+        row_at = at + (turns[0] ^ i) * (LAYOUT.PIECES_C * LAYOUT.PIECE)
+        tile = tile + take(row_at, turns[1], FORM.CR, FORM.FAST)
     return tile
+
+
+@triton.jit
+def _take_operands(row, places, turns, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """dt, u and B of the step whose row begins there."""
+    of_channels = places.channels + row
+    dt = take(of_channels, turns[1], FORM.CR, FORM.FAST)
+    u = take(of_channels + LAYOUT.AT_U, turns[1], FORM.CR, FORM.FAST)
+    return dt, u, take(places.states + row + LAYOUT.AT_B, turns[0], FORM.NR, FORM.FAST)
+
+
+@triton.jit
+def _take_outputs(row, places, turns, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """Likewise gy and C."""
+    gy = take(places.channels + row + LAYOUT.AT_GY, turns[1], FORM.CR, FORM.FAST)
+    return gy, take(places.states + row + LAYOUT.AT_C, turns[0], FORM.NR, FORM.FAST)
+
+
+@triton.jit
+def _take_sub(buffer, first, end, L, places, turns, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """With STAGED, a sub's steps from its last on: of each, where its row begins in those of both chunks, whether the
+    sequence is as long, dt, u, gy, B and C. But gy and C are taken later: dt and B stand in their places.
+
+    A step is a plain tuple: where tuples of named ones are added, Triton forgets the names.
+
+    Args:
+        buffer: Where the chunk's rows begin in those of both chunks.
+        first: The chunk's first step.
+        end: The sub's end, in steps of the chunk.
+    """
+    steps = ()
+    for r in tl.static_range(FORM.UNROLL):
+        step = end - 1 - r
+        position = buffer + step * LAYOUT.STEP
+        dt, u, b = _take_operands(position, places, turns, FORM, LAYOUT)
+        steps = steps + ((position, first + step + tl.arange(0, 1) < L, dt, u, dt, b, b),)
+    return steps
+
+
+@triton.jit
+def _load_row(at, p, existing, live, LIVE: tl.constexpr, COUNT: tl.constexpr, FORM: tl.constexpr):
+    """As `load_row`, for 2 or 4 neighbours with WIDE, and with LIVE zero where not `live`."""
+    address = at[0] + p * at[2] + at[1]
+    if FORM.WIDE and COUNT > 1:
+        mask = live & (at[1] >= 0) if LIVE else at[1] >= 0  # in the second case, everywhere
+        if FORM.FAST:
+            return (load_word(address, mask, COUNT),)
+        else:
+            word: tl.constexpr = tl.int64 if COUNT == 4 else tl.int32
+            return (tl.load(address.to(tl.pointer_type(word)), mask=mask, other=0),)
+    else:
+        row = ()
+        for i in tl.static_range(COUNT):
+            mask = (i < existing) & live if LIVE else i < existing
+            row = row + (load_element(address + i, mask, FORM.FAST),)
+        return row
+
+
+@triton.jit
+def _load_sub(t, walk, L, operands, REVERSE: tl.constexpr, FORM: tl.constexpr):
+    """Without STAGED, a sub's steps from step t on, or with REVERSE from t down, and where the walk then is.
+
+    Of each step its position, whether the sequence is as long, dt, u, gy, B, and with REVERSE C, as `load_row` has
+    them. A step beyond the sequence's end stands on the last position; its dt and gy are zero: it moves nothing.
+    """
+    channels, states = operands.channels, operands.states
+    p, left, inner, stride, turn = walk
+    steps = ()
+    for _ in tl.static_range(FORM.UNROLL):
+        live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
+        dt = _load_row(operands.dt, p, channels, live, True, FORM.CR, FORM)
+        u = _load_row(operands.u, p, channels, live, False, FORM.CR, FORM)
+        gy = _load_row(operands.gy, p, channels, live, True, FORM.CR, FORM)
+        b = _load_row(operands.B, p, states, live, False, FORM.NR, FORM)
+        c = _load_row(operands.C, p, states, live, False, FORM.NR, FORM) if REVERSE else b
+        steps = steps + ((p, live, dt, u, gy, b, c),)
+        p_next, left_next = next_position(p, left, inner, stride, turn)
+        moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
+        p = tl.where(moves, p_next, p)
+        left = tl.where(moves, left_next, left)
+        t += -1 if REVERSE else 1
+    return steps, (p, left, inner, stride, turn)
+
+
+@triton.jit
+def _in_float32(steps, operands, FORM: tl.constexpr):
+    """The steps of `_load_sub` with their operands unpacked, in float32."""
+    converted = ()
+    for r in tl.static_range(FORM.UNROLL):
+        p, live, dt, u, gy, b, c = steps[r]
+        dt = unpack(dt, operands.dt[0], FORM.CR, FORM.WIDE)
+        u = unpack(u, operands.u[0], FORM.CR, FORM.WIDE)
+        gy = unpack(gy, operands.gy[0], FORM.CR, FORM.WIDE)
+        b = unpack(b, operands.B[0], FORM.NR, FORM.WIDE)
+        c = unpack(c, operands.C[0], FORM.NR, FORM.WIDE)
+        converted = converted + ((p, live, dt, u, gy, b, c),)
+    return converted
+
+
+@triton.jit
+def _next(decay, h, b, channels, FORM: tl.constexpr):
+    """decay h + b channels, with a decay and an h for each state and channel."""
+    states = ()
+    for i in tl.static_range(FORM.NR):
+        for j in tl.static_range(FORM.CR):
+            states = states + (decay[i * FORM.CR + j] * h[i * FORM.CR + j] + b[i] * channels[j],)
+    return states
+
+
+@triton.jit
+def _recompute_chunk(h, buffer, first, subs, A, sequence, places, turns, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The first pass over a chunk, from the states h before it: keeps those before each of its subs but the last, and
+    returns those before the last, whose own states are left to the second pass.
+
+    Args:
+        buffer, first: As for `_take_sub`.
+    """
+    if not FORM.STAGED:
+        walk = start_walk(first, sequence.order, sequence.L, sequence.H, sequence.W, FORM.LARGE)
+        steps, walk = _load_sub(first, walk, sequence.L, sequence.operands, False, FORM)
+    for i in range(subs - 1):
+        put_tile(places.kept + i * LAYOUT.KEPT_STEP, h, FORM.TILE, FORM.STAGED, FORM.FAST)
+        if not FORM.STAGED:
+            # here and in the second pass, the next operands are under way while these are used
+            t = first + (i + 1) * FORM.UNROLL
+            current = _in_float32(steps, sequence.operands, FORM)
+            steps, walk = _load_sub(t, walk, sequence.L, sequence.operands, False, FORM)
+        for r in tl.static_range(FORM.UNROLL):
+            if FORM.STAGED:
+                row = buffer + (i * FORM.UNROLL + r) * LAYOUT.STEP
+                dt, u, b = _take_operands(row, places, turns, FORM, LAYOUT)
+            else:
+                _, _, dt, u, _, b, _ = current[r]
+            h = _next(decays(dt, A, FORM.NR, FORM.CR, FORM.FAST), h, b, multiply(dt, u, FORM.CR), FORM)
+    return h
+
+
+@triton.jit
+def _recompute_sub(state, steps, A, FORM: tl.constexpr):
+    """Of a sub's steps, from the last on, their decays, and unless LOCAL the states before them; and the states after
+    the last, from those before the first."""
+    steps_decays = ()
+    before = ()
+    for r in tl.static_range(FORM.UNROLL - 1, -1, -1):  # in the walk's order
+        _, _, dt, u, _, b, _ = steps[r]
+        decay = decays(dt, A, FORM.NR, FORM.CR, FORM.FAST)
+        steps_decays = (decay,) + steps_decays
+        if not FORM.LOCAL:
+            before = (state,) + before
+            state = _next(decay, state, b, multiply(dt, u, FORM.CR), FORM)
+    return steps_decays, before, state
+
+
+class _Sums(NamedTuple):
+    """Gradients summed over steps: of A's tile, and of the lane's own channels' D, bias, and with FACTOR weight."""
+
+    A: tuple
+    D: tuple
+    bias: tuple
+    weight: tuple
 
 
 @triton.jit
 def _outer(total, states, channels, NR: tl.constexpr, CR: tl.constexpr):
     """A tile plus the outer product of states and channels."""
     return multiply_add(of_states(states, NR, CR), of_channels(channels, NR, CR), total, NR * CR)
-
-
-@triton.jit
-def _next(decay, h, b, channels, NR: tl.constexpr, CR: tl.constexpr):
-    """decay h + b channels, with a decay and an h for each state and channel."""
-    states = ()
-    for i in tl.static_range(NR):
-        for j in tl.static_range(CR):
-            states = states + (decay[i * CR + j] * h[i * CR + j] + b[i] * channels[j],)
-    return states
 
 
 @triton.jit
@@ -401,110 +625,274 @@ def _sum_channels(tile, channels, NR: tl.constexpr, CR: tl.constexpr):
 
 
 @triton.jit
-def _sum_states(a, b, NR: tl.constexpr, CR: tl.constexpr):
+def _sum_states(a, b, FORM: tl.constexpr):
     """The sums of a times b over the thread's own states, one a channel."""
-    return sum_states(multiply(a, b, NR * CR), NR, CR)
+    return sum_states(multiply(a, b, FORM.TILE), FORM.NR, FORM.CR)
 
 
 @triton.jit
-def _load_steps(
-    t, p, left, inner, stride, turn, L, at, channels, states,
-    REVERSE: tl.constexpr, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr,
-    FAST: tl.constexpr,
+def _own(values, ordered, FORM: tl.constexpr):
+    """The lane's own of its channels' values: those whose sums over states `sum_over_lanes` would leave in it."""
+    for i in tl.static_range(5):
+        if (FORM.NL >> i) > 1 and (FORM.CR >> (i + 1)) > 0:
+            upper = (ordered & (FORM.STATES_STRIDE * (FORM.NL >> (i + 1)))) != 0
+            values = half(values, upper, FORM.CR >> (i + 1))
+    return values
+
+
+@triton.jit
+def _of_step_size(gdt, dt, live, FORM: tl.constexpr):
+    """The gradient of delta, before bias and softplus, from that of dt."""
+    if FORM.SOFTPLUS:
+        # d softplus(x) = sigmoid(x) = 1 - exp(-softplus(x)); its series where that cancels
+        slope = tl.where(dt < 0.01, dt * (1.0 - dt * (0.5 - dt * 0.16666667)), 1.0 - exp2(-dt * LOG2E, FORM.FAST))
+        return gdt * slope
+    else:
+        return tl.where(live, gdt, 0.0)
+
+
+@triton.jit
+def _write_of_states(gBC, position, live, sequence, lanes, places, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The lane's own of a step's gradients of B and C: both, or with REST one of them."""
+    if FORM.STAGED:
+        row_at = places.own_states + position
+        for v in tl.static_range(FORM.OWN_STATES):
+            put_element(row_at, lanes.own_n + v, gBC[v], lanes.writes_n, FORM.FAST)
+            if FORM.REST == 1:  # the lane has C's, too
+                row_C_at = places.own_states + (position + (LAYOUT.AT_C - LAYOUT.AT_B))
+                put_element(row_C_at, lanes.own_n + v, gBC[FORM.OWN_STATES + v], lanes.writes_n, FORM.FAST)
+    else:
+        results = sequence.results
+        _, _, n_states, _, sequence_in = sequence.inside
+        mask = lanes.writes_n & sequence_in & live
+        gB_at = results.B + (results.of_part + position * (results.K * results.part_row)) + results.own_part
+        gC_at = results.C + (results.of_part + position * (results.K * results.part_row)) + results.own_part
+        for v in tl.static_range(FORM.OWN_STATES):
+            mask_v = mask & (lanes.own_n + v < n_states)
+            mask_B = mask_v & (lanes.own_is_C == 0)
+            mask_C = mask_v & lanes.own_is_C if FORM.REST > 1 else mask_v
+            value_C = gBC[v if FORM.REST > 1 else FORM.OWN_STATES + v]
+            tl.store(gB_at + v, gBC[v].to(results.B.dtype.element_ty), mask=mask_B)
+            tl.store(gC_at + v, value_C.to(results.C.dtype.element_ty), mask=mask_C)
+
+
+@triton.jit
+def _write_of_channels(gdts, gus, position, live, sequence, lanes, places, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The lane's own of a step's gradients of u, and unless FACTOR of delta."""
+    if FORM.STAGED:
+        for v in tl.static_range(FORM.OWN_CHANNELS):
+            i_own = lanes.own_e - lanes.block_e + v
+            if not FORM.FACTOR:
+                put_element(places.room + position, i_own, gdts[v], lanes.writes_e, FORM.FAST)
+            put_element(places.room + (position + LAYOUT.AT_U), i_own, gus[v], lanes.writes_e, FORM.FAST)
+    else:
+        results = sequence.results
+        _, _, _, features, sequence_in = sequence.inside
+        own = tl.where(lanes.writes_e & sequence_in & live, features - lanes.own_e, 0)
+        gu_at = (results.u + results.of_dt, results.own_dt, results.K * features)
+        gdelta_at = (results.delta + results.of_dt, results.own_dt, results.K * features)
+        store_row(gu_at, position, gus, own, FORM.OWN_CHANNELS, FORM.WIDE, FORM.FAST)
+        store_row(gdelta_at, position, gdts, own, FORM.OWN_CHANNELS, FORM.WIDE, FORM.FAST)
+
+
+@triton.jit
+def _differentiate(
+    g, after, before, decay, step, gy, factor, parameters, sums, sequence, lanes, places,
+    FORM: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """The operands of UNROLL steps of a walk from step t on, or with REVERSE from t down, and where the walk then is.
-
-    Of each step: its position, whether it exists, dt, u, gy, B, and with REVERSE C. A step beyond the sequence's end
-    stands on the last position; its dt and gy are zero, so that it moves nothing.
-    """
-    dt_at, u_at, gy_at, B_at, C_at = at
-    steps = ()
-    for _ in tl.static_range(UNROLL):
-        live = t + tl.arange(0, 1) < L  # a block of one: Triton's interpreter takes no scalar masks
-        dt = _load_row(dt_at, p, channels, live, True, CR, WIDE, FAST)
-        u = _load_row(u_at, p, channels, live, False, CR, WIDE, FAST)
-        gy = _load_row(gy_at, p, channels, live, True, CR, WIDE, FAST)
-        b = _load_row(B_at, p, states, live, False, NR, WIDE, FAST)
-        c = _load_row(C_at, p, states, live, False, NR, WIDE, FAST) if REVERSE else b
-        steps = steps + ((p, live, dt, u, gy, b, c),)
-        p_next, left_next = next_position(p, left, inner, stride, turn)
-        moves = (t < L) & (t > 0) if REVERSE else t + 1 < L
-        p = tl.where(moves, p_next, p)
-        left = tl.where(moves, left_next, left)
-        t += -1 if REVERSE else 1
-    return steps, p, left
-
-
-@triton.jit
-def _in_float32(steps, at, UNROLL: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, WIDE: tl.constexpr):
-    """Steps of `_load_steps` with their operands unpacked, in float32."""
-    dt_at, u_at, gy_at, B_at, C_at = at
-    converted = ()
-    for r in tl.static_range(UNROLL):
-        p, live, dt, u, gy, b, c = steps[r]
-        dt = unpack(dt, dt_at[0], CR, WIDE)
-        u = unpack(u, u_at[0], CR, WIDE)
-        gy = unpack(gy, gy_at[0], CR, WIDE)
-        b = unpack(b, B_at[0], NR, WIDE)
-        c = unpack(c, C_at[0], NR, WIDE)
-        converted = converted + ((p, live, dt, u, gy, b, c),)
-    return converted
-
-
-@triton.jit
-def _choose(piece, values, PIECES_C: tl.constexpr, PIECES_S: tl.constexpr):
-    """The one of six values, of dt, u, gy, B, C and the factor, that belongs to a lane's piece of a row."""
-    dt, u, gy, b, c, factor = values
-    of_states = tl.where(piece < 3 * PIECES_C + PIECES_S, b, tl.where(piece < 3 * PIECES_C + 2 * PIECES_S, c, factor))
-    of_channels = tl.where(piece < PIECES_C, dt, tl.where(piece < 2 * PIECES_C, u, gy))
-    return tl.where(piece < 3 * PIECES_C, of_channels, of_states)
-
-
-@triton.jit
-def _rows(
-    lane, order, seq, part, k, e, tensors, BACK: tl.constexpr, FACTOR: tl.constexpr,
-    PIECES_C: tl.constexpr, PIECES_S: tl.constexpr, SPREAD: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """What `_copy_rows` wants to know of rows of operands, or with BACK of results: each lane has 16 bytes, a piece, of
-    one of SPREAD rows; those that are left over copy what others do.
+    """Writes a step's gradients.
 
     Args:
-        seq, part: The sequence, and that of B's and C's gradients, of which there is a part for each block of channels.
-        e: The first channel.
-        tensors: Of dt, u, gy, B, C and delta's factor, or of the gradients: where they begin, and the strides of
-            sequences, directions and positions. Without FACTOR the last has no piece; with it, none of dt's gradient
-            is copied.
+        g: The adjoint: the gradient of the states after the step.
+        after, before: The states after and before it.
+        decay: Of the step's states.
+        gy: The gradient of y.
+        factor: With FACTOR, of the step sizes.
+        sums: Those over the steps behind it.
 
     Returns:
-        The address of the lane's piece at position 0, the stride of positions in words of 64 bits, where in the
-        room's rows it lies, which row it is of, whether it is copied, and the order.
+        The adjoint of the states before it, the sums from it on, and with FACTOR the lane's part in the gradient of the
+        factor.
     """
-    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S + FACTOR
-    pointers, of_sequence, of_direction, of_step = tensors
-    piece = lane % ROW
-    lane_row = lane // ROW % SPREAD
-    in_channels = e + piece % PIECES_C * 8
-    in_states = (piece - 3 * PIECES_C) % PIECES_S * 8
-    if BACK:
-        seq = tl.where(piece < 3 * PIECES_C, seq, part)
-    offset = seq.to(tl.int64) * _choose(piece, of_sequence, PIECES_C, PIECES_S)
-    offset += k.to(tl.int64) * _choose(piece, of_direction, PIECES_C, PIECES_S)
-    offset += tl.where(piece < 3 * PIECES_C, in_channels, in_states)
-    address = (_choose(piece, pointers, PIECES_C, PIECES_S) + offset).to(tl.pointer_type(tl.int64))
-    stride = _choose(piece, of_step, PIECES_C, PIECES_S) // 4
-    there = piece >= 0
-    if BACK:
-        there = ((piece < 2 * PIECES_C) | (piece >= 3 * PIECES_C)) & (piece >= PIECES_C * FACTOR)
-    return address, stride, (lane_row * ROW + piece) * PIECE, lane_row, there, order
+    lane, ordered = lanes.lane, lanes.ordered
+    position, live, dt, u, _, b, _ = step
+    gB = _sum_channels(g, multiply(dt, u, FORM.CR), FORM.NR, FORM.CR)
+    gB = sum_over_lanes(gB, lane, ordered, FORM.REST, FORM.HALVED, FORM.NR, FORM.FAST)
+    gC = _sum_channels(after, gy, FORM.NR, FORM.CR)
+    gC = sum_over_lanes(gC, lane, ordered, FORM.REST, FORM.HALVED, FORM.NR, FORM.FAST)
+    gBC = sum_over_lanes(gB + gC, lane, lane, 1, FORM.REST, 2 * FORM.OWN_STATES, FORM.FAST)
+    _write_of_states(gBC, position, live, sequence, lanes, places, FORM, LAYOUT)
+
+    ginput = _sum_states(g, of_states(b, FORM.NR, FORM.CR), FORM)  # of dt u
+    ginput = sum_over_lanes(ginput, lane, ordered, FORM.STATES_STRIDE, FORM.NL, FORM.CR, FORM.FAST)
+    g = multiply(g, decay, FORM.TILE)
+    gexponent = multiply(g, before, FORM.TILE)  # of dt A
+    gdecay = _sum_states(gexponent, parameters.A, FORM)
+    gdecay = sum_over_lanes(gdecay, lane, ordered, FORM.STATES_STRIDE, FORM.NL, FORM.CR, FORM.FAST)
+    gA = multiply_add(gexponent, of_channels(dt, FORM.NR, FORM.CR), sums.A, FORM.TILE)
+
+    dt = _own(dt, ordered, FORM)
+    u = _own(u, ordered, FORM)
+    gy = _own(gy, ordered, FORM)
+    gD = add(sums.D, multiply(gy, u, FORM.OWN_CHANNELS), FORM.OWN_CHANNELS)
+    gus = ()
+    gdts = ()
+    for v in tl.static_range(FORM.OWN_CHANNELS):
+        gdts = gdts + (_of_step_size(u[v] * ginput[v] + gdecay[v] * LN2, dt[v], live, FORM),)
+        gus = gus + (dt[v] * ginput[v] + parameters.D[v] * gy[v],)
+    gbias = add(sums.bias, gdts, FORM.OWN_CHANNELS)
+    gfactor = ()
+    gweight = sums.weight
+    if FORM.FACTOR:
+        gfactor = _sum_channels(gdts, parameters.weight, 1, FORM.OWN_CHANNELS)
+        gweight = _outer(gweight, (factor,), gdts, 1, FORM.OWN_CHANNELS)
+    _write_of_channels(gdts, gus, position, live, sequence, lanes, places, FORM, LAYOUT)
+    return g, _Sums(gA, gD, gbias, gweight), gfactor
 
 
 @triton.jit
-def _take_operands(
-    of_channels, of_states, turns, AT_U: tl.constexpr, NR: tl.constexpr, CR: tl.constexpr, FAST: tl.constexpr
+def _put_factors(gfactors, row, lane, places, FORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The gradients of the factors of a sub's steps, from all lanes' parts.
+
+    Args:
+        row: Of the sub's last step.
+    """
+    gfactor = sum_over_lanes(gfactors, lane, lane, 1, LANES, FORM.UNROLL, FORM.FAST)[0]
+    # of eight lanes that have a step's, the first puts it in place, the others the zeros behind it
+    row -= lane // (LANES // FORM.UNROLL) * LAYOUT.STEP
+    column = lane % (LANES // FORM.UNROLL)
+    value = tl.where(column == 0, gfactor, 0.0)
+    put_element(places.room + (row + LAYOUT.AT_FACTOR), column, value, lane >= 0, FORM.FAST)
+
+
+@triton.jit
+def _walk_sub(
+    sums, g, total, state, steps, sequence, parameters, lanes, places, FORM: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """dt, u and B of a step, from its row in the program's room."""
-    dt = _take(of_channels, turns[1], CR, FAST)
-    return dt, _take(of_channels + AT_U, turns[1], CR, FAST), _take(of_states, turns[0], NR, FAST)
+    """The second pass over a sub, from the states before it: passes the adjoint g over its steps, and writes gradients,
+    or with LOCAL adds up step sizes. Returns sums, g and total as `_walk_chunk` does."""
+    lane = lanes.lane
+    factors = ()
+    if FORM.FACTOR:
+        for r in tl.static_range(FORM.UNROLL):
+            factor, _ = take(places.room + (steps[r][0] + LAYOUT.AT_FACTOR), lane * 0, 2, FORM.FAST)
+            factors = factors + (factor,)
+    gfactors = ()
+    steps_decays, before, state = _recompute_sub(state, steps, parameters.A, FORM)
+    if FORM.STAGED:
+        gy, c = _take_outputs(steps[0][0], places, lanes.turns, FORM, LAYOUT)
+    for r in tl.static_range(FORM.UNROLL):  # against the walk's order
+        if FORM.STAGED:
+            # the next operands are under way while these are used; no lane writes results before all have taken theirs
+            next_row = steps[r + 1 if r + 1 < FORM.UNROLL else r][0]
+            next_gy, next_c = _take_outputs(next_row, places, lanes.turns, FORM, LAYOUT)
+            if not FORM.LOCAL:
+                wait(lane, False, FORM.FAST)
+        else:
+            _, _, _, _, gy, _, c = steps[r]
+        g = _outer(g, c, gy, FORM.NR, FORM.CR)
+        if FORM.LOCAL:
+            g = multiply(g, steps_decays[r], FORM.TILE)
+            total = add(total, steps[r][2], FORM.CR)
+        else:
+            g, sums, gfactor = _differentiate(
+                g, state, before[r], steps_decays[r], steps[r], gy, factors[r] if FORM.FACTOR else (),
+                parameters, sums, sequence, lanes, places, FORM, LAYOUT,
+            )  # fmt: skip
+            state = before[r]
+            gfactors = gfactors + gfactor
+        if FORM.STAGED:
+            gy, c = next_gy, next_c
+    if FORM.FACTOR and not FORM.LOCAL:
+        _put_factors(gfactors, steps[0][0], lane, places, FORM, LAYOUT)
+    return sums, g, total
+
+
+@triton.jit
+def _walk_chunk(
+    sums, g, total, chunk, j, num_chunks, buffer, sequence, parameters, lanes, places,
+    FORM: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Both passes over a chunk.
+
+    Args:
+        sums, g, total: The sums over the steps behind the chunk, the adjoint there, and with LOCAL the sum of those
+            steps' sizes.
+        j, num_chunks: How many chunks have been walked before this one, and how many there are to walk.
+        buffer: With STAGED, where the chunk's rows begin in those of both chunks.
+
+    Returns:
+        sums, g and total from the chunk's start on.
+    """
+    lane, turns = lanes.lane, lanes.turns
+    L = sequence.L
+    first = chunk * FORM.CHUNK
+    subs = tl.cdiv(tl.minimum(FORM.CHUNK, L - first), FORM.UNROLL)
+    if FORM.STAGED:
+        wait(lane, True, FORM.FAST)
+        zero = unknown_zero(places.zero, FORM.FAST)
+        if not FORM.LOCAL:
+            h = _take_states(places.next, lane + zero, turns, FORM, LAYOUT)
+            wait(lane, False, FORM.FAST)
+        if j + 1 < num_chunks:
+            # all subs of a whole chunk, but not as a constant: the loop would be unrolled, which is slower
+            subs_before = tl.cdiv(tl.minimum(FORM.CHUNK, L - first + FORM.CHUNK), FORM.UNROLL)
+            _copy_rows(
+                LAYOUT.BUFFER - buffer, sequence.operands, first - FORM.CHUNK, subs_before, zero,
+                sequence, lanes, places, False, FORM, LAYOUT,
+            )  # fmt: skip
+            if not FORM.LOCAL:
+                _fetch_states(places.next, chunk - 1, zero, sequence, lanes, FORM, LAYOUT)
+
+    state = ()
+    if not FORM.LOCAL:
+        if not FORM.STAGED:
+            _, _, N_STATES, E, _ = sequence.inside
+            not_first = chunk + tl.arange(0, 1) > 0  # the first chunk's states are zero and not stored
+            start_at = sequence.starts + tl.cast(chunk - 1, tl.int64) * (N_STATES * E) + sequence.in_tile
+            h = _load_tile(start_at, E, sequence.inside, turns, not_first, FORM)
+        state = _recompute_chunk(h, buffer, first, subs, parameters.A, sequence, places, turns, FORM, LAYOUT)
+        # not for the room: else ptxas makes two loops of the one before, more than its cache has room for
+        wait(lane, False, FORM.FAST)
+
+    last = first + subs * FORM.UNROLL - 1
+    if not FORM.STAGED:
+        start = tl.maximum(L - 1 - last, 0)
+        walk = start_walk(start, sequence.order ^ 2, L, sequence.H, sequence.W, FORM.LARGE)
+        steps, walk = _load_sub(last, walk, L, sequence.operands, True, FORM)
+    for i in range(subs):
+        if FORM.STAGED:
+            current = _take_sub(buffer, first, (subs - i) * FORM.UNROLL, L, places, turns, FORM, LAYOUT)
+        else:
+            t = last - (i + 1) * FORM.UNROLL
+            current = _in_float32(steps, sequence.operands, FORM)
+            steps, walk = _load_sub(t, walk, L, sequence.operands, True, FORM)
+        sums, g, total = _walk_sub(sums, g, total, state, current, sequence, parameters, lanes, places, FORM, LAYOUT)
+        if not FORM.LOCAL:
+            before_next = places.kept + tl.maximum(subs - 2 - i, 0) * LAYOUT.KEPT_STEP
+            state = take_tile(before_next, FORM.TILE, FORM.STAGED, FORM.FAST)
+
+    if FORM.STAGED:
+        wait(lane, False, FORM.FAST)
+        if not FORM.LOCAL:
+            zero = unknown_zero(places.zero, FORM.FAST)
+            _copy_rows(buffer, sequence.results, first, subs, zero, sequence, lanes, places, True, FORM, LAYOUT)
+            wait(lane, False, FORM.FAST)
+    return sums, g, total
+
+
+@triton.jit
+def _store_sums(at, sums, E, N_STATES, lanes, FORM: tl.constexpr):
+    """As rows of E channels: N_STATES of A's gradient, then D's, the bias's, and with FACTOR the weight's."""
+    everywhere = (lanes.n, lanes.e, N_STATES, E, lanes.lane >= 0)
+    _store_tile(at + lanes.n * E + lanes.e, E, sums.A, everywhere, lanes.turns, FORM)
+    for v in tl.static_range(FORM.OWN_CHANNELS):
+        own_at = at + N_STATES * E + lanes.own_e + v
+        mask = lanes.writes_e & (lanes.own_e + v < E)
+        tl.store(own_at, sums.D[v], mask=mask)
+        tl.store(own_at + E, sums.bias[v], mask=mask)
+        if FORM.FACTOR:
+            tl.store(own_at + 2 * E, sums.weight[v], mask=mask)
 
 
 # Triton would compile the kernel again for numbers that 16 divides: no faster, and it takes long to compile.
@@ -554,39 +942,43 @@ def _backward_kernel(
     With SPLIT a program has `span` chunks, and the adjoint after them in ends; with LOCAL too, it walks from a zero
     adjoint and writes only the adjoint before its chunks (to ends) and their decay.
     """
-    STATES_STRIDE: tl.constexpr = CE * S  # between lanes of neighbouring groups of states
-    # sums over channels leave so many of B's values and of C's in a lane, when those over REST lanes are still to come
+    STATES_STRIDE: tl.constexpr = CE * S
     HALVED: tl.constexpr = CE if CE < NR else NR
-    OWN_STATES: tl.constexpr = NR // HALVED
-    REST: tl.constexpr = CE // HALVED
-    OWN_CHANNELS: tl.constexpr = CR // NL if CR > NL else 1  # so many of u's and delta's do sums over states
+    FORM: tl.constexpr = _Form(
+        CHUNK, UNROLL, SOFTPLUS, LOCAL, STAGED, FAST, FACTOR, LARGE, WIDE, NR, NL, S, CE, CR,
+        TILE=NR * CR, STATES_STRIDE=STATES_STRIDE, HALVED=HALVED, REST=CE // HALVED, OWN_STATES=NR // HALVED,
+        OWN_CHANNELS=CR // NL if CR > NL else 1,
+    )  # fmt: skip
+    PIECES_C: tl.constexpr = CE * CR // 8
+    PIECES_S: tl.constexpr = NR * NL // 8
+    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S + FACTOR if STAGED else 0
+    KEPT: tl.constexpr = NR * CR * LANES // (8 if STAGED else 4)  # in bfloat16 or float32
+    TILES: tl.constexpr = CHUNK // UNROLL if STAGED else CHUNK // UNROLL - 1
+    PIECE: tl.constexpr = 16 if FAST else 4
+    LAYOUT: tl.constexpr = _Layout(
+        PIECES_C, PIECES_S, ROW, SPREAD=2 if STAGED and 2 * ROW <= LANES else 1, KEPT=KEPT,
+        SIZE=2 * CHUNK * ROW + TILES * KEPT, PIECE=PIECE,
+        AT_U=PIECES_C * PIECE, AT_GY=2 * PIECES_C * PIECE, AT_B=3 * PIECES_C * PIECE,
+        AT_C=(3 * PIECES_C + PIECES_S) * PIECE, AT_FACTOR=(3 * PIECES_C + 2 * PIECES_S) * PIECE,
+        STEP=ROW * PIECE, BUFFER=CHUNK * ROW * PIECE, KEPT_STEP=KEPT * PIECE,
+    )  # fmt: skip
+
     k = tl.program_id(1)
     order = (orders >> (2 * tl.minimum(k, MAX_ORDERS - 1))) & 3  # arithmetic, not a load: it stays uniform
     k = k.to(tl.int64)
     blocks = tl.cdiv(E, CE * CR)
     block = tl.program_id(0) % blocks
     group = (tl.program_id(0) // blocks).to(tl.int64)
-
-    lane = tl.arange(0, LANES)
-    s = (lane // CE) % S
-    n = lane // STATES_STRIDE * NR
-    e = block * (CE * CR) + lane % CE * CR
-    own_n = lane % CE // REST * OWN_STATES
-    own_C = lane % REST * 2 // REST == 1 if REST > 1 else lane < 0  # with REST, one of both is left
-    first_n = lane % REST % (REST // 2) == 0 if REST > 1 else lane >= 0
-    own_e, first_e = _share(lane // STATES_STRIDE, NL, CR)
-    turns = (own_n, own_e) if STAGED else (lane * 0, lane * 0)
-    ordered = lane * 0 if STAGED else lane  # of turned values, each lane keeps the first ones
-    own_n += n
-    own_e += e
+    lanes = _spread(block, FORM)
+    lane, s, n, e, turns = lanes.lane, lanes.s, lanes.n, lanes.e, lanes.turns
 
     # 64-bit bases for the program and 32-bit offsets of its lanes: 64-bit offsets would fill the registers
     OFFSET: tl.constexpr = tl.int64 if LARGE else tl.uint32
     sw = s.to(OFFSET)
-    sequence = tl.cast(L, OFFSET) * K * E
-    in_dt = sw * sequence + e.to(OFFSET)  # and in the gradients of u and delta: they lie as (batch, L, K, E)
-    own_in_dt = sw * sequence + own_e.to(OFFSET)
-    own_in_part = sw * (tl.cast(L, OFFSET) * K * part_row) + own_n.to(OFFSET)
+    of_sequence = tl.cast(L, OFFSET) * K * E
+    in_dt = sw * of_sequence + e.to(OFFSET)  # and in the gradients of u and delta: they lie as (batch, L, K, E)
+    own_in_dt = sw * of_sequence + lanes.own_e.to(OFFSET)
+    own_in_part = sw * (tl.cast(L, OFFSET) * K * part_row) + lanes.own_n.to(OFFSET)
     in_u = sw * u_b + e.to(OFFSET)
     in_gy = sw * gy_b + e.to(OFFSET)
     in_B = sw * B_b + n.to(OFFSET)
@@ -596,89 +988,49 @@ def _backward_kernel(
     in_end = sw * (tl.cast(K, OFFSET) * (parts - 1) * N_STATES * E) + (n * E + e).to(OFFSET)
 
     program = (tl.program_id(2) * K + k).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    # the program's room: rows of two chunks' operands, of which each lane copies a piece of 16 bytes, the states before
-    # the next chunk, and tiles of states of this one
-    PIECES_C: tl.constexpr = CE * CR // 8
-    PIECES_S: tl.constexpr = NR * NL // 8
-    ROW: tl.constexpr = 3 * PIECES_C + 2 * PIECES_S + FACTOR if STAGED else 0
-    SPREAD: tl.constexpr = 2 if STAGED and 2 * ROW <= LANES else 1  # rows that are copied at once
-    KEPT: tl.constexpr = NR * CR * LANES // (8 if STAGED else 4)
-    WORDS: tl.constexpr = NR * CR // 2 if STAGED else NR * CR  # of a tile, a lane
-    PIECES: tl.constexpr = 2 * CHUNK * ROW + (CHUNK // UNROLL if STAGED else CHUNK // UNROLL - 1) * KEPT
-    PIECE: tl.constexpr = 16 if FAST else 4  # in addresses: in bytes, or in words of 32 bits
-    AT_U: tl.constexpr = PIECES_C * PIECE  # of a row that begins with dt, and goes on with u, gy, B, C and the factor
-    AT_GY: tl.constexpr = 2 * PIECES_C * PIECE
-    AT_B: tl.constexpr = 3 * PIECES_C * PIECE
-    AT_C: tl.constexpr = (3 * PIECES_C + PIECES_S) * PIECE
-    AT_FACTOR: tl.constexpr = (3 * PIECES_C + 2 * PIECES_S) * PIECE
-    room = _shared_memory(lane, PIECES * 16 + LANES * 4) if FAST else room_ptr + program * (PIECES * PIECE) + lane * 0
-    BUFFER: tl.constexpr = CHUNK * ROW * PIECE
-    KEPT_STEP: tl.constexpr = KEPT * PIECE
-    next_at = room + 2 * BUFFER
-    kept_at = room + (2 * BUFFER + (KEPT_STEP if STAGED else 0)) + lane * ((WORDS if WORDS < 4 else 4) * PIECE // 4)
-    if STAGED:
-        channel_at = room + lane % CE * (CR * PIECE // 8)
-        state_at = room + lane // STATES_STRIDE * (NR * PIECE // 8)
-        zero_at = room + PIECES * PIECE + lane * (PIECE // 4)
-        if FAST:
-            tl.inline_asm_elementwise(
-                "st.volatile.shared.b32 [$1], 0; mov.u32 $0, 0;",
-                "=r,r",
-                [zero_at],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        own_state_at = room + tl.where(own_C, AT_C, AT_B)
-
-    existing = (n, e, N_STATES, E, lane >= 0)
-    A = ()
-    rates = _load_tile(A_ptr + k * (N_STATES * E) + (n * E + e), E, existing, turns, lane >= 0, NR, CR, FAST)
-    for v in tl.static_range(NR * CR):
-        A = A + (rates[v].to(tl.float32) * LOG2E,)  # for exp2
-    D = ()
-    for v in tl.static_range(OWN_CHANNELS):
-        D = D + (tl.load(D_ptr + k * E + own_e + v, mask=own_e + v < E, other=0.0).to(tl.float32),)
-    weight = ()
-    if FACTOR:  # of lanes that have the same channels, one adds their part
-        for v in tl.static_range(OWN_CHANNELS):
-            weight = weight + (tl.load(weight_ptr + k * E + own_e + v, mask=first_e, other=0.0).to(tl.float32),)
-
-    gA = zeros(NR * CR)
-    gD = zeros(OWN_CHANNELS)
-    gbias = zeros(OWN_CHANNELS)
-    gweight = zeros(OWN_CHANNELS)
+    SIZE: tl.constexpr = LAYOUT.SIZE
+    room = shared_memory(lane, SIZE * 16 + LANES * 4) if FAST else room_ptr + program * (SIZE * PIECE) + lane * 0
+    places = _find_places(room, lanes, FORM, LAYOUT)
+    parameters = _load_parameters(A_ptr, D_ptr, weight_ptr, k, E, N_STATES, lanes, FORM)
+    sums = _Sums(zeros(NR * CR), zeros(FORM.OWN_CHANNELS), zeros(FORM.OWN_CHANNELS), zeros(FORM.OWN_CHANNELS))
     for repeat in range(tl.minimum(repeats, (tl.cdiv(batch, S) - group * repeats).to(tl.int32))):
         seq = (group * repeats + repeat) * S
         s_in = seq + s < batch
-        channels = tl.where(s_in, E - e, 0)  # how many of the lane's own exist
-        states = tl.where(s_in, N_STATES - n, 0)
         inside = (n, e, N_STATES, E, s_in)
-        first_in_dt = (seq * L * K + k) * E
-        dt_at = (dt_ptr + first_in_dt, in_dt, K * E)
-        u_at = (u_ptr + seq * u_b + k * u_k, in_u, u_l)
-        gy_at = (gy_ptr + seq * gy_b + k * gy_k, in_gy, gy_l)
-        B_at = (B_ptr + seq * B_b + k * B_k, in_B, B_l)
-        C_at = (C_ptr + seq * C_b + k * C_k, in_C, C_l)
-        at = (dt_at, u_at, gy_at, B_at, C_at)
+        if not STAGED:
+            channels = tl.where(s_in, E - e, 0)
+            states = tl.where(s_in, N_STATES - n, 0)
+            first_in_dt = (seq * L * K + k) * E
+            operands = _Operands(
+                (dt_ptr + first_in_dt, in_dt, K * E),
+                (u_ptr + seq * u_b + k * u_k, in_u, u_l),
+                (gy_ptr + seq * gy_b + k * gy_k, in_gy, gy_l),
+                (B_ptr + seq * B_b + k * B_k, in_B, B_l),
+                (C_ptr + seq * C_b + k * C_k, in_C, C_l),
+                channels, states,
+            )  # fmt: skip
         part = ((block.to(tl.int64) * batch + seq) * L * K + k) * part_row  # of B and C: one a block of channels
-        state_row = (seq * K + k) * (chunks - 1) * (N_STATES * E)
+        starts = starts_ptr + (seq * K + k) * (chunks - 1) * (N_STATES * E)
         end_row = (seq * K + k) * (parts - 1) * (N_STATES * E)
-
         if STAGED:
-            operands = (
+            operands = _Rows(
                 (dt_ptr, u_ptr, gy_ptr, B_ptr, C_ptr, factor_ptr),
-                (sequence, u_b, gy_b, B_b, C_b, factor_b),
+                (of_sequence, u_b, gy_b, B_b, C_b, factor_b),
                 (E, u_k, gy_k, B_k, C_k, factor_k),
                 (K * E, u_l, gy_l, B_l, C_l, factor_l),
             )
             of_part = tl.cast(L, OFFSET) * K * part_row
-            results = (
+            results = _Rows(
                 (gdelta_ptr, gu_ptr, gu_ptr, gB_ptr, gC_ptr, gfactor_ptr),
-                (sequence, sequence, sequence, of_part, of_part, of_part),
+                (of_sequence, of_sequence, of_sequence, of_part, of_part, of_part),
                 (E, E, E, part_row, part_row, part_row),
                 (K * E, K * E, K * E, K * part_row, K * part_row, K * part_row),
             )
+        else:
+            results = _Results(
+                gu_ptr, gdelta_ptr, gB_ptr, gC_ptr, first_in_dt, own_in_dt, part, own_in_part, part_row, K
+            )
+        sequence = _Sequence(seq, k, block, batch, order, L, H, W, inside, starts, in_tile, operands, results)
 
         g = zeros(NR * CR)
         total = zeros(CR)
@@ -689,258 +1041,37 @@ def _backward_kernel(
             is_last = last_chunk + tl.arange(0, 1) == chunks - 1
             if SPLIT:
                 g_at = ends_ptr + end_row + tl.cast(part_of_sequence, tl.int64) * (N_STATES * E) + in_end
-                g = _load_tile(g_at, E, inside, turns, is_last == 0, NR, CR, FAST)
+                g = _load_tile(g_at, E, inside, turns, is_last == 0, FORM)
             if LAST:
                 end_at = end_ptr + (seq * K + k) * (N_STATES * E) + s * (K * N_STATES * E) + (n * E + e)
-                end = _load_tile(end_at, E, inside, turns, is_last, NR, CR, FAST)
-                g = add(g, end, NR * CR)
+                g = add(g, _load_tile(end_at, E, inside, turns, is_last, FORM), NR * CR)
 
-        buffer = last_chunk * 0  # where the chunk's rows begin
+        buffer = last_chunk * 0  # where the chunk's rows begin in those of both chunks
         if STAGED:
             first = last_chunk * CHUNK
             subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
-            rows = _rows(
-                lane, order, seq, seq, k, block * (CE * CR), operands, False, FACTOR, PIECES_C, PIECES_S, SPREAD, PIECE
-            )
-            _copy_rows(rows, room, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST)
+            _copy_rows(buffer, operands, first, subs, lane * 0, sequence, lanes, places, False, FORM, LAYOUT)
             if not LOCAL:
-                _fetch_tile(
-                    next_at, starts_ptr + state_row, last_chunk, block * (CE * CR), lane, E, N_STATES,
-                    PIECES_C, KEPT, PIECE, FAST,
-                )  # fmt: skip
+                _fetch_states(places.next, last_chunk, lane * 0, sequence, lanes, FORM, LAYOUT)
         for j in range(num_chunks):
-            chunk = last_chunk - j
-            first = chunk * CHUNK
-            subs = tl.cdiv(tl.minimum(CHUNK, L - first), UNROLL)
+            sums, g, total = _walk_chunk(
+                sums, g, total, last_chunk - j, j, num_chunks, buffer,
+                sequence, parameters, lanes, places, FORM, LAYOUT,
+            )  # fmt: skip
             if STAGED:
-                _wait(lane, True, FAST)
-                again = lane + _zero(zero_at, FAST)
-                if not LOCAL:
-                    own_next_at = next_at + again // STATES_STRIDE * (NR * PIECES_C * PIECE)
-                    own_next_at += again % CE * (CR * PIECE // 8)
-                    h = ()
-                    for i in tl.static_range(NR):
-                        row_at = own_next_at + (turns[0] ^ i) * (PIECES_C * PIECE)
-                        h = h + _take(row_at, turns[1], CR, FAST)
-                    _wait(lane, False, FAST)
-                if j + 1 < num_chunks:
-                    rows = _rows(
-                        again, order, seq + (again - lane), seq, k, block * (CE * CR), operands, False, FACTOR,
-                        PIECES_C, PIECES_S, SPREAD, PIECE,
-                    )  # fmt: skip
-                    # all groups of a whole chunk, but not as a constant: the loop would be unrolled, which is slower
-                    subs_before = tl.cdiv(tl.minimum(CHUNK, L - first + CHUNK), UNROLL)
-                    _copy_rows(
-                        rows, room + (BUFFER - buffer), first - CHUNK, subs_before, L, H, W,
-                        ROW * PIECE, SPREAD, UNROLL, LARGE, True, FAST,
-                    )  # fmt: skip
-                    if not LOCAL:
-                        _fetch_tile(
-                            next_at, starts_ptr + state_row, chunk - 1, block * (CE * CR), again, E, N_STATES,
-                            PIECES_C, KEPT, PIECE, FAST,
-                        )  # fmt: skip
-
-            if not LOCAL:
-                if not STAGED:
-                    # the first chunk's states are zero and not stored
-                    not_first = chunk + tl.arange(0, 1) > 0
-                    start_at = starts_ptr + state_row + tl.cast(chunk - 1, tl.int64) * (N_STATES * E) + in_tile
-                    h = _load_tile(start_at, E, inside, turns, not_first, NR, CR, FAST)
-                    p, left, inner, stride, turn = start_walk(first, order, L, H, W, LARGE)
-                    steps, p, left = _load_steps(
-                        first, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
-                    )
-                for i in range(subs - 1):  # the last group's own states are left to the second pass
-                    _put_tile(kept_at + i * KEPT_STEP, h, NR * CR, STAGED, FAST)
-                    if not STAGED:
-                        # here and below, the next operands are under way while these are used
-                        t = first + (i + 1) * UNROLL
-                        current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
-                        steps, p, left = _load_steps(
-                            t, p, left, inner, stride, turn, L, at, channels, states, False, UNROLL, NR, CR, WIDE, FAST
-                        )
-                    for r in tl.static_range(UNROLL):
-                        if STAGED:
-                            row = buffer + (i * UNROLL + r) * (ROW * PIECE)
-                            dt, u, b = _take_operands(
-                                channel_at + row, state_at + row + AT_B, turns, AT_U, NR, CR, FAST
-                            )
-                        else:
-                            _, _, dt, u, _, b, _ = current[r]
-                        h = _next(decays(dt, A, NR, CR, FAST), h, b, multiply(dt, u, CR), NR, CR)
-                state = h
-                # not for the room: else ptxas makes two loops of the one before, more than its cache has room for
-                _wait(lane, False, FAST)
-
-            last = first + subs * UNROLL - 1
-            if not STAGED:
-                p, left, inner, stride, turn = start_walk(tl.maximum(L - 1 - last, 0), order ^ 2, L, H, W, LARGE)
-                steps, p, left = _load_steps(
-                    last, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
-                )
-            for i in range(subs):
-                t = last - (i + 1) * UNROLL
-                if STAGED:
-                    current = ()
-                    for r in tl.static_range(UNROLL):
-                        step = (subs - i) * UNROLL - 1 - r
-                        row = buffer + step * (ROW * PIECE)
-                        dt, u, b = _take_operands(channel_at + row, state_at + row + AT_B, turns, AT_U, NR, CR, FAST)
-                        current = current + (
-                            (row, first + step + tl.arange(0, 1) < L, dt, u, dt, b, b),
-                        )  # gy and C come later
-                else:
-                    current = _in_float32(steps, at, UNROLL, NR, CR, WIDE)
-                    steps, p, left = _load_steps(
-                        t, p, left, inner, stride, turn, L, at, channels, states, True, UNROLL, NR, CR, WIDE, FAST
-                    )
-                factors = ()
-                if FACTOR:
-                    for r in tl.static_range(UNROLL):
-                        factor, _ = _take(room + (current[r][0] + AT_FACTOR), lane * 0, 2, FAST)
-                        factors = factors + (factor,)
-                gfactors = ()
-                steps_decays = ()
-                before = ()
-                for r in tl.static_range(UNROLL - 1, -1, -1):  # in the walk's order
-                    _, _, dt, u, _, b, _ = current[r]
-                    decay = decays(dt, A, NR, CR, FAST)
-                    steps_decays = (decay,) + steps_decays
-                    if not LOCAL:
-                        before = (state,) + before
-                        state = _next(decay, state, b, multiply(dt, u, CR), NR, CR)
-                if STAGED:
-                    gy = _take(channel_at + current[0][0] + AT_GY, turns[1], CR, FAST)
-                    c = _take(state_at + current[0][0] + AT_C, turns[0], NR, FAST)
-                for r in tl.static_range(UNROLL):  # against it
-                    # g: the gradient of the state after the step, then of the state before it
-                    if STAGED:  # the position is that of the row
-                        position, live, dt, u, _, b, _ = current[r]
-                        # the next operands are under way while these are used; no lane writes results before all have
-                        # taken theirs
-                        next_row = current[r + 1 if r + 1 < UNROLL else r][0]
-                        next_gy = _take(channel_at + next_row + AT_GY, turns[1], CR, FAST)
-                        next_c = _take(state_at + next_row + AT_C, turns[0], NR, FAST)
-                        if not LOCAL:
-                            _wait(lane, False, FAST)
-                    else:
-                        position, live, dt, u, gy, b, c = current[r]
-                    g = _outer(g, c, gy, NR, CR)
-                    if LOCAL:
-                        g = multiply(g, steps_decays[r], NR * CR)
-                        total = add(total, dt, CR)
-                    else:
-                        gB = _sum_channels(g, multiply(dt, u, CR), NR, CR)
-                        gB = sum_over_lanes(gB, lane, ordered, REST, HALVED, NR, FAST)
-                        gC = _sum_channels(state, gy, NR, CR)
-                        gC = sum_over_lanes(gC, lane, ordered, REST, HALVED, NR, FAST)
-                        state = before[r]
-                        gBC = sum_over_lanes(gB + gC, lane, lane, 1, REST, 2 * OWN_STATES, FAST)
-                        if STAGED:
-                            for v in tl.static_range(OWN_STATES):
-                                _put_element(own_state_at + position, own_n + v, gBC[v], first_n, FAST)
-                                if REST == 1:  # a lane has C's, too
-                                    own_at = own_state_at + (position + (AT_C - AT_B))
-                                    _put_element(own_at, own_n + v, gBC[OWN_STATES + v], first_n, FAST)
-                        else:
-                            mask = first_n & s_in & live
-                            gB_at = gB_ptr + (part + position * (K * part_row)) + own_in_part
-                            gC_at = gC_ptr + (part + position * (K * part_row)) + own_in_part
-                            for v in tl.static_range(OWN_STATES):
-                                mask_v = mask & (own_n + v < N_STATES)
-                                mask_B = mask_v & (own_C == 0)
-                                mask_C = mask_v & own_C if REST > 1 else mask_v
-                                value_C = gBC[v if REST > 1 else OWN_STATES + v]
-                                tl.store(gB_at + v, gBC[v].to(gB_ptr.dtype.element_ty), mask=mask_B)
-                                tl.store(gC_at + v, value_C.to(gC_ptr.dtype.element_ty), mask=mask_C)
-                        ginput = sum_over_lanes(
-                            _sum_states(g, of_states(b, NR, CR), NR, CR), lane, ordered, STATES_STRIDE, NL, CR, FAST
-                        )
-                        g = multiply(g, steps_decays[r], NR * CR)
-                        gexponent = multiply(g, state, NR * CR)
-                        gdecay = _sum_states(gexponent, A, NR, CR)
-                        gdecay = sum_over_lanes(gdecay, lane, ordered, STATES_STRIDE, NL, CR, FAST)
-                        gA = multiply_add(gexponent, of_channels(dt, NR, CR), gA, NR * CR)
-                        dt = _own(dt, ordered, STATES_STRIDE, NL, CR)
-                        u = _own(u, ordered, STATES_STRIDE, NL, CR)
-                        gy = _own(gy, ordered, STATES_STRIDE, NL, CR)
-                        gD = add(gD, multiply(gy, u, OWN_CHANNELS), OWN_CHANNELS)
-                        gus = ()
-                        gdts = ()
-                        for v in tl.static_range(OWN_CHANNELS):
-                            gdt = u[v] * ginput[v] + gdecay[v] * LN2
-                            if SOFTPLUS:
-                                # d softplus(x) = sigmoid(x) = 1 - exp(-softplus(x)); its series where that cancels
-                                size = dt[v]
-                                gdt *= tl.where(
-                                    size < 0.01,
-                                    size * (1.0 - size * (0.5 - size * 0.16666667)),
-                                    1.0 - exp2(-size * LOG2E, FAST),
-                                )
-                            else:
-                                gdt = tl.where(live, gdt, 0.0)
-                            gdts = gdts + (gdt,)
-                            gus = gus + (dt[v] * ginput[v] + D[v] * gy[v],)
-                        gbias = add(gbias, gdts, OWN_CHANNELS)
-                        if FACTOR:
-                            gfactors = gfactors + _sum_channels(gdts, weight, 1, OWN_CHANNELS)
-                            gweight = _outer(gweight, (factors[r],), gdts, 1, OWN_CHANNELS)
-                        if STAGED:
-                            for v in tl.static_range(OWN_CHANNELS):
-                                i_own = own_e - block * (CE * CR) + v
-                                if not FACTOR:
-                                    _put_element(room + position, i_own, gdts[v], first_e, FAST)
-                                _put_element(room + (position + AT_U), i_own, gus[v], first_e, FAST)
-                        else:
-                            own = tl.where(first_e & s_in & live, E - own_e, 0)
-                            gu_at = (gu_ptr + first_in_dt, own_in_dt, K * E)
-                            gdelta_at = (gdelta_ptr + first_in_dt, own_in_dt, K * E)
-                            store_row(gu_at, position, gus, own, OWN_CHANNELS, WIDE, FAST)
-                            store_row(gdelta_at, position, gdts, own, OWN_CHANNELS, WIDE, FAST)
-                    if STAGED:
-                        gy, c = next_gy, next_c
-                if FACTOR and not LOCAL:
-                    gfactor = sum_over_lanes(gfactors, lane, lane, 1, LANES, UNROLL, FAST)[0]
-                    # of eight lanes that have a step's, the first puts it in place, the others the zeros behind it
-                    row = current[0][0] - lane // (LANES // UNROLL) * (ROW * PIECE)
-                    column = lane % (LANES // UNROLL)
-                    _put_element(room + (row + AT_FACTOR), column, tl.where(column == 0, gfactor, 0.0), lane >= 0, FAST)
-                if not LOCAL:
-                    before_next = kept_at + tl.maximum(subs - 2 - i, 0) * KEPT_STEP
-                    state = _take_tile(before_next, NR * CR, STAGED, FAST)
-
-            if STAGED:
-                _wait(lane, False, FAST)
-                if not LOCAL:
-                    again = lane + _zero(zero_at, FAST)
-                    rows = _rows(
-                        again, order, seq + (again - lane), block * batch + seq + (again - lane), k, block * (CE * CR),
-                        results, True, FACTOR, PIECES_C, PIECES_S, SPREAD, PIECE,
-                    )  # fmt: skip
-                    _copy_rows(
-                        rows, room + buffer, first, subs, L, H, W, ROW * PIECE, SPREAD, UNROLL, LARGE, False, FAST
-                    )
-                    _wait(lane, False, FAST)
-                buffer = BUFFER - buffer
+                buffer = LAYOUT.BUFFER - buffer
 
         if LOCAL:
             at_part = end_row + tl.cast(part_of_sequence - 1, tl.int64) * (N_STATES * E)
-            _store_tile(ends_ptr + at_part + in_end, E, g, inside, turns, NR, CR)
-            total_decays = decays(total, A, NR, CR, FAST)
-            _store_tile(decay_ptr + at_part + in_end, E, total_decays, inside, turns, NR, CR)
+            _store_tile(ends_ptr + at_part + in_end, E, g, inside, turns, FORM)
+            total_decays = decays(total, parameters.A, NR, CR, FAST)
+            _store_tile(decay_ptr + at_part + in_end, E, total_decays, inside, turns, FORM)
 
     if not LOCAL:
         # sums over steps and repeats: a part for each group of sequences, sequence of a tile and part of a sequence;
         # those of sequences that do not exist are zero
         part_of_sums = ((tl.program_id(2) * (tl.num_programs(0) // blocks) + group) * S + s) * K + k
-        sums = gsums_ptr + part_of_sums * ((N_STATES + 2 + FACTOR) * E)
-        _store_tile(sums + n * E + e, E, gA, existing, turns, NR, CR)
-        for v in tl.static_range(OWN_CHANNELS):
-            at_own = sums + N_STATES * E + own_e + v
-            tl.store(at_own, gD[v], mask=first_e & (own_e + v < E))
-            tl.store(at_own + E, gbias[v], mask=first_e & (own_e + v < E))
-            if FACTOR:
-                tl.store(at_own + 2 * E, gweight[v], mask=first_e & (own_e + v < E))
+        _store_sums(gsums_ptr + part_of_sums * ((N_STATES + 2 + FACTOR) * E), sums, E, N_STATES, lanes, FORM)
 
 
 @functools.lru_cache(None)

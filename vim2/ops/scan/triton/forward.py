@@ -94,6 +94,33 @@ def _of_lane(values, index, COUNT: tl.constexpr, NL: tl.constexpr):
         return gather(values, index, COUNT)
 
 
+@triton.jit
+def _walk_group(
+    h, dt, u, b, c, A, lane,
+    LOCAL: tl.constexpr, FAST: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, CR: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """The states after a group's steps, from those before it; and unless LOCAL the lane's part of each step's C h.
+
+    Args:
+        dt, u, b, c: Of the step that the lane has loaded.
+        STRIDE: Between lanes of neighbouring groups of states.
+    """
+    dtu = multiply(dt, u, CR)
+    ys = ()
+    for r in tl.static_range(NL):
+        dt_lane = lane % STRIDE + (lane % NL ^ r) * STRIDE
+        bc_lane = lane // NL * NL + (lane // STRIDE ^ r)
+        step_dt = _of_lane(dt, dt_lane, CR, NL)
+        step_dtu = _of_lane(dtu, dt_lane, CR, NL)
+        decay = decays(step_dt, A, NR, CR, FAST)
+        inputs = multiply(of_states(_of_lane(b, bc_lane, NR, NL), NR, CR), of_channels(step_dtu, NR, CR), NR * CR)
+        h = multiply_add(decay, h, inputs, NR * CR)
+        if not LOCAL:
+            weights = of_states(_of_lane(c, bc_lane, NR, NL), NR, CR)
+            ys = ys + sum_states(multiply(h, weights, NR * CR), NR, CR)
+    return h, ys
+
+
 # Triton would compile the kernel again for numbers that are 1 or that 16 divides, which would be no faster.
 @triton.jit(
     do_not_specialize=["orders", "batch", "repeats", "L", "H", "W", "E", "N_STATES", "K", "chunk", "chunks"]
@@ -224,21 +251,7 @@ def _forward_kernel(
                     live = tl.where(t + g * NL + place < L, existing[0], 0)
                     if FACTOR:
                         dt = _step_sizes(dt[0], weight, bias, live > 0, CR, SOFTPLUS, ROUGH)
-                    dtu = multiply(dt, u, CR)
-                    ys = ()
-                    for r in tl.static_range(NL):
-                        dt_lane = lane % STATES_STRIDE + (lane % NL ^ r) * STATES_STRIDE
-                        bc_lane = lane // NL * NL + (lane // STATES_STRIDE ^ r)
-                        step_dt = _of_lane(dt, dt_lane, CR, NL)
-                        step_dtu = _of_lane(dtu, dt_lane, CR, NL)
-                        decay = decays(step_dt, A, NR, CR, FAST)
-                        inputs = multiply(
-                            of_states(_of_lane(b, bc_lane, NR, NL), NR, CR), of_channels(step_dtu, NR, CR), TILE
-                        )
-                        h = multiply_add(decay, h, inputs, TILE)
-                        if not LOCAL:
-                            weights = of_states(_of_lane(c, bc_lane, NR, NL), NR, CR)
-                            ys = ys + sum_states(multiply(h, weights, TILE), NR, CR)
+                    h, ys = _walk_group(h, dt, u, b, c, A, lane, LOCAL, FAST, NR, NL, CR, STATES_STRIDE)
                     if LOCAL:
                         total = add(total, dt, CR)
                     else:

@@ -229,6 +229,39 @@ def _select(mask, chosen, other, COUNT: tl.constexpr):
     return tiles
 
 
+@triton.jit
+def _walk_in_turns(h, own, steps, thread, place, get_states, GROUPS: tl.constexpr, FAST: tl.constexpr):
+    """In Triton's interpreter, one warp after the other: the states at a segment's start, and after each of its steps,
+    from those that the last warp has at the end of the segment before."""
+    warp = thread // 32
+    thread_before = (warp + (WARPS - 1)) % WARPS * 32 + thread % 32
+    start = gather(h, thread_before, TILE)
+    states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
+    for w in tl.static_range(1, WARPS):
+        handed = gather(states[GROUPS * NL - 1], thread_before, TILE)
+        start = _select(warp == w, (handed,), (start,), 1)[0]
+        walked = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
+        states = _select(warp == w, walked, states, GROUPS * NL)
+    return start, states
+
+
+@triton.jit
+def _outputs(states, bc, thread, place, get_states, g: tl.constexpr, FAST: tl.constexpr):
+    """C h of the lane's own step of group g, from a segment's states.
+
+    Args:
+        bc: What the lane has loaded of B or C for the group.
+    """
+    ys = ()
+    for r in tl.static_range(NL):
+        owner = _owner(thread, r, NL + place)
+        at_C = get_states + (g * OPERANDS + (C_OPERANDS - B_OPERANDS) + r * (NL * ROW))
+        c = _fetch(at_C, bc, owner, FAST)
+        ys = ys + sum_states(multiply(states[g * NL + r], of_states(c, NR, CR), TILE), NR, CR)
+    ys = exchange(ys, thread, place >= 2, 16, NL * CR // 2, FAST)
+    return exchange(ys, thread, place % 2 == 1, 1, NL * CR // 4, FAST)
+
+
 # Triton would compile the kernel again for numbers that are 1 or that 16 divides, which would be no faster.
 @triton.jit(
     do_not_specialize=["orders", "L", "H", "W", "E", "N_STATES", "K", "tiles", "slice_steps"]
@@ -342,13 +375,7 @@ def _relay_kernel(
             states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
             _hand_on(mine, 1 + warp, always, states[SEGMENT - 1])
         else:
-            start = gather(h, thread_before, TILE)
-            states = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
-            for w in tl.static_range(1, WARPS):
-                handed = gather(states[SEGMENT - 1], thread_before, TILE)
-                start = _select(warp == w, (handed,), (start,), 1)[0]
-                walked = _walk(start, own, steps, thread, place, get_states, GROUPS, FAST)
-                states = _select(warp == w, walked, states, SEGMENT)
+            start, states = _walk_in_turns(h, own, steps, thread, place, get_states, GROUPS, FAST)
             h = states[SEGMENT - 1]
         t_warp = t + warp * SEGMENT
         for g in tl.static_range(GROUPS):
@@ -358,14 +385,7 @@ def _relay_kernel(
                 at_start = starts_at + (t_group // CHUNK - 1).to(OFFSET) * (N_STATES * E)
                 store_tile(at_start, E, start if g == 0 else states[g * NL - 1], kept, NR, CR)
             p, u, bc = own[g]
-            ys = ()
-            for r in tl.static_range(NL):
-                owner = _owner(thread, r, NL + place)
-                at_C = get_states + (g * OPERANDS + (C_OPERANDS - B_OPERANDS) + r * (NL * ROW))
-                c = _fetch(at_C, bc, owner, FAST)
-                ys = ys + sum_states(multiply(states[g * NL + r], of_states(c, NR, CR), TILE), NR, CR)
-            ys = exchange(ys, thread, place >= 2, 16, NL * CR // 2, FAST)
-            ys = exchange(ys, thread, place % 2 == 1, 1, NL * CR // 4, FAST)
+            ys = _outputs(states, bc, thread, place, get_states, g, FAST)
             y = multiply_add(D, u, ys, CR)
             store_row(y_at, p, y, tl.where(t_warp + g * NL + place < L, existing[0], 0), CR, WIDE, FAST)
         own, steps = _prepare(segment, pointers, A, thread, ce, stage, GROUPS, FAST, WIDE)
