@@ -56,6 +56,12 @@ def test_folder(folder, model):
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).num_classes == 7
 
 
+def test_without_what_is_around_it(model, tmp_path):
+    """Compiled models have no len(), which timm asks for, and parallel ones no pretrained_cfg."""
+    export_timm(torch.nn.DataParallel(torch.compile(model)), tmp_path / "mine")
+    assert_same(timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True), model)
+
+
 def test_from_the_hub(folder, model, monkeypatch):
     def download(repo_id, filename, **kwargs):
         assert repo_id == "someone/mine"

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..classify.facts import CONFIG, TERMS, terms_of
 from ..files import write_atomically
+from .examples import unwrapped
 
 __all__ = ["export_timm"]
 
@@ -32,7 +33,7 @@ def export_timm(
     it is `hf-hub:USER/NAME`; transformers' TimmWrapper reads it, too.
 
     Args:
-        model: Made by `timm.create_model`.
+        model: Made by `timm.create_model`; what torch.compile or data parallelism has put around it is left out.
         folder: Where to write; it is made where there is none. Each file is replaced in one step, but for a README.md,
             which stays as it is.
         data_config: Size, mean, std, interpolation and crop of the images, as timm names them; the model's own if None.
@@ -43,8 +44,10 @@ def export_timm(
             without terms nothing is said, since what that says need not be true of other weights.
 
     Raises:
+        UserError: Its layers were quantized by PyTorch.
         OSError: The files cannot be written.
     """
+    model = unwrapped(model)
     before, terms = model.pretrained_cfg, terms_of(terms or {})
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as made:
