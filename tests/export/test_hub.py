@@ -57,7 +57,7 @@ def test_folder(folder, model):
 
 
 def test_without_what_is_around_it(model, tmp_path):
-    """torch.compile would put `_orig_mod.` before all names of weights."""
+    """Compiled models have no len(), which timm asks for, and parallel ones no pretrained_cfg."""
     export_timm(torch.nn.DataParallel(torch.compile(model)), tmp_path / "mine")
     assert_same(timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True), model)
 
