@@ -6,9 +6,10 @@
     arena.py scale OUTPUT --sizes 64 96 128    the trained models at other image sizes
     arena.py table OUTPUT                      tables and pictures of what there is, or of several arenas (--of)
 
-A model is NAME, or LABEL=NAME:key=value,key=value with arguments of its constructor. Each is first trained with seed 0
-at every rate of --lrs, with a part of the training images set aside to choose by, and then at the best with all
---seeds. Figures are those of the last epoch on the validation images, which nothing is chosen by.
+A model is NAME, or LABEL=NAME:key=value,key=value with arguments of its constructor; NAME is a timm model,
+local-dir:FOLDER or hf-hub:USER/NAME. Each is first trained with seed 0 at every rate of --lrs, with a part of the
+training images set aside to choose by, and then at the best with all --seeds. Figures are those of the last epoch on
+the validation images, which nothing is chosen by.
 
 Every run is a folder as of classify.py train, and every finished one a line of OUTPUT/arena.jsonl: a command that was
 cut off, or stopped after --minutes, goes on where it was. docs/training.md explains more.
@@ -28,7 +29,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from benchmarks.arena.models import adapt, parse_entry
+from benchmarks.arena.models import adapt, anywhere, parse_entry
 from benchmarks.arena.report import (
     best_rate,
     collect,
@@ -150,7 +151,7 @@ def run(argv: list[str]) -> int:
     gpus = places(args, args.device)
     options = {k: getattr(args, k) for k in TrainOptions.__dataclass_fields__ if k not in {*OWN, "epochs"}}
     options.update(device="cuda" if gpus else "cpu", amp=bool(gpus) if args.amp is None else args.amp)
-    entries = {parse_entry(text).label: text for text in args.models}
+    entries = {parse_entry(text).label: anywhere(text) for text in args.models}
     if len(entries) < len(args.models):
         raise UserError("Two of the --models have one label: give one another, LABEL=NAME:key=value,...")
     settings = check(args, options, entries)

@@ -10,11 +10,14 @@ import torch
 from classify_helpers import TINY
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from benchmarks.arena.models import Entry, create
+from vim2.benchmark.cli import main as benchmark
 from vim2.checkpoints import save_checkpoint
 from vim2.classify import predict, train, validate
 from vim2.classify.cli import main
 from vim2.classify.facts import read_described
 from vim2.classify.models import load_checkpoint_model
+from vim2.command.errors import UserError
 from vim2.export import export_timm
 from vim2.export.cli import main as export
 
@@ -138,18 +141,24 @@ def test_no_way_to_the_hub(data, fails, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("local-dir:nowhere", "nowhere is no folder, for --model local-dir:nowhere: name one that `vim2 export"),
+        ("local-dir:nowhere", "nowhere is no folder, for the model local-dir:nowhere: name one that `vim2 export"),
         ("local-dir:empty", "empty has no config.json of timm's"),
         ("hf-hub:", "hf-hub: names nothing"),
         ("someone/mine", "There is no model someone/mine; a folder is local-dir:someone/mine, a repository of"),
         ("vim2_teeny", "There is no model vim2_teeny; did you mean vim2_tiny?"),
     ],
 )
-def test_names_that_stand_for_nothing(name, says, data, fails, tmp_path, monkeypatch):
+def test_names_that_stand_for_nothing(name, says, data, fails, failing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for command in (["predict", data / "val" / "red"], ["train", "--data-dir", data, "--device", "cpu"]):
         assert says in fails(*command, "--pretrained", "--model", name)
+    for command in ("benchmark", "--count", "--device", "cpu"), ("export", "--format", "timm", "--output", "out"):
+        room = {"benchmark": benchmark, "export": export}[command[0]]
+        assert says in failing(room, "vim2")(*command, "--model", name)
+    with pytest.raises(UserError) as error:
+        create(Entry("label", name, {}))
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def _read_source(name: str) -> ModelSource:
     if folder is not None and not Path(folder, CONFIG).is_file():
         what = f"has no {CONFIG} of timm's" if os.path.isdir(folder) else "is no folder"
         raise UserError(
-            f"{folder} {what}, for --model {name}: name one that `vim2 export --format timm` has written; a run's file "
-            "of weights goes to --checkpoint or --initial-checkpoint."
+            f"{folder} {what}, for the model {name}: name one that `vim2 export --format timm` has written; a run's "
+            "file of weights goes to --checkpoint or --initial-checkpoint, of commands that have these."
         )
     try:
         cfg, arch, args = (load_model_config_from_hf if folder is None else load_model_config_from_path)(place)
