@@ -13,6 +13,7 @@ import timm
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from ..checkpoints import read_metadata
 from ..command.errors import UserError
 from ..command.options import (
     REQUIRED,
@@ -190,9 +191,9 @@ def fine_tuned(terms: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**terms, "description": described}
 
 
-def no_terms_told(name: str) -> dict[str, Any]:
-    """The terms of weights that were trained from those that `name` names, of which nothing is known."""
-    return {"description": f"Fine-tuned from {name}, in which no terms are told."}
+def no_terms_told(name: str, how: str = "Fine-tuned") -> dict[str, Any]:
+    """The terms of weights that were made, by words for how, of those that `name` names, of which nothing is known."""
+    return {"description": f"{how} from {name}, in which no terms are told."}
 
 
 def weights_name(cfg: Mapping[str, Any]) -> str:
@@ -233,17 +234,20 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
         path: As `weights_file` takes it.
 
     Returns:
-        What the file holds, and `read_facts` of it. Of a config.json, the descriptions of its classes, by their names,
-        are `class_descriptions`.
+        What the file holds, and `read_facts` of it. Of a config.json, or of the metadata in a .safetensors file, the
+        descriptions of the classes, by their names, are `class_descriptions`.
 
     Raises:
         UserError: As `read_saved` and `read_facts`; a damaged config.json.
     """
     path = weights_file(path)
     content, config = read_saved(path), path.with_name(CONFIG)
-    if path.name != WEIGHTS or not config.is_file():
-        return content, read_facts(content, path)
-    told, cfg = read_config(config)
+    told, cfg = {}, {}
+    if path.name == WEIGHTS and config.is_file():
+        told, cfg = read_config(config)
+    if not told and path.suffix == ".safetensors":
+        config = path
+        told, cfg = _check_config(_parse_metadata(read_metadata(path)), path)
     if not told:
         return content, read_facts(content, path)
     args = told.get("model_args") if isinstance(told.get("model_args"), dict) else {}
@@ -267,6 +271,20 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy or download it again.") from None
+    return _check_config(told, path)
+
+
+def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `vim2 export` has written into the metadata of a .safetensors file, by the names of a config.json; None if
+    another program has."""
+    try:
+        return {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+    except (RecursionError, ValueError):
+        return None
+
+
+def _check_config(told: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `read_config`, of what a file holds."""
     if not isinstance(told, dict) or "architecture" not in told:
         return {}, {}
     outside = {name: told[name] for name in ("num_classes", "label_names", "label_descriptions") if name in told}
