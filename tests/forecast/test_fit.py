@@ -217,6 +217,23 @@ def test_a_run_from_before_frequencies_were_masked_goes_on_without(tmp_path, dat
     assert Forecaster.from_pretrained(path.parent).training["frequency_mask"] == 0.0
 
 
+def test_a_finished_run_says_so(tmp_path, data, capsys):
+    options = dict(epochs=4, epoch_steps=1, patience=1, lr=1e-9, experiment="r")  # which brings no progress
+    before = start(data, tmp_path, **options)
+    assert len(before["history"]) < 4
+    capsys.readouterr()
+    again = start(data, tmp_path, resume=True, **options)
+    assert again["history"] == before["history"] and again["committee"] == before["committee"]
+    epochs, said = len(before["history"]), capsys.readouterr().out
+    assert f"Nothing is left to train after epoch {epochs} of 4, without progress for --patience: the members" in said
+    options = dict(epochs=1, epoch_steps=1, experiment="s")
+    start(data, tmp_path, **options)
+    capsys.readouterr()
+    start(data, tmp_path, resume=True, **options)
+    said = capsys.readouterr().out
+    assert "Nothing is left to train after epoch 1 of 1: the members are" in said and "Going on" not in said
+
+
 def test_a_last_pth_from_before_tables_had_fingerprints_goes_on(tmp_path, data):
     options = dict(epochs=2, epoch_steps=1, experiment="r")
     start(data, tmp_path, **options)

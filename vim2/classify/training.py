@@ -128,8 +128,9 @@ def recall(
     resumed = resume_options(options, explicit, saved["args"], path, MAY_CHANGE, otherwise)
     if resumed.folder.resolve() != path.parent.resolve():
         find_last(resumed.folder, False, processes)  # it may not be another run's
-    # nothing is downloaded or imported because a file says so
-    return replace(resumed, dataset_download=options.dataset_download, imports=options.imports), saved
+    # nothing is downloaded or imported because a file says so, and no epoch of a run is undone
+    own = dict(dataset_download=options.dataset_download, imports=options.imports)
+    return replace(resumed, epochs=max(resumed.epochs, len(saved["history"])), **own), saved
 
 
 class Run:
@@ -381,7 +382,10 @@ class Run:
         self.describe()
         with own_folder(self.folder, self.last, self.processes):
             if first:
-                say(f"Going on after epoch {first} of {o.epochs}.", self.processes)
+                going_on = f"Going on after epoch {first} of {o.epochs}."
+                if first >= o.epochs:
+                    going_on = f"Nothing is left to train: the run has had {first} epochs. More --epochs go on with it."
+                say(going_on, self.processes)
                 with explain_disk_errors(MAKE_ROOM):
                     self.write_metrics()
             if o.cuda_graph and self.processes.device.type == "cuda" and first < o.epochs:

@@ -293,7 +293,10 @@ class Run:
         for name, row in self.baselines.items():
             say(f"{name:<26} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
-            say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
+            begun = f"after epoch {len(self.history)} of {o.epochs}"
+            begun += ", without progress for --patience" * (self.is_finished and len(self.history) < o.epochs)
+            over = f"Nothing is left to train {begun}: the members are mixed again."
+            say(over if self.is_finished else f"Going on {begun}.")
         with own_folder(self.folder, self.last):
             for part in (BEST, REFITTED):
                 remove_leftovers(self.folder / part)
