@@ -185,7 +185,10 @@ class FitOptions(SeriesOptions, ReadingOptions, ModelOptions, TrainingOptions, C
 
     program = "vim2 forecast fit"
     data: str = option(
-        REQUIRED, ".csv (also .xz, .gz, ...) or .parquet, one row a time step", metavar="DATA", positional=True
+        REQUIRED,
+        ".csv or .parquet, one row a time step; compression, separators and decimal commas are found",
+        metavar="DATA",
+        positional=True,
     )
     recipe: str | None = option(None, "split and frozen settings of a benchmark data set", choices=tuple(RECIPES))
 
