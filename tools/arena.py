@@ -44,7 +44,7 @@ from benchmarks.arena.report import (
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
 from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
-from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
+from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, CropShare, Pixels, TrainOptions
 from vim2.classify.policies import read_policy
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
@@ -99,7 +99,7 @@ class RecipeOptions(TrainOptions, group="the arena's recipe"):
     cutmix: NotNegative = option(1.0, "CutMix, if above 0", metavar="ALPHA")
     mixup_prob: Probability = option(0.5, "probability of either", metavar="P")
     drop_path: Rate = option(0.1, "stochastic depth, of models that have it", metavar="RATE")
-    crop_pct: PositiveShare = option(1.0, "size over the size to resize to, at validation", metavar="SHARE")
+    crop_pct: CropShare = option(1.0, "size over the size to resize to, at validation", metavar="SHARE")
     mean: list[float] = option(list(IMAGENET_DEFAULT_MEAN), "mean of the pixels, of 1")
     std: list[PositiveFloat] = option(list(IMAGENET_DEFAULT_STD), "standard deviation of the pixels, of 1")
     interpolation: str = option("bicubic", "of resizing", choices=INTERPOLATIONS)

@@ -546,6 +546,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
             "test_vim2 does not run on images of 16 x 16 pixels",
         ),
         ("--device tpu", "cpu or cuda"),
+        ("--device cpu:x", "cpu or cuda"),
+        ("--device cuda:99", "there is no cuda:99, of "),
         ("--plot", "--output"),
         ("--count --ops", "--count measures no times"),
         ("--profile --ops", "give one of them"),

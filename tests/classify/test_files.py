@@ -121,7 +121,7 @@ def test_arguments_of_the_model(fails, data, tmp_path, given, words):
         ({"data_config": {"mean": [0.5, 0.5, float("nan")]}}, "mean must be a finite number"),
         ({"data_config": {"mean": [0.5, 0.5]}}, "mean must be 3 numbers, one a channel, got [0.5, 0.5]"),
         ({"data_config": {"std": [0.5, 0.5, 0]}}, "std must be positive"),
-        ({"data_config": {"crop_pct": 0}}, "crop_pct must be positive"),
+        ({"data_config": {"crop_pct": 0}}, "crop_pct must lie in [0.1, 2]"),
         ({"data_config": {"crop_mode": "x"}}, "crop_mode must be one of"),
         ({"data_config": {"interpolation": "x"}}, "interpolation must be one of"),
         ({"held_out": True, "args": {}}, "holdout"),

@@ -126,8 +126,11 @@ def test_rounding_that_costs_accuracy_is_refused(checkpoint, capsys, monkeypatch
 
 def test_mistakes(checkpoint, capsys):
     assert command(checkpoint, "--data-dir", checkpoint.parent / "nowhere") == 2
-    assert main(["export", "--model", "test_vim2", "--format", "safetensors", "--output", "x"]) == 2
+    assert main(["export", "--model", "test_vim2", "--format", "safetensors", "--output", "x.safetensors"]) == 2
     assert "give --checkpoint FILE" in capsys.readouterr().err
+    assert command(checkpoint, "--split", "train") == 2 and "add --data-dir" in capsys.readouterr().err
+    assert command(checkpoint, "--output", checkpoint.parent / "half.bin") == 2
+    assert "are read by the name NAME.safetensors, got half.bin" in capsys.readouterr().err
     before = checkpoint.read_bytes()
     for form in ("onnx", "pt2", "safetensors"):  # none over the checkpoint itself
         argv = ["export", "--checkpoint", checkpoint, "--format", form, "--output", checkpoint]

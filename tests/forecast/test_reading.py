@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from forecast_helpers import make_frame, write_csv
 
-from vim2.forecast import UserError
+from vim2.forecast import UserError, fit
+from vim2.forecast.cli import main
 from vim2.forecast.data import read_table
 from vim2.forecast.stamps import to_offset
 
@@ -517,6 +518,20 @@ def test_days_and_times_of_day_as_a_spreadsheet_is_read():
 def test_data_frames_that_cannot_be_used(frame, change, words):
     with pytest.raises(UserError, match=words):
         read_table(change(frame))
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "predict"])
+def test_what_users_of_pandas_would_say_is_found(command, failing):
+    """The suggestion was --seed."""
+    checkpoint = [] if command == "fit" else ["--checkpoint", "x"]
+    for option, words in (
+        ("--sep", "what separates columns is found, so leave it out"),
+        ("--decimal=,", "unknown option --decimal: decimal commas and separators of thousands are found"),
+        ("--sed", "did you mean --seed" if command == "fit" else "unknown option --sed"),
+    ):
+        assert words in failing(main, "vim2")(command, "a.csv", *checkpoint, option, ";")
+    with pytest.raises(UserError, match="unknown option sep: what separates columns is found, so leave it out"):
+        fit(data="a.csv", sep=";")
 
 
 def test_zip_archives_of_one_file(tmp_path, frame):

@@ -63,8 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: Options that do not go together, or a device, backend or package that is not there.
     """
     args = _make_parser().parse_args(argv)
-    args.device_type = args.device.partition(":")[0]
-    _check_device(args)
+    args.device_type = _device_type(args.device)
     _check_together(args)
     on_gpu, scans_alone = args.device_type == "cuda", args.ops is not None
     args.batch_size = args.batch_size or [128 if on_gpu else 1]
@@ -124,11 +123,16 @@ def _make_parser() -> Parser:
     return parser
 
 
-def _check_device(args: argparse.Namespace) -> None:
-    if args.device_type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda, got {args.device!r}.")
-    if args.device_type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; use --device cpu.")
+def _device_type(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {name}, of {torch.cuda.device_count()} GPUs; use another, or --device cpu.")
+    return device.type
 
 
 def _check_together(args: argparse.Namespace) -> None:

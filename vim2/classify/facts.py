@@ -29,7 +29,7 @@ from ..command.options import (
 )
 from ..command.places import is_place
 from ..command.runs import read_saved
-from .options import INTERPOLATIONS
+from .options import INTERPOLATIONS, CropShare
 
 __all__ = [
     "check_model_kwargs",
@@ -79,8 +79,7 @@ class DataConfig(Options):
     interpolation: str | None = option(None, "of resizing", choices=INTERPOLATIONS)
     mean: list[float] | None = option(None, "of the pixels, a number a channel")
     std: list[PositiveFloat] | None = option(None, "of the pixels, a number a channel")
-    # above 1, as VOLO's, images get a margin
-    crop_pct: PositiveFloat | None = option(None, "size over the size to resize to")
+    crop_pct: CropShare | None = option(None, "size over the size to resize to")
     crop_mode: str | None = option(None, "of resizing", choices=("center", "squash", "border"))
 
 

@@ -5,6 +5,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Command:
     """A command of a program, and what is said when it ends early.
 
     Args:
-        less_memory: What to do where the GPU's memory is full.
+        less_memory: What to do where the memory is full, the GPU's or the machine's.
         resumable: Whether it goes on with --resume where it was stopped.
         extra: vim2's extra that brings what it needs beside PyTorch and timm.
         one_voice: Whether an error that all of several processes meet is printed by the first alone.
@@ -70,7 +71,11 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
             raise UserError(f"{name} needs {missing}, which is not installed: pip install {install}.") from None
         except torch.OutOfMemoryError:
             raise UserError(f"The GPU's memory is full: {command.less_memory}.", one_process=True) from None
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+                wanted = re.search(r"allocate (\d+) bytes", str(error))
+                needed = f": {int(wanted[1]) / 1e9:.1f} GB more are needed" if wanted else ""
+                raise UserError(f"The memory is full{needed}; {command.less_memory}.", one_process=True) from None
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise UserError(

@@ -131,6 +131,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, formats in FORMATS_OF.items():
         if getattr(args, name) and args.format not in formats:
             raise UserError(f"{_flag(name)} is for --format {' or '.join(formats)}: leave it out.")
+    if args.split and args.data_dir is None:
+        raise UserError("--split is of the images to check with: add --data-dir, or leave it out.")
     if args.format == "pt2" and isinstance(args.compare, str):
         raise UserError(f"A .pt2 package runs in PyTorch, not in {args.compare}: give --compare alone.")
     if args.format == "onnx" and args.device and not args.compare:
@@ -142,6 +144,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for read in (args.checkpoint, local_folder(args.model or "")):
         if read is not None:
             keep_source(weights_file(read), weights_file(args.output))
+    if args.format == "safetensors" and args.output.suffix != ".safetensors":
+        raise UserError(f"Such files are read by the name NAME.safetensors, got {args.output.name}: rename it.")
     if args.forecaster is not None and args.format not in PROGRAMS:
         raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
 
