@@ -148,6 +148,8 @@ def run(argv: list[str]) -> int:
     args, explicit = resolve(ArenaOptions, argv)
     for name in sorted(explicit & OWN.keys() - {"output"}):
         raise UserError(f"--{name.replace('_', '-')} is not for the arena: see {OWN[name]} in arena.py run --help.")
+    if args.in_chans != 3:
+        raise UserError("The arena makes colour images of grey ones, for all models: leave --in-chans out.")
     gpus = places(args, args.device)
     options = {k: getattr(args, k) for k in TrainOptions.__dataclass_fields__ if k not in {*OWN, "epochs"}}
     options.update(device="cuda" if gpus else "cpu", amp=bool(gpus) if args.amp is None else args.amp)

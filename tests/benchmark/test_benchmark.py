@@ -449,6 +449,18 @@ def test_launches_of_what_does_not_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("main", "options"),
+    [(command.benchmark, "--model test_vim2"), (forecast.main, "")],
+    ids=["models", "forecast"],
+)
+def test_devices_that_are_not_there_are_one_line(main, options, capsys):
+    for device, message in (("nope", "nope"), ("cuda:99", "--device cpu")):
+        assert run_tool(main, ["--device", device, *options.split()]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("default", "message"), [("mamba_ssm", "needs the package mamba-ssm"), ("cuda", "must be one of")]
 )
 @pytest.mark.parametrize(

@@ -389,6 +389,7 @@ def test_labels_of_points_that_lie_together_do_not_cover_one_another():
         (["--models", "test_vim2", "test_vim2"], "Two of the --models have one label"),
         (["--models", "test_vim2", "--lr", "1"], "--lr is not for the arena: see --lrs"),
         (["--models", "test_vim2", "--gpus", "0"], "There is no GPU 0 to use on cpu"),
+        (["--models", "test_vim2", "--in-chans", "1"], "leave --in-chans out"),
         (["--models", "test_vim2", "--data-dir", "nowhere"], "There is no nowhere"),
         (
             ["--models", "test_vim2", "--weight-dekay", "1"],
