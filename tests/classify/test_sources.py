@@ -16,7 +16,8 @@ from vim2.checkpoints import save_checkpoint
 from vim2.classify import predict, train, validate
 from vim2.classify.cli import main
 from vim2.classify.facts import read_described, read_pretrained_cfg
-from vim2.classify.models import load_checkpoint_model
+from vim2.classify.models import input_config, load_checkpoint_model
+from vim2.classify.options import InputOptions
 from vim2.command.errors import UserError
 from vim2.export import export_timm
 from vim2.export.cli import main as export
@@ -244,6 +245,18 @@ def test_a_mean_of_other_channels(channels, folder, data, tmp_path):
         config = read_described(f"{run}/best.pth")[1]["data_config"]
         assert config["input_size"][0] == 4 - channels and len(config["mean"]) == len(config["std"]) == 4 - channels
         assert sum(config["mean"]) / len(config["mean"]) == pytest.approx(0.2)
+
+
+def test_one_number_is_for_all_channels(folder, data, tmp_path):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key in ("mean", "std"):
+        content["pretrained_cfg"][key] = 0.25
+    path.write_text(json.dumps(content))
+    for way in (dict(model=f"local-dir:{folder}", pretrained=True), dict(checkpoint=folder)):
+        model, facts = load_checkpoint_model(**{"checkpoint": None, **way})
+        config = input_config(model, InputOptions(), None, facts.get("data_config"))
+        assert config["mean"] == config["std"] == (0.25, 0.25, 0.25)
 
 
 def test_images_may_get_a_margin(folder, data, tmp_path):

@@ -299,7 +299,7 @@ def input_config(
     for name in ("mean", "std"):
         if wanted[name] is not None and len(wanted[name]) not in (1, in_chans):
             raise UserError(f"--{name} needs 1 or {in_chans} numbers, got {len(wanted[name])}.")
-    default = {**model.pretrained_cfg, **(saved or {})}
+    default = read_pretrained_cfg({**model.pretrained_cfg, **(saved or {})}, "What is told of the model's input")
     size = (img_size, img_size) if img_size is not None else tuple(default["input_size"][1:])
     config = resolve_data_config({**wanted, "input_size": (in_chans, *size)}, pretrained_cfg=default)
     for name in ("mean", "std"):
