@@ -20,6 +20,9 @@ __all__ = ["Command", "run_command", "run_main"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, for the user, or in a file
 
+# PyTorch's, of memory that is not a GPU's, and of more than there can be
+_NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -72,10 +75,11 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
         except torch.OutOfMemoryError:
             raise UserError(f"The GPU's memory is full: {command.less_memory}.", one_process=True) from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
                 wanted = re.search(r"allocate (\d+) bytes", str(error))
                 needed = f": {int(wanted[1]) / 1e9:.1f} GB more are needed" if wanted else ""
-                raise UserError(f"The memory is full{needed}; {command.less_memory}.", one_process=True) from None
+                remedy = f"{command.less_memory}, or a smaller model"
+                raise UserError(f"The memory is full{needed}; {remedy}.", one_process=True) from None
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise UserError(
