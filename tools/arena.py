@@ -6,9 +6,10 @@
     arena.py scale OUTPUT --sizes 64 96 128    the trained models at other image sizes
     arena.py table OUTPUT                      tables and pictures of what there is, or of several arenas (--of)
 
-A model is NAME, or LABEL=NAME:key=value,key=value with arguments of its constructor. Each is first trained with seed 0
-at every rate of --lrs, with a part of the training images set aside to choose by, and then at the best with all
---seeds. Figures are those of the last epoch on the validation images, which nothing is chosen by.
+A model is NAME, or LABEL=NAME:key=value,key=value with arguments of its constructor; NAME is a timm model,
+local-dir:FOLDER or hf-hub:USER/NAME. Each is first trained with seed 0 at every rate of --lrs, with a part of the
+training images set aside to choose by, and then at the best with all --seeds. Figures are those of the last epoch on
+the validation images, which nothing is chosen by.
 
 Every run is a folder as of classify.py train, and every finished one a line of OUTPUT/arena.jsonl: a command that was
 cut off, or stopped after --minutes, goes on where it was. docs/training.md explains more.
@@ -28,7 +29,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from benchmarks.arena.models import adapt, parse_entry
+from benchmarks.arena.models import adapt, anywhere, parse_entry
 from benchmarks.arena.report import (
     best_rate,
     collect,
@@ -43,7 +44,7 @@ from benchmarks.arena.report import (
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
 from vim2.classify.augmentation import check_augmentation
 from vim2.classify.data import count_classes, open_train_and_val
-from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, Pixels, PositiveShare, TrainOptions
+from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, CropShare, Pixels, TrainOptions
 from vim2.classify.policies import read_policy
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
@@ -98,7 +99,7 @@ class RecipeOptions(TrainOptions, group="the arena's recipe"):
     cutmix: NotNegative = option(1.0, "CutMix, if above 0", metavar="ALPHA")
     mixup_prob: Probability = option(0.5, "probability of either", metavar="P")
     drop_path: Rate = option(0.1, "stochastic depth, of models that have it", metavar="RATE")
-    crop_pct: PositiveShare = option(1.0, "size over the size to resize to, at validation", metavar="SHARE")
+    crop_pct: CropShare = option(1.0, "size over the size to resize to, at validation", metavar="SHARE")
     mean: list[float] = option(list(IMAGENET_DEFAULT_MEAN), "mean of the pixels, of 1")
     std: list[PositiveFloat] = option(list(IMAGENET_DEFAULT_STD), "standard deviation of the pixels, of 1")
     interpolation: str = option("bicubic", "of resizing", choices=INTERPOLATIONS)
@@ -147,10 +148,12 @@ def run(argv: list[str]) -> int:
     args, explicit = resolve(ArenaOptions, argv)
     for name in sorted(explicit & OWN.keys() - {"output"}):
         raise UserError(f"--{name.replace('_', '-')} is not for the arena: see {OWN[name]} in arena.py run --help.")
+    if args.in_chans != 3:
+        raise UserError("The arena makes colour images of grey ones, for all models: leave --in-chans out.")
     gpus = places(args, args.device)
     options = {k: getattr(args, k) for k in TrainOptions.__dataclass_fields__ if k not in {*OWN, "epochs"}}
     options.update(device="cuda" if gpus else "cpu", amp=bool(gpus) if args.amp is None else args.amp)
-    entries = {parse_entry(text).label: text for text in args.models}
+    entries = {parse_entry(text).label: anywhere(text) for text in args.models}
     if len(entries) < len(args.models):
         raise UserError("Two of the --models have one label: give one another, LABEL=NAME:key=value,...")
     settings = check(args, options, entries)

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from timm.models import adapt_input_conv, clean_state_dict
@@ -26,6 +27,7 @@ __all__ = [
     "find_state_dict",
     "load_weights",
     "read_checkpoint",
+    "read_metadata",
     "read_state_dict",
     "save_checkpoint",
     "save_half_precision",
@@ -72,6 +74,12 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             f"torch.save({{k: of(c[k]) for k in c if k in {_WEIGHT_KEYS}}} or c, 'weights.pth')\" "
             f"{shlex.quote(str(path))}"
         ) from None
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What is told beside the weights in a .safetensors file that `read_checkpoint` can read."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def _refused_global(error: Exception) -> str | None:
@@ -283,12 +291,15 @@ def save_checkpoint(checkpoint: Any, path: str | os.PathLike) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def save_half_precision(
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write weights as a .safetensors file in half precision, half as large; loading casts them to the model's dtype.
 
     Args:
         state_dict: Weights by name; floating ones of any precision become float16, others stay.
         path: The file, which is replaced in one step.
+        metadata: What else the file tells, which `read_metadata` reads.
 
     Raises:
         ValueError: A weight with a NaN, or with a value that is infinite or becomes so in half precision.
@@ -300,7 +311,7 @@ def save_half_precision(state_dict: Mapping[str, Tensor], path: str | os.PathLik
         if half.is_floating_point() and not half.isfinite().all():
             raise ValueError(f"{name} holds values that half precision cannot: NaN, or beyond 65504.")
         halves[name] = half.clone(memory_format=torch.contiguous_format)  # tensors that share memory are refused
-    write_atomically(path, serialize(halves, metadata={"format": "pt"}))
+    write_atomically(path, serialize(halves, metadata={"format": "pt", **(metadata or {})}))
 
 
 _VMAMBA_NAMES = (  # vanilla VMamba's names, of its first release and its later ones, and ours

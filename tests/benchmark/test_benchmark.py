@@ -22,6 +22,7 @@ from vim2.benchmark import command, compilations, kept, launches, models, profil
 from vim2.benchmark.cli import main
 from vim2.benchmark.reporting import launch_table, profile_table
 from vim2.command.errors import UserError
+from vim2.export import export_timm
 from vim2.ops import backend
 from vim2.ops.observers import is_observed
 from vim2.ops.scan.projected_scan import _scan_parameters
@@ -100,6 +101,40 @@ def test_models_with_arguments(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "kwargs"),
+    [
+        ("local-dir:mine", "local-dir:mine", {}),
+        ("local-dir:mine:d_state=4, depths=(1,2)", "local-dir:mine", {"d_state": 4, "depths": (1, 2)}),
+        ("local-dir:a=1", "local-dir:a=1", {}),
+        ("local-dir:C:/a:b:x=1", "local-dir:C:/a:b", {"x": 1}),
+        ("hf-hub:someone/mine@v1:x=text", "hf-hub:someone/mine@v1", {"x": "text"}),
+    ],
+)
+def test_places_with_arguments(text, name, kwargs):
+    assert models.parse_model(text) == (name, kwargs)
+
+
+def test_a_folder_of_timms(tmp_path, capsys, failing):
+    """It is measured with the arguments that its config.json has, and with given ones in their place."""
+    own = dict(d_state=2, dims=[16, 24, 32, 40])
+    made = timm.create_model("test_vim2", num_classes=3, **own)
+    export_timm(made, tmp_path / "mine", model_args=own)
+    name = f"local-dir:{tmp_path / 'mine'}"
+    options = "--device cpu --img-size 32 --infer --warmup 1 --repeats 1 --model"
+    assert main(["benchmark", *options.split(), name, f"{name}:d_state=1"]) == 0
+    out = capsys.readouterr().out
+    counts = [models.model_size(text, 32, "cpu") for text in (name, f"{name}:d_state=1")]
+    assert counts[0] == (models.count_parameters(made), models.count_flops(made.to("meta"), 32)) != counts[1]
+    assert f"| {name} | 32 | 1 | {counts[0][0] / 1e6:.2f} |" in out and f"| {name}:d_state=1 | 32 |" in out
+    config = tmp_path / "mine" / "config.json"
+    content = json.loads(config.read_text())
+    content["model_args"]["in_chans"] = 1
+    config.write_text(json.dumps(content))
+    assert "mine has an in_chans of 1, and images" in failing(main, "vim2")("benchmark", *options.split(), name)
+    assert main(["benchmark", *options.split(), f"{name}:in_chans=3"]) == 0
+
+
 @pytest.mark.parametrize("text", ["a:b=(1,c=2", "a:b=1),c=(2", "a:b=[3,(4,5]"])
 def test_brackets_that_do_not_close(text):
     with pytest.raises(UserError, match="brackets do not close"):
@@ -107,7 +142,7 @@ def test_brackets_that_do_not_close(text):
 
 
 @pytest.mark.parametrize("size", [[], ["--img-size", "32"]])
-@pytest.mark.parametrize(("argument", "instead"), [("img_size=64", "--img-size"), ("in_chans=1", "leave it out")])
+@pytest.mark.parametrize(("argument", "instead"), [("img_size=64", "--img-size"), ("in_chans=1", "in_chans=3")])
 def test_what_images_are_like_is_not_a_models_argument(argument, instead, size, failing):
     error = failing(main, "vim2")("benchmark", "--device", "cpu", "--count", "--model", f"test_vim2:{argument}", *size)
     assert f"test_vim2:{argument} has an {argument.partition('=')[0]}" in error and instead in error
@@ -414,6 +449,18 @@ def test_launches_of_what_does_not_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("main", "options"),
+    [(command.benchmark, "--model test_vim2"), (forecast.main, "")],
+    ids=["models", "forecast"],
+)
+def test_devices_that_are_not_there_are_one_line(main, options, capsys):
+    for device, message in (("nope", "nope"), ("cuda:99", "--device cpu")):
+        assert run_tool(main, ["--device", device, *options.split()]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("default", "message"), [("mamba_ssm", "needs the package mamba-ssm"), ("cuda", "must be one of")]
 )
 @pytest.mark.parametrize(
@@ -491,7 +538,7 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model nope", "no model 'nope'"),
+        ("--model nope", "There is no model nope"),
         ("--model test_vim2:d_state", "Cannot read 'd_state' in the model 'test_vim2:d_state'"),
         ("--model test_vim2:size=3", "test_vim2 cannot be made with {'size': 3}"),
         ("--model test_vit:embed_dim=-1", "error: test_vit cannot be made with {'embed_dim': -1}: "),
@@ -511,6 +558,8 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch
             "test_vim2 does not run on images of 16 x 16 pixels",
         ),
         ("--device tpu", "cpu or cuda"),
+        ("--device cpu:x", "cpu or cuda"),
+        ("--device cuda:99", "there is no cuda:99, of "),
         ("--plot", "--output"),
         ("--count --ops", "--count measures no times"),
         ("--profile --ops", "give one of them"),

@@ -40,7 +40,10 @@ class Own(nn.Module):
 
 @register_model
 def own_net(pretrained=False, **kwargs):
-    return build_model_with_cfg(Own, NAME, pretrained, **kwargs)
+    model = build_model_with_cfg(Own, NAME, pretrained, **kwargs)
+    if kwargs.get("fault") == "its mean":
+        model.pretrained_cfg["mean"] = (0.5, 0.5)
+    return model
 
 @register_model
 def bare_net(pretrained=False, **kwargs):
@@ -108,6 +111,7 @@ def test_a_model_of_a_file_is_trained_resumed_validated_and_used(own, data, tmp_
         ("28 pixels", "leave --img-size out, and give its pretrained_cfg an input_size of (3, 28, 28)."),
         ("a dict", "The model gives a dict for images, not scores of their classes, (1, 3): change its forward."),
         ("in training", "The model, in training, gives a tuple for images, not scores of their classes, (8, 3)"),
+        ("its mean", "The pretrained_cfg of own_net cannot be used: mean must be 3 numbers, one a channel, got [0"),
         ("width=-1", "own_net cannot be made with these --model-kwargs (width=-1): "),
     ],
 )

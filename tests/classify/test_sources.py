@@ -10,11 +10,15 @@ import torch
 from classify_helpers import TINY
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from benchmarks.arena.models import Entry, create
+from vim2.benchmark.cli import main as benchmark
 from vim2.checkpoints import save_checkpoint
 from vim2.classify import predict, train, validate
 from vim2.classify.cli import main
-from vim2.classify.facts import read_described
-from vim2.classify.models import load_checkpoint_model
+from vim2.classify.facts import read_described, read_pretrained_cfg
+from vim2.classify.models import input_config, load_checkpoint_model
+from vim2.classify.options import InputOptions
+from vim2.command.errors import UserError
 from vim2.export import export_timm
 from vim2.export.cli import main as export
 
@@ -138,18 +142,24 @@ def test_no_way_to_the_hub(data, fails, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("local-dir:nowhere", "nowhere is no folder, for --model local-dir:nowhere: name one that `vim2 export"),
+        ("local-dir:nowhere", "nowhere is no folder, for the model local-dir:nowhere: name one that `vim2 export"),
         ("local-dir:empty", "empty has no config.json of timm's"),
         ("hf-hub:", "hf-hub: names nothing"),
         ("someone/mine", "There is no model someone/mine; a folder is local-dir:someone/mine, a repository of"),
         ("vim2_teeny", "There is no model vim2_teeny; did you mean vim2_tiny?"),
     ],
 )
-def test_names_that_stand_for_nothing(name, says, data, fails, tmp_path, monkeypatch):
+def test_names_that_stand_for_nothing(name, says, data, fails, failing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for command in (["predict", data / "val" / "red"], ["train", "--data-dir", data, "--device", "cpu"]):
         assert says in fails(*command, "--pretrained", "--model", name)
+    for command in ("benchmark", "--count", "--device", "cpu"), ("export", "--format", "timm", "--output", "out"):
+        room = {"benchmark": benchmark, "export": export}[command[0]]
+        assert says in failing(room, "vim2")(*command, "--model", name)
+    with pytest.raises(UserError) as error:
+        create(Entry("label", name, {}))
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +185,89 @@ def test_a_config_that_cannot_be_true(change, says, folder, data, fails):
         change = {**json.loads(path.read_text()), **change}
     path.write_text(change if isinstance(change, str) else json.dumps(change))
     assert says in fails("predict", data / "val" / "red", "--pretrained", "--model", f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("mean", ["a", 0.5, 0.5], "mean must be a finite number, got ['a', 0.5, 0.5]"),
+        ("mean", "grey", "mean must be a finite number, got 'grey'"),
+        ("mean", [0.5, 0.5], "mean must be 3 numbers, one a channel, got [0.5, 0.5]"),
+        ("std", [0.2, 0.2, 0], "std must be positive"),
+        ("std", {"r": 1}, "std must be a finite number"),
+        ("input_size", [3, 32], "input_size must be 3 values, got"),
+        ("input_size", 32, "input_size must be 3 values, got 32"),
+        ("interpolation", "cubic", "interpolation must be one of nearest"),
+        ("crop_pct", "all", "crop_pct must be a finite number"),
+        ("crop_mode", 1, "crop_mode must be text"),
+        ("num_classes", "three", "num_classes must be a whole number"),
+        ("label_names", 3, "label_names must be text"),
+        ("label_names", ["blue", 1, 2], "label_names must be text"),
+        ("label_descriptions", ["blue"], "label_descriptions must be a dictionary"),
+        ("label_descriptions", {"blue": 1}, "label_descriptions must be text by name"),
+        ("first_conv", 1, "first_conv must be text"),
+        ("classifier", {"a": 1}, "classifier must be text"),
+    ],
+    ids=str,
+)
+def test_a_pretrained_cfg_that_cannot_be_true(key, value, says, folder, data, tmp_path, fails):
+    """It is told by its file, its key and what is expected there, whatever the command, and however it is named."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    outside = key in content  # where timm has it
+    (content if outside else content["pretrained_cfg"])[key] = value
+    path.write_text(json.dumps(content))
+    says = f"The pretrained_cfg in {path} cannot be used: {says}"
+    name = f"local-dir:{folder}"
+    assert says in fails("predict", data / "val" / "red", "--pretrained", "--model", name)
+    assert says in fails("validate", "--data-dir", data, "--checkpoint", folder)
+    assert says in fails("train", "--data-dir", data, *TINY, "--model", name, "--output", tmp_path / "runs")
+
+
+def test_every_pretrained_cfg_of_timms_is_one():
+    cfgs = {name: timm.get_pretrained_cfg(name) for name in (*timm.list_models(), *timm.list_models(pretrained=True))}
+    for name, cfg in cfgs.items():
+        if cfg is not None:
+            read_pretrained_cfg(cfg.to_dict(), name)
+    assert len(cfgs) > 1000
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mean_of_other_channels(channels, folder, data, tmp_path):
+    """A folder of a model of grey images, with one mean or with ImageNet's, which timm leaves, and the reverse."""
+    model = timm.create_model("test_vim2", num_classes=3, in_chans=channels)
+    common = options(data, tmp_path, epochs=1, img_size=32, in_chans=4 - channels)
+    for number, mean in enumerate(([0.2], [0.1, 0.2, 0.3])):
+        made = tmp_path / f"grey{number}"
+        export_timm(model, made, {"input_size": (channels, 32, 32), "mean": mean}, model_args={"in_chans": channels})
+        assert predict(images=[data / "val" / "red" / "0.png"], checkpoint=made, device="cpu", output=tmp_path)
+        run = train(**common, model=f"local-dir:{made}", pretrained=True, experiment=f"run{number}")["folder"]
+        config = read_described(f"{run}/best.pth")[1]["data_config"]
+        assert config["input_size"][0] == 4 - channels and len(config["mean"]) == len(config["std"]) == 4 - channels
+        assert sum(config["mean"]) / len(config["mean"]) == pytest.approx(0.2)
+
+
+def test_one_number_is_for_all_channels(folder, data, tmp_path):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key in ("mean", "std"):
+        content["pretrained_cfg"][key] = 0.25
+    path.write_text(json.dumps(content))
+    for way in (dict(model=f"local-dir:{folder}", pretrained=True), dict(checkpoint=folder)):
+        model, facts = load_checkpoint_model(**{"checkpoint": None, **way})
+        config = input_config(model, InputOptions(), None, facts.get("data_config"))
+        assert config["mean"] == config["std"] == (0.25, 0.25, 0.25)
+
+
+def test_images_may_get_a_margin(folder, data, tmp_path):
+    """As VOLO's, whose crop_pct is above 1: in the run's checkpoint, too."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["pretrained_cfg"]["crop_pct"] = 1.15
+    path.write_text(json.dumps(content))
+    run = train(**options(data, tmp_path, model=f"local-dir:{folder}", pretrained=True, epochs=1))["folder"]
+    (row,) = validate(**options(data, tmp_path), checkpoint=f"{run}/best.pth")
+    assert row["crop_pct"] == 1.15
 
 
 def test_weights_that_cannot_be_true(folder, data, fails):

@@ -118,12 +118,17 @@ def test_a_killed_run_goes_on_exactly(data, tmp_path):
         assert all(torch.equal(last[0][key][name], value) for name, value in last[1][key].items())
 
 
-def test_a_finished_run_resumed_stays_as_it_is(trained, data, tmp_path):
+def test_a_finished_run_resumed_stays_as_it_is(trained, data, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.csv").read_text()
     assert main(["train", "--resume", str(tmp_path / "run" / "last.pth")]) == 0
     run = train(data_dir=data, output=tmp_path, experiment="run", resume=True)  # as --resume without a file
     assert len(run["history"]) == 2 and run["args"]["model"] == "test_vim2"
+    run = train(data_dir=data, output=tmp_path, experiment="run", resume=True, epochs=1)  # which it had already
+    assert len(run["history"]) == run["args"]["epochs"] == 2
+    said = capsys.readouterr().out
+    assert said.count("Nothing is left to train: the run has had 2 epochs. More --epochs go on with it.") == 3
+    assert "Going on" not in said
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
 
 

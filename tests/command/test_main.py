@@ -23,6 +23,9 @@ def main(monkeypatch):
             "stop": KeyboardInterrupt(),
             "full": torch.OutOfMemoryError(),
             "killed": RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "torch": RuntimeError("[fail] DefaultCPUAllocator: can't: you tried to allocate 7500000000 bytes."),
+            "sizes": RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+            "numpy": MemoryError("Unable to allocate 3 TiB"),
             "bad": UserError("What is\n   wrong: run 'a  b.py'.\n"),
         }
         endings["lacks"] = ModuleNotFoundError("No module named 'nowhere.at'", name="nowhere.at")
@@ -52,6 +55,13 @@ def main(monkeypatch):
         (["train", "lacks"], 2, LACKS.format("train", "nowhere")),
         (["predict", "lacks"], 2, LACKS.format("predict", '"vim2[pictures]", or nowhere')),
         (["train", "full"], 2, "sample.py: error: The GPU's memory is full: use less.\n"),
+        (
+            ["train", "torch"],
+            2,
+            "sample.py: error: The memory is full: 7.5 GB more are needed; use less, or a smaller model.\n",
+        ),
+        (["train", "sizes"], 2, "sample.py: error: The memory is full; use less, or a smaller model.\n"),
+        (["train", "numpy"], 2, "sample.py: error: The memory is full; use less, or a smaller model.\n"),
         (["predict", "full"], 2, "sample.py: error: The GPU's memory is full: use a smaller --batch-size.\n"),
         (
             ["train", "killed"],

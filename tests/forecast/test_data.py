@@ -1,3 +1,5 @@
+import zipfile
+
 import pytest
 
 pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
@@ -20,15 +22,22 @@ from vim2.forecast.data import (
 )
 from vim2.forecast.stamps import to_offset
 
+SUFFIXES = [".csv", *(f".csv.{kind}" for kind in ("xz", "gz", "bz2", "zip", "zst")), ".parquet", ".PARQUET"]
 
-@pytest.mark.parametrize("suffix", [".csv", ".csv.xz", ".csv.gz", ".parquet", ".PARQUET"])
-def test_the_same_table_from_every_format(tmp_path, suffix):
+
+@pytest.mark.parametrize("name", ["series", "series.csv"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_same_table_from_every_format(tmp_path, suffix, name):
+    """As it is called, and where it is called otherwise."""
     frame, path = make_frame(), tmp_path / f"series{suffix}"
     if suffix.lower() == ".parquet":
         pytest.importorskip("pyarrow")
         frame.to_parquet(path)
     else:
-        write_csv(path, frame)
+        if suffix == ".csv.zst":
+            pytest.importorskip("zstandard")
+        frame.to_csv(path, index=False)
+    path = path.rename(tmp_path / (f"{name}{suffix}" if name == "series" else name))
     table = read_table(path, future_columns=["promotion"])
     assert table.columns == ["north", "south", "level"] and table.future_columns == ["promotion"]
     assert table.step.freqstr == "h" and not table.repairs
@@ -143,10 +152,20 @@ def test_lines_above_the_header_are_told(tmp_path, above):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.xlsx", b"PK\x03\x04\x14"), ("a.csv", b"PK\x03\x04\x14"), ("a.json", b'{"a": {"0": 1}}')],
+    [
+        ("a.xlsx", b"PK\x03\x04\x14"),
+        ("a.csv", "[Content_Types].xml"),
+        ("a.zip", "mimetype"),
+        ("a.json", b'{"a": {"0": 1}}'),
+    ],
 )
 def test_other_files_than_tables_are_told(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+    if isinstance(content, str):  # as workbooks of Excel and LibreOffice
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(content, "")
+            archive.writestr("sheet.xml", "")
+    else:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="save its table as one of these"):
         read_table(tmp_path / name)
 
@@ -157,10 +176,13 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(UserError, match="is empty"):
         read_table(tmp_path / "empty.csv")
-    whole = write_csv(tmp_path / "a.csv.xz").read_bytes()
-    (tmp_path / "cut.csv.xz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="whole file"):
-        read_table(tmp_path / "cut.csv.xz")
+    for suffix in ("xz", "gz", "bz2", "zip"):
+        make_frame().to_csv(tmp_path / f"a.csv.{suffix}", index=False)
+        whole = (tmp_path / f"a.csv.{suffix}").read_bytes()
+        for name in (f"cut.csv.{suffix}", "cut.csv"):
+            (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+            with pytest.raises(UserError, match=f"{name} cannot be read .* whole file"):
+                read_table(tmp_path / name)
     (tmp_path / "twice.csv").write_text("date,a,a\n2024-01-01,1,2\n")
     with pytest.raises(UserError, match="two columns a"):
         read_table(tmp_path / "twice.csv")

@@ -217,6 +217,50 @@ def test_a_run_from_before_frequencies_were_masked_goes_on_without(tmp_path, dat
     assert Forecaster.from_pretrained(path.parent).training["frequency_mask"] == 0.0
 
 
+def test_a_run_from_before_spaces_around_names_were_left_out_goes_on(tmp_path, data, monkeypatch):
+    frame = pd.read_csv(data)
+    frame.rename(columns={"north": " north", "level": "level "}).to_csv(tmp_path / "spaced.csv", index=False)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    common = dict(epochs=2, epoch_steps=1, targets=["north", "south"], future_columns=["level"])
+    whole = start(tmp_path / "a.csv", tmp_path, experiment="whole", **common)
+    train = Trainer.epoch
+
+    def stop(trainer, epoch, called=""):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train(trainer, epoch, called)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "epoch", stop)
+        start(tmp_path / "a.csv", tmp_path, experiment="r", **common)
+    last, spaced = read_checkpoint(tmp_path / "r" / "last.pth"), dict(future_columns=["level "])
+    changes = dict(options={**last["options"], **spaced, "targets": [" north", "south"]})
+    changes |= dict(forecaster={**last["forecaster"], **spaced, "columns": [" north", "south"]})
+    change_last(tmp_path / "r", **changes)
+    for targets in ([" north", "south"], ["north", "south"]):
+        again = start(tmp_path / "spaced.csv", tmp_path, experiment="r", resume=True, **{**common, "targets": targets})
+        assert again["options"]["targets"] == ["north", "south"]
+    assert [row["val_mse"] for row in again["history"]] == [row["val_mse"] for row in whole["history"]]
+    assert Forecaster.from_pretrained(tmp_path / "r").columns == ["north", "south"]
+
+
+def test_a_finished_run_says_so(tmp_path, data, capsys):
+    options = dict(epochs=4, epoch_steps=1, patience=1, lr=1e-9, experiment="r")  # which brings no progress
+    before = start(data, tmp_path, **options)
+    assert len(before["history"]) < 4
+    capsys.readouterr()
+    again = start(data, tmp_path, resume=True, **options)
+    assert again["history"] == before["history"] and again["committee"] == before["committee"]
+    epochs, said = len(before["history"]), capsys.readouterr().out
+    assert f"Nothing is left to train after epoch {epochs} of 4, without progress for --patience: the members" in said
+    options = dict(epochs=1, epoch_steps=1, experiment="s")
+    start(data, tmp_path, **options)
+    capsys.readouterr()
+    start(data, tmp_path, resume=True, **options)
+    said = capsys.readouterr().out
+    assert "Nothing is left to train after epoch 1 of 1: the members are" in said and "Going on" not in said
+
+
 def test_a_last_pth_from_before_tables_had_fingerprints_goes_on(tmp_path, data):
     options = dict(epochs=2, epoch_steps=1, experiment="r")
     start(data, tmp_path, **options)

@@ -399,6 +399,16 @@ def test_the_whole_way_by_command(tmp_path, data, capsys):
     assert list(pd.read_csv(tmp_path / "forecast.csv")) == ["date", "north", "level"]
 
 
+def test_options_of_reading_are_checked_and_one_number_is_a_list(trained, tmp_path):
+    forecaster, frame = Forecaster.from_pretrained(trained), pd.read_csv(future_csv(tmp_path / "a.csv"))
+    expected = forecaster.predict(frame)
+    assert forecaster.predict(frame, na_values=-12345).equals(expected)
+    forecaster.reading = {**forecaster.reading, "na_values": -12345.0}  # as a config.json may have it
+    assert forecaster.predict(frame).equals(expected)
+    with pytest.raises(UserError, match="na_values must be a finite number, got 'none'"):
+        forecaster.predict(frame, na_values="none")
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_a_forecaster_from_before_spaces_around_names_were_left_out_finds_its_columns(trained, tmp_path, long):
     forecaster, frame = Forecaster.from_pretrained(trained), pd.read_csv(future_csv(tmp_path / "a.csv"))

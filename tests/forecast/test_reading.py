@@ -1,6 +1,7 @@
 """Files as people write them, and DataFrames: read where they can mean one thing only, else one line."""
 
 import io
+import zipfile
 
 import pytest
 
@@ -10,7 +11,8 @@ import numpy as np
 import pandas as pd
 from forecast_helpers import make_frame, write_csv
 
-from vim2.forecast import UserError
+from vim2.forecast import UserError, fit
+from vim2.forecast.cli import main
 from vim2.forecast.data import read_table
 from vim2.forecast.stamps import to_offset
 
@@ -125,6 +127,7 @@ def test_integers_with_thousands(tmp_path, frame, thousands):
         (lambda f: text(f) + "2024-02-12 12:00:00,1,5,2\n", ["row 61 has 4 cells", "the header 3"]),
         (lambda f: text(f.assign(a=[f"1,{100 + i}" for i in f.b])), ["1,100", "may be 1100 or 1.100"]),
         (lambda f: text(f.assign(a="1,5", b="1,234.5")), ["two ways", "1,5 and 1,234.5"]),
+        (lambda f: text(f.assign(a="1,871"), sep=";"), ["may be 1871 or 1.871", "decimals with a point"]),
         (lambda f: text(f.assign(a="1,5", b="1.25")), ["two ways", "1,5 and 1.25"]),
         (lambda f: text(f.assign(a="1,5", b="1.234")), ["decimal commas (1,5)", "1.234"]),
         (lambda f: text(f.assign(date=f.date.dt.strftime("%H:%M"))), ["times without dates", "00:00"]),
@@ -517,9 +520,25 @@ def test_data_frames_that_cannot_be_used(frame, change, words):
         read_table(change(frame))
 
 
+@pytest.mark.parametrize("command", ["fit", "evaluate", "predict"])
+def test_what_users_of_pandas_would_say_is_found(command, failing):
+    """The suggestion was --seed."""
+    checkpoint = [] if command == "fit" else ["--checkpoint", "x"]
+    for option, words in (
+        ("--sep", "what separates columns is found, so leave it out"),
+        ("--decimal=,", "unknown option --decimal: decimal commas and separators of thousands are found"),
+        ("--sed", "did you mean --seed" if command == "fit" else "unknown option --sed"),
+    ):
+        assert words in failing(main, "vim2")(command, "a.csv", *checkpoint, option, ";")
+    with pytest.raises(UserError, match="unknown option sep: what separates columns is found, so leave it out"):
+        fit(data="a.csv", sep=";")
+
+
 def test_zip_archives_of_one_file(tmp_path, frame):
     frame.to_csv(tmp_path / "a.zip", index=False, compression={"method": "zip", "archive_name": "a.csv"})
     assert len(read_table(tmp_path / "a.zip")) == 60
-    write_csv(tmp_path / "b.csv").rename(tmp_path / "b.zip")
-    with pytest.raises(UserError, match="whole file"):
-        read_table(tmp_path / "b.zip")
+    for name in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / "two.zip", "a") as archive:
+            archive.writestr(f"{name}.csv", text(frame))
+    with pytest.raises(UserError, match="holds 2 files"):
+        read_table(tmp_path / "two.zip")

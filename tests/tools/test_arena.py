@@ -24,6 +24,7 @@ from vim2.checkpoints import read_checkpoint
 from vim2.classify import validate
 from vim2.command.errors import UserError
 from vim2.command.runs import own_folder
+from vim2.export import export_timm
 
 
 def test_entries():
@@ -32,6 +33,11 @@ def test_entries():
     text = "P 4+=vim2_nano:channel_patch=4,dims=(48, 96),depths=[1,2],channel_mixer=mlp,mlp_ratio=1e-1,x=True"
     kwargs = dict(channel_patch=4, dims=(48, 96), depths=[1, 2], channel_mixer="mlp", mlp_ratio=0.1, x=True)
     assert parse_entry(text) == Entry("P 4+", "vim2_nano", kwargs)
+    assert parse_entry("local-dir:some/where/mine/") == Entry("mine", "local-dir:some/where/mine/", {})
+    assert parse_entry("hf-hub:someone/mine") == Entry("someone-mine", "hf-hub:someone/mine", {})
+    assert parse_entry("a=local-dir:mine:x=1") == Entry("a", "local-dir:mine", {"x": 1})
+    with pytest.raises(UserError, match="LABEL=NAME"):
+        parse_entry("local-dir:mine:x=1")
 
 
 STRIDES = {  # of the last map, in pixels, of the ordinary model
@@ -239,6 +245,31 @@ def test_models_of_a_users_own(data, tmp_path, capsys, monkeypatch):
     assert json.loads((folder / "settings.json").read_text())["options"]["imports"] == [str(own)]
 
 
+def test_folders_of_timms(data, tmp_path, monkeypatch):
+    """Their weights and arguments are taken, also where the stem is changed, and from another folder."""
+    dims = dict(dims=[16, 24, 32, 40])
+    made = {"vim": timm.create_model("test_vim2", **dims), "res": timm.create_model("test_resnet")}
+    for name, model in made.items():
+        export_timm(model, tmp_path / name, model_args=dims if name == "vim" else {})
+    folder = tmp_path / "arena"
+    argv = ["run", folder, "--data-dir", data, "--device", "cpu", "--img-size", 32, "-b", 12, "-j", 0, "--epochs", 1]
+    argv += ["--lrs", 1e-9, "--warmup-epochs", 0, "--weight-decay", 0, "--pretrained", "--models"]
+    argv += ["vim+=local-dir:vim:patch_size=4", "local-dir:res"]  # with a stem of its own, and half of one
+    monkeypatch.chdir(tmp_path)
+    assert arena.main(list(map(str, argv))) == 0
+    monkeypatch.chdir(data.parent)
+    assert arena.main(["scale", str(folder), "--sizes", "32", "64"]) == 0
+    assert {(row["kind"], row["label"]) for row in lines(folder)} == {
+        (kind, label) for kind in ("train", "scale") for label in ("vim+", "res")
+    }
+    for label, name, other in (("vim+", "vim", "patch_embed"), ("res", "res", "conv1")):
+        trained = read_checkpoint(next((folder / "runs" / label).glob("*/last.pth")))["state_dict"]
+        before = made[name].state_dict()
+        kept = [k for k in before if before[k].is_floating_point() and before[k].shape == trained[k].shape]
+        kept = [k for k in kept if other not in k and "running" not in k and "head" not in k and "fc" not in k]
+        assert len(kept) > 10 and all(torch.allclose(before[k], trained[k], atol=1e-6) for k in kept)
+
+
 def test_a_users_own_need_not_have_all_that_timms_models_have():
     class Plain(nn.Module):
         def __init__(self, drop_path_rate=0.0, **kwargs):
@@ -358,6 +389,7 @@ def test_labels_of_points_that_lie_together_do_not_cover_one_another():
         (["--models", "test_vim2", "test_vim2"], "Two of the --models have one label"),
         (["--models", "test_vim2", "--lr", "1"], "--lr is not for the arena: see --lrs"),
         (["--models", "test_vim2", "--gpus", "0"], "There is no GPU 0 to use on cpu"),
+        (["--models", "test_vim2", "--in-chans", "1"], "leave --in-chans out"),
         (["--models", "test_vim2", "--data-dir", "nowhere"], "There is no nowhere"),
         (
             ["--models", "test_vim2", "--weight-dekay", "1"],

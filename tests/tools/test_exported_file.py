@@ -1,9 +1,11 @@
 """Tests of tools/comparisons/exported_file.py."""
 
+import pytest
 import torch
 
 from tools.comparisons import exported_file
 from vim2.classify.models import create_model
+from vim2.command.errors import UserError
 
 
 def test_a_file_is_compared_and_stages_are_told(monkeypatch, tmp_path, capsys):
@@ -24,3 +26,10 @@ def test_a_file_is_compared_and_stages_are_told(monkeypatch, tmp_path, capsys):
         "32 x 32, batch 1: first run in AOTInductor",
         "32 x 32, batch 1: comparing",
     ]
+    other = create_model("test_vim2", num_classes=3).eval()
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: other)
+    with pytest.raises(UserError, match=r"AOTInductor gives \(1, 3\), and the model \(1, 1000\)"):
+        exported_file.main([str(path), "--model", "test_vim2", *options])
+    with pytest.raises(SystemExit):
+        exported_file.main([str(path), "--model", "test_vim2", "--batch-size", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err

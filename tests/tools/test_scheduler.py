@@ -38,7 +38,8 @@ def work(task):
     while "until" in task and not task["until"].exists():
         time.sleep(0.01)
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"process": os.getpid(), "gpu": gpu, "start": start, "end": time.time()}
+    method = multiprocessing.get_start_method()
+    return {"process": os.getpid(), "gpu": gpu, "method": method, "start": start, "end": time.time()}
 
 
 def task(name, **options):
@@ -59,6 +60,11 @@ def test_by_priority_and_only_what_has_no_result(tmp_path, capfd):
     assert run_tasks(work, tasks, path) == (rows, 0)
     assert path.read_text().count("\n") == 4
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_task_starts_processes_as_is_usual_here(tmp_path):
+    (row,), _ = run_tasks(work, [task("a")], tmp_path / "results.jsonl")
+    assert row["method"] == multiprocessing.get_start_method()
 
 
 def test_a_result_of_other_settings_is_refused(tmp_path):

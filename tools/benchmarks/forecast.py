@@ -24,7 +24,7 @@ import torch
 from vim2 import TSM2, TSM2Config
 from vim2.benchmark.measuring import positive
 from vim2.command.outputs import make_folder
-from vim2.command.processes import require_backend
+from vim2.command.processes import choose_device
 from vim2.files import write_atomically
 from vim2.forecast.committee import Networks
 from vim2.forecast.data import Windows
@@ -154,7 +154,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-benchmark"))
     parser.add_argument("--names", nargs="*", choices=tuple(EPOCHS), default=list(EPOCHS), help="whose epochs")
     parser.add_argument("--amp", action="store_true", help="bfloat16 outside the scan")
@@ -163,8 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variates", type=positive, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
     parser.add_argument("--lookbacks", type=positive, nargs="*", default=[256, 512, 1024, 2048, 4096])
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    require_backend(device.type)
+    device = choose_device(args.device)
     make_folder(args.output)
     amp = args.amp
     name = (

@@ -211,7 +211,8 @@ class _Process:
 
         if self.process is None:
             self.connection, other = _SPAWN.Pipe()
-            self.process = _SPAWN.Process(target=_serve, args=(other, self.worker, self.gpu))
+            method = multiprocessing.get_start_method()
+            self.process = _SPAWN.Process(target=_serve, args=(other, self.worker, self.gpu, method))
             with ctrl_c_put_off():
                 self.process.start()
             other.close()  # so that the process's end is the connection's
@@ -237,8 +238,11 @@ class _Process:
             self.process = None
 
 
-def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | None) -> None:
+def _serve(connection: Connection, worker: Callable[[dict], dict], gpu: str | None, method: str) -> None:
     """The life of a process: tasks come in, results or error messages go out."""
+    # What a task starts is started as everywhere else. A process that was spawned would spawn its own, too: those of a
+    # loader would each import PyTorch, one after another where each is handed all the images that it is to decode.
+    multiprocessing.set_start_method(method, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

@@ -22,8 +22,10 @@ import tempfile
 import torch
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
+from vim2.benchmark.measuring import positive
 from vim2.classify.models import create_model
 from vim2.command.errors import UserError, first_line
+from vim2.command.processes import choose_device
 from vim2.export import export_pt2
 from vim2.export.comparison import SIZES
 
@@ -84,9 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         help="with the random weights of vim2 export; default %(default)s",
     )
     add("--package", type=Path, metavar="FILE", help="that vim2 export wrote of it, for the device")
-    add("--img-size", type=int, metavar="PIXELS", help="of a package for one size; default: three sizes")
+    add("--img-size", type=positive, metavar="PIXELS", help="of a package for one size; default: three sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     args = parser.parse_args(argv)
+    choose_device(args.device)
     fixed = args.img_size and (args.img_size, args.img_size)
     sizes = [fixed] if fixed else SIZES
     torch.manual_seed(0)

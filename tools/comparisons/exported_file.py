@@ -21,8 +21,10 @@ from unittest import mock
 
 import torch
 
+from vim2.benchmark.measuring import positive
 from vim2.classify.models import create_model
 from vim2.command.errors import UserError
+from vim2.command.processes import choose_device
 from vim2.export.comparison import SIZES, compare, run_onnxruntime, run_pt2
 from vim2.export.examples import examples
 
@@ -39,13 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="that vim2 export wrote without a checkpoint, for the device")
     add("--model", required=True, metavar="NAME", help="of which, with random weights")
-    add("--img-size", type=int, metavar="PIXELS", help="of a file for one size; default: three sizes")
+    add("--img-size", type=positive, metavar="PIXELS", help="of a file for one size; default: three sizes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
-    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="default 1")
-    add("--repeats", type=int, default=9, metavar="N", help="timed runs, of which medians are printed; default 9")
+    add("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default 1")
+    add("--repeats", type=positive, default=9, metavar="N", help="timed runs, of which medians are printed; default 9")
     args = parser.parse_args(argv)
     if args.file.suffix not in RUNTIMES or not args.file.is_file():
         raise UserError(f"There is no file NAME.onnx or NAME.pt2 at {args.file}: write one with vim2 export.")
+    choose_device(args.device)
     tell(f"making {args.model}")
     torch.manual_seed(0)
     model = create_model(args.model).eval().to(args.device)

@@ -21,6 +21,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from vim2.benchmark.measuring import positive
 from vim2.classify.data import open_train_and_val
 from vim2.classify.memory import eval_loader
 from vim2.classify.models import create_model, input_config, load_checkpoint_model
@@ -38,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", default="vim2_nano", metavar="NAME", help="default %(default)s")
     add("--pretrained", action="store_true", help="its pretrained weights")
     add("--checkpoint", metavar="FILE", help="its weights, in place of pretrained ones")
-    add("--img-size", type=int, metavar="PIXELS", help="default: the model's")
-    add("--neighbours", type=int, default=20, metavar="K", help="default %(default)s")
+    add("--img-size", type=positive, metavar="PIXELS", help="default: the model's")
+    add("--neighbours", type=positive, default=20, metavar="K", help="default %(default)s")
     add("--decay", type=float, default=1e-3, help="L2 decay of the probe; default %(default)s")
-    add("--batch-size", type=int, default=64, metavar="N", help="images a step; default %(default)s")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images a step; default %(default)s")
     add("--workers", type=int, default=2, metavar="N", help="processes that decode; default %(default)s")
     add("--device", help="default: a GPU if there is one")
     args = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vim2.benchmark.measuring import positive
 from vim2.classify import memory
 from vim2.classify.evaluation import evaluate
 from vim2.classify.models import autocast, input_config, load_checkpoint_model
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--checkpoint", metavar="FILE", help="best.pth or last.pth of a run, or another file of weights")
     add("--model", metavar="NAME", help="a ViM2; default: the checkpoint's")
     add("--pretrained", action="store_true", help="the model's pretrained weights instead of a checkpoint")
-    add("--img-size", type=int, metavar="PIXELS", help="default: the checkpoint's")
-    add("--batch-size", type=int, default=128, metavar="N", help="images a step; default %(default)s")
+    add("--img-size", type=positive, metavar="PIXELS", help="default: the checkpoint's")
+    add("--batch-size", type=positive, default=128, metavar="N", help="images a step; default %(default)s")
     add("--workers", type=int, default=2, metavar="N", help="processes that decode; default %(default)s")
     add("--device", help="default: a GPU if there is one")
     args = vars(parser.parse_args(argv))

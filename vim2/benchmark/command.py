@@ -35,6 +35,7 @@ from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.outputs import make_folder
 from ..command.own_models import import_models
+from ..command.places import is_place
 from ..command.processes import require_backend
 from ..command.progress import say
 from ..files import write_atomically
@@ -62,8 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: Options that do not go together, or a device, backend or package that is not there.
     """
     args = _make_parser().parse_args(argv)
-    args.device_type = args.device.partition(":")[0]
-    _check_device(args)
+    args.device_type = _device_type(args.device)
     _check_together(args)
     on_gpu, scans_alone = args.device_type == "cuda", args.ops is not None
     args.batch_size = args.batch_size or [128 if on_gpu else 1]
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = (args.model or ([] if scans_alone else ["vim2_tiny"])) + args.compare
     args.models = [name.removeprefix("timm:") for name in args.models]
     args.ops = (args.ops or scan_backends(args.device_type)) if scans_alone else []
-    scanning = args.modes and (args.imports or any("vim2" in name for name in args.models))
+    scanning = args.modes and (args.imports or any("vim2" in name or is_place(name) for name in args.models))
     for name in [*args.ops, *[None] * bool(scanning)]:
         require_backend(args.device_type, name)
     args.ops += [MAMBA_KERNELS] * ("mamba_ssm" in args.ops)
@@ -91,7 +91,8 @@ def _make_parser() -> Parser:
     parser = Parser(prog="vim2 benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     models = (
-        "models to measure, such as vim2_tiny:d_state=4,dims=(64,128,256,512); default vim2_tiny, or none with --ops"
+        "models to measure, such as vim2_tiny:d_state=4,dims=(64,128,256,512), local-dir:FOLDER or hf-hub:USER/NAME; "
+        "default vim2_tiny, or none with --ops"
     )
     add("--model", nargs="+", metavar="NAME[:K=V,...]", help=models)
     add("--compare", nargs="+", default=[], metavar="timm:NAME", help="others to measure in the same run")
@@ -122,11 +123,16 @@ def _make_parser() -> Parser:
     return parser
 
 
-def _check_device(args: argparse.Namespace) -> None:
-    if args.device_type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda, got {args.device!r}.")
-    if args.device_type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; use --device cpu.")
+def _device_type(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {name}, of {torch.cuda.device_count()} GPUs; use another, or --device cpu.")
+    return device.type
 
 
 def _check_together(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..classify.sources import ModelSource, find_model
 from ..command.errors import UserError, first_line
 from ..command.own_models import place_in
+from ..command.places import is_place
 from .measuring import autocast, measure
 
 CHANNELS = 3  # of images
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
-    """A model's name and the arguments of its constructor, from NAME or NAME:key=value,key=value; values are Python
-    literals, or else text.
+    """A model's name, which `find_model` takes, and the arguments of its constructor, from NAME or
+    NAME:key=value,key=value; values are Python literals, or else text.
 
     Raises:
         UserError: Text of another form, or brackets that do not close.
     """
-    name, _, arguments = text.partition(":")
+    name, arguments = text, ""
+    # local-dir: and hf-hub: have a colon of their own, and a folder's name may have one
+    colon = re.compile(r":(?=\s*[^\W\d]\w*\s*=)" if is_place(text) else ":")
+    if found := colon.search(text, text.find(":") + 1 if is_place(text) else 0):
+        name, arguments = text[: found.start()], text[found.end() :]
     kwargs = {}
     pairs, depth = [""], 0
     for character in arguments:
@@ -55,47 +62,53 @@ def literal(text: str) -> Any:
         return text
 
 
-def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
-    """A timm model, as `parse_model` reads it, for square images of `size` pixels and 3 channels.
+def find(text: str) -> tuple[ModelSource, dict[str, Any]]:
+    """What `parse_model` reads, with what the name stands for.
 
     Raises:
-        UserError: There is no such model, or it does not take these arguments, or they say what images it is for.
+        UserError: As `parse_model` and `find_model`.
+    """
+    name, kwargs = parse_model(text)
+    return find_model(name), kwargs
+
+
+def create_model(text: str, size: int, device: torch.device | str) -> nn.Module:
+    """A timm model with random weights, as `find` finds it, for square images of `size` pixels and 3 channels.
+
+    Raises:
+        UserError: As `find`; it does not take these arguments, or they, or its config.json, say what images it is for.
         Exception: Of whatever kind a model raises that takes no images of this size; a RuntimeError of one that cannot
             be made on the meta device, where values cannot be read.
     """
-    name, kwargs = parse_model(text)
+    source, kwargs = find(text)
     if "img_size" in kwargs:
         raise UserError(f"{text} has an img_size, and images are as large as --img-size says: give it there.")
-    if "in_chans" in kwargs:
-        raise UserError(f"{text} has an in_chans, and images have {CHANNELS} channels here: leave it out.")
-    if not timm.is_model(name):
+    given = {**source.model_kwargs, **kwargs}
+    if given.get("in_chans", CHANNELS) != CHANNELS:
         raise UserError(
-            f"there is no model {name!r}; timm.list_models() names all, {vim2_names()} are of this package, and yours "
-            "come with --imports."
+            f"{text} has an in_chans of {given['in_chans']}, and images have {CHANNELS} channels here: give it "
+            f"in_chans={CHANNELS}."
         )
     with torch.device(device):
         try:  # models with fixed windows or positions want to know it
-            return timm.create_model(name, img_size=size, **kwargs)
+            return timm.create_model(source.name, **{**given, "img_size": size})
         except Exception as error:  # of whatever kind: of this argument, which most models do not take, or of others
             of_size = error
         try:
-            model = timm.create_model(name, **kwargs)
+            model = timm.create_model(source.name, **given)
         except Exception as error:
             if isinstance(error, RuntimeError) and torch.device(device).type == "meta":
                 raise
-            raise UserError(f"{name} cannot be made with {kwargs}: {first_line(error)}{where(name, error)}") from None
+            told = f"{first_line(error)}{where(source.arch, error)}"
+            raise UserError(f"{source.name} cannot be made with {given}: {told}") from None
     if not isinstance(of_size, TypeError):
         raise of_size
     return model
 
 
-def where(name: str, error: BaseException) -> str:
+def where(arch: str, error: BaseException) -> str:
     """Where in a user's own files a model, by timm's name, has failed; "" elsewhere."""
-    return place_in(timm.model_entrypoint(name).__module__, error)
-
-
-def vim2_names() -> str:
-    return ", ".join(timm.list_models("vim2*"))
+    return place_in(timm.model_entrypoint(arch).__module__, error)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -134,7 +147,7 @@ def model_size(name: str, size: int, device: str) -> tuple[int, float | None]:
     except UserError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        told = f"{first_line(error)}{where(parse_model(name)[0], error)}"
+        told = f"{first_line(error)}{where(find(name)[0].arch, error)}"
         raise UserError(f"{name} does not run on images of {size} x {size} pixels: {told}") from None
     _say_not_counted(name, reason)
     return count_parameters(model), None

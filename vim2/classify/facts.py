@@ -13,19 +13,33 @@ import timm
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from ..checkpoints import read_metadata
 from ..command.errors import UserError
-from ..command.options import REQUIRED, Options, Positive, PositiveFloat, Share, length, option, plain, resolve
+from ..command.options import (
+    REQUIRED,
+    Count,
+    Options,
+    Positive,
+    PositiveFloat,
+    Share,
+    length,
+    option,
+    plain,
+    resolve,
+)
 from ..command.places import is_place
 from ..command.runs import read_saved
-from .options import INTERPOLATIONS, PositiveShare
+from .options import INTERPOLATIONS, CropShare
 
 __all__ = [
     "check_model_kwargs",
     "check_types",
     "fine_tuned",
     "no_terms_told",
+    "read_config",
     "read_described",
     "read_facts",
+    "read_pretrained_cfg",
     "terms_of",
     "weights_file",
     "weights_name",
@@ -65,8 +79,26 @@ class DataConfig(Options):
     interpolation: str | None = option(None, "of resizing", choices=INTERPOLATIONS)
     mean: list[float] | None = option(None, "of the pixels, a number a channel")
     std: list[PositiveFloat] | None = option(None, "of the pixels, a number a channel")
-    crop_pct: PositiveShare | None = option(None, "size over the size to resize to")
+    crop_pct: CropShare | None = option(None, "size over the size to resize to")
     crop_mode: str | None = option(None, "of resizing", choices=("center", "squash", "border"))
+
+
+def texts(values: Mapping[str, Any]) -> None:
+    """Refuses values that are no text."""
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ValueError("must be text by name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedCfg(DataConfig):
+    """What the commands, or timm for them, read of a pretrained_cfg."""
+
+    program = "pretrained_cfg"
+    num_classes: Count | None = option(None, "classes of the weights")
+    label_names: list[str] | None = option(None, "of the classes, from the first on")
+    label_descriptions: Annotated[dict[str, Any], texts] | None = option(None, "of the classes, by their names")
+    first_conv: list[str] = option([], "the stem's module, or several")
+    classifier: list[str] = option([], "the head's module, or several")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +130,7 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
         if names is not None and (len(set(names)) < len(names) or len(names) > (classes or len(names))):
             raise UserError(f"it names {len(names)} classes, some twice or more than its model has")
         if facts.get("data_config") is not None:
-            config = _read(DataConfig, facts["data_config"])
-            # tuples, as timm has them
-            facts["data_config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-            channels = config["input_size"][0] if "input_size" in config else facts.get("in_chans") or 3
-            if any(len(config[k]) != channels for k in ("mean", "std") if k in config):
-                raise UserError(f"its data_config is not for images of {channels} channels")
+            facts["data_config"] = _read_config(DataConfig, facts["data_config"], facts.get("in_chans"))
         if "terms" in facts:
             facts["terms"] = terms_of(facts["terms"])
         elif (terms := _terms_by_args(facts["arch"], facts.get("args", {}))) is not None:
@@ -115,6 +142,33 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path} is damaged, or no checkpoint of this program: {str(error).rstrip('.')}.") from None
     return facts
+
+
+def read_pretrained_cfg(cfg: Mapping[str, Any], called: str) -> dict[str, Any]:
+    """What the commands, or timm for them, read of a pretrained_cfg, which anybody may have written.
+
+    Args:
+        cfg: timm's, or a config.json's.
+        called: What to call it in a message.
+
+    Raises:
+        UserError: A value that cannot be one; the message names its key, and says what it must be.
+    """
+    try:
+        return _read_config(PretrainedCfg, cfg)
+    except UserError as error:
+        raise UserError(f"{called} cannot be used: {error}") from None
+
+
+def _read_config(cls: type[DataConfig], given: Mapping[str, Any], in_chans: int | None = None) -> dict[str, Any]:
+    """As `_read`, with tuples, as timm has them; `in_chans` where there is no input_size."""
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in _read(cls, given).items()}
+    channels = config["input_size"][0] if "input_size" in config else in_chans or 3
+    for name in ("mean", "std"):
+        # models of grey images may have ImageNet's, and one number is for all channels
+        if name in config and len(config[name]) not in (1, 3, channels):
+            raise UserError(f"{name} must be {channels} numbers, one a channel, got {list(config[name])}.")
+    return config
 
 
 def terms_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,9 +190,9 @@ def fine_tuned(terms: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**terms, "description": described}
 
 
-def no_terms_told(name: str) -> dict[str, Any]:
-    """The terms of weights that were trained from those that `name` names, of which nothing is known."""
-    return {"description": f"Fine-tuned from {name}, in which no terms are told."}
+def no_terms_told(name: str, how: str = "Fine-tuned") -> dict[str, Any]:
+    """The terms of weights that were made, by words for how, of those that `name` names, of which nothing is known."""
+    return {"description": f"{how} from {name}, in which no terms are told."}
 
 
 def weights_name(cfg: Mapping[str, Any]) -> str:
@@ -179,34 +233,67 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
         path: As `weights_file` takes it.
 
     Returns:
-        What the file holds, and `read_facts` of it. Of a config.json, the descriptions of its classes, by their names,
-        are `class_descriptions`.
+        What the file holds, and `read_facts` of it. Of a config.json, or of the metadata in a .safetensors file, the
+        descriptions of the classes, by their names, are `class_descriptions`.
 
     Raises:
         UserError: As `read_saved` and `read_facts`; a damaged config.json.
     """
     path = weights_file(path)
     content, config = read_saved(path), path.with_name(CONFIG)
-    if path.name != WEIGHTS or not config.is_file():
+    told, cfg = {}, {}
+    if path.name == WEIGHTS and config.is_file():
+        told, cfg = read_config(config)
+    if not told and path.suffix == ".safetensors":
+        config = path
+        told, cfg = _check_config(_parse_metadata(read_metadata(path)), path)
+    if not told:
         return content, read_facts(content, path)
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{config} cannot be read ({error}): copy or download it again.") from None
-    if not isinstance(told, dict) or "architecture" not in told:  # another library's
-        return content, read_facts(content, path)
-    args, cfg = (
-        told.get(name) if isinstance(told.get(name), dict) else {} for name in ("model_args", "pretrained_cfg")
-    )
-    names, descriptions = ({**cfg, **told}.get(name) for name in ("label_names", "label_descriptions"))
-    facts = dict(arch=told["architecture"], class_names=names if isinstance(names, list) else None, data_config=cfg)
+    args = told.get("model_args") if isinstance(told.get("model_args"), dict) else {}
+    facts = dict(arch=told["architecture"], class_names=cfg.get("label_names"), data_config=cfg)
     facts |= dict(num_classes=told.get("num_classes"), in_chans=args.get("in_chans"))
     facts["model_kwargs"] = {name: value for name, value in args.items() if name not in facts}
-    facts["terms"] = terms_of(cfg)
+    facts["terms"] = terms_of(_pretrained_cfg_in(told))
     facts = read_facts(facts, config)
-    if isinstance(descriptions, dict) and all(isinstance(text, str) for text in descriptions.values()):
-        facts["class_descriptions"] = descriptions
+    if "label_descriptions" in cfg:
+        facts["class_descriptions"] = cfg["label_descriptions"]
     return content, facts
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What timm's config.json holds, and what `read_pretrained_cfg` reads of it; nothing of another library's.
+
+    Raises:
+        UserError: As `read_pretrained_cfg`; a damaged file.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy or download it again.") from None
+    return _check_config(told, path)
+
+
+def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `vim2 export` has written into the metadata of a .safetensors file, by the names of a config.json; None if
+    another program has."""
+    try:
+        return {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+    except (RecursionError, ValueError):
+        return None
+
+
+def _check_config(told: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `read_config`, of what a file holds."""
+    if not isinstance(told, dict) or "architecture" not in told:
+        return {}, {}
+    outside = {name: told[name] for name in ("num_classes", "label_names", "label_descriptions") if name in told}
+    return told, read_pretrained_cfg({**_pretrained_cfg_in(told), **outside}, f"The pretrained_cfg in {path}")
+
+
+def _pretrained_cfg_in(told: dict[str, Any]) -> dict[str, Any]:
+    """The pretrained_cfg in a config.json, which was the whole of it in timm's first ones."""
+    cfg = told.get("pretrained_cfg", told)
+    return cfg if isinstance(cfg, dict) else {}
 
 
 def _read(cls: type[Options], given: Mapping[Any, Any]) -> dict[str, Any]:

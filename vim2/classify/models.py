@@ -19,7 +19,14 @@ from ..checkpoints import check_weights, find_state_dict, load_weights, weights_
 from ..command.errors import UserError, did_you_mean, first_line, in_short
 from ..command.own_models import place, place_in
 from ..command.places import is_place
-from .facts import check_model_kwargs, check_types, read_described, terms_of, weights_file
+from .facts import (
+    check_model_kwargs,
+    check_types,
+    read_described,
+    read_pretrained_cfg,
+    terms_of,
+    weights_file,
+)
 from .options import MIN_SIDE, InputOptions
 from .sources import ModelSource, find_model
 
@@ -140,7 +147,8 @@ def _explain_creation_error(
 
 
 def _check_interface(model: nn.Module, name: str, classes: int | None) -> None:
-    """Raises UserError where a model, made for so many classes, lacks what timm's have and the commands read."""
+    """Raises UserError where a model, made for so many classes, lacks what timm's have and the commands read, or has
+    something else in its place."""
     told = {
         f"num_classes{'' if classes is None else f' of {classes}'}": getattr(model, "num_classes", ()) == classes,
         "parameters": isinstance(model, nn.Module) and any(True for _ in model.parameters()),
@@ -152,6 +160,7 @@ def _check_interface(model: nn.Module, name: str, classes: int | None) -> None:
             f"{name} has no {lacking}, as timm's models have: make it by timm.models.build_model_with_cfg, of a class "
             "that keeps its num_classes."
         )
+    read_pretrained_cfg(model.pretrained_cfg, f"The pretrained_cfg of {name}")
 
 
 def _own_weights() -> str:
@@ -232,10 +241,10 @@ def pretrained_facts(model: nn.Module) -> dict[str, Any]:
         `class_descriptions`.
     """
     facts: dict[str, Any] = {"terms": terms_of(model.pretrained_cfg)}
-    names = model.pretrained_cfg.get("label_names") or ()
+    told = read_pretrained_cfg(model.pretrained_cfg, "The model's pretrained_cfg")
+    names = told.get("label_names", ())
     if len(names) == model.num_classes:  # or it was made for other classes, which the classifier does not know yet
-        descriptions = model.pretrained_cfg.get("label_descriptions") or {}
-        facts |= {"class_names": list(names), "class_descriptions": dict(descriptions)}
+        facts |= {"class_names": list(names), "class_descriptions": told.get("label_descriptions", {})}
     return facts
 
 
@@ -290,14 +299,15 @@ def input_config(
     for name in ("mean", "std"):
         if wanted[name] is not None and len(wanted[name]) not in (1, in_chans):
             raise UserError(f"--{name} needs 1 or {in_chans} numbers, got {len(wanted[name])}.")
-    default = {**model.pretrained_cfg, **(saved or {})}
+    default = read_pretrained_cfg({**model.pretrained_cfg, **(saved or {})}, "What is told of the model's input")
     size = (img_size, img_size) if img_size is not None else tuple(default["input_size"][1:])
-    try:
-        config = resolve_data_config({**wanted, "input_size": (in_chans, *size)}, pretrained_cfg=default)
-    except AssertionError as error:
-        raise UserError(f"Cannot resolve the model's input: {first_line(error)}") from None
-    if in_chans == 1:  # of grey images, where the defaults are of RGB
-        config.update({k: (sum(config[k]) / len(config[k]),) for k in ("mean", "std")})
+    config = resolve_data_config({**wanted, "input_size": (in_chans, *size)}, pretrained_cfg=default)
+    for name in ("mean", "std"):
+        values = config[name]
+        if len(values) not in (1, 3):
+            raise UserError(f"The model has a {name} of {len(values)} channels, and images {in_chans}: give --{name}.")
+        # of grey images, where the defaults are of RGB, and the reverse
+        config[name] = (sum(values) / len(values),) if in_chans == 1 else tuple(values) * (3 // len(values))
     return config
 
 

@@ -80,6 +80,7 @@ MAY_CHANGE = {
 MIN_SIDE = 32  # of an image, in pixels
 Pixels = Annotated[int, Between(MIN_SIDE, words=f"must be at least {MIN_SIDE} pixels")]
 PositiveShare = Annotated[float, Between(0, 1, "(]")]
+CropShare = Annotated[float, Between(0.1, 2)]  # above 1, as VOLO's, images get a margin
 
 
 def cpus() -> int:
@@ -139,7 +140,7 @@ class ModelOptions(ImportOptions, group="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions(Options, group="input; by default, the model's or the checkpoint's"):
-    crop_pct: PositiveShare | None = option(None, "size over the size to resize to, at validation", metavar="SHARE")
+    crop_pct: CropShare | None = option(None, "size over the size to resize to, at validation", metavar="SHARE")
     mean: list[float] | None = option(None, "mean of the pixels, of 1")
     std: list[PositiveFloat] | None = option(None, "standard deviation of the pixels, of 1")
     interpolation: str | None = option(None, "of resizing", choices=INTERPOLATIONS)

@@ -14,7 +14,7 @@ import vim2  # noqa: F401  registers the models
 from ..command.errors import UserError, did_you_mean, first_line
 from ..command.own_models import import_models
 from ..command.places import is_place, local_folder
-from .facts import CONFIG, check_model_kwargs
+from .facts import CONFIG, check_model_kwargs, read_config, read_pretrained_cfg
 
 __all__ = ["ModelSource", "find_model"]
 
@@ -52,8 +52,8 @@ def find_model(name: str | ModelSource, imports: Sequence[str] = ()) -> ModelSou
         imports: See `import_models`.
 
     Raises:
-        UserError: Unknown model; a folder or repository that cannot be had, or has no config.json of timm's; what
-            `import_models` raises.
+        UserError: Unknown model; a folder or repository that cannot be had, has no config.json of timm's, or one that
+            cannot be true; what `import_models` raises.
     """
     import_models(imports)
     found = name if isinstance(name, ModelSource) else None
@@ -76,9 +76,11 @@ def _read_source(name: str) -> ModelSource:
     if folder is not None and not Path(folder, CONFIG).is_file():
         what = f"has no {CONFIG} of timm's" if os.path.isdir(folder) else "is no folder"
         raise UserError(
-            f"{folder} {what}, for --model {name}: name one that `vim2 export --format timm` has written; a run's file "
-            "of weights goes to --checkpoint or --initial-checkpoint."
+            f"{folder} {what}, for the model {name}: name one that `vim2 export --format timm` has written; a run's "
+            "file of weights goes to --checkpoint or --initial-checkpoint, of commands that have these."
         )
+    if folder is not None:
+        read_config(Path(folder, CONFIG))  # what timm would stumble over
     try:
         cfg, arch, args = (load_model_config_from_hf if folder is None else load_model_config_from_path)(place)
         if not (isinstance(cfg, Mapping) and isinstance(arch, str) and isinstance(args, Mapping)):
@@ -91,6 +93,7 @@ def _read_source(name: str) -> ModelSource:
         raise UserError(f"{Path(folder, CONFIG)} cannot be read ({reason}): export or download it again.") from None
     if is_place(arch) or not timm.is_model(arch):
         raise UserError(f"{name} is of a model {arch}, which timm does not know; yours come with --imports.")
+    read_pretrained_cfg(cfg, f"The pretrained_cfg of {name}")
     own = {k: v for k, v in args.items() if k not in OPTIONS_OWN}
     check_model_kwargs(own, f"the model_args of {name}")
     return ModelSource(name, arch, dict(args))

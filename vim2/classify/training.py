@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints import save_checkpoint
-from ..command.errors import DivergenceError, UserError, did_you_mean
+from ..command.errors import DivergenceError, UserError, did_you_mean, in_short
 from ..command.figures import figures_if_possible
 from ..command.graphs import record
 from ..command.options import resolve, resume_options
@@ -128,8 +128,9 @@ def recall(
     resumed = resume_options(options, explicit, saved["args"], path, MAY_CHANGE, otherwise)
     if resumed.folder.resolve() != path.parent.resolve():
         find_last(resumed.folder, False, processes)  # it may not be another run's
-    # nothing is downloaded or imported because a file says so
-    return replace(resumed, dataset_download=options.dataset_download, imports=options.imports), saved
+    # nothing is downloaded or imported because a file says so, and no epoch of a run is undone
+    own = dict(dataset_download=options.dataset_download, imports=options.imports)
+    return replace(resumed, epochs=max(resumed.epochs, len(saved["history"])), **own), saved
 
 
 class Run:
@@ -317,22 +318,25 @@ class Run:
         optional = {"eps": o.opt_eps, "betas": o.opt_betas and tuple(o.opt_betas)}
         if device.type == "cuda" and o.opt.lower() in ("adam", "adamw"):
             optional["fused"] = True  # one kernel for many weights
+        options = {k: v for k, v in optional.items() if v is not None}
+        options |= dict(opt=o.opt, lr=self.lr, weight_decay=o.weight_decay, momentum=o.momentum)
+        # a weight of its own to try a step on, since some optimisers look at their options only then
+        weight = nn.Parameter(torch.zeros(2, 2, device=device))
+        weight.grad = torch.zeros_like(weight)
         try:
-            self.optimizer = create_optimizer_v2(
-                self.model,
-                opt=o.opt,
-                lr=self.lr,
-                weight_decay=o.weight_decay,
-                momentum=o.momentum,
-                layer_decay=o.layer_decay,
-                **{k: v for k, v in optional.items() if v is not None},
-            )
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(f"The optimiser {o.opt} cannot be made with these options: {error}") from None
-        if getattr(self.optimizer, "is_second_order", False):
-            raise UserError(
-                f"The optimiser {o.opt} needs gradients of gradients, which there are not here: use another."
-            )
+            self.optimizer = create_optimizer_v2(self.model, layer_decay=o.layer_decay, **options)
+            if getattr(self.optimizer, "is_second_order", False):
+                raise UserError(
+                    f"The optimiser {o.opt} needs gradients of gradients, which there are not here: use another."
+                )
+            create_optimizer_v2([weight], **options).step()
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            given = f"--lr {self.lr:g}"
+            given += "" if o.opt_eps is None else f" --opt-eps {o.opt_eps:g}"
+            given += f" --opt-betas {' '.join(map(str, o.opt_betas))}" if o.opt_betas else ""
+            raise UserError(f"The optimiser {o.opt} cannot be used with {given}: {in_short(error)}") from None
         self.updates_per_epoch = math.ceil(len(self.loader) / o.grad_accum_steps)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -381,7 +385,10 @@ class Run:
         self.describe()
         with own_folder(self.folder, self.last, self.processes):
             if first:
-                say(f"Going on after epoch {first} of {o.epochs}.", self.processes)
+                going_on = f"Going on after epoch {first} of {o.epochs}."
+                if first >= o.epochs:
+                    going_on = f"Nothing is left to train: the run has had {first} epochs. More --epochs go on with it."
+                say(going_on, self.processes)
                 with explain_disk_errors(MAKE_ROOM):
                     self.write_metrics()
             if o.cuda_graph and self.processes.device.type == "cuda" and first < o.epochs:

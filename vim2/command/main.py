@@ -5,6 +5,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ __all__ = ["Command", "run_command", "run_main"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, for the user, or in a file
 
+# PyTorch's, of memory that is not a GPU's, and of more than there can be
+_NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
 
 @dataclass(frozen=True)
 class Command:
     """A command of a program, and what is said when it ends early.
 
     Args:
-        less_memory: What to do where the GPU's memory is full.
+        less_memory: What to do where the memory is full, the GPU's or the machine's.
         resumable: Whether it goes on with --resume where it was stopped.
         extra: vim2's extra that brings what it needs beside PyTorch and timm.
         one_voice: Whether an error that all of several processes meet is printed by the first alone.
@@ -70,7 +74,12 @@ def run_command(program: str, usage: str, package: str, commands: dict[str, Comm
             raise UserError(f"{name} needs {missing}, which is not installed: pip install {install}.") from None
         except torch.OutOfMemoryError:
             raise UserError(f"The GPU's memory is full: {command.less_memory}.", one_process=True) from None
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+                wanted = re.search(r"allocate (\d+) bytes", str(error))
+                needed = f": {int(wanted[1]) / 1e9:.1f} GB more are needed" if wanted else ""
+                remedy = f"{command.less_memory}, or a smaller model"
+                raise UserError(f"The memory is full{needed}; {remedy}.", one_process=True) from None
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise UserError(

@@ -115,10 +115,12 @@ class Options:
     Attributes:
         group: Title of the options that a class declares itself.
         program: Program and command, where a class is the options of one.
+        needless: Names that users of other libraries look for, and what makes up for them, a clause.
     """
 
     group: ClassVar[str | None] = None
     program: ClassVar[str] = ""
+    needless: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, group: str | None = None):
         cls.group = group
@@ -209,16 +211,19 @@ RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and name the option that was probably meant."""
 
+    needless: Mapping[str, str] = {}  # as `Options` has them
+
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments:"):
-            given = message.split(": ", 1)[1].split()[0]
-            message = f"unknown option {given}" + did_you_mean(given, self._option_string_actions)
+            given = message.split(": ", 1)[1].split()[0].partition("=")[0]
+            message = f"unknown option {given}" + _instead(given, self._option_string_actions, self.needless)
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def make_parser(cls: type[Options]) -> Parser:
     """The parser of a command's options. It only splits the line: `resolve` reads the values, which stay text here."""
     parser = Parser(prog=cls.program, description=cls.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
+    parser.needless = cls.needless
     title = {
         name: base.group
         for base in reversed(cls.__mro__)
@@ -295,7 +300,7 @@ def resolve(
     fields = cls.__dataclass_fields__
     for name in given:
         if name not in fields:
-            raise UserError(f"unknown option {name}{did_you_mean(name, fields)}")
+            raise UserError(f"unknown option {name}{_instead(name, fields, cls.needless)}")
     for name in _required(cls):
         if name not in given:
             raise UserError(f"{cls.program.split()[-1]} needs {name}: {fields[name].metadata['help']}.")
@@ -303,6 +308,12 @@ def resolve(
         return cls(**_read(cls, given, str)), set(given)
     except ValueError as error:
         raise UserError(f"{error}.") from None
+
+
+def _instead(given: str, known: Iterable[str], needless: Mapping[str, str]) -> str:
+    """What to do without an option, or the one that was probably meant; "" where neither is known."""
+    clause = needless.get(given.lstrip("-").replace("-", "_"))
+    return f": {clause}, so leave it out" if clause else did_you_mean(given, known)
 
 
 def fill_in(options: OptionsT, values: Mapping[str, Any], explicit: Set[str]) -> OptionsT:

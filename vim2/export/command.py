@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints import save_checkpoint, save_half_precision
 from ..classify import validate
-from ..classify.facts import weights_file
+from ..classify.facts import no_terms_told, weights_file
 from ..classify.models import check_reads, create_model, input_config, load_checkpoint_model
 from ..classify.options import InputOptions
 from ..classify.sources import find_model
@@ -131,6 +131,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, formats in FORMATS_OF.items():
         if getattr(args, name) and args.format not in formats:
             raise UserError(f"{_flag(name)} is for --format {' or '.join(formats)}: leave it out.")
+    if args.split and args.data_dir is None:
+        raise UserError("--split is of the images to check with: add --data-dir, or leave it out.")
     if args.format == "pt2" and isinstance(args.compare, str):
         raise UserError(f"A .pt2 package runs in PyTorch, not in {args.compare}: give --compare alone.")
     if args.format == "onnx" and args.device and not args.compare:
@@ -142,6 +144,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for read in (args.checkpoint, local_folder(args.model or "")):
         if read is not None:
             keep_source(weights_file(read), weights_file(args.output))
+    if args.format == "safetensors" and args.output.suffix != ".safetensors":
+        raise UserError(f"Such files are read by the name NAME.safetensors, got {args.output.name}: rename it.")
     if args.forecaster is not None and args.format not in PROGRAMS:
         raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
 
@@ -157,7 +161,10 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     if args.checkpoint is None and not args.pretrained:
         source = find_model(args.model, args.imports)
         return create_model(source), source.facts()
-    return load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports)
+    model, facts = load_checkpoint_model(args.checkpoint, args.model, pretrained=args.pretrained, imports=args.imports)
+    if args.checkpoint is not None:  # else what is trained from the export would be free of any terms
+        facts.setdefault("terms", no_terms_told(Path(args.checkpoint).resolve().name, "Exported"))
+    return model, facts
 
 
 def _prepare_output(output: Path, is_folder: bool) -> None:
@@ -182,15 +189,30 @@ def _metadata(model: nn.Module, facts: dict[str, Any], size: tuple[int, int] | N
     was trained on, and the terms of its weights, in timm's words, and the names of its classes."""
     if isinstance(model, ForecasterModule):
         return {}
-    try:
-        config = input_config(model, InputOptions(), None, facts.get("data_config"))
-    except UserError:  # images of other channels than grey and colour, whose mean is not known
-        config = {}
+    config = _images(model, facts)
     if config and size:
         config["input_size"] = (config["input_size"][0], *size)
     if facts.get("class_names"):
         config["labels"] = label_names(facts, None, model.num_classes)
-    return {name: json.dumps(value) for name, value in {**config, **facts.get("terms", {})}.items()}
+    return _as_json({**config, **facts.get("terms", {})})
+
+
+def _images(model: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
+    """timm's data config; nothing of images of other channels than grey and colour, whose mean is not known."""
+    try:
+        return input_config(model, InputOptions(), None, facts.get("data_config"))
+    except UserError:
+        return {}
+
+
+def _model_args(facts: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that the model was made with, as a config.json has them."""
+    channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
+    return {**facts.get("model_kwargs", {}), **channels}
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in values.items()}
 
 
 def _export_program(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -228,16 +250,15 @@ def _export_timm(model: nn.Module, facts: dict[str, Any], args: argparse.Namespa
     if not hasattr(model, "num_features"):
         name = type(model).__name__
         raise UserError(f"{name} has no num_features, which timm's config tells: keep that number in the model.")
-    channels = {"in_chans": facts["in_chans"]} if facts.get("in_chans") else {}
-    model_args = {**facts.get("model_kwargs", {}), **channels}
     config, terms = facts.get("data_config"), facts.get("terms")
-    export_timm(model, args.output, config, facts.get("class_names"), model_args, terms)
+    export_timm(model, args.output, config, facts.get("class_names"), _model_args(facts), terms)
     after = f"what registers it ({', '.join(args.imports)})" if args.imports else "import vim2"
     say(f"{args.output}: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True), after {after}")
 
 
 def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write a checkpoint's weights, the moving average if it has one, in half precision.
+    """Write a checkpoint's weights, the moving average if it has one, in half precision. The file's metadata tell, in
+    JSON, what a config.json of timm's would.
 
     Raises:
         UserError: No checkpoint; half precision cannot hold the weights, or costs more than MAX_LOSS points of
@@ -247,8 +268,12 @@ def _export_weights(model: nn.Module, facts: dict[str, Any], args: argparse.Name
         raise UserError("--format safetensors turns a checkpoint into half precision: give --checkpoint FILE.")
     if args.data_dir is not None:
         _check_rounding(model, facts, args)
+    told = {"architecture": facts["arch"], "model_args": _model_args(facts), "num_classes": model.num_classes}
+    classes = {"label_names": facts.get("class_names"), "label_descriptions": facts.get("class_descriptions")}
+    told |= {name: value for name, value in classes.items() if value}
     try:
-        save_half_precision(model.state_dict(), args.output)
+        metadata = _as_json({**_images(model, facts), **facts["terms"], **told})
+        save_half_precision(model.state_dict(), args.output, metadata)
     except ValueError as error:
         raise UserError(error) from None
     say(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, half precision")

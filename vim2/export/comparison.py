@@ -133,6 +133,9 @@ def compare(
         batches: Sizes of batches, of random images or windows.
         repeats: Timed runs of each, in turn, after some that are not.
 
+    Raises:
+        UserError: The outputs are of other shapes.
+
     Returns:
         A table: the largest difference of an output and the largest output, medians of times.
     """
@@ -149,6 +152,10 @@ def compare(
                 expected = runs[0]()
             for _ in range(_WARM_UPS_EXPORTED):
                 given = runs[1]()
+            for a, b in zip(given, expected, strict=True):
+                if a.shape != b.shape:
+                    shapes = f"{tuple(a.shape)}, and the model {tuple(b.shape)}"
+                    raise UserError(f"{runtime} gives {shapes}: the file is of another model, or other classes.")
             times = [[timeit.timeit(run, number=1) for run in runs] for _ in range(repeats)]
             difference = max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
             largest = max(t.abs().max().item() for t in expected)

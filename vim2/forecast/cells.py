@@ -118,7 +118,7 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
         text = either[0]
         raise UserError(
             f"{name} holds {text}, which may be {text.replace(',', '')} or {text.replace(',', '.')}: "
-            "write numbers without separators of thousands."
+            "write thousands without separators, and decimals with a point."
         )
     return "."
 

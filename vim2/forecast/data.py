@@ -141,7 +141,8 @@ def read_table(
     the columns unique_id, ds and y is taken as a long one, of a row for each series and time step, in any order.
 
     Args:
-        data: .csv, also compressed as .xz, .gz, .bz2, .zip or .zst, or .parquet; or a DataFrame, which is not changed.
+        data: .csv, also compressed (xz, gzip, bzip2, zip, zstd, whatever it is called), or .parquet; or a DataFrame,
+            which is not changed.
         time_column: Name; by default the index of a DataFrame if it holds time stamps, else a column called date,
             datetime, time, timestamp or ds, else the first.
         targets: Names; by default all other columns. Of a long table, ids.

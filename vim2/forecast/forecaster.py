@@ -111,7 +111,8 @@ class Forecaster:
             if name not in known:
                 meant = did_you_mean(name, known)
                 raise UserError(f"Forecaster.{method} has no option {name}{meant} (of {', '.join(known)})")
-        reading = {**self.reading, **changes}
+        options, _ = resolve(ReadingOptions, given={**self.reading, **changes})  # one number stands for a list
+        reading = {name: getattr(options, name) for name in self.reading.keys() | changes}
         table = read_table(data, targets=self.columns, future_columns=self.future_columns, **reading)
         if others := [str(i) for name, i in (table.ids or {}).items() if name not in table.columns]:
             named = ", ".join(others[:5]) + f" and {len(others) - 5} more" * (len(others) > 5)

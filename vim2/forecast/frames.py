@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 LONG = ("unique_id", "ds", "y")  # columns of a long table, as neuralforecast names them
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -44,7 +43,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 OTHERS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers", ".json", ".jsonl", ".feather", ".arrow", ".h5", ".npy", ".npz")
-WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # of Excel and LibreOffice, also where they were named .csv
+# of Excel and LibreOffice, also where they were named .csv
+OLD_WORKBOOK, IN_WORKBOOKS = b"\xd0\xcf\x11\xe0", {"[Content_Types].xml", "mimetype"}
 SAMPLE = 100  # rows that show separators, and whether there is a header
 SEPARATORS = "\t;|,"  # the comma last: beside another separator it may stand in numbers
 PARTS_OF_TIME = {
@@ -100,16 +100,17 @@ def read_frame(
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            return index_to_column(pd.read_parquet(path), str(path))
-        content = read_bytes(path)
-        if path.suffix.lower() in OTHERS or content.startswith(WORKBOOKS):
+        content = path.read_bytes()
+        if path.suffix.lower() in OTHERS or content.startswith(OLD_WORKBOOK):
             raise UserError(f"{path} is no .csv or .parquet file: save its table as one of these.")
+        content = decompress(content, path)
+        if path.suffix.lower() in (".parquet", ".pq") or content.startswith(b"PAR1"):
+            return index_to_column(pd.read_parquet(io.BytesIO(content)), str(path))
         text, notes = decode(content, path)
         frame, more = read_csv(text, path, untimed)
         return frame, None, notes + more
     except ImportError as error:
-        raise UserError(f"Reading {path.suffix} needs {error.name or 'pyarrow'}: install it with pip.") from None
+        raise UserError(f"{path} needs {error.name or 'pyarrow'} to be read: install it with pip.") from None
     except UserError:
         raise
     except (
@@ -170,24 +171,31 @@ def refuse_equal_names(names: list[str], source: str | Path) -> None:
         raise UserError(f"{source} has two columns {twice}: rename one.")
 
 
-def read_bytes(path: Path) -> bytes:
-    suffix = path.suffix.lower()
-    if suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
-            if len(names) != 1:
-                raise UserError(f"{path} holds {len(names)} files: give an archive of one.")
-            return archive.read(names[0])
-    if suffix == ".zst":
+def decompress(content: bytes, path: Path) -> bytes:
+    """A file's content without the compression that its first bytes tell, whatever the file is called."""
+    if content.startswith(b"\x1f\x8b"):
+        return gzip.decompress(content)
+    if re.match(rb"BZh[1-9]1AY&SY", content):
+        return bz2.decompress(content)
+    if content.startswith(b"\xfd7zXZ\0"):
+        return lzma.decompress(content)
+    if content.startswith(b"(\xb5/\xfd"):
         import zstandard
 
         try:
-            with zstandard.open(path, "rb") as file:
+            with zstandard.open(io.BytesIO(content), "rb") as file:
                 return file.read()
         except zstandard.ZstdError as error:
             raise ValueError(error) from None
-    with OPENERS.get(suffix, open)(path, "rb") as file:
-        return file.read()
+    if content.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
+            if IN_WORKBOOKS & set(names):
+                raise UserError(f"{path} is a workbook, no .csv or .parquet file: save its table as one of these.")
+            if len(names) != 1:
+                raise UserError(f"{path} holds {len(names)} files: give an archive of one.")
+            return archive.read(names[0])
+    return content
 
 
 def decode(data: bytes, path: Path) -> tuple[str, list[str]]:

@@ -76,8 +76,14 @@ class SeriesOptions(Options, group="series"):
     )
 
 
+NEEDLESS = dict.fromkeys(("sep", "delimiter"), "what separates columns is found")
+NEEDLESS |= dict.fromkeys(("decimal", "thousands"), "decimal commas and separators of thousands are found")
+NEEDLESS |= dict.fromkeys(("compression", "encoding", "header"), "it is found")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions(Options, group="reading"):
+    needless = NEEDLESS
     time_column: str | None = option(None, "default: date, time, timestamp, ds, or the first column", metavar="NAME")
     na_values: list[float] = option([], "numbers that stand for a missing value", nargs="*", metavar="X")
     keep_values: list[float] = option([], "numbers such as -9999 to take as they are", nargs="*", metavar="X")
@@ -101,6 +107,7 @@ class ReadingOptions(Options, group="reading"):
 
 @dataclass(frozen=True, kw_only=True)
 class SameReadingOptions(Options, group="reading; by default, as in training"):
+    needless = NEEDLESS
     time_column: str | None = unset(ReadingOptions, "time_column")
     na_values: list[float] | None = unset(ReadingOptions, "na_values")
     keep_values: list[float] | None = unset(ReadingOptions, "keep_values")
@@ -185,7 +192,10 @@ class FitOptions(SeriesOptions, ReadingOptions, ModelOptions, TrainingOptions, C
 
     program = "vim2 forecast fit"
     data: str = option(
-        REQUIRED, ".csv (also .xz, .gz, ...) or .parquet, one row a time step", metavar="DATA", positional=True
+        REQUIRED,
+        ".csv or .parquet, one row a time step; compression, separators and decimal commas are found",
+        metavar="DATA",
+        positional=True,
     )
     recipe: str | None = option(None, "split and frozen settings of a benchmark data set", choices=tuple(RECIPES))
 

@@ -97,11 +97,27 @@ def recall(options: FitOptions, explicit: set[str]) -> tuple[FitOptions, dict[st
     """The options to train with and, for a run that goes on, its checkpoint."""
     if options.recipe:
         options = fill_in(options, RECIPES[options.recipe], explicit)
+    options = replace(options, **strip_names(options.to_dict()))
     path = find_last(options.folder, options.resume)
     if path is None:
         return options, None
     saved = read_last(path, LAST, COLUMNS)
+    for part in ("options", "forecaster"):
+        saved[part] = {**saved[part], **strip_names(saved[part])}
     return resume_options(options, explicit, saved["options"], path, MAY_CHANGE, "choose another --experiment"), saved
+
+
+def strip_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Of options, or of a forecaster's config, the names of columns as `read_table` has them, without the spaces around
+    them that earlier versions left there."""
+
+    def strip(names: Any) -> Any:
+        if isinstance(names, list):
+            return [strip(name) for name in names]
+        return names.strip() if isinstance(names, str) else names
+
+    columns = ("columns", "targets", "future_columns", "static_columns", "time_column")
+    return {name: strip(values[name]) for name in columns if name in values}
 
 
 class Run:
@@ -293,7 +309,10 @@ class Run:
         for name, row in self.baselines.items():
             say(f"{name:<26} validation MSE {row['mse']:.4f}  MAE {row['mae']:.4f}")
         if self.history:
-            say(f"Going on after epoch {len(self.history)} of {o.epochs}.")
+            begun = f"after epoch {len(self.history)} of {o.epochs}"
+            begun += ", without progress for --patience" * (self.is_finished and len(self.history) < o.epochs)
+            over = f"Nothing is left to train {begun}: the members are mixed again."
+            say(over if self.is_finished else f"Going on {begun}.")
         with own_folder(self.folder, self.last):
             for part in (BEST, REFITTED):
                 remove_leftovers(self.folder / part)

@@ -11,6 +11,8 @@ Whatever the rule gives is measured, and refused if it isn't half of the ordinar
 positions are told the image's size, and windows become the nearest to the ordinary that divide the maps.
 """
 
+import hashlib
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +22,13 @@ import torch
 from timm.models import register_model
 from torch import nn
 
-import vim2  # noqa: F401  registers the models
 from vim2.benchmark.models import parse_model
 from vim2.classify.models import check_reads
-from vim2.command.errors import UserError, did_you_mean, first_line
+from vim2.classify.sources import find_model
+from vim2.command.errors import UserError, first_line
+from vim2.command.places import FOLDER, is_place, local_folder, short_name
 
-__all__ = ["Entry", "adapt", "create", "dynamic", "half_stem", "last_map", "parse_entry", "takes"]
+__all__ = ["Entry", "adapt", "anywhere", "create", "dynamic", "half_stem", "last_map", "parse_entry", "takes"]
 
 PROBE = 256  # pixels: strides are measured at a size that all of them divide
 
@@ -36,7 +39,7 @@ class Entry:
 
     Attributes:
         label: Its name in tables and pictures.
-        model: timm's name.
+        model: timm's name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
         kwargs: Arguments of its constructor.
     """
 
@@ -50,33 +53,40 @@ class Entry:
 
 
 def parse_entry(text: str) -> Entry:
-    """NAME or LABEL=NAME:key=value,key=value as an entry; values are Python literals, or else text.
+    """NAME or LABEL=NAME:key=value,key=value as an entry; values are Python literals, or else text. Without a LABEL,
+    that is the name, of a folder without where it lies.
 
     Raises:
         UserError: Text of another form, or a label that cannot be a folder's name.
     """
     label, separator, rest = text.partition("=") if "=" in text.partition(":")[0] else ("", "", text)
-    label = label if separator else text
-    if not rest.partition(":")[0] or not re.fullmatch(r"\w[\w.+ -]*", label):
+    name, kwargs = parse_model(rest)
+    if not separator:
+        label = short_name(name).replace("/", "-") if is_place(name) and not kwargs else text
+    if not name or not re.fullmatch(r"\w[\w.+ -]*", label):
         raise UserError(
             f"Cannot read the model {text!r}: give NAME or LABEL=NAME:key=value,key=value, where a label is made of "
             "letters, digits, spaces, and . + - _ after the first."
         )
-    return Entry(label, *parse_model(rest))
+    return Entry(label, name, kwargs)
+
+
+def anywhere(text: str) -> str:
+    """The text of an entry with a folder's absolute path, which means the same in every working directory."""
+    name = parse_entry(text).model
+    folder = local_folder(name)
+    return text if folder is None else text.replace(name, FOLDER + os.path.abspath(folder), 1)
 
 
 def create(entry: Entry, **kwargs) -> nn.Module:
     """The entry's model, on the meta device: shapes without values.
 
     Raises:
-        UserError: No such model, or an argument that it does not take.
+        UserError: As `find_model`; an argument that it does not take.
     """
-    if not timm.is_model(entry.model):
-        known = timm.list_models()
-        close = did_you_mean(entry.model, known)
-        raise UserError(f"There is no model {entry.model}{close or '; yours come with --imports.'}")
+    colour = {"in_chans": 3} if "in_chans" in find_model(entry.model).model_kwargs else {}
     try:
-        return on_meta(entry.model, **entry.kwargs, **kwargs)
+        return on_meta(entry.model, **{**colour, **entry.kwargs}, **kwargs)
     except Exception as error:  # every family has its own ways to refuse an argument
         raise UserError(
             f"{entry.label}: {entry.model} cannot be made with {entry.kwargs}: {first_line(error)}"
@@ -172,7 +182,10 @@ def half_stem(name: str) -> str:
     Such models are known where this was called. They get names of their own, since their weights would fit the
     ordinary model without a word, and give other results there.
     """
-    derived = name.replace(".", "_") + "_half_stem"
+    derived = name.replace(".", "_")
+    if is_place(name):
+        derived = re.sub(r"\W", "_", short_name(name)) + "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    derived += "_half_stem"
     if timm.is_model(derived):
         return derived
 
