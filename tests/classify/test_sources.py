@@ -280,3 +280,32 @@ def test_weights_that_cannot_be_true(folder, data, fails):
     assert "NaN or infinite values" in fails(*argv)
     weights.unlink()
     assert "No suitable checkpoints found" in fails(*argv)
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        ({"0": "blue", "1": "green", "2": "red"}, ["blue", "green", "red"]),
+        ({"2": "red", "1": "green", "0": "blue"}, ["blue", "green", "red"]),
+        ({"0": "blue", "2": "red"}, None),  # a class between has no name
+        ([], None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_names_of_classes_by_number(told, names, folder):
+    """timm takes, and writes, a dictionary where not all classes have names, and no names at all."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "label_names": told}))
+    for way in (dict(checkpoint=None, model=f"local-dir:{folder}", pretrained=True), dict(checkpoint=folder)):
+        assert load_checkpoint_model(**way)[1].get("class_names") == names
+
+
+def test_weights_without_a_classifier(folder, data, tmp_path):
+    """As timm has them of DINOv2, whose config.json tells no classes, and terms that are kept."""
+    model = timm.create_model("test_vim2", num_classes=0, **KWARGS)
+    export_timm(model, tmp_path / "headless", CONFIG, model_args=KWARGS, terms=TERMS)
+    assert json.loads((tmp_path / "headless" / "config.json").read_text())["num_classes"] == 0
+    common = options(data, tmp_path, epochs=1, initial_checkpoint=str(tmp_path / "headless"))
+    run = train(**common, model="test_vim2", model_kwargs=KWARGS)["folder"]
+    assert read_described(f"{run}/best.pth")[1]["terms"]["license"] == "mit"

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +156,19 @@ def read_pretrained_cfg(cfg: Mapping[str, Any], called: str) -> dict[str, Any]:
         UserError: A value that cannot be one; the message names its key, and says what it must be.
     """
     try:
-        return _read_config(PretrainedCfg, cfg)
+        return _read_config(PretrainedCfg, {**cfg, "label_names": _list_names(cfg.get("label_names"))})
     except UserError as error:
         raise UserError(f"{called} cannot be used: {error}") from None
+
+
+def _list_names(names: Any) -> Any:
+    """timm's label_names, which may also be a dictionary by the classes' numbers, as a list; None where there are none,
+    or not of all classes up to the last, since names stand for the first classes here."""
+    if isinstance(names, Mapping) and all(re.fullmatch("[0-9]{1,9}", str(number)) for number in names):  # text in JSON
+        by_number = {int(number): name for number, name in names.items()}
+        names = [by_number.get(number) for number in range(len(by_number))]
+        names = None if None in names else names
+    return None if names in ([], ()) else names
 
 
 def _read_config(cls: type[DataConfig], given: Mapping[str, Any], in_chans: int | None = None) -> dict[str, Any]:
@@ -251,7 +262,8 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
         return content, read_facts(content, path)
     args = told.get("model_args") if isinstance(told.get("model_args"), dict) else {}
     facts = dict(arch=told["architecture"], class_names=cfg.get("label_names"), data_config=cfg)
-    facts |= dict(num_classes=told.get("num_classes"), in_chans=args.get("in_chans"))
+    # 0 is of weights without a classifier, which then take as many as there are
+    facts |= dict(num_classes=told.get("num_classes") or None, in_chans=args.get("in_chans"))
     facts["model_kwargs"] = {name: value for name, value in args.items() if name not in facts}
     facts["terms"] = terms_of(_pretrained_cfg_in(told))
     facts = read_facts(facts, config)
