@@ -17,6 +17,8 @@ import json, os, sys
 with open({calls!r}, "a") as file:
     file.write(json.dumps([*sys.argv[1:], os.environ.get("TORCHINDUCTOR_FREEZING", "")]) + "\\n")
 print("a table")
+if os.path.exists({calls!r} + ".stop"):
+    sys.exit(130)
 sys.exit("no GPU is here" if "--ops" in sys.argv and not os.path.exists({calls!r} + ".gpu") else 0)
 """
 
@@ -75,3 +77,19 @@ def test_tables_by_name(tables, tmp_path):
     assert {path.name for path in (tmp_path / "tables").glob("*.md")} == {"large.md", "states.md"}
     done, calls = tables("models", "larger")
     assert done.returncode == 2 and not calls and "no table larger, of: models " in done.stderr
+
+
+def test_ctrl_c_ends_it(tables, tmp_path):
+    """The tools exit with 130 then, and no other table is begun."""
+    (tmp_path / "calls.stop").touch()
+    done, calls = tables("large", "states")
+    assert done.returncode == 130 and len(calls) == 1
+    assert not list((tmp_path / "tables").glob("*.md"))
+    (tmp_path / "calls.stop").unlink()
+    done, calls = tables("large", "states")
+    assert done.returncode == 0 and len(calls) == 2
+
+
+def test_an_option_is_no_folder():
+    done = subprocess.run(["bash", SCRIPT, "--help"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")

@@ -4,7 +4,7 @@
 # Usage: tools/benchmarks/gpu_tables.sh FOLDER [NAME ...]
 set -euo pipefail
 
-if [ $# -lt 1 ]; then
+if [[ $# -lt 1 || $1 == -* ]]; then
     sed -n 's/^# Usage/usage/p' "$0" >&2
     exit 2
 fi
@@ -62,13 +62,16 @@ done
 
 FAILED=""
 table() {
-    local name=$1 tool=$2
+    local name=$1 tool=$2 code=0
     if [[ $NAMES != "  " && $NAMES != *" $name "* ]] || [ -e "$FOLDER/$name.md" ]; then
         return
     fi
     echo "$(date +%T) $name"
-    if "${PYTHON:-python}" "tools/$tool" "${@:3}" > "$FOLDER/$name.part" 2> "$FOLDER/$name.log"; then
+    "${PYTHON:-python}" "tools/$tool" "${@:3}" > "$FOLDER/$name.part" 2> "$FOLDER/$name.log" || code=$?
+    if [ $code = 0 ]; then
         mv "$FOLDER/$name.part" "$FOLDER/$name.md"
+    elif [ $code = 130 ]; then  # Ctrl-C, by the tool's own word: it does not end of the signal, of which bash would, too
+        exit 130
     else
         FAILED+=" $name"
         tail -n 1 "$FOLDER/$name.log" >&2
