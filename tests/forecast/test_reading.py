@@ -1,6 +1,8 @@
 """Files as people write them, and DataFrames: read where they can mean one thing only, else one line."""
 
+import bz2
 import io
+import lzma
 import zipfile
 
 import pytest
@@ -542,3 +544,13 @@ def test_zip_archives_of_one_file(tmp_path, frame):
             archive.writestr(f"{name}.csv", text(frame))
     with pytest.raises(UserError, match="holds 2 files"):
         read_table(tmp_path / "two.zip")
+
+
+def test_rare_first_bytes(tmp_path, frame):
+    """xz's older form; archives of nothing; a column that is called as Parquet files begin."""
+    assert len(read(tmp_path, lzma.compress(text(frame).encode(), format=lzma.FORMAT_ALONE)).values) == 60
+    assert list(read(tmp_path, text(frame.rename(columns={"date": "PAR1"}))).columns) == ["a", "b"]
+    assert "is empty" in refusal(tmp_path, bz2.compress(b""))
+    empty = io.BytesIO()
+    zipfile.ZipFile(empty, "w").close()
+    assert "holds 0 files" in refusal(tmp_path, empty.getvalue())

@@ -104,7 +104,7 @@ def read_frame(
         if path.suffix.lower() in OTHERS or content.startswith(OLD_WORKBOOK):
             raise UserError(f"{path} is no .csv or .parquet file: save its table as one of these.")
         content = decompress(content, path)
-        if path.suffix.lower() in (".parquet", ".pq") or content.startswith(b"PAR1"):
+        if path.suffix.lower() in (".parquet", ".pq") or content[:4] == content[-4:] == b"PAR1":
             return index_to_column(pd.read_parquet(io.BytesIO(content)), str(path))
         text, notes = decode(content, path)
         frame, more = read_csv(text, path, untimed)
@@ -175,9 +175,9 @@ def decompress(content: bytes, path: Path) -> bytes:
     """A file's content without the compression that its first bytes tell, whatever the file is called."""
     if content.startswith(b"\x1f\x8b"):
         return gzip.decompress(content)
-    if re.match(rb"BZh[1-9]1AY&SY", content):
+    if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", content):
         return bz2.decompress(content)
-    if content.startswith(b"\xfd7zXZ\0"):
+    if content.startswith((b"\xfd7zXZ\0", b"]\0\0")):  # and its older form, .lzma
         return lzma.decompress(content)
     if content.startswith(b"(\xb5/\xfd"):
         import zstandard
@@ -187,7 +187,7 @@ def decompress(content: bytes, path: Path) -> bytes:
                 return file.read()
         except zstandard.ZstdError as error:
             raise ValueError(error) from None
-    if content.startswith(b"PK\3\4"):
+    if content.startswith((b"PK\3\4", b"PK\5\6")):  # the second where it holds nothing
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
             if IN_WORKBOOKS & set(names):
