@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.arena import report
-from benchmarks.arena.models import Entry, adapt, create, dynamic, last_map, parse_entry
+from benchmarks.arena.models import Entry, adapt, anywhere, create, dynamic, last_map, parse_entry
 from tools import arena
 from vim2.checkpoints import read_checkpoint
 from vim2.classify import validate
@@ -38,6 +38,8 @@ def test_entries():
     assert parse_entry("a=local-dir:mine:x=1") == Entry("a", "local-dir:mine", {"x": 1})
     with pytest.raises(UserError, match="LABEL=NAME"):
         parse_entry("local-dir:mine:x=1")
+    assert anywhere("a=local-dir:mine:x=1") == f"a=local-dir:{Path.cwd() / 'mine'}:x=1"
+    assert anywhere("a=local-dir:") == "a=local-dir:"  # which names nothing, and not the working directory
 
 
 STRIDES = {  # of the last map, in pixels, of the ordinary model

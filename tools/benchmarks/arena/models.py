@@ -75,7 +75,7 @@ def anywhere(text: str) -> str:
     """The text of an entry with a folder's absolute path, which means the same in every working directory."""
     name = parse_entry(text).model
     folder = local_folder(name)
-    return text if folder is None else text.replace(name, FOLDER + os.path.abspath(folder), 1)
+    return text.replace(name, FOLDER + os.path.abspath(folder), 1) if folder else text
 
 
 def create(entry: Entry, **kwargs) -> nn.Module:
