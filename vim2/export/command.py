@@ -144,7 +144,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for read in (args.checkpoint, local_folder(args.model or "")):
         if read is not None:
             keep_source(weights_file(read), weights_file(args.output))
-    if args.format == "safetensors" and args.output.suffix != ".safetensors":
+    if args.format == "safetensors" and args.output.suffix != ".safetensors" and not args.output.is_dir():
         raise UserError(f"Such files are read by the name NAME.safetensors, got {args.output.name}: rename it.")
     if args.forecaster is not None and args.format not in PROGRAMS:
         raise UserError(f"A forecaster is its folder already, and exported as onnx or pt2, not as {args.format}.")
