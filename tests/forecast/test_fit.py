@@ -182,15 +182,8 @@ def test_values_of_the_same_scale_are_other_data(tmp_path, data):
     assert start(moved, tmp_path, experiment="r", resume=True, epochs=1, epoch_steps=1)["history"]
 
 
-def change_last(folder, **changes):
-    saved = read_checkpoint(folder / "last.pth")
-    saved.update(changes)
-    torch.save({name: value for name, value in saved.items() if value is not ...}, folder / "last.pth")
-
-
-def test_a_run_from_before_frequencies_were_masked_goes_on_without(tmp_path, data, monkeypatch):
-    options = dict(epochs=2, epoch_steps=2)
-    start(data, tmp_path, experiment="plain", frequency_mask=0.0, **options)
+def cut_off(monkeypatch, *args, **options):
+    """As `start`, stopped in its second epoch."""
     train = Trainer.epoch
 
     def stop(trainer, epoch, called=""):
@@ -200,7 +193,19 @@ def test_a_run_from_before_frequencies_were_masked_goes_on_without(tmp_path, dat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "epoch", stop)
-        start(data, tmp_path, experiment="cut", frequency_mask=0.0, **options)
+        start(*args, **options)
+
+
+def change_last(folder, **changes):
+    saved = read_checkpoint(folder / "last.pth")
+    saved.update(changes)
+    torch.save({name: value for name, value in saved.items() if value is not ...}, folder / "last.pth")
+
+
+def test_a_run_from_before_frequencies_were_masked_goes_on_without(tmp_path, data, monkeypatch):
+    options = dict(epochs=2, epoch_steps=2)
+    start(data, tmp_path, experiment="plain", frequency_mask=0.0, **options)
+    cut_off(monkeypatch, data, tmp_path, experiment="cut", frequency_mask=0.0, **options)
     saved = read_checkpoint(tmp_path / "cut" / "last.pth")["options"]
     del saved["frequency_mask"]
     change_last(tmp_path / "cut", options=saved)
@@ -223,16 +228,7 @@ def test_a_run_from_before_spaces_around_names_were_left_out_goes_on(tmp_path, d
     frame.to_csv(tmp_path / "a.csv", index=False)
     common = dict(epochs=2, epoch_steps=1, targets=["north", "south"], future_columns=["level"])
     whole = start(tmp_path / "a.csv", tmp_path, experiment="whole", **common)
-    train = Trainer.epoch
-
-    def stop(trainer, epoch, called=""):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return train(trainer, epoch, called)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "epoch", stop)
-        start(tmp_path / "a.csv", tmp_path, experiment="r", **common)
+    cut_off(monkeypatch, tmp_path / "a.csv", tmp_path, experiment="r", **common)
     last, spaced = read_checkpoint(tmp_path / "r" / "last.pth"), dict(future_columns=["level "])
     changes = dict(options={**last["options"], **spaced, "targets": [" north", "south"]})
     changes |= dict(forecaster={**last["forecaster"], **spaced, "columns": [" north", "south"]})

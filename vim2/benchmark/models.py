@@ -29,11 +29,10 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: Text of another form, or brackets that do not close.
     """
-    name, arguments = text, ""
-    # local-dir: and hf-hub: have a colon of their own, and a folder's name may have one
-    colon = re.compile(r":(?=\s*[^\W\d]\w*\s*=)" if is_place(text) else ":")
-    if found := colon.search(text, text.find(":") + 1 if is_place(text) else 0):
-        name, arguments = text[: found.start()], text[found.end() :]
+    name, _, arguments = text.partition(":")
+    if is_place(text):  # local-dir: and hf-hub: have a colon of their own, and a folder's name may have one
+        place, *rest = re.split(r":(?=\s*[^\W\d]\w*\s*=)", arguments, maxsplit=1)
+        name, arguments = f"{name}:{place}", "".join(rest)
     kwargs = {}
     pairs, depth = [""], 0
     for character in arguments:
