@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.forecast import make_parser
 from vim2.benchmark.command import _make_parser
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,9 @@ def test_commands_are_those_of_their_tools(tables):
         if tool == "tools/benchmark.py":
             args = _make_parser().parse_args(arguments)
             assert args.amp == "bf16" and (args.model or args.ops is not None or args.compilations)
+        elif tool == "tools/benchmarks/forecast.py":
+            args = make_parser().parse_args(arguments)
+            assert bool(args.names) != bool(args.variates or args.lookbacks)  # a table is one of both
         else:
             assert tool == "tools/benchmarks/mm.py"
             assert all((ROOT / name).is_file() for name in arguments if name.startswith(("mmdet_", "mmseg_")))

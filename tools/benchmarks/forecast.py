@@ -152,7 +152,7 @@ def plot(rows: list[dict], path: Path) -> None:
     save(fig, path)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path("runs/forecast-benchmark"))
@@ -162,7 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive, default=30, help="of a step")
     parser.add_argument("--variates", type=positive, nargs="*", default=[7, 21, 50, 100, 200, 400, 862])
     parser.add_argument("--lookbacks", type=positive, nargs="*", default=[256, 512, 1024, 2048, 4096])
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     device = choose_device(args.device)
     make_folder(args.output)
     amp = args.amp
@@ -177,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     scaling = time_scaling(device, amp, args.repeats, args.variates, args.lookbacks)
     result = {"where": where, "share": args.share, "epochs": epochs, "scaling": scaling}
     write_atomically(args.output / "benchmark.json", json.dumps(result, indent=1) + "\n")
-    plot(scaling, args.output / "benchmark.png")
+    if scaling:
+        plot(scaling, args.output / "benchmark.png")
     print(f"\n{where}\n\n| epoch | updates | batch | training, s | of a processor, s | validation, s |")
     print("|---|---|---|---|---|---|")
     for row in epochs:

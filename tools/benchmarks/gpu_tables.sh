@@ -48,6 +48,11 @@ tables() {
     table segmenters benchmarks/mm.py mmseg_configs/vim2-tiny_upernet_8xb2-160k_ade20k-512x512.py \
         mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py \
         mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py --shape 512 512 --batch-size 16 --repeats 20 --amp bf16
+    # epochs of TSM2's committees, and one TSM2's step over variates and lookback
+    table committee benchmarks/forecast.py --names ETTh1 --share 0.5 --variates --lookbacks --output "$FOLDER/committee"
+    table committees benchmarks/forecast.py --names Weather "207 sensors" --share 0.05 --variates --lookbacks \
+        --output "$FOLDER/committees"
+    table tsm2-scaling benchmarks/forecast.py --names --repeats 30 --output "$FOLDER/tsm2-scaling"
 }
 
 KNOWN=" "
