@@ -16,7 +16,7 @@ cut off, or stopped after --minutes, goes on where it was. docs/training.md expl
 """
 
 from common.command import run_tool
-from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+from common.scheduler import STOPPED, find_result, read_results, run_tasks, visible_gpus
 
 import json
 import math
@@ -498,4 +498,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, stopped=STOPPED))
