@@ -66,6 +66,7 @@ class Facts(Options):
     model_kwargs: dict[str, Any] = option({}, "arguments of its constructor")
     num_classes: Positive | None = option(None, "its classes")
     in_chans: Positive | None = option(None, "channels of its images")
+    # two may have one, as ImageNet's cranes
     class_names: list[str] | None = option(None, "of the classes, from the first on")
     data_config: dict[str, Any] | None = option(None, "timm's data config")
     held_out: bool = option(False, "whether training set images to validate on aside")
@@ -128,8 +129,8 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
         facts = _read(Facts, content)
         check_model_kwargs(facts.get("model_kwargs", {}), "its model_kwargs")
         names, classes = facts.get("class_names"), facts.get("num_classes")
-        if names is not None and (len(set(names)) < len(names) or len(names) > (classes or len(names))):
-            raise UserError(f"it names {len(names)} classes, some twice or more than its model has")
+        if names is not None and len(names) > (classes or len(names)):
+            raise UserError(f"it names {len(names)} classes, more than its model has")
         if facts.get("data_config") is not None:
             facts["data_config"] = _read_config(DataConfig, facts["data_config"], facts.get("in_chans"))
         if "terms" in facts:
