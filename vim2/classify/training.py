@@ -103,8 +103,7 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     """
     given, explicit = resolve(TrainOptions, argv, options)
     processes = start_processes(given.device, "vim2 train")
-    options, saved = recall(given, explicit, processes)
-    run = Run(options, processes, saved)
+    run = Run(*recall(given, explicit, processes))
     run.fit()
     processes.finish()
     return {**run.metrics(), "folder": str(run.folder)}
@@ -112,8 +111,8 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
 
 def recall(
     options: TrainOptions, explicit: set[str], processes: Processes
-) -> tuple[TrainOptions, dict[str, Any] | None]:
-    """The options to train with and, for a run that goes on, its checkpoint."""
+) -> tuple[TrainOptions, Processes, dict[str, Any] | None, Path | None]:
+    """The arguments of `Run`: the options to train with, the processes and, for a run that goes on, its checkpoint."""
     if options.resume in (None, "auto"):
         path = find_last(options.folder, options.resume == "auto", processes)
     else:
@@ -121,7 +120,7 @@ def recall(
         path = path / "last.pth" if path.is_dir() else path
     if path is None:
         arch = find_model(options.model, options.imports).arch if options.recipe else ""
-        return apply_recipe(options, explicit, processes.world_size, arch), None
+        return apply_recipe(options, explicit, processes.world_size, arch), processes, None, None
     saved = read_last(path, LAST, COLUMNS, "To start from its weights: --initial-checkpoint.")
     if saved["world_size"] != processes.world_size:
         say(
@@ -134,7 +133,7 @@ def recall(
         find_last(resumed.folder, False, processes)  # it may not be another run's
     # nothing is downloaded or imported because a file says so, and no epoch of a run is undone
     own = dict(dataset_download=options.dataset_download, imports=options.imports)
-    return replace(resumed, epochs=max(resumed.epochs, len(saved["history"])), **own), saved
+    return replace(resumed, epochs=max(resumed.epochs, len(saved["history"])), **own), processes, saved, path
 
 
 class Run:
@@ -144,12 +143,19 @@ class Run:
         options: Resolved.
         processes: The processes that train.
         saved: Checkpoint to go on from.
+        path: Its file, for messages.
 
     Raises:
         UserError: Data, model or options that do not fit.
     """
 
-    def __init__(self, options: TrainOptions, processes: Processes, saved: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        options: TrainOptions,
+        processes: Processes,
+        saved: dict[str, Any] | None = None,
+        path: Path | None = None,
+    ):
         self.options = o = options
         self.processes = processes
         self.folder = options.folder
@@ -165,14 +171,14 @@ class Run:
 
         self.open_data(saved)
         seed_everything(o.seed, 0)
-        self.create_model(saved)
+        self.create_model(saved, path)
         self.choose_batch_size()
         self.optimizer = create_optimizer(o, self.model, self.lr)
         check_augmentations(o, self.train_images)
         self.create_loaders()
         self.create_scheduler()
         if saved:
-            self.restore(saved)
+            self.restore(saved, str(path))
         self.keep_gradients = False  # between updates, for graphs to add to
         self.trained = compile_model(self.model, o.torchcompile)
         self.evaluated = self.trained
@@ -209,10 +215,10 @@ class Run:
                 "it its old data, or fine-tune on these with --initial-checkpoint and another --experiment."
             )
 
-    def create_model(self, saved: dict[str, Any] | None) -> None:
+    def create_model(self, saved: dict[str, Any] | None, path: Path | None) -> None:
         o = self.options
         # a run that goes on needs no folder or repository that it has begun from, and goes by no other
-        facts = read_facts(saved, "The last.pth of the run") if saved else {}
+        facts = read_facts(saved, path) if saved else {}
         given = ModelSource(facts["arch"], facts["arch"], facts.get("model_kwargs", {})) if saved else o.model
         source = find_model(given, o.imports)
         told = {**source.model_kwargs, **o.model_kwargs}
@@ -328,8 +334,7 @@ class Run:
         )
         self.scaler = NativeScaler(self.processes.device.type) if o.amp and o.amp_dtype == "float16" else None
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        called = "The last.pth of the run"
+    def restore(self, saved: dict[str, Any], called: str) -> None:
         restore_weights(self.model, saved["state_dict"], called)
         if self.ema:
             restore_weights(self.ema.module, saved.get("state_dict_ema"), called)
