@@ -103,6 +103,7 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     """
     given, explicit = resolve(TrainOptions, argv, options)
     processes = start_processes(given.device, "vim2 train")
+    memory.preload()
     run = Run(*recall(given, explicit, processes))
     run.fit()
     processes.finish()

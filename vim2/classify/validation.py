@@ -44,6 +44,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     """
     o, _ = resolve(ValidateOptions, argv, options)
     processes = start_processes(o.device, "vim2 validate")
+    memory.preload()
     model, facts = load_checkpoint_model(
         o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema, imports=o.imports
     )
