@@ -260,7 +260,8 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
         config = path
         told, cfg = _check_config(_parse_metadata(read_metadata(path)), path)
     if not told:
-        return content, read_facts(content, path)
+        facts = read_facts(content, path)
+        return content, facts or _terms_of_own(path)
     args = told.get("model_args") if isinstance(told.get("model_args"), dict) else {}
     facts = dict(arch=told["architecture"], class_names=cfg.get("label_names"), data_config=cfg)
     # 0 is of weights without a classifier, which then take as many as there are
@@ -271,6 +272,15 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     if "label_descriptions" in cfg:
         facts["class_descriptions"] = cfg["label_descriptions"]
     return content, facts
+
+
+def _terms_of_own(path: Path) -> dict[str, Any]:
+    """The `terms` of a file of weights that comes with the package, which a pretrained_cfg tells; nothing of others."""
+    for name in timm.list_models("vim2_*", pretrained=True, module="vim2"):
+        cfg = _pretrained_cfg(name) or {}
+        if os.path.isfile(cfg.get("file") or "") and os.path.samefile(cfg["file"], path):
+            return {"terms": terms_of(cfg)}
+    return {}
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
