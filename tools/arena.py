@@ -16,20 +16,20 @@ cut off, or stopped after --minutes, goes on where it was. docs/training.md expl
 """
 
 from common.command import run_tool
-from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+from common.scheduler import STOPPED, find_result, read_results, run_tasks, visible_gpus
 
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from benchmarks.arena.models import adapt, anywhere, parse_entry
+from benchmarks.arena.models import Entry, adapt, anywhere, create, parse_entry
 from benchmarks.arena.report import (
     best_rate,
     collect,
@@ -42,10 +42,10 @@ from benchmarks.arena.report import (
     unfinished_runs,
 )
 from benchmarks.arena.tasks import run_folder, scale_run, time_entry, train_entry
-from vim2.classify.augmentation import check_augmentation
-from vim2.classify.data import count_classes, open_train_and_val
+from vim2.classify.data import open_train_and_val
+from vim2.classify.models import create_model, input_config, load
 from vim2.classify.options import INTERPOLATIONS, MAY_CHANGE, CropShare, Pixels, TrainOptions
-from vim2.classify.policies import read_policy
+from vim2.classify.training import check_augmentations, classes_to_train, create_optimizer, prepare_model
 from vim2.command.errors import UserError
 from vim2.command.figures import figures_if_possible
 from vim2.command.options import (
@@ -182,11 +182,10 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
     """The settings that are asked for.
 
     Raises:
-        UserError: Models or data that cannot be used.
+        UserError: Models, data or options that cannot be used, which `vim2.classify.train` would refuse.
     """
     import_models(options["imports"])
-    for text in entries.values():
-        adapt(parse_entry(text), options["img_size"], args.stem_stride == "half")
+    adapted = [adapt(parse_entry(text), args.img_size, args.stem_stride == "half") for text in entries.values()]
     sources = ("dataset", "data_dir", "train_split", "val_split", "holdout", "class_map")
     train, _, names, held_out = open_train_and_val(*(options[k] for k in sources), download=options["dataset_download"])
     if held_out and len(args.lrs) > 1:
@@ -194,13 +193,10 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
             f"{options['data_dir']} has no validation images of its own, and those that are set aside cannot both "
             "choose among --lrs and say what the choice is worth: give data with splits, or one rate."
         )
-    if not options["no_aug"]:
-        in_memory = options["in_memory"] or train.is_packed
-        if in_memory:
-            check_augmentation(options["train_interpolation"])
-        if options["aa"]:
-            read_policy(options["aa"], in_memory, options["train_interpolation"])
-    classes = options["num_classes"] or (len(names) if names else count_classes(train))
+    check_augmentations(args, train)
+    classes = classes_to_train(args, train, names)
+    for entry in adapted:
+        check_entry(entry, args, classes)
     return {
         "options": absolute(plain(options)),
         "stem_stride": args.stem_stride,
@@ -208,6 +204,20 @@ def check(args: ArenaOptions, options: dict[str, Any], entries: dict[str, str]) 
         "images": len(train),
         "entries": entries,
     }
+
+
+def check_entry(entry: Entry, args: ArenaOptions, classes: int) -> None:
+    """Raises UserError where the options that all models share do not go with an adapted one of so many classes."""
+    model = create(entry, num_classes=classes, drop_rate=args.drop)
+    options = replace(args, model=entry.label)
+    prepare_model(options, model)
+    for lr in args.lrs:
+        create_optimizer(options, model, lr)
+    input_config(model, args, args.img_size, in_chans=3)
+    if args.initial_checkpoint:
+        load(model.to_empty(device="cpu"), args.initial_checkpoint, new_head=True)
+    elif args.pretrained:  # which also fetches them, once
+        create_model(entry.model, entry.kwargs, imports=args.imports, pretrained=True, num_classes=classes)
 
 
 def absolute(options: dict[str, Any]) -> dict[str, Any]:
@@ -498,4 +508,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, stopped=STOPPED))

@@ -11,7 +11,7 @@ import timm
 import torch
 from classify_helpers import COLOURS, TINY, make_folders, make_image, pack_folders, tool
 
-from vim2.classify import UserError, train
+from vim2.classify import UserError, memory, train
 from vim2.classify.cli import main
 
 
@@ -66,6 +66,13 @@ def test_commands_and_options(fails, argv, words):
 def test_training_options(fails, data, tmp_path, argv, words):
     assert words in fails("train", "--data-dir", data, *TINY, "--output", tmp_path, *argv)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"opt": "adamm"}, {"aa": "random"}, {"torchcompile": "inductr"}], ids=str)
+def test_options_are_checked_before_images_are_decoded(data, tmp_path, option, monkeypatch):
+    monkeypatch.setattr(memory, "hold", None)
+    with pytest.raises(UserError, match=next(iter(option.values()))):
+        train(data_dir=data, model="test_vim2", device="cpu", in_memory=True, output=tmp_path, **option)
 
 
 def test_a_folder_that_cannot_be_made(fails, data, tmp_path):

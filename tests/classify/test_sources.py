@@ -18,6 +18,7 @@ from vim2.classify.cli import main
 from vim2.classify.facts import read_described, read_pretrained_cfg
 from vim2.classify.models import input_config, load_checkpoint_model
 from vim2.classify.options import InputOptions
+from vim2.classify.training import started_from
 from vim2.command.errors import UserError
 from vim2.export import export_timm
 from vim2.export.cli import main as export
@@ -78,6 +79,13 @@ def test_what_is_trained_on_from_a_checkpoint_keeps_its_terms(folder, data, tmp_
     terms = [torch.load(f"{run}/best.pth", weights_only=True)["terms"] for run in (second, third, unknown, scratch)]
     assert terms[0] == terms[1] == {**TERMS, "description": "Fine-tuned from mine. Ours."}
     assert terms[2:] == [{"description": "Fine-tuned from bare.pth, in which no terms are told."}, {}]
+
+
+def test_the_packages_weights_have_their_terms_by_their_path_too():
+    cfg = timm.get_pretrained_cfg("vim2_nano")
+    told = started_from(cfg.file)
+    assert (told["license"], told["notes"]) == (cfg.license, list(cfg.notes))
+    assert told["description"] == f"Fine-tuned from {Path(cfg.file).name}. {cfg.description}"
 
 
 @pytest.mark.parametrize(

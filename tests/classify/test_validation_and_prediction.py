@@ -213,3 +213,29 @@ def test_without_matplotlib_only_the_pictures_are_missing(data, trained, tmp_pat
     assert len(validate(checkpoint=trained / "best.pth", **options)) == 2
     assert capsys.readouterr().out.count("pip install matplotlib") == 2
     assert {p.name for p in tmp_path.iterdir()} == {"predictions.json", "validation.json", "validation.md"}
+
+
+def test_two_classes_may_have_one_name(data, trained, tmp_path):
+    """As ImageNet's cranes have. Only a folder of that name is not known to be of either."""
+    saved = torch.load(trained / "best.pth", weights_only=True)
+    assert saved["class_names"] == ["blue", "green", "red"]
+    torch.save({**saved, "class_names": ["crane", "crane", "red"]}, tmp_path / "cranes.pth")
+    options = dict(workers=0, output=tmp_path, checkpoint=tmp_path / "cranes.pth")
+    images = dict(images=[data / "val" / "red" / "0.png"], output=tmp_path, topk=3)
+    (found,), (before,) = (predict(checkpoint=path, **images) for path in (options["checkpoint"], trained / "best.pth"))
+    renamed = {"blue": "crane", "green": "crane", "red": "red"}
+    assert [t["label"] for t in found["top"]] == [renamed[t["label"]] for t in before["top"]]
+    assert [t["index"] for t in found["top"]] == [t["index"] for t in before["top"]] and found["true_label"] == "red"
+
+    red = make_folders(tmp_path / "red", train=0, val=2, colours={"red": COLOURS["red"]})
+    assert validate(data_dir=red, **options)[0]["images"] == 2
+    one = make_folders(tmp_path / "one", train=0, val=2, colours={"crane": COLOURS["green"], "red": COLOURS["red"]})
+    with pytest.raises(UserError, match=r"several classes called crane, .* in a file, give it as --class-map"):
+        validate(data_dir=one, **options)
+    images["images"] = [one / "val" / "crane" / "0.png"]
+    assert "true_label" not in predict(checkpoint=options["checkpoint"], **images)[0]
+    (tmp_path / "some.txt").write_text("crane\n")
+    with pytest.raises(UserError, match="several classes called crane"):
+        validate(data_dir=one, class_map=tmp_path / "some.txt", **options)
+    (tmp_path / "all.txt").write_text("bird\ncrane\nred\n")
+    assert validate(data_dir=one, class_map=tmp_path / "all.txt", **options)[0]["images"] == 4

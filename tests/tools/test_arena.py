@@ -414,9 +414,24 @@ def test_images_without_a_split_of_their_own_cannot_choose_a_rate_too(data, tmp_
     assert "give data with splits, or one rate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("policy", ["augmix-m3-w3", "rand-x3"])
-def test_a_policy_that_cannot_be_is_told_before_any_run(policy, data, tmp_path, capsys):
-    assert f"--aa {policy}" in error_of([*run_argv(data, tmp_path / "out"), "--aa", policy], capsys)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    {
+        "--aa augmix-m3-w3": "--aa augmix-m3-w3",
+        "--aa rand-x3": "--aa rand-x3",
+        "--freeze 1": "--freeze works for ViM2",
+        "--initial-checkpoint none.pth": "none.pth",
+        "--layer-decay 0.5 --lrs 1e-3 1e300": "adamw cannot be used with --lr 1e+300",
+        "--mixup -1": "--mixup must",
+        "--num-classes 2": "The data have 3 classes",
+        "--opt adamm": "There is no optimiser adamm; did you mean adam",
+        "--models test_vim2 --pretrained": "There are no pretrained weights of test_vim2",
+        "--sched cosin": "cosine",
+    }.items(),
+)
+def test_what_training_would_refuse_is_told_before_any_run(options, message, data, tmp_path, capsys):
+    argv = [*run_argv(data, tmp_path / "out"), "--models", "test_resnet"]
+    assert message in error_of([*argv, *options.split()], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -203,7 +203,7 @@ def test_ctrl_c_is_told_once(tmp_path):
         "from pathlib import Path\n"
         "import vim2_cli\n"
         "vim2_cli.start()\n"
-        "from common.scheduler import run_tasks\n"
+        "from common.scheduler import STOPPED, run_tasks\n"
         "def work(task):\n"
         "    Path(task['key']['name']).touch()\n"
         "    time.sleep(60)\n"
@@ -212,7 +212,7 @@ def test_ctrl_c_is_told_once(tmp_path):
         "    run_tasks(work, tasks, Path(sys.argv[1] + '.jsonl'), jobs=2)\n"
         "if __name__ == '__main__':\n"
         "    from common.command import run_tool\n"
-        "    sys.exit(run_tool(main))\n"
+        "    sys.exit(run_tool(main, stopped=STOPPED))\n"
     )
     running = [tmp_path / "a", tmp_path / "b"]
     paths = os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")])
@@ -227,7 +227,7 @@ def test_ctrl_c_is_told_once(tmp_path):
     ) as command:
         wait_for(lambda: all(path.exists() for path in running))
         os.killpg(command.pid, signal.SIGINT)
-        assert command.stderr.read() == "stopped\n"
+        assert command.stderr.read() == "stopped; the same command goes on where it was\n"
     assert command.returncode == 130
 
 
@@ -243,6 +243,26 @@ def test_ctrl_c_while_a_process_is_started_stops_it_too(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_tasks(work, [task("a", until=tmp_path / "never")], tmp_path / "results.jsonl")
     assert multiprocessing.active_children() == before
+
+
+def test_a_second_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
+    """The first one's work of stopping is done, whatever comes meanwhile."""
+    go, terminate = tmp_path / "go", _Process.terminate
+
+    def stopped_again(self):
+        terminate(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def then(task, row, rows):
+        monkeypatch.setattr(_Process, "terminate", stopped_again)
+        raise KeyboardInterrupt
+
+    before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGINT)
+    tasks = [task("a"), task("b", until=go)]
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(work, tasks, tmp_path / "results.jsonl", jobs=2, then=then)
+    assert multiprocessing.active_children() == before
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def wait_for(condition):

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.command import run_tool
-from common.scheduler import find_result, read_results, run_tasks, visible_gpus
+from common.scheduler import STOPPED, find_result, read_results, run_tasks, visible_gpus
 
 import argparse
 import json
@@ -380,4 +380,4 @@ def plan(name: str, args: argparse.Namespace) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, stopped=STOPPED))

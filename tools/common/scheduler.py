@@ -34,7 +34,9 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-__all__ = ["find_result", "name_of", "read_results", "run_tasks", "visible_gpus"]
+__all__ = ["STOPPED", "find_result", "name_of", "read_results", "run_tasks", "visible_gpus"]
+
+STOPPED = "stopped; the same command goes on where it was"  # what such a command says after Ctrl-C
 
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
@@ -145,6 +147,7 @@ def run_tasks(
 
 def _run_tasks(worker, tasks, path, rows, jobs, minutes, gpus, then) -> tuple[list[dict], int]:
     """As `run_tasks`, in a folder that is locked, with the rows that are there."""
+    from vim2.command.processes import ctrl_c_ignored
     from vim2.files import write_atomically
 
     known, queue = [], []
@@ -193,8 +196,12 @@ def _run_tasks(worker, tasks, path, rows, jobs, minutes, gpus, then) -> tuple[li
                     print(f"{name_of(task)} has failed: {error}", flush=True)
                 add(then(task, row, rows) if then else ())
     finally:
-        for process in [*idle, *(process for process, _, _ in running.values())]:
-            process.stop()
+        with ctrl_c_ignored():
+            processes = [*idle, *(process for process, _, _ in running.values())]
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.stop()
     return rows, len(queue) + len(running) + failed
 
 
@@ -230,9 +237,14 @@ class _Process:
             self.stop()  # what has broken CUDA for one task would break it for the next
         return result, error
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         if self.process is not None:
             self.process.terminate()
+
+    def stop(self) -> None:
+        """Wait for its end."""
+        self.terminate()
+        if self.process is not None:
             self.process.join()
             self.connection.close()
             self.process = None

@@ -66,6 +66,7 @@ class Facts(Options):
     model_kwargs: dict[str, Any] = option({}, "arguments of its constructor")
     num_classes: Positive | None = option(None, "its classes")
     in_chans: Positive | None = option(None, "channels of its images")
+    # two may have one, as ImageNet's cranes
     class_names: list[str] | None = option(None, "of the classes, from the first on")
     data_config: dict[str, Any] | None = option(None, "timm's data config")
     held_out: bool = option(False, "whether training set images to validate on aside")
@@ -128,8 +129,8 @@ def read_facts(content: Any, path: str | Path) -> dict[str, Any]:
         facts = _read(Facts, content)
         check_model_kwargs(facts.get("model_kwargs", {}), "its model_kwargs")
         names, classes = facts.get("class_names"), facts.get("num_classes")
-        if names is not None and (len(set(names)) < len(names) or len(names) > (classes or len(names))):
-            raise UserError(f"it names {len(names)} classes, some twice or more than its model has")
+        if names is not None and len(names) > (classes or len(names)):
+            raise UserError(f"it names {len(names)} classes, more than its model has")
         if facts.get("data_config") is not None:
             facts["data_config"] = _read_config(DataConfig, facts["data_config"], facts.get("in_chans"))
         if "terms" in facts:
@@ -259,7 +260,8 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
         config = path
         told, cfg = _check_config(_parse_metadata(read_metadata(path)), path)
     if not told:
-        return content, read_facts(content, path)
+        facts = read_facts(content, path)
+        return content, facts or _terms_of_own(path)
     args = told.get("model_args") if isinstance(told.get("model_args"), dict) else {}
     facts = dict(arch=told["architecture"], class_names=cfg.get("label_names"), data_config=cfg)
     # 0 is of weights without a classifier, which then take as many as there are
@@ -270,6 +272,15 @@ def read_described(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     if "label_descriptions" in cfg:
         facts["class_descriptions"] = cfg["label_descriptions"]
     return content, facts
+
+
+def _terms_of_own(path: Path) -> dict[str, Any]:
+    """The `terms` of a file of weights that comes with the package, which a pretrained_cfg tells; nothing of others."""
+    for name in timm.list_models("vim2_*", pretrained=True, module="vim2"):
+        cfg = _pretrained_cfg(name) or {}
+        if os.path.isfile(cfg.get("file") or "") and os.path.samefile(cfg["file"], path):
+            return {"terms": terms_of(cfg)}
+    return {}
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,6 +7,7 @@ of these on the device.
 """
 
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from .augmentation import Augmentation, Normalize, check_augmentation
 from .data import Images
 from .policies import Policy
 
-__all__ = ["HeldImages", "eval_loader", "hold", "train_loader"]
+__all__ = ["HeldImages", "eval_loader", "hold", "preload", "train_loader"]
 
 BLOCK = 4 * 2**20  # bytes of images that are copied at once
 MARGIN = 8 / 7  # images of many sizes are held so much larger than they are trained at, as 256 is than 224
@@ -48,6 +49,13 @@ class HeldImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def preload() -> None:
+    """Where a server starts the processes of loaders, as on Linux since Python 3.14, have it load once what each of
+    them, in every epoch, would load anew, which takes seconds."""
+    if multiprocessing.get_start_method() == "forkserver":
+        multiprocessing.set_forkserver_preload([__name__])
 
 
 class _Decoded(Dataset):

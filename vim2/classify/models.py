@@ -409,18 +409,21 @@ def train_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
         module.eval()
 
 
+def check_backend(backend: str | None) -> None:
+    """Raises UserError where torch.compile has no such backend."""
+    known = torch.compiler.list_backends(exclude_tags=()) if backend else ()
+    if backend and backend not in known:
+        raise UserError(f"There is no --torchcompile {backend}{did_you_mean(backend, known)} (of {', '.join(known)}).")
+
+
 def compile_model(model: nn.Module, backend: str | None) -> nn.Module:
     """The model compiled by one of torch.compile's backends, or itself without one.
 
     Raises:
         UserError: No such backend.
     """
-    if not backend:
-        return model
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise UserError(f"There is no --torchcompile {backend}{did_you_mean(backend, known)} (of {', '.join(known)}).")
-    return torch.compile(model, backend=backend)
+    check_backend(backend)
+    return torch.compile(model, backend=backend) if backend else model
 
 
 def autocast(device: torch.device, amp: bool, amp_dtype: str):

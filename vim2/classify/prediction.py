@@ -23,7 +23,7 @@ from ..files import write_atomically
 from .models import autocast, check_reads, compile_model, input_config, load_checkpoint_model
 from .options import PredictOptions
 from .plots import plot_predictions
-from .validation import label_names
+from .validation import label_names, numbers_by_name
 
 __all__ = ["predict"]
 
@@ -55,7 +55,7 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     config = input_config(model, o, o.img_size, facts.get("data_config"))
     names = label_names(facts, o.class_map, model.num_classes)
     # folders may be named as the classes are called here, or as the training data called them
-    folders = {name: i for called in (facts.get("class_names") or [], names) for i, name in enumerate(called)}
+    folders = numbers_by_name(facts.get("class_names") or []) | numbers_by_name(names)
     model.to(processes.device).eval()
     compiled = compile_model(model, o.torchcompile)
     mode = "L" if config["input_size"][0] == 1 else "RGB"

@@ -25,6 +25,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ..checkpoints import save_checkpoint
 from ..command.errors import DivergenceError, UserError, did_you_mean, in_short
@@ -46,12 +47,14 @@ from ..command.runs import (
 )
 from ..files import write_atomically
 from . import data, memory
-from .data import count_classes, open_train_and_val, say_left_out
+from .augmentation import check_augmentation
+from .data import Images, count_classes, open_train_and_val, say_left_out
 from .evaluation import evaluate
 from .facts import fine_tuned, no_terms_told, read_described, read_facts, terms_of, weights_file, weights_name
 from .fingerprints import fingerprint
 from .models import (
     autocast,
+    check_backend,
     check_reads,
     check_scores,
     compile_model,
@@ -63,6 +66,7 @@ from .models import (
 )
 from .options import MAY_CHANGE, TrainOptions, apply_recipe
 from .plots import plot_curves
+from .policies import read_policy
 from .sources import ModelSource, find_model
 
 __all__ = ["train"]
@@ -99,8 +103,8 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
     """
     given, explicit = resolve(TrainOptions, argv, options)
     processes = start_processes(given.device, "vim2 train")
-    options, saved = recall(given, explicit, processes)
-    run = Run(options, processes, saved)
+    memory.preload()
+    run = Run(*recall(given, explicit, processes))
     run.fit()
     processes.finish()
     return {**run.metrics(), "folder": str(run.folder)}
@@ -108,8 +112,8 @@ def train(argv: list[str] | None = None, /, **options) -> dict[str, Any]:
 
 def recall(
     options: TrainOptions, explicit: set[str], processes: Processes
-) -> tuple[TrainOptions, dict[str, Any] | None]:
-    """The options to train with and, for a run that goes on, its checkpoint."""
+) -> tuple[TrainOptions, Processes, dict[str, Any] | None, Path | None]:
+    """The arguments of `Run`: the options to train with, the processes and, for a run that goes on, its checkpoint."""
     if options.resume in (None, "auto"):
         path = find_last(options.folder, options.resume == "auto", processes)
     else:
@@ -117,7 +121,7 @@ def recall(
         path = path / "last.pth" if path.is_dir() else path
     if path is None:
         arch = find_model(options.model, options.imports).arch if options.recipe else ""
-        return apply_recipe(options, explicit, processes.world_size, arch), None
+        return apply_recipe(options, explicit, processes.world_size, arch), processes, None, None
     saved = read_last(path, LAST, COLUMNS, "To start from its weights: --initial-checkpoint.")
     if saved["world_size"] != processes.world_size:
         say(
@@ -130,7 +134,7 @@ def recall(
         find_last(resumed.folder, False, processes)  # it may not be another run's
     # nothing is downloaded or imported because a file says so, and no epoch of a run is undone
     own = dict(dataset_download=options.dataset_download, imports=options.imports)
-    return replace(resumed, epochs=max(resumed.epochs, len(saved["history"])), **own), saved
+    return replace(resumed, epochs=max(resumed.epochs, len(saved["history"])), **own), processes, saved, path
 
 
 class Run:
@@ -140,12 +144,19 @@ class Run:
         options: Resolved.
         processes: The processes that train.
         saved: Checkpoint to go on from.
+        path: Its file, for messages.
 
     Raises:
         UserError: Data, model or options that do not fit.
     """
 
-    def __init__(self, options: TrainOptions, processes: Processes, saved: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        options: TrainOptions,
+        processes: Processes,
+        saved: dict[str, Any] | None = None,
+        path: Path | None = None,
+    ):
         self.options = o = options
         self.processes = processes
         self.folder = options.folder
@@ -161,11 +172,14 @@ class Run:
 
         self.open_data(saved)
         seed_everything(o.seed, 0)
-        self.create_model(saved)
+        self.create_model(saved, path)
+        self.choose_batch_size()
+        self.optimizer = create_optimizer(o, self.model, self.lr)
+        check_augmentations(o, self.train_images)
         self.create_loaders()
-        self.create_optimizer()
+        self.create_scheduler()
         if saved:
-            self.restore(saved)
+            self.restore(saved, str(path))
         self.keep_gradients = False  # between updates, for graphs to add to
         self.trained = compile_model(self.model, o.torchcompile)
         self.evaluated = self.trained
@@ -175,10 +189,6 @@ class Run:
 
     def check_graphs(self) -> None:
         """Refuse --cuda-graph where it cannot work."""
-        o = self.options
-        for name, given in (("--torchcompile", o.torchcompile), ("--grad-checkpointing", o.grad_checkpointing)):
-            if given:
-                raise UserError(f"--cuda-graph does not work with {name}: leave one of them out.")
         if self.processes.world_size > 1:
             raise UserError("--cuda-graph works in one process only: leave it out, or start one process.")
         if self.processes.device.type != "cuda":
@@ -192,16 +202,12 @@ class Run:
             *options, mode=mode, download=o.dataset_download
         )
         say_left_out(self.processes, self.train_images, self.val_images)
-        found = len(self.class_names) if self.class_names else count_classes(self.train_images)
-        if found is None and o.num_classes is None:
-            raise UserError(f"{o.dataset} does not tell its number of classes: add --num-classes.")
-        self.num_classes = o.num_classes or found
-        if found is not None and self.num_classes < found:
-            raise UserError(f"The data have {found} classes, more than --num-classes {self.num_classes}: leave it out.")
+        self.num_classes = classes_to_train(o, self.train_images, self.class_names)
         if saved and (saved["num_classes"], saved["class_names"]) != (self.num_classes, self.class_names):
             raise UserError(
-                f"The run was started on {saved['num_classes']} classes, and these data have others ({found}): give it "
-                "its old data, or fine-tune on these with --initial-checkpoint and another --experiment."
+                f"The run was started on {saved['num_classes']} classes, and these data have others "
+                f"({self.num_classes}): give it its old data, or fine-tune on these with --initial-checkpoint and "
+                "another --experiment."
             )
         self.fingerprints = {"train": fingerprint(self.train_images), "val": fingerprint(self.val_images)}
         if saved and saved.get("images", self.fingerprints) != self.fingerprints:
@@ -210,10 +216,10 @@ class Run:
                 "it its old data, or fine-tune on these with --initial-checkpoint and another --experiment."
             )
 
-    def create_model(self, saved: dict[str, Any] | None) -> None:
+    def create_model(self, saved: dict[str, Any] | None, path: Path | None) -> None:
         o = self.options
         # a run that goes on needs no folder or repository that it has begun from, and goes by no other
-        facts = read_facts(saved, "The last.pth of the run") if saved else {}
+        facts = read_facts(saved, path) if saved else {}
         given = ModelSource(facts["arch"], facts["arch"], facts.get("model_kwargs", {})) if saved else o.model
         source = find_model(given, o.imports)
         told = {**source.model_kwargs, **o.model_kwargs}
@@ -237,18 +243,13 @@ class Run:
         else:
             self.facts["terms"] = started_from(self.model, source.name) if o.pretrained else {}
         self.data_config = input_config(self.model, o, o.img_size, facts.get("data_config"), in_chans=o.in_chans)
-        self.frozen = freeze(self.model, o.freeze)
+        self.frozen = prepare_model(o, self.model)
         if self.frozen and not (o.pretrained or o.initial_checkpoint or saved):
             say(
                 f"--freeze {o.freeze} keeps random weights as they are: start from trained ones, with --pretrained or "
                 "--initial-checkpoint.",
                 self.processes,
             )
-        if o.grad_checkpointing:
-            try:
-                self.model.set_grad_checkpointing()
-            except (AssertionError, AttributeError):  # timm's models without it, and models without its method
-                raise UserError(f"{o.model} has no gradient checkpointing: leave --grad-checkpointing out.") from None
         self.model.to(self.processes.device)
         self.autocast = autocast(self.processes.device, o.amp, o.amp_dtype)
         check_reads(self.model, self.data_config["input_size"], self.autocast, classes=self.num_classes)
@@ -256,11 +257,16 @@ class Run:
         if o.model_ema:
             self.ema = ModelEmaV3(self.model, decay=o.model_ema_decay, use_warmup=o.model_ema_warmup)
 
-    def create_loaders(self) -> None:
+    @property
+    def mixing(self) -> bool:
+        o = self.options
+        return o.mixup > 0 or o.cutmix > 0 or o.cutmix_minmax is not None
+
+    def choose_batch_size(self) -> None:
+        """Also the learning rate, which may depend on it."""
         o, world_size = self.options, self.processes.world_size
-        mixing = o.mixup > 0 or o.cutmix > 0 or o.cutmix_minmax is not None
         batch_size = min(o.batch_size, len(self.train_images) // world_size)
-        if mixing and batch_size % 2:
+        if self.mixing and batch_size % 2:
             batch_size -= 1  # images are mixed in pairs
         if batch_size < 1:
             raise UserError(f"{len(self.train_images)} images are too few to train on: add images, or leave Mixup out.")
@@ -270,14 +276,18 @@ class Run:
                 self.processes,
             )
         self.batch_size = batch_size
-        config = self.data_config
-        source = memory if o.in_memory or self.train_images.is_packed else data
+        scale = batch_size * world_size * o.grad_accum_steps / o.lr_base_size
+        self.lr = o.lr or o.lr_base * (scale if o.lr_base_scale == "linear" else math.sqrt(scale))
+
+    def create_loaders(self) -> None:
+        o, config = self.options, self.data_config
+        source = memory if held_in_memory(o, self.train_images) else data
         if source is memory and self.processes.is_first:
             make_folder(self.folder)  # all images are decoded now, which may take minutes
         self.loader = source.train_loader(
             self.train_images,
             config,
-            batch_size,
+            self.batch_size,
             o.workers,
             self.processes,
             no_aug=o.no_aug,
@@ -295,7 +305,7 @@ class Run:
         val_batch = o.validation_batch_size or o.batch_size
         self.val_loader = source.eval_loader(self.val_images, config, val_batch, o.workers, self.processes)
         self.mixup = None
-        if mixing:
+        if self.mixing:
             self.mixup = Mixup(
                 mixup_alpha=o.mixup,
                 cutmix_alpha=o.cutmix,
@@ -306,37 +316,10 @@ class Run:
                 label_smoothing=o.smoothing,
                 num_classes=self.num_classes,
             )
-        self.criterion = create_loss(o, mixing).to(self.processes.device)
+        self.criterion = create_loss(o, self.mixing).to(self.processes.device)
 
-    def create_optimizer(self) -> None:
-        o, device = self.options, self.processes.device
-        if o.opt.lower().removeprefix("lookahead_") not in list_optimizers():  # which timm lets go around any of them
-            raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}")
-        images = self.batch_size * self.processes.world_size * o.grad_accum_steps
-        scale = images / o.lr_base_size
-        self.lr = o.lr or o.lr_base * (scale if o.lr_base_scale == "linear" else math.sqrt(scale))
-        optional = {"eps": o.opt_eps, "betas": o.opt_betas and tuple(o.opt_betas)}
-        if device.type == "cuda" and o.opt.lower() in ("adam", "adamw"):
-            optional["fused"] = True  # one kernel for many weights
-        options = {k: v for k, v in optional.items() if v is not None}
-        options |= dict(opt=o.opt, lr=self.lr, weight_decay=o.weight_decay, momentum=o.momentum)
-        # a weight of its own to try a step on, since some optimisers look at their options only then
-        weight = nn.Parameter(torch.zeros(2, 2, device=device))
-        weight.grad = torch.zeros_like(weight)
-        try:
-            self.optimizer = create_optimizer_v2(self.model, layer_decay=o.layer_decay, **options)
-            if getattr(self.optimizer, "is_second_order", False):
-                raise UserError(
-                    f"The optimiser {o.opt} needs gradients of gradients, which there are not here: use another."
-                )
-            create_optimizer_v2([weight], **options).step()
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except (AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            given = f"--lr {self.lr:g}"
-            given += "" if o.opt_eps is None else f" --opt-eps {o.opt_eps:g}"
-            given += f" --opt-betas {' '.join(map(str, o.opt_betas))}" if o.opt_betas else ""
-            raise UserError(f"The optimiser {o.opt} cannot be used with {given}: {in_short(error)}") from None
+    def create_scheduler(self) -> None:
+        o = self.options
         self.updates_per_epoch = math.ceil(len(self.loader) / o.grad_accum_steps)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -350,10 +333,9 @@ class Run:
             step_on_epochs=False,
             updates_per_epoch=self.updates_per_epoch,
         )
-        self.scaler = NativeScaler(device.type) if o.amp and o.amp_dtype == "float16" else None
+        self.scaler = NativeScaler(self.processes.device.type) if o.amp and o.amp_dtype == "float16" else None
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        called = "The last.pth of the run"
+    def restore(self, saved: dict[str, Any], called: str) -> None:
         restore_weights(self.model, saved["state_dict"], called)
         if self.ema:
             restore_weights(self.ema.module, saved.get("state_dict_ema"), called)
@@ -668,6 +650,100 @@ def started_from(weights: nn.Module | str, called: str = "") -> dict[str, Any]:
     if terms is None:
         return no_terms_told(name)
     return fine_tuned(terms, name) if terms else {}
+
+
+def classes_to_train(options: TrainOptions, images: Images, names: list[str] | None) -> int:
+    """How many classes a model is trained for, on images of classes of these names.
+
+    Raises:
+        UserError: The data do not tell, and no option does; or they have more than the option says.
+    """
+    found = len(names) if names else count_classes(images)
+    if found is None and options.num_classes is None:
+        raise UserError(f"{options.dataset} does not tell its number of classes: add --num-classes.")
+    if found is not None and (options.num_classes or found) < found:
+        raise UserError(f"The data have {found} classes, more than --num-classes {options.num_classes}: leave it out.")
+    return options.num_classes or found
+
+
+def held_in_memory(options: TrainOptions, images: Images) -> bool:
+    """Whether images are decoded once, before training."""
+    return options.in_memory or images.is_packed
+
+
+def check_augmentations(options: TrainOptions, images: Images) -> None:
+    """Refuse augmentation that would fail on the images to train on, before any is decoded.
+
+    Raises:
+        UserError: As `check_augmentation` and `read_policy`.
+    """
+    if options.no_aug:
+        return
+    in_memory = held_in_memory(options, images)
+    if in_memory:
+        check_augmentation(options.train_interpolation)
+    if options.aa:
+        read_policy(options.aa, in_memory, options.train_interpolation)
+
+
+def prepare_model(options: TrainOptions, model: nn.Module) -> list[nn.Module]:
+    """Make a model, on any device, ready to be trained.
+
+    Returns:
+        What of it is frozen.
+
+    Raises:
+        UserError: Options that do not go with the model or with one another.
+    """
+    o = options
+    if o.cuda_graph:
+        for name, given in (("--torchcompile", o.torchcompile), ("--grad-checkpointing", o.grad_checkpointing)):
+            if given:
+                raise UserError(f"--cuda-graph does not work with {name}: leave one of them out.")
+    check_backend(o.torchcompile)
+    frozen = freeze(model, o.freeze)
+    if o.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):  # timm's models without it, and models without its method
+            raise UserError(f"{o.model} has no gradient checkpointing: leave --grad-checkpointing out.") from None
+    return frozen
+
+
+def create_optimizer(options: TrainOptions, model: nn.Module, lr: float) -> Optimizer:
+    """timm's optimiser for a model, which may be on the meta device, tried on a weight of its own.
+
+    Raises:
+        UserError: There is no such optimiser, or it cannot be used with this learning rate and its other options, or
+            not here.
+    """
+    o, device = options, next(model.parameters()).device
+    if o.opt.lower().removeprefix("lookahead_") not in list_optimizers():  # which timm lets go around any of them
+        raise UserError(f"There is no optimiser {o.opt}{did_you_mean(o.opt, list_optimizers())}")
+    optional = {"eps": o.opt_eps, "betas": o.opt_betas and tuple(o.opt_betas)}
+    if device.type == "cuda" and o.opt.lower() in ("adam", "adamw"):
+        optional["fused"] = True  # one kernel for many weights
+    given = {k: v for k, v in optional.items() if v is not None}
+    given |= dict(opt=o.opt, lr=lr, weight_decay=o.weight_decay, momentum=o.momentum)
+    try:
+        optimizer = create_optimizer_v2(model, layer_decay=o.layer_decay, **given)
+        if getattr(optimizer, "is_second_order", False):
+            raise UserError(
+                f"The optimiser {o.opt} needs gradients of gradients, which there are not here: use another."
+            )
+        if device.type != "meta" or type(optimizer).__module__.startswith(("torch.", "timm.")):  # and not a GPU's only
+            # some look at their options only in a step
+            weight = nn.Parameter(torch.zeros(2, 2, device="cpu" if device.type == "meta" else device))
+            weight.grad = torch.zeros_like(weight)
+            create_optimizer_v2([weight], **given).step()
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        called = f"--lr {lr:g}"
+        called += "" if o.opt_eps is None else f" --opt-eps {o.opt_eps:g}"
+        called += f" --opt-betas {' '.join(map(str, o.opt_betas))}" if o.opt_betas else ""
+        raise UserError(f"The optimiser {o.opt} cannot be used with {called}: {in_short(error)}") from None
+    return optimizer
 
 
 def create_loss(options: TrainOptions, mixing: bool) -> nn.Module:

@@ -1,6 +1,8 @@
 """Accuracy of a checkpoint at one or many image sizes."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def validate(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]
     """
     o, _ = resolve(ValidateOptions, argv, options)
     processes = start_processes(o.device, "vim2 validate")
+    memory.preload()
     model, facts = load_checkpoint_model(
         o.checkpoint, o.model, o.model_kwargs, o.pretrained, use_ema=not o.no_ema, imports=o.imports
     )
@@ -97,7 +100,7 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
     class_map = options.class_map
     is_by_name = names and class_map is None and not options.dataset  # the folders are to be the checkpoint's classes
     if is_by_name:
-        class_map = {name: i for i, name in enumerate(names)}
+        class_map = numbers_by_name(names)
     elif names and class_map is not None:
         class_map = choose_classes(class_map, names, model.num_classes)
     # a user's own model need not tell its channels
@@ -112,6 +115,8 @@ def open_images(options: ValidateOptions, facts: dict[str, Any], model: torch.nn
             f"it knows {first_names(names)}): check --data-dir, or list those to use in a file and give it as "
             "--class-map."
         )
+    if is_by_name:
+        require_one_each(found or (), names)
     images = open_split(*opened, class_map=class_map, mode=mode)
     classes = len(found) if found is not None else count_classes(images)
     if class_map is None and classes is not None and classes != model.num_classes:
@@ -140,12 +145,13 @@ def choose_classes(class_map: str, names: list[str], num_classes: int) -> dict[s
         UserError: It is neither.
     """
     given = read_class_map(class_map)
-    numbers = {name: i for i, name in enumerate(names)}
-    if numbers.keys() >= given.keys():
-        return {name: numbers[name] for name in given}
     if len(given) != num_classes or is_shuffled(list(given), names):
+        if given.keys() <= set(names):
+            require_one_each(given, names)
+            numbers = numbers_by_name(names)
+            return {name: numbers[name] for name in given}
         raise UserError(
-            f"{class_map} names {first_names([name for name in given if name not in numbers])}, which the model does "
+            f"{class_map} names {first_names([name for name in given if name not in names])}, which the model does "
             f"not know (it knows {first_names(names)}): list some of these, or other names for all of them, in the "
             "model's order."
         )
@@ -154,8 +160,26 @@ def choose_classes(class_map: str, names: list[str], num_classes: int) -> dict[s
 
 def is_shuffled(names: list[str], known: list[str]) -> bool:
     """Whether one of the known names stands at another number than its own."""
-    numbers = {name: i for i, name in enumerate(known)}
-    return any(numbers.get(name, i) != i for i, name in enumerate(names))
+    there = set(known)
+    return any(name in there and known[i : i + 1] != [name] for i, name in enumerate(names))
+
+
+def numbers_by_name(names: Sequence[str]) -> dict[str, int]:
+    """The numbers of a model's classes by their names, of those that have one for themselves: ImageNet has two cranes,
+    and which of them a folder of that name holds nothing tells."""
+    count = Counter(names)
+    return {name: i for i, name in enumerate(names) if count[name] == 1}
+
+
+def require_one_each(wanted: Iterable[str], names: Sequence[str]) -> None:
+    """Raises UserError where one of the wanted names, which are among a model's, stands for several of its classes."""
+    numbers = numbers_by_name(names)
+    if several := [name for name in wanted if name not in numbers]:
+        raise UserError(
+            f"The model has several classes called {several[0]}, and a folder of that name does not say which it "
+            "holds: list other names for all of its classes, in its order, in a file, give it as --class-map, and name "
+            "the folders by it."
+        )
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:

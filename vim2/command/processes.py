@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .errors import UserError, first_line
 __all__ = [
     "Processes",
     "choose_device",
+    "ctrl_c_ignored",
     "ctrl_c_put_off",
     "die_of_ctrl_c",
     "free_memory",
@@ -177,6 +179,22 @@ def ctrl_c_put_off() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def ctrl_c_ignored() -> Iterator[None]:
+    """For putting away what was stopped: a further Ctrl-C would leave processes running, which Python then waits for.
+
+    Only the main thread is ever told of Ctrl-C, or can ignore it; in another nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def die_of_ctrl_c() -> None:

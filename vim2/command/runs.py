@@ -1,5 +1,6 @@
 """A run of training: its folder, going on with it from its last.pth, and the seeds of its random numbers."""
 
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Set
@@ -112,13 +113,17 @@ def restore_weights(model: nn.Module, weights: Any, called: str) -> None:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str) -> None:
     """Load an optimiser's state from a last.pth, which a message calls `called`.
 
+    Of its groups' options only numbers, which may be counters, are taken: the others are what the run's options, and
+    the device, have made of the optimiser. Each family keeps other things in its state, so whether they are whole is
+    seen in the first step, which raises the same error.
+
     Raises:
         UserError: It is another optimiser's, or of other parameters, or holds NaN or infinite values.
     """
-    with _explain_misfit(called):
-        for group in state["param_groups"]:
-            if "fused" in group:  # the device may be another one
-                group["fused"] = optimizer.defaults["fused"]
+    with _explain_damage(called):
+        for group, own in zip(state["param_groups"], optimizer.param_groups):
+            given = {name for name, value in group.items() if _is_number(value) and _is_number(own.get(name))}
+            group.update({name: value for name, value in own.items() if name not in given | {"params"}})
         optimizer.load_state_dict(state)
         inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead, which has no state itself
         kept = [values[name] for values in inner.state.values() for name in _NORMS & values.keys()]
@@ -129,6 +134,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str)
                     raise ValueError(f"{name} of the optimiser has the shape {tuple(value.shape)}")
                 if isinstance(value, Tensor) and not value.isfinite().all():
                     raise ValueError(f"{name} of the optimiser holds NaN or infinite values")
+    step = optimizer.step
+
+    def first_step(*args, **kwargs) -> Any:
+        with _explain_damage(called):
+            result = step(*args, **kwargs)
+        optimizer.step = step
+        return result
+
+    optimizer.step = first_step
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # what optimisers keep of the shape of a parameter
@@ -137,12 +155,30 @@ _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "squar
 _NORMS = {"exp_avg_sq"}
 
 
+# PyTorch's, of what is not so
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 @contextmanager
 def _explain_misfit(called: str) -> Iterator[None]:
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of what is not so
+    except _MISFITS as error:
         raise UserError(f"{called} does not fit the model of these options: {in_short(error)}") from None
+
+
+@contextmanager
+def _explain_damage(called: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _MISFITS as error:
+        reason = in_short(error).rstrip(".")
+        raise UserError(
+            f"{called} cannot be resumed: its optimiser's state is damaged, or of other parameters ({reason}). Copy "
+            "the file again, or start another run."
+        ) from None
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
