@@ -22,7 +22,7 @@ from vim2.classify import UserError, predict, train
 EXAMPLES = 10  # to train on, of each digit
 TEST_IMAGES = 360  # the last fifth: other writers than those of the images before
 PIXELS = 48
-FEW_IMAGES = "-b 16 --lr 1e-3 --layer-decay 0.8 --epochs 8 --warmup-epochs 1"  # to fine-tune on, as docs/training.md has it
+FEW_IMAGES = "-b 16 --lr 1e-3 --layer-decay 0.8 --epochs 8 --warmup-epochs 1"  # docs/training.md says why
 
 
 def find_photographs() -> list[Path]:
