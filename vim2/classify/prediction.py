@@ -14,7 +14,7 @@ from timm.utils import natural_key
 
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
-from ..command.images import SUFFIXES, ImageFolder, describe_left_out, first_names, read_pixels
+from ..command.images import SUFFIXES, ImageFolder, UnreadableImage, describe_left_out, first_names, read_pixels
 from ..command.options import resolve
 from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import start_processes
@@ -68,7 +68,7 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
 
     predictions: list[dict[str, Any]] = []
     pictures: list[tuple[Image.Image, dict[str, Any]]] = []
-    refused: list[UserError] = []
+    unreadable: list[UnreadableImage] = []
     shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o.max_pictures, len(files))).tolist()}
     starts = range(0, len(files), o.batch_size)
     for start in progress_bar(starts, "predict", processes):
@@ -76,8 +76,8 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
         for i, file in enumerate(files[start : start + o.batch_size], start):
             try:
                 batch[i] = read_pixels(file, mode)
-            except UserError as error:
-                refused.append(error)
+            except UnreadableImage as error:
+                unreadable.append(error)
         if not batch:
             continue
         inputs = torch.stack([transform(image) for image in batch.values()]).to(processes.device)
@@ -94,11 +94,11 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
             if i in shown:
                 pictures.append((batch[i], prediction))
     if not predictions:
-        raise refused[0]
+        raise unreadable[0]
     for prediction in predictions:
         ranked = ", ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in prediction["top"])
         say(f"{prediction['file']}: {ranked}")
-    for error in refused:
+    for error in unreadable:
         say(f"Skipped: {error}")
     write(predictions, len(files), pictures, Path(o.output))
     return predictions
