@@ -40,7 +40,7 @@ LEFT_OUT = {
 
 def photo(path: str, seed: int = 0) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 53, 3), dtype=np.uint8)).save(path)
 
 
 def make_smaller(monkeypatch, name: str, **smaller) -> None:
@@ -72,8 +72,14 @@ def prepare_training(monkeypatch) -> dict:
 
 
 def prepare_export(monkeypatch) -> dict:
-    """A tiny model in the folder "mine"; the exporters get one of a single stage."""
+    """A tiny model in the folder "mine", and one of a single stage in "mine.onnx"; the exporters get one, too."""
     photo("photo.jpg")
+    smaller = dict(depths=(1,), token_mixers=1, dims=(16,), d_state=1, channel_expand=1.0)
+    images = dict(timm.data.resolve_model_data_config(timm.create_model("test_vim2")), input_size=(3, 48, 48))
+    facts = dict(arch="test_vim2", num_classes=2, model_kwargs=smaller, class_names=["cat", "dog"], data_config=images)
+    weights = timm.create_model("test_vim2", num_classes=2, **smaller).state_dict()
+    save_checkpoint({**facts, "state_dict": weights}, "best.pth")
+    assert vim2_cli.main(["export", "--checkpoint", "best.pth", "--format", "onnx", "--output", "mine.onnx"]) == 0
     export_timm(timm.create_model("test_vim2", num_classes=2), "mine", class_names=["cat", "dog"])
     make_smaller(monkeypatch, "vim2_nano", depths=(1,), token_mixers=1, dims=(16,), d_state=1, channel_expand=1.0)
     return {"model": timm.create_model("vim2_nano")}
@@ -132,6 +138,15 @@ def test_snippets_run(page, tmp_path, monkeypatch):
         exec(compile(text, f"{page}, snippet {number}", "exec"), names)
     if page == "docs/openmmlab.md":
         check_config(names)
+    if page == "docs/export.md" and "probabilities" in names:
+        check_probabilities(names["probabilities"])
+
+
+def check_probabilities(served: np.ndarray) -> None:
+    """Those of the ONNX file are the command's."""
+    (prediction,) = vim2.classify.predict(images=["photo.jpg"], checkpoint="best.pth", device="cpu")
+    expected = {top["index"]: top["probability"] for top in prediction["top"]}
+    np.testing.assert_allclose(served[0], [expected[k] for k in range(2)], rtol=1e-4)
 
 
 def check_config(names: dict) -> None:

@@ -22,6 +22,7 @@ from vim2.classify import UserError, predict, train
 EXAMPLES = 10  # to train on, of each digit
 TEST_IMAGES = 360  # the last fifth: other writers than those of the images before
 PIXELS = 48
+FEW_IMAGES = "-b 16 --lr 1e-3 --layer-decay 0.8 --epochs 8 --warmup-epochs 1"  # docs/training.md says why
 
 
 def find_photographs() -> list[Path]:
@@ -117,7 +118,7 @@ Of {TEST_IMAGES} test images, % right after each of {args.epochs} epochs ({time.
 
 The same on images of your own, in a folder for each class:
 
-  {command} train --data-dir YOUR_FOLDER --model {args.model} --pretrained --epochs 30 --lr 3e-4 --experiment mine
+  {command} train --data-dir YOUR_FOLDER --model {args.model} --pretrained {FEW_IMAGES} --experiment mine
   {command} predict SOME_IMAGE.jpg --checkpoint runs/mine/best.pth
 """)
 

@@ -186,8 +186,14 @@ def test_unreadable_images_are_named_and_counted(data, trained, tmp_path, capsys
     row = json.loads((tmp_path / "o" / "validation.json").read_text())[0]
     assert (row["images"], row["unreadable"]) == (14, 1)
     argv = ["predict", root / "val", "--checkpoint", trained / "best.pth", "--output", tmp_path / "p"]
-    assert str(root / "val" / "blue" / "1.png") in fails(*argv)
-    assert not list(tmp_path.glob("p/*"))
+    assert main(list(map(str, argv))) == 0
+    out = capsys.readouterr().out
+    assert f"Skipped: {root / 'val' / 'blue' / '1.png'} is no image that can be read" in out and "has 14 of 15" in out
+    files = [Path(p["file"]) for p in json.loads((tmp_path / "p" / "predictions.json").read_text())]
+    assert len(files) == 14 and root / "val" / "blue" / "1.png" not in files
+    alone = root / "val" / "blue" / "1.png"
+    assert str(alone) in fails("predict", alone, "--checkpoint", trained / "best.pth", "--output", tmp_path / "q")
+    assert not list(tmp_path.glob("q/*"))
 
 
 def test_nothing_but_unreadable_images(tmp_path):

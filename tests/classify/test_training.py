@@ -171,6 +171,24 @@ def test_fine_tuning_makes_a_new_head_and_leaves_what_is_frozen(trained, tmp_pat
     assert any(k.startswith("patch_embed") for k in changed(0))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(epochs=5), ["Warm-up takes the whole run, 5 epochs"]),
+        (dict(epochs=6), []),
+        # 12 updates: 0.9 ** 12 is 0.28, 0.8 ** 12 is 0.07
+        (dict(epochs=6, model_ema=True, model_ema_decay=0.9), ["After 12 updates, 28 % of the moving average"]),
+        (dict(epochs=6, model_ema=True, model_ema_decay=0.8), []),
+        (dict(epochs=6, model_ema=True, model_ema_warmup=True), []),
+    ],
+)
+def test_what_is_meant_for_longer_runs_is_told(given, words, data):
+    options = dict(data_dir=data, model="test_vim2", img_size=32, device="cpu", workers=0, batch_size=16, **given)
+    run = Run(resolve(TrainOptions, given=options)[0], Processes(torch.device("cpu")))
+    advice = list(run.short_run_advice())
+    assert len(advice) == len(words) and all(line.startswith(start) for line, start in zip(advice, words)), advice
+
+
 def test_frozen_stages_do_not_drop_paths_and_get_no_gradients(data, capsys):
     options = dict(data_dir=data, model="test_vim2", img_size=32, device="cpu", workers=0, freeze=2, drop_path=0.5)
     run = Run(resolve(TrainOptions, given=options)[0], Processes(torch.device("cpu")))

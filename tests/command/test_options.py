@@ -178,6 +178,8 @@ def test_unknown_and_missing_options_and_both_ways_at_once():
     ):
         with pytest.raises(UserError, match=error):
             resolve(SampleOptions, ["--epoch", "3"] if "unknown" in error else [])
+    with pytest.raises(UserError, match=r"^flowers belongs to no option: names with spaces want quotation marks"):
+        resolve(SampleOptions, ["a.csv", "flowers"])
     with pytest.raises(UserError, match=r"unknown option epoch; did you mean epochs\?"):
         given(epoch=3)
     with pytest.raises(UserError, match="try needs data: a file"):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vim2.command.errors import UserError
-from vim2.visualize import visualize
+from vim2.visualize import plots, visualize
 from vim2.visualize.cli import main
 from vim2.visualize.layers import averaging_weights, map_sizes
 from vim2.visualize.saliency import grad_cam, receptive_field
@@ -106,6 +106,16 @@ def test_averaging_weights_are_those_of_the_layers():
     assert stage.features == ["input", "token 1", "token 2", "channel 1", "token 3", "token 4", "channel 2"]
     assert stage.readers == [*stage.features[1:], "output"]
     assert [len(row) for row in stage.rows] == [1, 2, 3, 4, 5, 6, 7] and stage.rows[-1].tolist() == list(range(7))
+
+
+def test_cells_without_a_weight_hold_zeros(tmp_path, monkeypatch):
+    """matplotlib multiplies what lies below a mask, too: of memory left over, it warned of overflows now and then."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: figures.append(fig))
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=float, **rest: np.full(shape, 7).astype(dtype))
+    plots.plot_averaging_weights(averaging_weights(timm.create_model("test_vim2")), tmp_path / "weights.png")
+    cells = figures[0].axes[0].images[0].get_array()
+    assert cells.mask.any() and not cells.data[cells.mask].any()
 
 
 def test_sizes_of_maps_are_those_of_the_model():

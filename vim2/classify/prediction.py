@@ -14,7 +14,7 @@ from timm.utils import natural_key
 
 from ..command.errors import UserError
 from ..command.figures import figures_if_possible
-from ..command.images import SUFFIXES, ImageFolder, describe_left_out, first_names, read_pixels
+from ..command.images import SUFFIXES, ImageFolder, UnreadableImage, describe_left_out, first_names, read_pixels
 from ..command.options import resolve
 from ..command.outputs import explain_disk_errors, make_folder
 from ..command.processes import start_processes
@@ -31,7 +31,8 @@ __all__ = ["predict"]
 def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]:
     """Classify images, as `vim2 predict` does.
 
-    Where an image lies in a folder with the name of a class, that is taken for its true class and shown beside.
+    Where an image lies in a folder with the name of a class, that is taken for its true class and shown beside. Images
+    that cannot be read are named and left out.
 
     Args:
         argv: Command line; or else
@@ -42,7 +43,8 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
         (0 to 1), best first; and its `true_label` where known.
 
     Raises:
-        UserError: Anything that the user can put right. Then nothing is written.
+        UserError: Anything that the user can put right, such as that not one image can be read. Then nothing is
+            written.
     """
     o, _ = resolve(PredictOptions, argv, options)
     processes = start_processes(o.device, "vim2 predict")
@@ -65,26 +67,40 @@ def predict(argv: list[str] | None = None, /, **options) -> list[dict[str, Any]]
     make_folder(Path(o.output))
 
     predictions: list[dict[str, Any]] = []
-    pictures: list[Image.Image] = []
+    pictures: list[tuple[Image.Image, dict[str, Any]]] = []
+    unreadable: list[UnreadableImage] = []
     shown = {round(i) for i in torch.linspace(0, len(files) - 1, min(o.max_pictures, len(files))).tolist()}
     starts = range(0, len(files), o.batch_size)
     for start in progress_bar(starts, "predict", processes):
-        batch = [read_pixels(file, mode) for file in files[start : start + o.batch_size]]
-        pictures += [image for i, image in enumerate(batch, start) if i in shown]
-        inputs = torch.stack([transform(image) for image in batch]).to(processes.device)
+        batch: dict[int, Image.Image] = {}
+        for i, file in enumerate(files[start : start + o.batch_size], start):
+            try:
+                batch[i] = read_pixels(file, mode)
+            except UnreadableImage as error:
+                unreadable.append(error)
+        if not batch:
+            continue
+        inputs = torch.stack([transform(image) for image in batch.values()]).to(processes.device)
         with torch.inference_mode(), context():
             logits = compiled(inputs)
         top = logits.float().softmax(-1).topk(min(o.topk, logits.shape[1]))
-        for file, probabilities, indices in zip(files[start:], top.values.tolist(), top.indices.tolist()):
-            ranked = [dict(label=names[i], index=i, probability=p) for i, p in zip(indices, probabilities)]
+        for i, probabilities, indices in zip(batch, top.values.tolist(), top.indices.tolist()):
+            file = files[i]
+            ranked = [dict(label=names[k], index=k, probability=p) for k, p in zip(indices, probabilities)]
             prediction = {"file": str(file), "top": ranked}
             if file.parent.name in folders:
                 prediction["true_label"] = names[folders[file.parent.name]]
             predictions.append(prediction)
+            if i in shown:
+                pictures.append((batch[i], prediction))
+    if not predictions:
+        raise unreadable[0]
     for prediction in predictions:
         ranked = ", ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in prediction["top"])
         say(f"{prediction['file']}: {ranked}")
-    write(predictions, pictures, sorted(shown), Path(o.output))
+    for error in unreadable:
+        say(f"Skipped: {error}")
+    write(predictions, len(files), pictures, Path(o.output))
     return predictions
 
 
@@ -130,11 +146,15 @@ def match(pattern: str) -> list[Path]:
     return [path for path in found if hidden or not any(p.startswith(".") for p in path.relative_to(start).parts)]
 
 
-def write(predictions: list[dict[str, Any]], pictures: list[Image.Image], shown: list[int], folder: Path) -> None:
-    """Write predictions.json, and predictions.png of those shown."""
+def write(
+    predictions: list[dict[str, Any]], files: int, pictures: list[tuple[Image.Image, dict[str, Any]]], folder: Path
+) -> None:
+    """Write predictions.json, and predictions.png of the pictures, each with its prediction."""
     with explain_disk_errors(), figures_if_possible("predictions.png"):
         write_atomically(folder / "predictions.json", json.dumps(predictions, indent=1, ensure_ascii=False) + "\n")
-        say(f"{folder / 'predictions.json'} has all {len(predictions)}")
+        all_of_them = f"all {files}" if len(predictions) == files else f"{len(predictions)} of {files}"
+        say(f"{folder / 'predictions.json'} has {all_of_them}")
         if pictures:
-            plot_predictions(pictures, [predictions[i] for i in shown], folder / "predictions.png")
+            images, theirs = zip(*pictures)
+            plot_predictions(images, theirs, folder / "predictions.png")
             say(f"{folder / 'predictions.png'} shows {len(pictures)} of {len(predictions)}")

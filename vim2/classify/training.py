@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -404,9 +405,23 @@ class Run:
         images = f"{len(self.train_images):,} images to train on, {len(self.val_images):,} to validate on"
         kept = f" (a share of {o.holdout:g} set aside)" if self.held_out else ""
         say(f"{images}{kept}; learning rate {self.lr:.3g}; {self.folder}", self.processes)
+        for advice in self.short_run_advice():
+            say(advice, self.processes)
         n = torch.cuda.device_count()
         if not self.history and self.processes.device.type == "cuda" and self.processes.world_size == 1 and n > 1:
             say(f"Using one of {n} GPUs; for all: torchrun --no-python --nproc-per-node={n} vim2 train ...")
+
+    def short_run_advice(self) -> Iterator[str]:
+        """What is set for runs longer than this one, and would spoil it."""
+        o = self.options
+        if o.warmup_epochs >= o.epochs:
+            yield f"Warm-up takes the whole run, {o.warmup_epochs:g} epochs: lower --warmup-epochs."
+        updates = self.updates_per_epoch * o.epochs
+        if self.ema and not o.model_ema_warmup and (kept := o.model_ema_decay**updates) > 0.1:
+            yield (
+                f"After {updates} updates, {100 * kept:.0f} % of the moving average are still the first weights: lower "
+                "--model-ema-decay, or add --model-ema-warmup."
+            )
 
     def count_unreadable(self) -> int:
         """How many images proved unreadable so far; those not named before are named, up to 20."""

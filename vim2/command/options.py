@@ -216,7 +216,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments:"):
             given = message.split(": ", 1)[1].split()[0].partition("=")[0]
-            message = f"unknown option {given}" + _instead(given, self._option_string_actions, self.needless)
+            known = self._option_string_actions
+            if given.startswith("-"):
+                message = f"unknown option {given}" + _instead(given, known, self.needless)
+            else:
+                message = f"{given} belongs to no option: names with spaces want quotation marks"
+                message += ", and a folder of images stands behind --data-dir" if "--data-dir" in known else ""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -22,7 +22,7 @@ from ..command.errors import UserError
 from ..command.options import Parser
 from ..command.outputs import keep_source, make_folder, make_folder_of
 from ..command.places import local_folder
-from ..command.progress import say
+from ..command.progress import say, say_if_slow
 from ..files import NotWritten
 from ..vim2 import ViM2
 from .comparison import ONNX_RUNTIMES, SIZES, compare, run_onnxruntime, run_pt2
@@ -237,7 +237,8 @@ def _export_program(model: nn.Module, facts: dict[str, Any], args: argparse.Name
         export_onnx(model, args.output, size, opset, args.scan or SCANS[0], metadata)
         kind, run = f"ONNX, opset {opset}", ONNX_RUNTIMES.get(args.compare, run_onnxruntime)
     else:
-        export_pt2(model, args.output, size, device, metadata)
+        with say_if_slow("Compiling one C++ program of all layers, which takes minutes."):
+            export_pt2(model, args.output, size, device, metadata)
         kind, run = f"AOTInductor's package for {device}", run_pt2
     say(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, {kind}")
     if args.compare:

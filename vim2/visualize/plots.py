@@ -156,7 +156,8 @@ def plot_averaging_weights(stages: Sequence[StageWeights], path: str | os.PathLi
     deviation = max(deviation, 0.01)  # all are 1 before training
     for number, (axes, stage) in enumerate(zip(grid, stages), 1):
         size = len(stage.features)
-        cells = np.ma.masked_all((len(stage.rows), size))
+        # zeros below the mask, since matplotlib computes with what is there
+        cells = np.ma.array(np.zeros((len(stage.rows), size)), mask=True)
         for i, row in enumerate(stage.rows):
             cells[i, : len(row)] = row.numpy()
         drawn = axes.imshow(cells, cmap=DIVERGING, vmin=1 - deviation, vmax=1 + deviation)
