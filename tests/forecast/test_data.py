@@ -15,12 +15,10 @@ from vim2.forecast.data import (
     Windows,
     calendar_cycles,
     calendar_features,
-    find_step,
     make_split,
-    read_table,
-    season_length,
 )
-from vim2.forecast.stamps import to_offset
+from vim2.forecast.steps import find_step, season_length, to_offset
+from vim2.forecast.table import read_table
 
 SUFFIXES = [".csv", *(f".csv.{kind}" for kind in ("xz", "gz", "bz2", "zip", "zst")), ".parquet", ".PARQUET"]
 

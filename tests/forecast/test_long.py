@@ -10,7 +10,7 @@ from forecast_helpers import TINY, make_frame, write_csv
 
 from vim2.forecast import Forecaster, UserError, fit, predict
 from vim2.forecast.cli import main
-from vim2.forecast.data import read_table
+from vim2.forecast.table import read_table
 
 COLUMNS = ["north", "south", "level"]
 FAST = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1, device="cpu")

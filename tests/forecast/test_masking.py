@@ -17,9 +17,10 @@ from vim2.forecast import Forecaster, UserError, evaluate, fit
 from vim2.forecast.baselines import Ridge, cautious
 from vim2.forecast.committee import Networks, Products
 from vim2.forecast.conformal import conformal_quantile
-from vim2.forecast.data import Scaler, Windows, last_known, read_table
+from vim2.forecast.data import Scaler, Windows, last_known
 from vim2.forecast.options import TrainingOptions
 from vim2.forecast.scores import Errors, naive_errors
+from vim2.forecast.table import read_table
 from vim2.forecast.trainer import LOSS, Trainer
 from vim2.tsm2 import TSM2Config
 

@@ -15,8 +15,8 @@ from forecast_helpers import make_frame, write_csv
 
 from vim2.forecast import UserError, fit
 from vim2.forecast.cli import main
-from vim2.forecast.data import read_table
-from vim2.forecast.stamps import to_offset
+from vim2.forecast.steps import to_offset
+from vim2.forecast.table import read_table
 
 
 @pytest.fixture
@@ -127,6 +127,7 @@ def test_integers_with_thousands(tmp_path, frame, thousands):
     [
         (lambda f: text(f.assign(s="x"), header=False), ["no header", "2024-02-10 00:00:00"]),
         (lambda f: text(f) + "2024-02-12 12:00:00,1,5,2\n", ["row 61 has 4 cells", "the header 3"]),
+        (lambda f: text(f, header=False) + "2024-02-12 12:00:00,1,5,2\n", ["row 61 has 4 cells", "the header 3"]),
         (lambda f: text(f.assign(a=[f"1,{100 + i}" for i in f.b])), ["1,100", "may be 1100 or 1.100"]),
         (lambda f: text(f.assign(a="1,5", b="1,234.5")), ["two ways", "1,5 and 1,234.5"]),
         (lambda f: text(f.assign(a="1,871"), sep=";"), ["may be 1871 or 1.871", "decimals with a point"]),
@@ -138,6 +139,7 @@ def test_integers_with_thousands(tmp_path, frame, thousands):
         (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
         (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
         (lambda f: b"\x00\x01\x02\x00\x00", ["no text"]),
+        (lambda f: "sep=;\n", ["is empty"]),
     ],
 )
 def test_what_may_mean_several_things_is_refused(tmp_path, frame, change, words):

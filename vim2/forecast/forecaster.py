@@ -30,17 +30,16 @@ from .data import (
     CYCLES,
     Scaler,
     Split,
-    Table,
     calendar_features,
-    describe,
     last_known,
     make_split,
-    read_table,
 )
-from .frames import LONG
+from .frames import describe
+from .long_tables import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
-from .stamps import follow, to_offset, usual_step
+from .steps import follow, to_offset, usual_step
+from .table import Table, read_table
 
 __all__ = ["BEST", "REFITTED", "Forecaster"]
 
