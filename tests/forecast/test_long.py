@@ -164,6 +164,13 @@ def test_rows_of_a_long_table_may_be_in_any_order_however_dates_are_written(writ
     np.testing.assert_array_equal(table.values, frame[COLUMNS])
 
 
+def test_a_series_is_no_time_column_of_a_long_table():
+    long = melt(make_frame())
+    assert len(read_table(long, time_column="ds")) == 400
+    with pytest.raises(UserError, match="ds is its time column: leave out --time-column north"):
+        read_table(long.assign(y="soon"), time_column="north")
+
+
 def test_years_of_a_long_table_in_any_order():
     years = np.arange(1950, 2010)
     long = pd.DataFrame({"unique_id": np.repeat(["a", "b"], 60), "ds": np.tile(years, 2), "y": np.arange(120.0)})

@@ -1,7 +1,8 @@
 """Tables: time series read from files and DataFrames, nothing repaired without being asked for and told."""
 
 import datetime
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NamedTuple
@@ -165,10 +166,15 @@ def read_table(
 
     numbers, more = read_numbers(cells, wanted, na_values, source)
     notes += more
-    refuse_sentinels(numbers, keep_values, source)
-    refuse_extremes(numbers, source, cells.row_names)
-    numbers, more = repair_times(numbers, times, source)
-    notes += more
+    faults = []
+    with collect(faults):
+        refuse_sentinels(numbers, keep_values, source)
+        refuse_extremes(numbers, source, cells.row_names)
+    with collect(faults):
+        numbers, more = repair_times(numbers, times, source)
+        notes += more
+    if faults:
+        raise UserError(" ".join(faults))
 
     stamps, rows = numbers.index, count_known_rows(numbers[cells.targets], source)
     if rows < len(numbers) and not wanted.future:  # which otherwise say what these rows are for
@@ -271,6 +277,11 @@ def stamp_long(
     leave_out_repeated: bool,
 ) -> Cells:
     """The wide table of a long one; options as `read_table` has them."""
+    if wanted.time not in (None, TIME):
+        raise UserError(
+            f"{source} is a long table, with columns {', '.join(LONG)}, and {TIME} is its time column: leave out "
+            f"--time-column {wanted.time}."
+        )
     frame, times = parse_long_times(frame, source, dates, wanted.time is not None, untimed=freq is not None)
     long = widen(frame, wanted.future, source, wanted.static, leave_out_repeated)
     if freq:
@@ -432,6 +443,15 @@ def read_numbers(
         numbers = numbers.mask(found)
         notes.append(f"{int(found.sum().sum())} cells of {value:g} are taken as missing.")
     return numbers, notes
+
+
+@contextmanager
+def collect(faults: list[str]) -> Iterator[None]:
+    """Keep what a check refuses, so that it is told together with what others do."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
 
 
 def count_known_rows(targets: pd.DataFrame, source: str) -> int:
