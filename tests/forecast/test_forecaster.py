@@ -259,7 +259,7 @@ NAN = float("nan")
         ({"model": {"future_length": 30}}, "future features of 30 steps"),
         ({"penalties": {"mean": [1.0] * 4, "last": 1.0}}, "4 and 1 penalties of ridges, for 3 and 1"),
         ({"model": {"depth": 10**9}}, "does not fit config.json"),
-        ({"model": {"d_model": 10**12}}, "does not fit config.json"),
+        ({"model": {"d_model": 10**9}}, "does not fit config.json"),
     ],
     ids=str,
 )
