@@ -204,6 +204,14 @@ def test_a_series_without_truths_in_the_test_rows_has_no_error(tmp_path, frame):
     assert (tmp_path / "errors.png").exists()
 
 
+def test_a_series_that_begins_with_the_test_rows_of_another_file_is_scored_there(tmp_path, frame):
+    """It was trained on, but the later file has none of it before."""
+    run = fit(data=frame, missing="mask", output=str(tmp_path), experiment="r", **OPTIONS)
+    later = frame.assign(south=frame["south"].where(frame.index >= 360))
+    scores = evaluate(data=later, checkpoint=run["folder"], output=str(tmp_path), device=DEVICE)["scores"]
+    assert np.isfinite(scores["committee"]["mse_by_variate"]).all()
+
+
 def test_what_cannot_be_masked_is_told(tmp_path, frame):
     options = dict(OPTIONS, missing="mask", output=str(tmp_path))
     with pytest.raises(UserError, match="280 rows to train on hold no value of north: leave it out"):
