@@ -6,7 +6,7 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 
 import numpy as np
 import pandas as pd
-from forecast_helpers import TINY, make_frame, write_csv
+from forecast_helpers import TINY, ahead, make_frame, write_csv
 
 from vim2.forecast import Forecaster, UserError, fit, predict
 from vim2.forecast.cli import main
@@ -19,13 +19,6 @@ FAST = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epo
 def melt(frame, keep=(), ids=COLUMNS):
     wide = frame.rename(columns={"date": "ds"})
     return wide.melt(id_vars=["ds", *keep], value_vars=ids, var_name="unique_id", value_name="y")
-
-
-def ahead():
-    """The series with twelve further rows of which only the promotions are known."""
-    frame = make_frame(412)
-    frame.loc[400:, COLUMNS] = np.nan
-    return frame
 
 
 def test_a_long_table_is_read_as_its_wide_one(tmp_path):

@@ -24,10 +24,12 @@ __all__ = [
     "last_known",
     "make_split",
     "split_rows",
+    "standardise",
     "static_features",
     "where_known",
 ]
 
+FARTHEST = 1e15  # deviations
 CYCLES = {"day": pd.Timedelta(days=1), "week": pd.Timedelta(days=7), "year": pd.Timedelta(days=365)}
 
 
@@ -157,6 +159,25 @@ class Scaler:
     def inverse(self, values: Any) -> Any:
         """(..., M) -> (..., M), in the units of the file."""
         return values * self.std + self.mean
+
+
+def standardise(scaler: Scaler, values: np.ndarray, columns: Sequence[str]) -> np.ndarray:
+    """(rows, M), float64.
+
+    Raises:
+        UserError: A value so far from those of training that sums of its squares overflow in float32.
+    """
+    with np.errstate(over="ignore"):
+        scaled = scaler.transform(values)
+    far = np.argwhere(np.abs(scaled) > FARTHEST)
+    if len(far):
+        row, column = far[0]
+        raise UserError(
+            f"Column {columns[column]} holds {values[row, column]:g}, too far from the rows of training, of mean "
+            f"{scaler.mean[column]:g} and deviation {scaler.std[column]:g}: give it in the same units as there, or "
+            "correct it."
+        )
+    return scaled
 
 
 def is_constant(values: np.ndarray) -> np.ndarray:
