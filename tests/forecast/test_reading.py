@@ -4,6 +4,7 @@ import bz2
 import io
 import lzma
 import zipfile
+from contextlib import suppress
 
 import pytest
 
@@ -489,16 +490,52 @@ def test_columns_of_arrow_are_those_of_numpy(frame):
         table = read_table(given, missing="mask")
         np.testing.assert_array_equal(table.values, expected.values)
         assert table.times.equals(expected.times)
+    for form in ("%Y-%m-%d %H:%M", "%d/%m/%Y %H:%M"):
+        texts = (frame["date"] + pd.Timedelta(days=9)).dt.strftime(form)
+        plain, table = (
+            read_table(frame.assign(date=texts.astype(kind)), missing="mask")
+            for kind in (object, pd.ArrowDtype(pa.string()))
+        )
+        assert table.times.equals(plain.times)
     zoned = frame.assign(date=frame["date"].dt.tz_localize("Europe/Berlin"))
     expected, table = (read_table(f, missing="mask") for f in (zoned, zoned.convert_dtypes(dtype_backend="pyarrow")))
     assert str(table.zone) == str(expected.zone) == "Europe/Berlin" and table.times.equals(expected.times)
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "dictionary", "Arrow's list"])
+def test_nested_columns_are_told_and_stand_in_nobodys_way(kind):
+    """Parquet files may hold them. They can be neither counted nor compared."""
+    frame = make_frame(60)[["date", "north"]]
+    make = {"list": lambda i: [i], "array": lambda i: np.array([i, 1.0]), "dictionary": lambda i: {"x": i}}
+    frame["x"] = [make.get(kind, make["list"])(i) for i in range(60)]
+    if kind == "Arrow's list":
+        pa = pytest.importorskip("pyarrow", reason="Arrow's types need it")
+        frame["x"] = frame["x"].astype(pd.ArrowDtype(pa.list_(pa.int64())))
+    assert read_table(frame, targets=["north"]).columns == ["north"]
+    long = pd.concat([frame, frame]).rename(columns={"date": "ds", "north": "y"})
+    long["unique_id"] = np.repeat(["a", "b"], 60)
+    assert read_table(long, targets=["b"]).columns == ["b"]
+    for given, options, words in (
+        (frame, {}, "Column x of DataFrame, row 1: .* is no finite number"),
+        (frame, {"time_column": "x"}, "time column x of DataFrame, row 1: .* is no time stamp"),
+        (frame.drop(columns="date"), {"freq": "h", "time_column": "x"}, "Column x .* does not count the rows"),
+        (pd.concat([frame, frame]), {"targets": ["north"]}, "are there twice"),
+        (long, {"static_columns": ["x"]}, "Column x of DataFrame changes for series a"),
+        (long, {"future_columns": ["x"]}, "Column x of DataFrame, at .* is no finite number"),
+        (long.assign(ds=long["x"]), {}, "time column ds of DataFrame, row 1: .* is no time stamp"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_table(given, **options)
 
 
 def test_days_and_times_of_day_as_a_spreadsheet_is_read():
     frame = make_frame(100)
     expected = read_table(frame)
     date = frame["date"]
-    for days in (date.dt.normalize(), date.dt.date, date.dt.strftime("%d/%m/%Y")):
+    kinds = [date.dt.normalize(), date.dt.date, date.dt.strftime("%d/%m/%Y")]
+    with suppress(ImportError):
+        kinds.append(date.dt.date.astype("date32[pyarrow]"))
+    for days in kinds:
         table = read_table(frame.assign(date=days, Time=date.dt.time))
         assert table.times.equals(expected.times) and table.columns == expected.columns
         assert any("Columns date and Time were read together" in note for note in table.repairs)

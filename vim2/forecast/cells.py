@@ -19,6 +19,7 @@ __all__ = [
     "refuse_sentinels",
     "rewrite",
     "to_float64",
+    "to_whole",
 ]
 
 SENTINELS = (-9999.0, -999.0, -99999.0, -999.9, -9999.9, 9999.0, 99999.0, 999999.0)
@@ -143,6 +144,15 @@ def to_float64(column: pd.Series) -> np.ndarray:
     if not pd.api.types.is_any_real_numeric_dtype(column):
         column = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def to_whole(column: pd.Series) -> np.ndarray | None:
+    """Cells as float64 where all are whole numbers, as text or as such; None of another column."""
+    if not (is_text(column) or pd.api.types.is_any_real_numeric_dtype(column)):
+        return None
+    numbers = to_float64(column)
+    with np.errstate(invalid="ignore"):  # of infinity
+        return numbers if (numbers % 1 == 0).all() else None
 
 
 def name_row(row: int, names: pd.Index | None) -> str:

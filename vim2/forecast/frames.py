@@ -6,7 +6,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..command.errors import UserError
-from .cells import is_text
+from .cells import is_text, to_whole
 from .stamps import TIME_NAMES, holds_stamps, is_date, number_cells, years_or_months
 from .text_files import SAMPLE, decode, decompress, read_csv, refuse_equal_names
 
@@ -110,7 +110,16 @@ def index_to_column(frame: pd.DataFrame, source: str) -> tuple[pd.DataFrame, str
     refuse_equal_names(list(frame.columns), source)
     if frame.empty:
         raise UserError(f"{source} has no rows.")
-    return frame, time, notes
+    # lists and the like, as Parquet files may hold, can be neither counted nor compared, but told as text
+    nested = {name: column.map(str) for name, column in frame.items() if holds_unhashable(column)}
+    return frame.assign(**nested), time, notes
+
+
+def holds_unhashable(column: pd.Series) -> bool:
+    """Whether a column holds lists, dictionaries or arrays."""
+    if column.dtype.kind != "O" or isinstance(column.dtype, pd.StringDtype | pd.CategoricalDtype):
+        return False
+    return not all(issubclass(kind, Hashable) for kind in set(map(type, column)))
 
 
 def holds_years(index: pd.Index, frame: pd.DataFrame) -> bool:
@@ -147,12 +156,10 @@ def leave_out_index(frame: pd.DataFrame, wanted: Collection[str]) -> tuple[pd.Da
 def may_be_index(column: pd.Series, nameless: bool) -> bool:
     """Whether a column holds whole numbers, but no dates such as 20240131, that count the rows; those of one without a
     name may leave some out, as of chosen rows."""
-    if holds_stamps(column):
+    counts = to_whole(column)
+    if counts is None or all(is_date(str(cell)) for cell in column):
         return False
-    counts = pd.to_numeric(column.astype(object) if is_text(column) else column, errors="coerce")
-    if counts.isna().any() or (counts % 1 != 0).any() or all(is_date(str(cell)) for cell in column):
-        return False
-    return bool((counts.to_numpy() == np.arange(len(counts))).all() or (nameless and counts.is_unique))
+    return bool((counts == np.arange(len(counts))).all() or (nameless and len(np.unique(counts)) == len(counts)))
 
 
 def is_of_dates(column: pd.Series) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
-from .cells import is_number, is_text, to_float64
+from .cells import is_number, is_text, to_float64, to_whole
 from .frames import is_of_dates
 from .stamps import ParsedTimes, parse_times
 from .text_files import SAMPLE, refuse_equal_names
@@ -194,7 +194,7 @@ def find_long_columns(frame: pd.DataFrame, time: str | None) -> tuple[list[str],
     """The columns that tell series apart, none if it is no long table, and the column of time stamps."""
     for stamps in [time] if time in frame else filter(lambda c: is_of_dates(frame[c]), frame):
         counts = frame[stamps].value_counts()
-        if 2 * len(counts) <= len(frame):
+        if 0 < 2 * len(counts) <= len(frame):
             return find_ids(frame, stamps, counts.max()), stamps
     return [], None
 
@@ -214,8 +214,8 @@ def find_ids(frame: pd.DataFrame, time: str, most: int) -> list[str]:
 def tells_series_apart(frame: pd.DataFrame, column: str, time: str, most: int) -> bool:
     """Whether a column tells apart the rows of each time stamp, of which there are as many as `most`."""
     cells = frame[column]
-    is_numeric = pd.api.types.is_any_real_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells)
-    if not (is_name(cells) or (is_numeric and cells.notna().all() and (cells % 1 == 0).all())):
+    is_numeric = pd.api.types.is_any_real_numeric_dtype(cells)
+    if not (is_name(cells) or (is_numeric and to_whole(cells) is not None)):
         return False
     kinds = cells.nunique()
     fits = kinds == most if is_numeric else most <= kinds <= len(frame) // 2

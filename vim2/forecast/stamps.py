@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..command.errors import UserError
-from .cells import is_number, is_text
+from .cells import is_number, is_text, to_float64
 from .steps import irregular_steps, is_whole_days, usual_gap
 
 __all__ = [
@@ -102,8 +102,11 @@ def join_time_of_day(frame: pd.DataFrame, time: str, wanted: Sequence[str]) -> t
 
 def written(column: pd.Series) -> pd.Series | list[None]:
     """A column of dates or times of day as text, such as spreadsheets are read to; of others, one cell that is none."""
-    if holds_stamps(column) and column.dt.tz is None and (column == column.dt.normalize()).all():
-        return column.dt.strftime("%Y-%m-%d").astype(object)
+    if holds_stamps(column):
+        stamps = pd.DatetimeIndex(column)  # also of Arrow's dates, whose .dt has less
+        if stamps.tz is None and (stamps == stamps.normalize()).all():
+            return pd.Series(stamps.strftime("%Y-%m-%d"), column.index, dtype=object)
+        return [None]
     if not is_text(column):
         return [None]
     parts = (datetime.date, datetime.time)
@@ -266,7 +269,7 @@ def years_or_months(cells: list[str], name: str, named: bool = False, ordered: b
 
 def refuse_numbers(column: pd.Series, ordered: bool, called: str) -> None:
     """Raise for numbers, which may be anything."""
-    if not (pd.api.types.is_numeric_dtype(column) or pd.to_numeric(column, errors="coerce").notna().all()):
+    if not pd.api.types.is_numeric_dtype(column) and np.isnan(to_float64(column)).any():
         return
     spans = years_or_months(number_cells(column), column.name, True, ordered) is not None
     years = f"if they are years or months, say so with --time-column {column.name}; " if spans else ""

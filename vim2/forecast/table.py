@@ -11,14 +11,13 @@ import numpy as np
 import pandas as pd
 
 from ..command.errors import UserError, did_you_mean
-from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to_float64
+from .cells import parse_numbers, refuse_extremes, refuse_sentinels, rewrite, to_whole
 from .frames import describe, is_of_dates, leave_out_index, read_frame
 from .long_tables import LONG, TIME, parse_long_times, refuse_renamed_long, widen
 from .stamps import (
     DATES,
     TIME_NAMES,
     ParsedTimes,
-    holds_stamps,
     join_time_of_day,
     number_cells,
     parse_times,
@@ -416,12 +415,8 @@ def stamp_frame(
 
 def counted(column: pd.Series) -> np.ndarray | None:
     """The numbers of a column that counts the rows, one by one from any of them; None of another."""
-    if holds_stamps(column) or pd.api.types.is_complex_dtype(column):
-        return None
-    numbers = to_float64(column)
-    if np.isinf(numbers).any():
-        return None
-    return numbers if (numbers % 1 == 0).all() and (np.diff(numbers) == 1).all() else None
+    numbers = to_whole(column)
+    return numbers if numbers is not None and (np.diff(numbers) == 1).all() else None
 
 
 def number_rows(first: int, count: int) -> pd.RangeIndex:
