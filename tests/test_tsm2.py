@@ -198,6 +198,7 @@ def test_paper_preset():
         ({"quantiles": (0.0,)}, "between 0 and 1"),
         ({"static_features": -1}, "not be negative"),
         ({"expand": 0.01}, "expand must leave"),
+        ({"expand": 1e30}, "expand must leave .* below 2\\^31, got 1e\\+30"),
     ],
     ids=str,
 )

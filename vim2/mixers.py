@@ -46,13 +46,13 @@ CHANNEL_MIXERS = ("s6", "mlp", "none")
 
 
 def inner_width(dim: int, ratio: float) -> int:
-    """The width inside a mixer, rounded down. Raises a ValueError where it is below 1."""
-    width = int(ratio * dim)
-    if width < 1:
+    """The width inside a mixer, rounded down. Raises a ValueError where it is below 1 or more than 32 bits hold."""
+    if not 1 <= ratio * dim < 2**31:
         raise ValueError(
-            f"A mixer's inner width, {dim} channels times its ratio, must be at least 1; got ratio {ratio}."
+            f"A mixer's inner width, {dim} channels times its ratio, must be at least 1 and below 2^31; got ratio "
+            f"{ratio}."
         )
-    return width
+    return int(ratio * dim)
 
 
 class LayerNorm(nn.LayerNorm):

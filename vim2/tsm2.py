@@ -108,8 +108,11 @@ class TSM2Config:
             raise ValueError(
                 f"stride must not exceed patch {self.patch}, or time steps are skipped; got {self.stride}."
             )
-        if int(self.expand * self.d_model) < 1:
-            raise ValueError(f"expand must leave the mixers a width of 1 or more, got {self.expand}.")
+        if not 1 <= self.expand * self.d_model < 2**31:  # as inner_width has it
+            raise ValueError(
+                f"expand must leave the mixers a width, expand times d_model {self.d_model}, of 1 or more and below "
+                f"2^31, got {self.expand}."
+            )
         levels = self.quantiles
         if any(not 0 < q < 1 for q in levels) or list(levels) != sorted(set(levels)):
             raise ValueError(f"quantiles must be ascending numbers between 0 and 1, got {levels}.")

@@ -122,6 +122,7 @@ def test_a_command_line_and_options_by_name_mean_the_same(argv, options):
         (["--freeze", "-1"], {"freeze": -1}, "must be 0 or more, got -1"),
         (["--epochs", "many"], {"epochs": "many"}, "must be a whole number"),
         (["--epochs", "1.5"], {"epochs": 1.5}, "must be a whole number, got 1.5"),
+        (["--epochs", "9" * 19], {"epochs": 10**19 - 1}, "must be a whole number of 18 digits or fewer, got 999"),
         (["--lr", "0"], {"lr": 0.0}, "must be positive, got 0"),
         (["--lr", "nan"], {"lr": float("nan")}, "must be a finite number, got nan"),
         (["--decay", "inf"], {"decay": float("inf")}, "must be a finite number, got inf"),

@@ -32,6 +32,13 @@ def make_frame(rows: int = 400, start: str = "2024-01-01", step: str = "h", seed
     )
 
 
+def ahead(frame: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The series with twelve further rows of which only the promotions are known."""
+    frame = make_frame(412) if frame is None else frame
+    frame.loc[400:, ["north", "south", "level"]] = np.nan
+    return frame
+
+
 def write_csv(path: Path, frame: pd.DataFrame | None = None, **options) -> Path:
     (make_frame() if frame is None else frame).to_csv(path, index=False, **options)
     return path

@@ -15,9 +15,10 @@ from vim2.forecast.baselines import (
     seasonal_naive,
     shorter_lookbacks,
 )
-from vim2.forecast.data import Scaler, Windows, make_split, read_table
+from vim2.forecast.data import Scaler, Windows, make_split
 from vim2.forecast.scores import mase, naive_errors, pinball, pinball_losses, score
 from vim2.forecast.significance import covariance_of_means, gain
+from vim2.forecast.table import read_table
 
 
 def test_naive_forecasts():

@@ -15,12 +15,10 @@ from vim2.forecast.data import (
     Windows,
     calendar_cycles,
     calendar_features,
-    find_step,
     make_split,
-    read_table,
-    season_length,
 )
-from vim2.forecast.stamps import to_offset
+from vim2.forecast.steps import find_step, season_length, to_offset
+from vim2.forecast.table import read_table
 
 SUFFIXES = [".csv", *(f".csv.{kind}" for kind in ("xz", "gz", "bz2", "zip", "zst")), ".parquet", ".PARQUET"]
 
@@ -220,6 +218,17 @@ def test_missing_values_are_repaired_as_asked_and_told(tmp_path):
     assert kept.values[20, 0] == -9999
 
 
+def test_stand_ins_and_irregular_times_are_told_together():
+    frame = make_frame(100).drop(index=[7])
+    frame.loc[20, "north"] = -9999
+    with pytest.raises(UserError, match=r"--keep-values -9999\. Time stamps of DataFrame .* Add --times regular"):
+        read_table(frame)
+    with pytest.raises(UserError, match=r"^Time stamps of"):
+        read_table(frame, na_values=[-9999])
+    with pytest.raises(UserError, match=r"--keep-values -9999\.$"):
+        read_table(frame, times="keep")
+
+
 @pytest.mark.parametrize("name, value", [("missing", "ffill"), ("times", "sort"), ("dates", "DMY")])
 def test_another_way_to_repair_is_refused_and_not_taken_for_one(name, value):
     frame = make_frame(100)
@@ -367,7 +376,7 @@ def test_a_gap_is_no_cycle():
 
 def test_weather_needs_its_oddities_named():
     path = shared_data("weather.csv.xz")
-    with pytest.raises(UserError, match=r"--keep-values -9999"):
+    with pytest.raises(UserError, match=r"--keep-values -9999\. .* 1 are there twice"):
         read_table(path)
     with pytest.raises(UserError, match="1 are there twice"):
         read_table(path, keep_values=[-9999])

@@ -452,6 +452,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path, data, monkeypat
         (["--ema", "1"], ["--ema must lie in [0, 1)"]),
         (["--members", "0"], ["--members must be 1 or more"]),
         (["--expand", "0"], ["--expand must be positive"]),
+        (["--expand", "1e30"], ["expand must leave the mixers a width"]),
         (["--quantiles", "0.5", "1"], ["--quantiles must lie in (0, 1)"]),
         (["--split", "0.7", "-0.1", "0.4"], ["--split must be 0 or more"]),
         (["--keep-values", "nan"], ["--keep-values must be a finite number"]),

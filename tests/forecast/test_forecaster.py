@@ -8,20 +8,18 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 import numpy as np
 import pandas as pd
 import torch
-from forecast_helpers import TINY, make_frame, write_csv
+from forecast_helpers import TINY, ahead, make_frame, write_csv
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vim2.forecast import Forecaster, UserError, evaluate, fit, predict
 from vim2.forecast.cli import main
+from vim2.forecast.table import read_table
 
 
 def future_csv(path, frame=None):
-    """The series with twelve further rows of which only the promotions are known."""
-    frame = make_frame(412) if frame is None else frame
-    frame.loc[400:, ["north", "south", "level"]] = np.nan
-    return write_csv(path, frame)
+    return write_csv(path, ahead(frame))
 
 
 def test_evaluate_counts_the_test_windows_and_draws(trained, data, tmp_path, capsys):
@@ -259,7 +257,7 @@ NAN = float("nan")
         ({"model": {"future_length": 30}}, "future features of 30 steps"),
         ({"penalties": {"mean": [1.0] * 4, "last": 1.0}}, "4 and 1 penalties of ridges, for 3 and 1"),
         ({"model": {"depth": 10**9}}, "does not fit config.json"),
-        ({"model": {"d_model": 10**12}}, "does not fit config.json"),
+        ({"model": {"d_model": 10**9}}, "does not fit config.json"),
     ],
     ids=str,
 )
@@ -310,12 +308,35 @@ def test_weights_that_no_training_writes(trained, tmp_path, change, words):
         Forecaster.from_pretrained(tmp_path)
 
 
-def test_a_forecast_that_is_not_finite(trained, tmp_path):
-    frame = make_frame(412)
-    frame["north"] *= 1e100
-    path = future_csv(tmp_path / "a.csv", frame)
+def test_a_forecast_that_is_not_finite(trained):
+    forecaster = Forecaster.from_pretrained(trained)
+    with torch.no_grad():
+        forecaster.model.networks[0].head.bias.fill_(torch.inf)
     with pytest.raises(UserError, match="forecast is NaN or infinite"):
-        predict(data=str(path), checkpoint=str(trained), output=str(tmp_path), device="cpu")
+        forecaster.predict(ahead())
+
+
+@pytest.mark.parametrize("column, factor", [("north", 1e20), ("north", 1e100), ("promotion", 1e100)])
+def test_values_too_far_from_those_of_training(trained, tmp_path, column, factor):
+    frame = ahead().assign(**{column: lambda f: f[column] * factor})
+    for command in (predict, evaluate):
+        with pytest.raises(UserError, match=f"Column {column} holds .*, too far from the rows of training"):
+            command(data=frame, checkpoint=str(trained), output=str(tmp_path), device="cpu")
+
+
+def test_a_constant_that_ends_with_the_rows_to_train_on(tmp_path):
+    """Its scale is 1."""
+    frame = make_frame().assign(north=[1.0] * 300 + [1e30, 2e30] * 50)
+    with pytest.raises(UserError, match="Column north holds 1e\\+30, too far from the rows of training"):
+        fit(data=frame, horizon=12, lookback=48, output=str(tmp_path))
+
+
+def test_time_that_pandas_cannot_continue(trained):
+    frame = ahead()[:400].drop(columns="promotion")
+    frame["date"] = pd.date_range(end="2262-04-11 23:00", periods=400, freq="h").astype("datetime64[ns]")
+    run = Forecaster.from_pretrained(trained)
+    with pytest.raises(UserError, match="no time stamps for 12 steps after 2262-04-11 23:00:00"):
+        run.times_ahead(read_table(frame))
 
 
 def test_files_that_do_not_fit_the_model(trained, tmp_path, fails, capsys):

@@ -6,11 +6,11 @@ pytest.importorskip("pandas", reason="vim2.forecast needs pandas")
 
 import numpy as np
 import pandas as pd
-from forecast_helpers import TINY, make_frame, write_csv
+from forecast_helpers import TINY, ahead, make_frame, write_csv
 
 from vim2.forecast import Forecaster, UserError, fit, predict
 from vim2.forecast.cli import main
-from vim2.forecast.data import read_table
+from vim2.forecast.table import read_table
 
 COLUMNS = ["north", "south", "level"]
 FAST = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epochs=1, epoch_steps=1, device="cpu")
@@ -19,13 +19,6 @@ FAST = dict(horizon=3, lookback=12, patch=4, stride=2, d_model=4, d_state=2, epo
 def melt(frame, keep=(), ids=COLUMNS):
     wide = frame.rename(columns={"date": "ds"})
     return wide.melt(id_vars=["ds", *keep], value_vars=ids, var_name="unique_id", value_name="y")
-
-
-def ahead():
-    """The series with twelve further rows of which only the promotions are known."""
-    frame = make_frame(412)
-    frame.loc[400:, COLUMNS] = np.nan
-    return frame
 
 
 def test_a_long_table_is_read_as_its_wide_one(tmp_path):
@@ -162,6 +155,13 @@ def test_rows_of_a_long_table_may_be_in_any_order_however_dates_are_written(writ
     table = read_table(shuffled.assign(ds=write(shuffled["ds"])), targets=COLUMNS)
     assert (table.times == frame["date"]).all()
     np.testing.assert_array_equal(table.values, frame[COLUMNS])
+
+
+def test_a_series_is_no_time_column_of_a_long_table():
+    long = melt(make_frame())
+    assert len(read_table(long, time_column="ds")) == 400
+    with pytest.raises(UserError, match="ds is its time column: leave out --time-column north"):
+        read_table(long.assign(y="soon"), time_column="north")
 
 
 def test_years_of_a_long_table_in_any_order():

@@ -17,9 +17,10 @@ from vim2.forecast import Forecaster, UserError, evaluate, fit
 from vim2.forecast.baselines import Ridge, cautious
 from vim2.forecast.committee import Networks, Products
 from vim2.forecast.conformal import conformal_quantile
-from vim2.forecast.data import Scaler, Windows, last_known, read_table
+from vim2.forecast.data import Scaler, Windows, last_known
 from vim2.forecast.options import TrainingOptions
 from vim2.forecast.scores import Errors, naive_errors
+from vim2.forecast.table import read_table
 from vim2.forecast.trainer import LOSS, Trainer
 from vim2.tsm2 import TSM2Config
 
@@ -201,6 +202,14 @@ def test_a_series_without_truths_in_the_test_rows_has_no_error(tmp_path, frame):
     saved = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert saved["scores"]["committee"]["mse_by_variate"][2] is None
     assert (tmp_path / "errors.png").exists()
+
+
+def test_a_series_that_begins_with_the_test_rows_of_another_file_is_scored_there(tmp_path, frame):
+    """It was trained on, but the later file has none of it before."""
+    run = fit(data=frame, missing="mask", output=str(tmp_path), experiment="r", **OPTIONS)
+    later = frame.assign(south=frame["south"].where(frame.index >= 360))
+    scores = evaluate(data=later, checkpoint=run["folder"], output=str(tmp_path), device=DEVICE)["scores"]
+    assert np.isfinite(scores["committee"]["mse_by_variate"]).all()
 
 
 def test_what_cannot_be_masked_is_told(tmp_path, frame):

@@ -4,6 +4,7 @@ import bz2
 import io
 import lzma
 import zipfile
+from contextlib import suppress
 
 import pytest
 
@@ -15,8 +16,8 @@ from forecast_helpers import make_frame, write_csv
 
 from vim2.forecast import UserError, fit
 from vim2.forecast.cli import main
-from vim2.forecast.data import read_table
-from vim2.forecast.stamps import to_offset
+from vim2.forecast.steps import to_offset
+from vim2.forecast.table import read_table
 
 
 @pytest.fixture
@@ -127,6 +128,7 @@ def test_integers_with_thousands(tmp_path, frame, thousands):
     [
         (lambda f: text(f.assign(s="x"), header=False), ["no header", "2024-02-10 00:00:00"]),
         (lambda f: text(f) + "2024-02-12 12:00:00,1,5,2\n", ["row 61 has 4 cells", "the header 3"]),
+        (lambda f: text(f, header=False) + "2024-02-12 12:00:00,1,5,2\n", ["row 61 has 4 cells", "the header 3"]),
         (lambda f: text(f.assign(a=[f"1,{100 + i}" for i in f.b])), ["1,100", "may be 1100 or 1.100"]),
         (lambda f: text(f.assign(a="1,5", b="1,234.5")), ["two ways", "1,5 and 1,234.5"]),
         (lambda f: text(f.assign(a="1,871"), sep=";"), ["may be 1871 or 1.871", "decimals with a point"]),
@@ -138,6 +140,7 @@ def test_integers_with_thousands(tmp_path, frame, thousands):
         (lambda f: text(f.assign(date=["45/99/2024", *f.date[1:].dt.strftime("%d/%m/%Y")])), ["row 1", "45/99/2024"]),
         (lambda f: text(f) + '2024-02-12 12:00:00,"' + "x" * 200_000, ["field larger", "a whole file"]),
         (lambda f: b"\x00\x01\x02\x00\x00", ["no text"]),
+        (lambda f: "sep=;\n", ["is empty"]),
     ],
 )
 def test_what_may_mean_several_things_is_refused(tmp_path, frame, change, words):
@@ -487,16 +490,52 @@ def test_columns_of_arrow_are_those_of_numpy(frame):
         table = read_table(given, missing="mask")
         np.testing.assert_array_equal(table.values, expected.values)
         assert table.times.equals(expected.times)
+    for form in ("%Y-%m-%d %H:%M", "%d/%m/%Y %H:%M"):
+        texts = (frame["date"] + pd.Timedelta(days=9)).dt.strftime(form)
+        plain, table = (
+            read_table(frame.assign(date=texts.astype(kind)), missing="mask")
+            for kind in (object, pd.ArrowDtype(pa.string()))
+        )
+        assert table.times.equals(plain.times)
     zoned = frame.assign(date=frame["date"].dt.tz_localize("Europe/Berlin"))
     expected, table = (read_table(f, missing="mask") for f in (zoned, zoned.convert_dtypes(dtype_backend="pyarrow")))
     assert str(table.zone) == str(expected.zone) == "Europe/Berlin" and table.times.equals(expected.times)
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "dictionary", "Arrow's list"])
+def test_nested_columns_are_told_and_stand_in_nobodys_way(kind):
+    """Parquet files may hold them. They can be neither counted nor compared."""
+    frame = make_frame(60)[["date", "north"]]
+    make = {"list": lambda i: [i], "array": lambda i: np.array([i, 1.0]), "dictionary": lambda i: {"x": i}}
+    frame["x"] = [make.get(kind, make["list"])(i) for i in range(60)]
+    if kind == "Arrow's list":
+        pa = pytest.importorskip("pyarrow", reason="Arrow's types need it")
+        frame["x"] = frame["x"].astype(pd.ArrowDtype(pa.list_(pa.int64())))
+    assert read_table(frame, targets=["north"]).columns == ["north"]
+    long = pd.concat([frame, frame]).rename(columns={"date": "ds", "north": "y"})
+    long["unique_id"] = np.repeat(["a", "b"], 60)
+    assert read_table(long, targets=["b"]).columns == ["b"]
+    for given, options, words in (
+        (frame, {}, "Column x of DataFrame, row 1: .* is no finite number"),
+        (frame, {"time_column": "x"}, "time column x of DataFrame, row 1: .* is no time stamp"),
+        (frame.drop(columns="date"), {"freq": "h", "time_column": "x"}, "Column x .* does not count the rows"),
+        (pd.concat([frame, frame]), {"targets": ["north"]}, "are there twice"),
+        (long, {"static_columns": ["x"]}, "Column x of DataFrame changes for series a"),
+        (long, {"future_columns": ["x"]}, "Column x of DataFrame, at .* is no finite number"),
+        (long.assign(ds=long["x"]), {}, "time column ds of DataFrame, row 1: .* is no time stamp"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_table(given, **options)
 
 
 def test_days_and_times_of_day_as_a_spreadsheet_is_read():
     frame = make_frame(100)
     expected = read_table(frame)
     date = frame["date"]
-    for days in (date.dt.normalize(), date.dt.date, date.dt.strftime("%d/%m/%Y")):
+    kinds = [date.dt.normalize(), date.dt.date, date.dt.strftime("%d/%m/%Y")]
+    with suppress(ImportError):
+        kinds.append(date.dt.date.astype("date32[pyarrow]"))
+    for days in kinds:
         table = read_table(frame.assign(date=days, Time=date.dt.time))
         assert table.times.equals(expected.times) and table.columns == expected.columns
         assert any("Columns date and Time were read together" in note for note in table.repairs)

@@ -9,7 +9,7 @@ import pandas as pd
 from forecast_helpers import make_frame
 
 from vim2.forecast import Forecaster, UserError, fit, predict
-from vim2.forecast.data import read_table
+from vim2.forecast.table import read_table
 
 OPTIONS = dict(horizon=3, lookback=12, d_model=4, d_state=2, members=2, epochs=1, epoch_steps=1, device="cpu")
 
@@ -47,6 +47,8 @@ def test_a_column_that_counts_the_rows_tells_their_numbers(tmp_path, frame):
     assert "Column Year counts the rows." in table.repairs
     assert read_table(yearly, freq="YS", targets=["Year"]).columns == ["Year"]
     assert read_table(yearly[["north", "Year"]], freq="YS").columns == ["north", "Year"]
+    dated = read_table(yearly.rename(columns={"north": "date"}), time_column="Year", freq="YS")
+    assert dated.columns == ["date", "south"] and dated.labels(0, 1)[0] == 1900
 
 
 def test_one_series_without_a_header(tmp_path, frame):

@@ -142,9 +142,10 @@ def print_ridge(args: argparse.Namespace) -> None:
     import torch
 
     from vim2.forecast.baselines import Ridge
-    from vim2.forecast.data import Scaler, Windows, make_split, read_table
+    from vim2.forecast.data import Scaler, Windows, make_split
     from vim2.forecast.recipes import RECIPES
     from vim2.forecast.scores import score
+    from vim2.forecast.table import read_table
 
     torch.set_num_threads(args.threads)
     horizons = args.horizons or HORIZONS

@@ -473,10 +473,14 @@ def _read_bool(value: Any, from_text: bool) -> bool:
 
 
 def _read_int(value: Any, from_text: bool) -> int:
-    if from_text and re.fullmatch(r"[-+]?\d{1,18}", value):
-        return int(value)
-    if from_text or isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if from_text:
+        whole = re.fullmatch(r"[-+]?\d+", value)
+    else:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole:
         raise ValueError("must be a whole number")
+    if len(str(value).lstrip("+-")) > 18:  # which 64 bits hold
+        raise ValueError("must be a whole number of 18 digits or fewer")
     return int(value)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "refuse_sentinels",
     "rewrite",
     "to_float64",
+    "to_whole",
 ]
 
 SENTINELS = (-9999.0, -999.0, -99999.0, -999.9, -9999.9, 9999.0, 99999.0, 999999.0)
@@ -61,12 +62,12 @@ def number_texts(column: pd.Series) -> np.ndarray:
     return np.array([*filter(is_number, separated), *points_of_thousands(cells)], dtype=object)
 
 
-def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
+def rewrite(frame: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str]]:
     """Numbers that are written with decimal commas or thousands separators, as Python's.
 
     Args:
         frame: Columns of numbers; those that hold text are changed.
-        name: What messages call it.
+        source: What messages call the file.
 
     Raises:
         UserError: Commas that may be either, or are both.
@@ -75,7 +76,7 @@ def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
     if not separated:
         return frame, []
     cells = {c: [SPACES.sub("", cell) for cell in texts(frame[c])] for c in frame if is_text(frame[c])}
-    decimal = find_decimal(cells, name)
+    decimal = find_decimal(cells, source)
     other = "." if decimal == "," else ","
 
     def python(cell: str) -> str:
@@ -94,7 +95,7 @@ def rewrite(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, list[str]]:
     ]
 
 
-def find_decimal(cells: dict[str, list[str]], name: str) -> str:
+def find_decimal(cells: dict[str, list[str]], source: str) -> str:
     """The decimal sign that the cells of all columns, without spaces between thousands, have in common."""
     every = [cell for column in cells.values() for cell in column]
     comma = [c for c in every if "," in c and is_number(c)]
@@ -107,17 +108,17 @@ def find_decimal(cells: dict[str, list[str]], name: str) -> str:
     groups += [cell for column in cells.values() for cell in points_of_thousands(column)]
     as_comma, as_point = [*decimals, *groups], [*thousands, *points]
     if as_comma and as_point:
-        raise UserError(f"{name} writes numbers in two ways, {as_comma[0]} and {as_point[0]}: write them in one.")
+        raise UserError(f"{source} writes numbers in two ways, {as_comma[0]} and {as_point[0]}: write them in one.")
     if as_comma:
         if (doubtful := [c for c in point if c not in groups]) and not groups:
             raise UserError(
-                f"{name} has decimal commas ({as_comma[0]}), and {doubtful[0]}: write it without the point."
+                f"{source} has decimal commas ({as_comma[0]}), and {doubtful[0]}: write it without the point."
             )
         return ","
     if either and not as_point and not any(beside_integers(column, THOUSANDS_COMMA) for column in cells.values()):
         text = either[0]
         raise UserError(
-            f"{name} holds {text}, which may be {text.replace(',', '')} or {text.replace(',', '.')}: "
+            f"{source} holds {text}, which may be {text.replace(',', '')} or {text.replace(',', '.')}: "
             "write thousands without separators, and decimals with a point."
         )
     return "."
@@ -145,17 +146,26 @@ def to_float64(column: pd.Series) -> np.ndarray:
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
+def to_whole(column: pd.Series) -> np.ndarray | None:
+    """Cells as float64 where all are whole numbers, as text or as such; None of another column."""
+    if not (is_text(column) or pd.api.types.is_any_real_numeric_dtype(column)):
+        return None
+    numbers = to_float64(column)
+    with np.errstate(invalid="ignore"):  # of infinity
+        return numbers if (numbers % 1 == 0).all() else None
+
+
 def name_row(row: int, names: pd.Index | None) -> str:
     """What messages call a row: by its number, from 1, or as it is named."""
     return f"row {row + 1}" if names is None else f"at {names[row]}"
 
 
-def parse_numbers(column: pd.Series, name: str, future: bool = False, rows: pd.Index | None = None) -> np.ndarray:
+def parse_numbers(column: pd.Series, source: str, future: bool = False, rows: pd.Index | None = None) -> np.ndarray:
     """A column as float64, NaN where it is empty.
 
     Args:
         column: As read.
-        name: What messages call the file.
+        source: What messages call the file.
         future: It is a known-future column.
         rows: What messages call the rows, if not by number.
 
@@ -166,7 +176,7 @@ def parse_numbers(column: pd.Series, name: str, future: bool = False, rows: pd.I
     if not (is_text(column) or kind.is_bool_dtype(column) or kind.is_any_real_numeric_dtype(column)):
         if not isinstance(column.dtype, pd.CategoricalDtype):
             raise UserError(
-                f"Column {column.name} of {name} holds {column.dtype}, no numbers: leave it out with {option}."
+                f"Column {column.name} of {source} holds {column.dtype}, no numbers: leave it out with {option}."
             )
         column = column.astype(object)
     numbers = to_float64(column)
@@ -175,15 +185,15 @@ def parse_numbers(column: pd.Series, name: str, future: bool = False, rows: pd.I
         cell = column.iloc[wrong[0]]
         shown = repr(cell) if isinstance(cell, str) else cell
         raise UserError(
-            f"Column {column.name} of {name}, {name_row(wrong[0], rows)}: {shown} is no finite number ({len(wrong)} "
+            f"Column {column.name} of {source}, {name_row(wrong[0], rows)}: {shown} is no finite number ({len(wrong)} "
             f"such cells). Correct them, leave them empty, or choose other columns with {option}."
         )
     return numbers
 
 
-def refuse_sentinels(numbers: pd.DataFrame, keep: Sequence[float], name: str) -> None:
+def refuse_sentinels(numbers: pd.DataFrame, keep: Sequence[float], source: str) -> None:
     """Raise for -9999 and its like where it lies far outside the column's other values."""
-    for label, column in numbers.items():
+    for name, column in numbers.items():
         for value in SENTINELS:
             others = column[(column != value) & column.notna()]
             count = int((column == value).sum())
@@ -192,16 +202,16 @@ def refuse_sentinels(numbers: pd.DataFrame, keep: Sequence[float], name: str) ->
             if min(abs(others.min() - value), abs(others.max() - value)) > 2 * (others.max() - others.min()):
                 fill = " --missing interpolate" if 2 * count <= len(column) else ", or leave it out with --targets"
                 raise UserError(
-                    f"Column {label} of {name} holds {value:g} in {count} rows, its other values lie between "
+                    f"Column {name} of {source} holds {value:g} in {count} rows, its other values lie between "
                     f"{others.min():g} and {others.max():g}: does it stand for a missing value? "
                     f"Then add --na-values {value:g}{fill}; if not, --keep-values {value:g}."
                 )
 
 
-def refuse_extremes(numbers: pd.DataFrame, name: str, rows: pd.Index | None = None) -> None:
+def refuse_extremes(numbers: pd.DataFrame, source: str, rows: pd.Index | None = None) -> None:
     """Raise for a value beside which a column's others cannot be told apart once they are standardised; messages call
     rows as `rows` does, or by number."""
-    for label, column in numbers.items():
+    for name, column in numbers.items():
         values = column.to_numpy()
         known = np.flatnonzero(~np.isnan(values))
         if not len(known) or values[known].min() == values[known].max():
@@ -217,12 +227,12 @@ def refuse_extremes(numbers: pd.DataFrame, name: str, rows: pd.Index | None = No
         value, usual = float(values[row]), float(np.median(values[known]))
         if deviation == 0 or abs(usual) > LARGEST:
             raise UserError(
-                f"Column {label} of {name} holds values of about {usual:g}, whose deviation is 0 or infinite in "
+                f"Column {name} of {source} holds values of about {usual:g}, whose deviation is 0 or infinite in "
                 "float64: give it in other units, or leave it out with --targets."
             )
         if np.abs(values[known]).max() > LARGEST or 0 < spread < RESOLUTION * deviation:
             raise UserError(
-                f"Column {label} of {name}, {name_row(row, rows)}: beside {value!r} the other values, about {usual:g}, "
-                f"cannot be told apart. Correct it, or add --na-values {value!r} --missing interpolate if it stands "
-                "for a missing value."
+                f"Column {name} of {source}, {name_row(row, rows)}: beside {value!r} the other values, about "
+                f"{usual:g}, cannot be told apart. Correct it, or add --na-values {value!r} --missing interpolate if "
+                "it stands for a missing value."
             )

@@ -177,7 +177,8 @@ class Products:
         self.batches: list[Tensor] = []
         self.squares: list[Tensor] = []
         self.shares: list[Tensor] = []
-        self.scale = (known - known.nanmean(0)).square().nanmean(0).sqrt().clamp_min(1.0)
+        deviation = (known - known.nanmean(0)).square().nanmean(0).sqrt()
+        self.scale = deviation.nan_to_num(1.0).clamp_min(1.0)  # of variates that hold nothing there are no errors
 
     def add(self, points: Tensor, y: Tensor) -> None:
         """The members' forecasts of n windows, (K, n, H, M), as `Committee.members` returns them, and the truth

@@ -22,12 +22,13 @@ from ..command.progress import say
 from ..files import write_atomically
 from .baselines import Ridge
 from .committee import Committee, Products, find_weights
-from .data import Scaler, Table, Windows
+from .data import Scaler, Windows
 from .forecaster import BEST, Forecaster
 from .options import EvaluateOptions, open_options, reading_options
 from .plots import plot_errors, plot_forecast, plot_weights
 from .refitting import refit
 from .scores import Forecasts, baseline_forecasts, mase, naive_errors, score_all
+from .table import Table
 from .training import VALIDATION_BATCH, versions
 
 __all__ = ["evaluate"]

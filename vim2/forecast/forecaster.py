@@ -30,17 +30,17 @@ from .data import (
     CYCLES,
     Scaler,
     Split,
-    Table,
     calendar_features,
-    describe,
     last_known,
     make_split,
-    read_table,
+    standardise,
 )
-from .frames import LONG
+from .frames import describe
+from .long_tables import LONG
 from .options import ReadingOptions, TrainingOptions
 from .scores import model_forecast
-from .stamps import follow, to_offset, usual_step
+from .steps import follow, to_offset, usual_step
+from .table import Table, read_table
 
 __all__ = ["BEST", "REFITTED", "Forecaster"]
 
@@ -162,8 +162,13 @@ class Forecaster:
 
     def tensors(self, table: Table, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Standardised variates (rows, M), NaN where they are missing, and future features (rows and more, C) or None,
-        float32, on a device."""
-        values = torch.tensor(self.scaler.transform(table.values), dtype=torch.float32, device=device)
+        float32, on a device.
+
+        Raises:
+            UserError: As `standardise`.
+        """
+        values = standardise(self.scaler, table.values, self.columns)
+        values = torch.tensor(values, dtype=torch.float32, device=device)
         features = self.future_features(table.future, table.future_times)
         if features is None:
             return values, None
@@ -171,7 +176,9 @@ class Forecaster:
 
     def future_features(self, future: np.ndarray, times: pd.DatetimeIndex) -> np.ndarray | None:
         # 0, the mean of the training rows, is what says least of a feature that is missing
-        parts = [np.nan_to_num(self.future_scaler.transform(future), nan=0.0)] if self.future_columns else []
+        parts = []
+        if self.future_columns:
+            parts.append(np.nan_to_num(standardise(self.future_scaler, future, self.future_columns), nan=0.0))
         if self.calendar:
             parts.append(calendar_features(times, self.calendar))
         return np.concatenate(parts, axis=1) if parts else None
@@ -235,7 +242,7 @@ class Forecaster:
 
         Raises:
             UserError: Another horizon; fewer rows than the lookback, no rows of known-future columns for the trained
-                horizon, or time stamps that cannot be continued.
+                horizon, time stamps that cannot be continued, or values too far from those of training.
         """
         c = self.model.config
         horizon = c.horizon if horizon is None else horizon
@@ -263,17 +270,15 @@ class Forecaster:
         rows = table.values[-c.lookback :]
         if np.isnan(rows[0]).any():  # the value before may lie anywhere
             rows = table.values
-        x = last_known(torch.tensor(self.scaler.transform(rows), dtype=torch.float32, device=device))[-c.lookback :]
+        values = standardise(self.scaler, rows, self.columns)
+        x = last_known(torch.tensor(values, dtype=torch.float32, device=device))[-c.lookback :]
         self.model.eval()
         with torch.no_grad():
             y = self.forecast_windows(x[None], None if future is None else future[None].to(device))[0]
         y = y.double().cpu().numpy()
         values = self.scaler.inverse(y.transpose(0, 2, 1)).transpose(0, 2, 1) if c.quantiles else self.scaler.inverse(y)
         if not np.isfinite(values).all():
-            raise UserError(
-                "The forecast is NaN or infinite: the values of the file are too far from those of training, or the "
-                "forecaster is damaged."
-            )
+            raise UserError("The forecast is NaN or infinite: the forecaster is damaged. Fit it again.")
         if table.first_row is not None:
             times = table.labels(len(table), len(table) + len(times))
         return times[:horizon], values[:horizon]
@@ -308,7 +313,13 @@ class Forecaster:
                 "The time stamps tell no step to continue with: there is one row only, or none is later than the one "
                 "before. Sort the rows by time, or add --times regular."
             )
-        return pd.date_range(table.times[-1], periods=horizon + 1, freq=step)[1:]
+        try:
+            return pd.date_range(table.times[-1], periods=horizon + 1, freq=step)[1:]
+        except (pd.errors.OutOfBoundsDatetime, OverflowError):
+            raise UserError(
+                f"pandas has no time stamps for {horizon} steps after {table.times[-1]}: is the last date a year too "
+                "late?"
+            ) from None
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json and model.safetensors, each in one step. The conformal correction and the members' weights

@@ -27,10 +27,12 @@ from ..command.options import (
     unset,
 )
 from ..tsm2 import INSTANCE_NORMS, NORMS, TIME_MIXERS, VARIATE_MIXERS, TSM2Config
-from .data import MISSING, split_rows
+from .data import split_rows
 from .frames import describe, require_data
 from .recipes import RECIPES
-from .stamps import DATES, TIMES
+from .stamps import DATES
+from .steps import TIMES
+from .table import MISSING
 
 __all__ = [
     "AUTO",

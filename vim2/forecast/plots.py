@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from ..command.figures import figure, from_zero, save, shorten
-from .data import Table
 from .forecaster import Forecaster
 from .scores import nearest_to_median
+from .table import Table
 
 __all__ = ["plot_errors", "plot_forecast", "plot_prediction", "plot_weights"]
 

@@ -39,12 +39,10 @@ from .committee import Committee, Products, find_weights
 from .conformal import Conformity
 from .data import (
     Scaler,
-    Table,
     Windows,
     calendar_cycles,
     is_constant,
     make_split,
-    read_table,
     static_features,
 )
 from .forecaster import BEST, REFITTED, Forecaster
@@ -61,7 +59,8 @@ from .options import (
 from .recipes import RECIPES
 from .refitting import refit
 from .scores import Errors, baseline_forecasts, model_forecast, score, score_all
-from .stamps import follow, to_offset
+from .steps import follow, to_offset
+from .table import Table, read_table
 from .trainer import Trainer
 
 __all__ = ["fit"]
