@@ -202,12 +202,17 @@ def test_work_is_what_operators_move_and_multiply():
         y = (a @ b).t().relu()
         y.sum().backward()
         torch.empty(7).zero_()
+        torch.ones(3, 5).addmm_(a, b.detach())
     mm = counted.operators["aten::mm"]
     assert (mm.calls, mm.flops) == (2, 2 * 2 * 3 * 4 * 5)  # the product and its backward pass
     # a (12), b (its 5 and not their copies) and y (15) forward; a, y's gradient and b's own, of 20, backward
     assert mm.bytes == 4 * (12 + 5 + 15) + 4 * (12 + 15 + 20)
     relu, zero = counted.operators["aten::relu"], counted.operators["aten::zero_"]
     assert relu.bytes == 2 * 4 * 15 and zero.bytes == 4 * 7
+    added = counted.operators["aten::addmm_"]  # a product, too, though it writes in place
+    assert (added.flops, added.bytes) == (2 * 3 * 4 * 5, 4 * (12 + 5 + 15 + 15))
+    assert profiles.operator_family("aten::addmm_") == profiles.operator_family("aten::mm") == "products"
+    assert profiles.operator_family("aten::add_") == "element-wise"
     assert not counted.operators.keys() & {"aten::t", "aten::expand", "aten::empty"}
 
 

@@ -62,8 +62,11 @@ class CountWork(TorchDispatchMode):
         if name == "convolution_backward":  # the registry's count of it is wrong where there are groups
             grad, _, weight = args[:3]
             work.flops += 4 * grad.numel() * weight[0].numel()
-        elif func.namespace == "aten" and func._overloadpacket in flop_registry:
-            work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        elif func.namespace == "aten":
+            # `addmm_` multiplies as `addmm` does, of which alone the registry knows
+            packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+            if packet in flop_registry:
+                work.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
         if func.namespace == "vim2" and {"u", "A"} <= named.keys():  # a scan: one for every state of every step
             work.exponentials += named["A"].numel() * named["u"].shape[:2].numel()
@@ -112,7 +115,7 @@ def operator_family(name: str) -> str:
         return "normalisations"
     if "attention" in name or "softmax" in name:
         return "attention"
-    if name in ("mm", "addmm", "bmm", "baddbmm", "linear"):
+    if name.removesuffix("_") in ("mm", "addmm", "bmm", "baddbmm", "linear"):
         return "products"
     if name in ("sum", "mean"):
         return "sums"
