@@ -329,8 +329,17 @@ def test_a_server_of_processes_loads_once_what_those_of_loaders_need(command, mo
     """Python 3.14's way on Linux; nothing is changed elsewhere."""
     loaded, needed = [], memory._Decoded.__module__
     monkeypatch.setattr(multiprocessing, "set_forkserver_preload", loaded.append)
-    for method, expected in (("spawn", []), ("forkserver", [[needed]])):
-        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+    context = multiprocessing.get_start_method.__self__
+    for chosen, default, expected in (
+        (None, "fork", []),
+        ("spawn", "forkserver", []),
+        (None, "forkserver", [[needed]]),
+        ("forkserver", "fork", [[needed]]),
+    ):
+        before = chosen and multiprocessing.get_context(chosen)
+        monkeypatch.setattr(context, "_actual_context", before)
+        monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda default=default: [default])
         with pytest.raises(UserError):
             command(device="cpu")
-        assert loaded == expected
+        assert loaded == expected and context._actual_context is before  # a program may still choose
+        loaded.clear()

@@ -1,17 +1,21 @@
 import errno
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
 import uuid
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
 
 from vim2.command.errors import UserError
-from vim2.command.runs import find_last, identity, own_folder, read_last, seed_everything
+from vim2.command.runs import find_last, identity, own_folder, read_last, restore_optimizer, seed_everything
 from vim2.files import write_atomically
 
 
@@ -117,3 +121,30 @@ def test_seeds_fix_every_generator_and_differ_with_each_number():
 
     assert draw(3, 1) == draw(3, 1)
     assert len({draw(*numbers) for numbers in ((3, 1), (3, 2), (1, 3), (3, 1, 1))}) == 4
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("name", ["adamw", "lookahead_adamw"])
+def test_a_restored_optimiser_goes_with_its_run(name, steps):
+    """At once, as any other: Python's collector does not see how much of a GPU's memory waits for it."""
+
+    def make(steps):
+        weight = nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        optimizer = create_optimizer_v2([weight], opt=name, lr=0.1)
+        for _ in range(steps):
+            optimizer.step()
+        return weight, optimizer
+
+    state = make(1)[1].state_dict()
+    gc.disable()
+    try:
+        weight, optimizer = make(0)
+        restore_optimizer(optimizer, state, "last.pth")
+        for _ in range(steps):
+            optimizer.step()
+        gone = weakref.ref(weight)
+        del weight, optimizer
+        assert gone() is None
+    finally:
+        gc.enable()

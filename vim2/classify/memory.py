@@ -54,7 +54,9 @@ class HeldImages:
 def preload() -> None:
     """Where a server starts the processes of loaders, as on Linux since Python 3.14, have it load once what each of
     them, in every epoch, would load anew, which takes seconds."""
-    if multiprocessing.get_start_method() == "forkserver":
+    # asking for the method that goes without saying would fix it for the rest of the program
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method == "forkserver":
         multiprocessing.set_forkserver_preload([__name__])
 
 

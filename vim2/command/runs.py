@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import weakref
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -134,13 +135,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Any, called: str)
                     raise ValueError(f"{name} of the optimiser has the shape {tuple(value.shape)}")
                 if isinstance(value, Tensor) and not value.isfinite().all():
                     raise ValueError(f"{name} of the optimiser holds NaN or infinite values")
-    step = optimizer.step
+    own = weakref.ref(optimizer)  # which would otherwise hold itself, and the memory of its state after its run
 
     def first_step(*args, **kwargs) -> Any:
+        optimizer = own()
+        del optimizer.step
         with _explain_damage(called):
-            result = step(*args, **kwargs)
-        optimizer.step = step
-        return result
+            return optimizer.step(*args, **kwargs)
 
     optimizer.step = first_step
 
